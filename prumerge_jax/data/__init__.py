@@ -1,0 +1,1 @@
+"""Pixels, texts, data sets, and rows packed from them."""

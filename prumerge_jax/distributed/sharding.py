@@ -1,0 +1,86 @@
+"""The device mesh and the one table that says which array axis lies on which mesh axis.
+
+Weights and activations name their axes logically (`embed`, `heads`, ...); `RULES` maps those names
+to the mesh axes `data`, `fsdp` and `tensor`. Changing how the model is laid out means changing
+this table and nothing else.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# logical axis -> mesh axis (or axes). `None` in an annotation means "not sharded".
+RULES: dict[str, str | tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),  # images, rows, slots
+    "embed": "fsdp",  # the model width D of a weight
+    "heads": "tensor",  # attention heads, side by side
+    "mlp": "tensor",  # the inner width of an MLP
+    "vocab": "tensor",  # vocabulary rows of the embedding and columns of the head
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of `data * fsdp * tensor` devices, the first ones of this job.
+
+    Axis types are Auto: `jax.make_mesh` would default to Explicit, under which a lookup in an
+    `fsdp`-sharded embedding is an error.
+
+    Raises:
+      ValueError: fewer devices than the mesh needs.
+    """
+    needed = data * fsdp * tensor
+    if needed > jax.device_count():
+        raise ValueError(
+            f"a mesh of data={data} fsdp={fsdp} tensor={tensor} needs {needed} devices; "
+            f"this job has {jax.device_count()}"
+        )
+    return jax.make_mesh(
+        (data, fsdp, tensor),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=jax.devices()[:needed],
+    )
+
+
+def spec(*logical: str | None) -> PartitionSpec:
+    """The partition spec of an array whose axes carry these logical names.
+
+    Raises:
+      KeyError: a name that `RULES` does not know.
+    """
+    return PartitionSpec(*(None if name is None else RULES[name] for name in logical))
+
+
+def pin(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Constrains an activation's sharding; without a mesh, returns it unchanged.
+
+    Auto axis types resolve conflicting claims on a mesh axis silently, by replicating: after an
+    embedding lookup both the batch and the table's width claim `fsdp`, and the batch loses. One
+    constraint after the lookup restores it.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(*logical))
+
+
+@contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Makes `mesh` the current mesh, under which `pin` and logical weight axes take effect."""
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(list(RULES.items())):
+        yield
+
+
+def weight_shardings(abstract: nnx.State, mesh: Mesh) -> nnx.State:
+    """The declared `NamedSharding` of every variable of an `nnx.eval_shape` state."""
+    with use_mesh(mesh):
+        return nnx.get_named_sharding(abstract, mesh)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())

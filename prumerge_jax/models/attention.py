@@ -1,0 +1,165 @@
+"""One seam for attention: what may see what is said once, each backend computes it its way.
+
+Backends, by name:
+
+* `xla`: plain XLA, every platform, the reference for the others.
+* `cudnn`: NVIDIA GPUs; float16 or bfloat16. Asked for by name, because `None` means XLA to JAX.
+* `splash`: TPU; the Pallas kernel, query and key lengths multiples of its block.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+from prumerge_jax.distributed import sharding
+
+SPLASH_BLOCK = 128
+_XLA_OR_CUDNN: dict[str, Literal["xla", "cudnn"]] = {"xla": "xla", "cudnn": "cudnn"}
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    causal: bool = False,
+    implementation: str = "xla",
+) -> jax.Array:
+    """Softmax attention of a sequence with itself, scale 1/sqrt(head width).
+
+    Args:
+      q: [B, T, H, D].
+      k, v: [B, T, K, D]; K divides H (grouped-query attention).
+      segment_ids: [B, T] int32; a query sees only keys of its own segment.
+      causal: a query sees only keys at its own index or before.
+      implementation: `xla`, `cudnn` or `splash`.
+
+    Returns:
+      [B, T, H, D] in the dtype of `q`.
+
+    Raises:
+      ValueError: an unknown implementation, or one that cannot run these shapes.
+    """
+    if implementation == "splash":
+        return _splash(q, k, v, segment_ids, causal=causal)
+    if implementation not in _XLA_OR_CUDNN:
+        raise ValueError(
+            f"unknown attention {implementation!r}; expected 'xla', 'cudnn' or 'splash'"
+        )
+    mask = None
+    if segment_ids is not None:
+        mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=causal, implementation=_XLA_OR_CUDNN[implementation]
+    )
+
+
+def attend_to_cache(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *, implementation: str = "xla"
+) -> jax.Array:
+    """Attention of one new token per sequence to its cache.
+
+    Args:
+      q: [B, 1, H, D].
+      k, v: [B, S, K, D], the cache with the new token's entries already written.
+      lengths: [B] int32, the number of valid entries. Entries beyond it are never seen, but must
+        be finite: masking here would read the whole cache once more at every step.
+      implementation: as in `attend`; `splash` has no decode form and falls to `xla`.
+
+    Returns:
+      [B, 1, H, D].
+    """
+    valid = jnp.arange(k.shape[1]) < lengths[:, None]
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=valid[:, None, None, :],
+        implementation=_XLA_OR_CUDNN.get(implementation, "xla"),
+    )
+
+
+def default_implementation(dtype: jnp.dtype, head_dim: int) -> str:
+    """The fastest backend of this platform that can run heads of this width and dtype."""
+    platform = jax.default_backend()
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    if platform == "gpu" and half and head_dim <= 128 and head_dim % 8 == 0:
+        return "cudnn"
+    if platform == "tpu" and head_dim % 128 == 0:
+        return "splash"
+    return "xla"
+
+
+def _splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    causal: bool,
+) -> jax.Array:
+    batch, length, heads, head_dim = q.shape
+    if length % SPLASH_BLOCK:
+        raise ValueError(
+            f"splash attention needs a length that is a multiple of {SPLASH_BLOCK}, got {length}; "
+            "pad the rows or use implementation='xla'"
+        )
+    if k.shape[2] != heads:  # the multi-head kernel wants one key head per query head
+        k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
+    if segment_ids is None:
+        segment_ids = jnp.ones((batch, length), jnp.int32)
+    run = functools.partial(splash_heads, causal=causal, interpret=jax.default_backend() != "tpu")
+    if not jax.sharding.get_abstract_mesh().empty:
+        heads_spec = sharding.spec("batch", None, "heads", None)
+        run = jax.shard_map(
+            run,
+            in_specs=(heads_spec, heads_spec, heads_spec, sharding.spec("batch", None)),
+            out_specs=heads_spec,
+            check_vma=False,  # the kernel does not declare its varying axes
+        )
+    return run(q * head_dim**-0.5, k, v, segment_ids)
+
+
+def splash_heads(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    causal: bool,
+    interpret: bool,
+) -> jax.Array:
+    """The splash kernel on one device's share; `q` is scaled already, shapes as in `attend`."""
+    length, heads = q.shape[1:3]
+    one_head = (
+        splash_mask.CausalMask((length, length))
+        if causal
+        else splash_mask.FullMask((length, length))
+    )
+    kernel = splash.make_splash_mha(
+        splash_mask.MultiHeadMask([one_head] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=SPLASH_BLOCK,
+            block_kv=SPLASH_BLOCK,
+            block_kv_compute=SPLASH_BLOCK,
+            block_q_dkv=SPLASH_BLOCK,
+            block_kv_dkv=SPLASH_BLOCK,
+            block_kv_dkv_compute=SPLASH_BLOCK,
+            block_q_dq=SPLASH_BLOCK,
+            block_kv_dq=SPLASH_BLOCK,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def one(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        return kernel(q, k, v, segment_ids=splash.SegmentIds(segments, segments))
+
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # the kernel takes heads first
+    return jax.vmap(one)(q, k, v, segment_ids).swapaxes(1, 2)

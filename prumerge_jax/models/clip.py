@@ -1,0 +1,176 @@
+"""The CLIP vision tower, as far as LLaVA and PruMerge need it.
+
+LLaVA's visual features are the input of the last block, and PruMerge asks that block only for the
+keys of all tokens and the query of the CLS token. So the last block is reduced to one LayerNorm
+and two projections; its attention, its MLP and the final LayerNorm do not exist here.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prumerge_jax.distributed.sharding import pin
+from prumerge_jax.models.attention import attend
+from prumerge_jax.models.config import VisionConfig
+from prumerge_jax.models.layers import LayerNorm, Linear, stack
+
+
+class VisionFeatures(NamedTuple):
+    """What PruMerge reads off the tower. Index 0 of the token axis is CLS.
+
+    Attributes:
+      hidden: [B, N+1, D], the output of the last block but one (`hidden_states[-2]`).
+      query_cls: [B, D] float32, the CLS query of the last block, all heads side by side.
+      keys: [B, N+1, D] float32, the keys of the last block, all heads side by side.
+    """
+
+    hidden: jax.Array
+    query_cls: jax.Array
+    keys: jax.Array
+
+
+class ClipVision(nnx.Module):
+    """CLIP-ViT up to the keys of its last block (openai/CLIP, transformers `modeling_clip.py`)."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        width, patch = config.width, config.patch_size
+        normal = nnx.initializers.normal(width**-0.5)
+        self.config = config
+        self.class_embedding = nnx.Param(normal(rngs.params(), (width,)), out_sharding=(None,))
+        self.patch_embedding = PatchEmbedding(patch, width, rngs=rngs)
+        self.position_embedding = nnx.Param(
+            normal(rngs.params(), (config.num_patches + 1, width)), out_sharding=(None, "embed")
+        )
+        self.pre_layernorm = LayerNorm(width, config.layer_norm_eps)
+        self.layers = stack(
+            lambda rngs: VisionLayer(config, rngs=rngs), config.num_layers - 1, rngs
+        )
+        self.last = LastBlock(config, rngs=rngs)
+
+    def __call__(self, pixels: jax.Array, *, implementation: str = "xla") -> VisionFeatures:
+        """Encodes normalised images.
+
+        Args:
+          pixels: [B, S, S, 3] in the compute dtype, S = `config.image_size`.
+          implementation: attention backend, see `attention.attend`.
+        """
+        patches = self.patch_embedding(pixels)
+        cls = jnp.broadcast_to(
+            self.class_embedding[...].astype(pixels.dtype), (len(pixels), 1, self.config.width)
+        )
+        x = jnp.concatenate([cls, patches], axis=1)
+        x = x + self.position_embedding[...].astype(pixels.dtype)
+        x = pin(self.pre_layernorm(x), "batch", None, None)
+        graphdef, weights = nnx.split(self.layers)
+
+        def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, layer)(x, implementation=implementation), None
+
+        hidden, _ = jax.lax.scan(body, x, weights)
+        query_cls, keys = self.last(hidden)
+        return VisionFeatures(hidden, query_cls, keys)
+
+
+class PatchEmbedding(nnx.Module):
+    """Cuts an image into patches and projects each: a convolution of stride `patch`, no bias."""
+
+    def __init__(self, patch: int, width: int, *, rngs: nnx.Rngs) -> None:
+        kernel = nnx.initializers.normal(0.02)(rngs.params(), (patch, patch, 3, width))
+        self.kernel = nnx.Param(kernel, out_sharding=(None, None, None, "embed"))
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """[B, S, S, 3] -> [B, N, D], patches in raster order."""
+        patch, _, _, width = self.kernel.shape
+        batch, side = pixels.shape[0], pixels.shape[1] // patch
+        x = pixels.reshape(batch, side, patch, side, patch, 3).swapaxes(2, 3)
+        x = x.reshape(batch, side * side, patch * patch * 3)
+        return x @ self.kernel[...].astype(x.dtype).reshape(-1, width)
+
+
+class VisionLayer(nnx.Module):
+    """A pre-norm transformer block without causal mask."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        self.layer_norm1 = LayerNorm(config.width, config.layer_norm_eps)
+        self.self_attn = VisionAttention(config, rngs=rngs)
+        self.layer_norm2 = LayerNorm(config.width, config.layer_norm_eps)
+        self.mlp = VisionMLP(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, implementation: str) -> jax.Array:
+        """[B, N+1, D] -> [B, N+1, D]."""
+        x = x + self.self_attn(self.layer_norm1(x), implementation=implementation)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VisionAttention(nnx.Module):
+    """Multi-head self-attention, all projections with bias."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        width = config.width
+        self.num_heads = config.num_heads
+        self.q_proj = Linear(width, width, ("embed", "heads"), bias=True, rngs=rngs)
+        self.k_proj = Linear(width, width, ("embed", "heads"), bias=True, rngs=rngs)
+        self.v_proj = Linear(width, width, ("embed", "heads"), bias=True, rngs=rngs)
+        self.out_proj = Linear(width, width, ("heads", "embed"), bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, implementation: str) -> jax.Array:
+        """[B, N+1, D] -> [B, N+1, D]."""
+        split = (*x.shape[:2], self.num_heads, -1)
+        q, k, v = (proj(x).reshape(split) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attend(q, k, v, implementation=implementation).reshape(x.shape))
+
+
+class VisionMLP(nnx.Module):
+    """Two linear layers around the tower's activation."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        self.activation = _activation(config.activation)
+        self.fc1 = Linear(config.width, config.mlp_width, ("embed", "mlp"), bias=True, rngs=rngs)
+        self.fc2 = Linear(config.mlp_width, config.width, ("mlp", "embed"), bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, N+1, D] -> [B, N+1, D]."""
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class LastBlock(nnx.Module):
+    """The part of the last block that decides which tokens stay: LN1, keys, CLS query."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        width = config.width
+        self.layer_norm1 = LayerNorm(width, config.layer_norm_eps)
+        self.q_proj = Linear(width, width, ("embed", "heads"), bias=True, rngs=rngs)
+        self.k_proj = Linear(width, width, ("embed", "heads"), bias=True, rngs=rngs)
+
+    def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, N+1, D] -> CLS query [B, D] and keys [B, N+1, D], both float32.
+
+        Float32 at highest precision whatever the tower computes in: rounding here changes the
+        number of kept tokens in most images.
+        """
+        with jax.default_matmul_precision("highest"):
+            x = self.layer_norm1(hidden.astype(jnp.float32))
+            return self.q_proj(x[:, 0]), self.k_proj(x)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """OpenAI CLIP's activation, x * sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU; `jax.nn.gelu` alone would be the tanh form."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+def _activation(name: str):  # type: ignore[no-untyped-def]  # jax.nn activations are untyped
+    if name not in _ACTIVATIONS:
+        raise ValueError(
+            f"unknown vision activation {name!r}; expected one of {sorted(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[name]

@@ -1,0 +1,117 @@
+"""Sizes of the three parts of a LLaVA: vision tower, projector, language model.
+
+The published sizes have names (`published`), every other size is a `dataclasses.replace` away.
+Shapes use the axis letters of the package: B batch, N patches, R capacity, T/S query/key length,
+H heads, D width, V vocabulary, L layers.
+"""
+
+import dataclasses
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP vision transformer. The defaults are openai/clip-vit-large-patch14-336."""
+
+    image_size: int = 336
+    patch_size: int = 14
+    width: int = 1024
+    mlp_width: int = 4096
+    num_layers: int = 24
+    num_heads: int = 16
+    layer_norm_eps: float = 1e-5
+    activation: str = "quick_gelu"
+    pixel_mean: tuple[float, float, float] = CLIP_MEAN
+    pixel_std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if self.num_layers < 2:
+            raise ValueError(f"num_layers is {self.num_layers}; the tower needs at least 2")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """N, the CLS token not counted."""
+        return self.grid**2
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """A LLaMA decoder. The defaults are Vicuna-7B-v1.5 with llava-hf's padded vocabulary."""
+
+    vocab_size: int = 32064
+    width: int = 4096
+    mlp_width: int = 11008
+    num_layers: int = 32
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    head_dim: int = 128
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    max_positions: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaConfig:
+    """A whole LLaVA.
+
+    `projector` is `linear`, `mlpNx_gelu` or `identity`, LLaVA's own names. `image_token_id` and
+    `pad_token_id` are the ids a Hugging Face directory declares; an original LLaVA directory has
+    neither, and both are None.
+    """
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    projector: str = "mlp2x_gelu"
+    image_token_id: int | None = 32000
+    pad_token_id: int | None = 32001
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+
+
+_TEXT_13B = TextConfig(
+    width=5120, mlp_width=13824, num_layers=40, num_heads=40, num_kv_heads=40, head_dim=128
+)
+_TINY = LlavaConfig(
+    vision=VisionConfig(
+        image_size=56, patch_size=14, width=32, mlp_width=64, num_layers=3, num_heads=2
+    ),
+    text=TextConfig(
+        vocab_size=32064, width=48, mlp_width=96, num_layers=2, num_heads=4, num_kv_heads=2,
+        head_dim=12, max_positions=1024,
+    ),
+)  # fmt: skip
+_PUBLISHED = {
+    "llava-1.5-7b": LlavaConfig(),
+    "llava-1.5-13b": LlavaConfig(text=_TEXT_13B),
+    "tiny": _TINY,
+}
+
+
+def published(name: str) -> LlavaConfig:
+    """The configuration of a named size: `llava-1.5-7b`, `llava-1.5-13b` or `tiny` (for tests).
+
+    Raises:
+      ValueError: the name is not one of these.
+    """
+    if name not in _PUBLISHED:
+        raise ValueError(f"unknown model size {name!r}; expected one of {sorted(_PUBLISHED)}")
+    return _PUBLISHED[name]

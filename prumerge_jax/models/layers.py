@@ -1,0 +1,157 @@
+"""Linear layers with optional low-rank adapters, norms, and layer stacks.
+
+Weights are created in float32; loading or casting the state decides what is stored. A layer
+computes in the dtype of its input.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Axes = tuple[str | None, ...]
+
+_normal = nnx.initializers.normal(0.02)
+# PEFT's default for A: Kaiming uniform with a = sqrt(5), that is uniform within 1/sqrt(fan_in).
+_kaiming = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685) on every linear layer of the decoder.
+
+    The output of a linear layer becomes `x W + alpha / rank * dropout(x) A B`. `dropout` applies
+    only where a dropout key is given, that is in training.
+    """
+
+    rank: int = 128
+    alpha: float = 256.0
+    dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"adapter rank is {self.rank}; expected at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"adapter dropout is {self.dropout}; expected 0 <= dropout < 1")
+
+    @property
+    def scale(self) -> float:
+        """The factor alpha / rank."""
+        return self.alpha / self.rank
+
+
+class LoRAParam(nnx.Variable):
+    """An adapter weight. Not an `nnx.Param`, so that filters can tell base and adapter apart."""
+
+
+class Linear(nnx.Module):
+    """`x W + b`, plus a low-rank adapter where one is configured.
+
+    Attributes:
+      kernel: [d_in, d_out], the transpose of PyTorch's weight.
+      bias: [d_out] or None.
+      lora_a, lora_b: [d_in, rank] and [rank, d_out]; absent without an adapter.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        axes: Axes,
+        *,
+        bias: bool = False,
+        adapter: AdapterConfig | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.kernel = nnx.Param(_normal(rngs.params(), (d_in, d_out)), out_sharding=axes)
+        self.bias = nnx.Param(jnp.zeros((d_out,)), out_sharding=axes[1:]) if bias else None
+        self.adapter = adapter
+        if adapter is not None:
+            a = _kaiming(rngs.params(), (d_in, adapter.rank))
+            self.lora_a = LoRAParam(a, out_sharding=(axes[0], None))
+            self.lora_b = LoRAParam(jnp.zeros((adapter.rank, d_out)), out_sharding=(None, axes[1]))
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """[..., d_in] -> [..., d_out] in the dtype of `x`."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.adapter is None:
+            return y
+        if dropout_key is not None and self.adapter.dropout:
+            keep = 1 - self.adapter.dropout
+            x = jnp.where(jax.random.bernoulli(dropout_key, keep, x.shape), x / keep, 0)
+        delta = (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
+        return y + self.adapter.scale * delta
+
+
+class RMSNorm(nnx.Module):
+    """LLaMA's norm: computed in float32, scaled after the cast back (modeling_llama.py)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        self.scale = nnx.Param(jnp.ones((width,)), out_sharding=(None,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        f = x.astype(jnp.float32)
+        f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + self.eps)
+        return f.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """CLIP's norm, computed in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        self.scale = nnx.Param(jnp.ones((width,)), out_sharding=(None,))
+        self.bias = nnx.Param(jnp.zeros((width,)), out_sharding=(None,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        f = x.astype(jnp.float32)
+        f = f - f.mean(axis=-1, keepdims=True)
+        f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + self.eps)
+        f = f * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return f.astype(x.dtype)
+
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+
+
+def stack(make_layer: Callable[[nnx.Rngs], Layer], num_layers: int, rngs: nnx.Rngs) -> Layer:
+    """One module whose weights carry a leading, unsharded axis of `num_layers`."""
+
+    @nnx.split_rngs(splits=num_layers)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
+    def make(rngs: nnx.Rngs) -> Layer:
+        return make_layer(rngs)
+
+    return make(rngs)
+
+
+_REMAT: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def rematerialise(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """A scan body whose activations are recomputed in the backward pass.
+
+    Args:
+      policy: `none` (keep everything), `full` (keep only the carry) or `dots` (keep the results
+        of weight matmuls).
+
+    Raises:
+      ValueError: an unknown policy.
+    """
+    if policy not in _REMAT:
+        raise ValueError(f"unknown remat policy {policy!r}; expected one of {sorted(_REMAT)}")
+    if policy == "none":
+        return body
+    return jax.checkpoint(body, policy=_REMAT[policy], prevent_cse=False)

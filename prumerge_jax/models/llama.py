@@ -1,0 +1,280 @@
+"""The LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Two ways through the same layers. Rows (`__call__`, `prefill`) hold one or several packed segments,
+each position sees the earlier ones of its own segment. Slots (`decode`) hold one growing sequence
+each, whose keys and values live in a `KVCache`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prumerge_jax.distributed.sharding import pin
+from prumerge_jax.models.attention import attend, attend_to_cache
+from prumerge_jax.models.config import TextConfig
+from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, rematerialise, stack
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer, each [L, B, S, K, D]; keys are rotated already."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+def empty_cache(config: TextConfig, slots: int, length: int, dtype: jnp.dtype) -> KVCache:
+    """A cache of zeros: `slots` sequences of up to `length` tokens."""
+    shape = (config.num_layers, slots, length, config.num_kv_heads, config.head_dim)
+    axes = (None, "batch", None, "heads", None)
+    return KVCache(pin(jnp.zeros(shape, dtype), *axes), pin(jnp.zeros(shape, dtype), *axes))
+
+
+class Llama(nnx.Module):
+    """A LLaMA language model (transformers `modeling_llama.py`)."""
+
+    def __init__(
+        self, config: TextConfig, *, adapter: AdapterConfig | None = None, rngs: nnx.Rngs
+    ) -> None:
+        normal = nnx.initializers.normal(0.02)
+        self.config = config
+        self.embed_tokens = nnx.Param(
+            normal(rngs.params(), (config.vocab_size, config.width)),
+            out_sharding=("vocab", "embed"),
+        )
+        self.layers = stack(
+            lambda rngs: DecoderLayer(config, adapter=adapter, rngs=rngs), config.num_layers, rngs
+        )
+        self.norm = RMSNorm(config.width, config.rms_norm_eps)
+        self.lm_head = Linear(config.width, config.vocab_size, ("embed", "vocab"), rngs=rngs)
+
+    def embed(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Token ids [B, T] int32 -> embeddings [B, T, D] in the compute dtype."""
+        return pin(self.embed_tokens[...][ids].astype(dtype), "batch", None, None)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Final hidden states [..., D] -> next-token logits [..., V] float32."""
+        return self.lm_head(hidden).astype(jnp.float32)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        *,
+        implementation: str = "xla",
+        remat: str = "none",
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Runs rows through all layers and the final norm.
+
+        Args:
+          x: [B, T, D] embeddings in the compute dtype.
+          positions: [B, T] int32, rotary positions.
+          segment_ids: [B, T] int32; 0 is padding.
+          implementation: attention backend, see `attention.attend`.
+          remat: see `layers.rematerialise`.
+          dropout_key: where given, adapters drop their inputs (training).
+
+        Returns:
+          [B, T, D].
+        """
+        graphdef, weights = nnx.split(self.layers)
+        rope = rotary(positions, self.config)
+        x = without_padding(x, segment_ids)
+        keys = None
+        if dropout_key is not None:
+            keys = jax.random.split(dropout_key, self.config.num_layers)
+
+        def body(
+            x: jax.Array, scanned: tuple[nnx.State, jax.Array | None]
+        ) -> tuple[jax.Array, None]:
+            weights, key = scanned
+            layer = nnx.merge(graphdef, weights)
+            drop = split_key(key, 3)
+            q, k, v = layer.qkv(x, rope, drop[0])
+            seen = attend(
+                q, k, v, segment_ids=segment_ids, causal=True, implementation=implementation
+            )
+            x = layer.mix(x, seen, drop[1])
+            return pin(layer.feed_forward(x, drop[2]), "batch", None, None), None
+
+        x, _ = jax.lax.scan(rematerialise(body, remat), x, (weights, keys))
+        return self.norm(x)
+
+    def prefill(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        *,
+        implementation: str = "xla",
+    ) -> tuple[jax.Array, KVCache]:
+        """`__call__` that also returns the rows' keys and values, [L, B, T, K, D] each."""
+        graphdef, weights = nnx.split(self.layers)
+        rope = rotary(positions, self.config)
+        x = without_padding(x, segment_ids)
+
+        def body(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, KVCache]:
+            layer = nnx.merge(graphdef, weights)
+            q, k, v = layer.qkv(x, rope)
+            seen = attend(
+                q, k, v, segment_ids=segment_ids, causal=True, implementation=implementation
+            )
+            x = pin(layer.feed_forward(layer.mix(x, seen)), "batch", None, None)
+            return x, KVCache(k, v)
+
+        x, cache = jax.lax.scan(body, x, weights)
+        return self.norm(x), cache
+
+    def decode(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        cache: KVCache,
+        lengths: jax.Array,
+        *,
+        implementation: str = "xla",
+    ) -> tuple[jax.Array, KVCache]:
+        """One new token per slot.
+
+        Args:
+          x: [B, 1, D] embeddings of the new tokens.
+          positions: [B] int32, their rotary positions.
+          cache: [L, B, S, K, D]; the new entries are written at index `lengths`.
+          lengths: [B] int32, valid entries before this token; at S the write is dropped.
+          implementation: attention backend, see `attention.attend_to_cache`.
+
+        Returns:
+          [B, 1, D] after the final norm, and the cache with one entry more per slot.
+        """
+        graphdef, weights = nnx.split(self.layers)
+        rope = rotary(positions[:, None], self.config)
+        slots = jnp.arange(len(lengths))
+
+        # The cache travels in the carry and is written in place; as a scanned input and output
+        # it would be copied whole at every step.
+        def body(
+            carry: tuple[jax.Array, jax.Array, jax.Array], scanned: tuple[jax.Array, nnx.State]
+        ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+            x, cache_k, cache_v = carry
+            index, weights = scanned
+            layer = nnx.merge(graphdef, weights)
+            q, k, v = layer.qkv(x, rope)
+            cache_k = cache_k.at[index, slots, lengths].set(k[:, 0].astype(cache_k.dtype))
+            cache_v = cache_v.at[index, slots, lengths].set(v[:, 0].astype(cache_v.dtype))
+            seen = attend_to_cache(
+                q, cache_k[index], cache_v[index], lengths + 1, implementation=implementation
+            )
+            return (layer.feed_forward(layer.mix(x, seen)), cache_k, cache_v), None
+
+        layer_index = jnp.arange(self.config.num_layers)
+        (x, k, v), _ = jax.lax.scan(body, (x, cache.k, cache.v), (layer_index, weights))
+        return self.norm(x), KVCache(k, v)
+
+
+class DecoderLayer(nnx.Module):
+    """A pre-norm block, in the three pieces between which attention happens."""
+
+    def __init__(
+        self, config: TextConfig, *, adapter: AdapterConfig | None, rngs: nnx.Rngs
+    ) -> None:
+        self.input_layernorm = RMSNorm(config.width, config.rms_norm_eps)
+        self.self_attn = Projections(config, adapter=adapter, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.width, config.rms_norm_eps)
+        self.mlp = SwiGLU(config, adapter=adapter, rngs=rngs)
+
+    def qkv(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, T, D] -> q [B, T, H, Dh], k and v [B, T, K, Dh]; q and k rotated."""
+        q, k, v = self.self_attn.qkv(self.input_layernorm(x), dropout_key)
+        return rotate(q, rope), rotate(k, rope), v
+
+    def mix(
+        self, x: jax.Array, attended: jax.Array, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Adds attention's result [B, T, H, Dh] to the residual [B, T, D]."""
+        flat = attended.reshape(*attended.shape[:2], -1)
+        return x + self.self_attn.o_proj(flat, dropout_key)
+
+    def feed_forward(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        return x + self.mlp(self.post_attention_layernorm(x), dropout_key)
+
+
+class Projections(nnx.Module):
+    """The four projections of grouped-query attention, none with bias."""
+
+    def __init__(
+        self, config: TextConfig, *, adapter: AdapterConfig | None, rngs: nnx.Rngs
+    ) -> None:
+        width, inner = config.width, config.num_heads * config.head_dim
+        shared = config.num_kv_heads * config.head_dim
+        into, out = ("embed", "heads"), ("heads", "embed")
+        self.head_dim = config.head_dim
+        self.q_proj = Linear(width, inner, into, adapter=adapter, rngs=rngs)
+        self.k_proj = Linear(width, shared, into, adapter=adapter, rngs=rngs)
+        self.v_proj = Linear(width, shared, into, adapter=adapter, rngs=rngs)
+        self.o_proj = Linear(inner, width, out, adapter=adapter, rngs=rngs)
+
+    def qkv(
+        self, x: jax.Array, dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, T, D] -> [B, T, H, Dh] and twice [B, T, K, Dh]."""
+        keys = split_key(dropout_key, 3)
+        split = (*x.shape[:2], -1, self.head_dim)
+        return (
+            self.q_proj(x, keys[0]).reshape(split),
+            self.k_proj(x, keys[1]).reshape(split),
+            self.v_proj(x, keys[2]).reshape(split),
+        )
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(
+        self, config: TextConfig, *, adapter: AdapterConfig | None, rngs: nnx.Rngs
+    ) -> None:
+        width, inner = config.width, config.mlp_width
+        self.gate_proj = Linear(width, inner, ("embed", "mlp"), adapter=adapter, rngs=rngs)
+        self.up_proj = Linear(width, inner, ("embed", "mlp"), adapter=adapter, rngs=rngs)
+        self.down_proj = Linear(inner, width, ("mlp", "embed"), adapter=adapter, rngs=rngs)
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        keys = split_key(dropout_key, 3)
+        gated = jax.nn.silu(self.gate_proj(x, keys[0])) * self.up_proj(x, keys[1])
+        return self.down_proj(gated, keys[2])
+
+
+def without_padding(x: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Zeroes x [B, T, D] where segment_ids [B, T] is 0: masked attention still multiplies values
+    by zero, and 0 * NaN is NaN."""
+    return jnp.where(segment_ids[..., None] > 0, x, 0)
+
+
+def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+    """`count` keys, or as many Nones where there is no key."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def rotary(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary embedding for positions [B, T], each [B, T, Dh/2] float32."""
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates heads [B, T, H, Dh], pairing dimension i with i + Dh/2 (HF's layout)."""
+    cos, sin = (part[:, :, None, :] for part in rope)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

@@ -1,0 +1,142 @@
+"""LLaVA assembled: vision tower, projector, decoder.
+
+The three stages are separate on purpose. Token reduction happens between the tower and the
+projector, and packing between the projector and the decoder; both live outside the model.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from prumerge_jax import prumerge
+from prumerge_jax.models.clip import ClipVision, gelu
+from prumerge_jax.models.config import LlavaConfig, VisionConfig
+from prumerge_jax.models.layers import AdapterConfig, Linear
+from prumerge_jax.models.llama import Llama
+
+
+class LlavaModel(nnx.Module):
+    """The weights of a LLaVA-1.5 (arXiv 2310.03744) and its stages."""
+
+    def __init__(
+        self, config: LlavaConfig, *, adapter: AdapterConfig | None = None, rngs: nnx.Rngs
+    ) -> None:
+        self.vision = ClipVision(config.vision, rngs=rngs)
+        self.projector = Projector(
+            config.projector, config.vision.width, config.text.width, rngs=rngs
+        )
+        self.decoder = Llama(config.text, adapter=adapter, rngs=rngs)
+
+    def embed_rows(
+        self, ids: jax.Array, visual_tokens: jax.Array, visual_index: jax.Array
+    ) -> jax.Array:
+        """The decoder's input: text embeddings with projected visual tokens put in their places.
+
+        Args:
+          ids: [rows, T] int32, any value where a visual token goes.
+          visual_tokens: [B, R, Dv], reduced and not yet projected; its dtype is the compute dtype.
+          visual_index: [rows, T] int32, b * R + r of the visual token at this position, -1 for
+            text and padding.
+
+        Returns:
+          [rows, T, D].
+        """
+        text = self.decoder.embed(ids, visual_tokens.dtype)
+        is_visual = visual_index[..., None] >= 0
+        flat = visual_tokens.reshape(-1, visual_tokens.shape[-1])
+        # Gathered before they are projected, so that slots no row uses cost nothing; zeroed where
+        # text goes, so that whatever lies in unused slots reaches neither values nor gradients.
+        visual = jnp.where(is_visual, flat[jnp.maximum(visual_index, 0)], 0)
+        return jnp.where(is_visual, self.projector(visual), text)
+
+
+def encode_images(
+    vision: ClipVision,
+    pixels: jax.Array,
+    reduction: prumerge.PruMergeConfig,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    implementation: str = "xla",
+) -> prumerge.VisualTokens:
+    """Pixels to reduced visual tokens, one compiled step of fixed shape.
+
+    Args:
+      vision: the tower.
+      pixels: [B, S, S, 3] uint8, resized and cropped or padded.
+      reduction: what `prumerge.reduce_tokens` does; static under `jax.jit`.
+      dtype: compute dtype of the tower and dtype of the tokens.
+      implementation: attention backend, see `attention.attend`.
+    """
+    normalised = normalize_pixels(pixels, vision.config).astype(dtype)
+    features = vision(normalised, implementation=implementation)
+    attention = prumerge.cls_attention(features.query_cls, features.keys)
+    return prumerge.reduce_tokens(
+        features.hidden[:, 1:], features.keys[:, 1:], attention, reduction
+    )
+
+
+def normalize_pixels(pixels: jax.Array, config: VisionConfig) -> jax.Array:
+    """uint8 [..., 3] -> float32, scaled to [0, 1], then mean and standard deviation per channel.
+
+    The same bits as the reference's numpy code, which divides in float64 before it rounds.
+    """
+    unit = jnp.asarray((np.arange(256) * (1 / 255)).astype(np.float32))[pixels]
+    return (unit - jnp.asarray(config.pixel_mean)) / jnp.asarray(config.pixel_std)
+
+
+class Projector(nnx.Module):
+    """Visual width to text width: `linear`, `mlpNx_gelu` or `identity` (LLaVA's builder.py).
+
+    The layers of an MLP are named by their index in the original Sequential: linear_0, linear_2...
+    """
+
+    def __init__(self, kind: str, d_in: int, d_out: int, *, rngs: nnx.Rngs) -> None:
+        self.depth = projector_depth(kind)
+        for layer in range(self.depth):
+            width = d_in if layer == 0 else d_out
+            linear = Linear(width, d_out, (None, "embed"), bias=True, rngs=rngs)
+            setattr(self, f"linear_{2 * layer}", linear)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., Dv] -> [..., D]."""
+        for layer in range(self.depth):
+            x = getattr(self, f"linear_{2 * layer}")(x if layer == 0 else gelu(x))
+        return x
+
+
+def projector_depth(kind: str) -> int:
+    """The number of linear layers of a projector.
+
+    Raises:
+      ValueError: an unknown kind.
+    """
+    if kind == "identity":
+        return 0
+    if kind == "linear":
+        return 1
+    match = re.fullmatch(r"mlp([1-9])x_gelu", kind)
+    if not match:
+        raise ValueError(
+            f"unknown projector {kind!r}; expected 'linear', 'identity' or 'mlpNx_gelu'"
+        )
+    return int(match[1])
+
+
+def abstract_model(
+    config: LlavaConfig, adapter: AdapterConfig | None = None
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's structure and the shapes, dtypes and logical axes of its weights; no arrays."""
+    with nnx.use_eager_sharding(False):
+        model = nnx.eval_shape(lambda: LlavaModel(config, adapter=adapter, rngs=nnx.Rngs(0)))
+    return nnx.split(model)
+
+
+def random_model(
+    config: LlavaConfig, seed: int, adapter: AdapterConfig | None = None
+) -> LlavaModel:
+    """A model with random float32 weights on the default device."""
+    with nnx.use_eager_sharding(False):
+        return LlavaModel(config, adapter=adapter, rngs=nnx.Rngs(seed))

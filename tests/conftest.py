@@ -1,0 +1,25 @@
+"""Fixtures shared by all tests."""
+
+import os
+import pathlib
+
+import pytest
+
+# Set before jax is first imported: sharding is tested on eight virtual CPU devices.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+
+def golden_dir() -> pathlib.Path | None:
+    """The folder of reference outputs, or None where this machine has none."""
+    beside_checkout = pathlib.Path(__file__).resolve().parents[2] / "shared" / "golden"
+    folder = pathlib.Path(os.environ.get("PRUMERGE_GOLDEN", beside_checkout))
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def golden() -> pathlib.Path:
+    folder = golden_dir()
+    if folder is None:
+        pytest.skip("no golden data: set PRUMERGE_GOLDEN to the folder of reference outputs")
+    return folder

@@ -1,0 +1,118 @@
+"""One seam, three backends: equal where this machine can run them, lowered where it cannot."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prumerge_jax.distributed import sharding
+from prumerge_jax.models.attention import attend, attend_to_cache
+
+
+def random_qkv(heads: int = 4, kv_heads: int = 2, length: int = 128, width: int = 16):
+    rng = np.random.default_rng(0)
+    shapes = [(2, length, heads, width), (2, length, kv_heads, width), (2, length, kv_heads, width)]
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def segments(length: int) -> jax.Array:
+    """Two segments and padding in one row, one full row."""
+    ids = np.ones((2, length), np.int32)
+    ids[0, length // 3 :] = 2
+    ids[0, -length // 8 :] = 0
+    return jnp.asarray(ids)
+
+
+def naive(q, k, v, segment_ids, causal: bool) -> np.ndarray:
+    """Loops over rows, heads and queries, float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    group = q.shape[2] // k.shape[2]
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        seen = np.ones(q.shape[1], bool)
+        if segment_ids is not None:
+            seen = np.asarray(segment_ids[b] == segment_ids[b, t])
+        if causal:
+            seen = seen & (np.arange(q.shape[1]) <= t)
+        logits = k[b, seen, h // group] @ q[b, t, h] / np.sqrt(q.shape[-1])
+        weights = np.exp(logits - logits.max())
+        out[b, t, h] = weights @ v[b, seen, h // group] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("segmented", [True, False])
+def test_xla_equals_loops(causal: bool, segmented: bool) -> None:
+    q, k, v = random_qkv(length=24)
+    ids = segments(24) if segmented else None
+    got = attend(q, k, v, segment_ids=ids, causal=causal)
+    np.testing.assert_allclose(got, naive(q, k, v, ids, causal), atol=2e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_splash_equals_xla_forward_and_backward(causal: bool) -> None:
+    """The TPU kernel in interpret mode, grouped heads and segments included."""
+    q, k, v = random_qkv(length=256)
+    ids = segments(256)
+    probe = jnp.cos(jnp.arange(q.size)).reshape(q.shape) * (ids > 0)[..., None, None]
+
+    def loss(implementation: str, q, k, v) -> jax.Array:
+        out = attend(q, k, v, segment_ids=ids, causal=causal, implementation=implementation)
+        return (out * probe).sum()
+
+    run = jax.value_and_grad(loss, argnums=(1, 2, 3))
+    (got, got_gradients), (value, gradients) = run("splash", q, k, v), run("xla", q, k, v)
+    assert float(got) == pytest.approx(float(value), abs=1e-3)
+    for mine, reference in zip(got_gradients, gradients, strict=True):
+        np.testing.assert_allclose(mine, reference, atol=2e-5)
+
+
+def test_splash_on_a_mesh() -> None:
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    q, k, v = random_qkv(heads=4, kv_heads=4, length=128)
+    expected = attend(q, k, v, segment_ids=segments(128), causal=True)
+    with sharding.use_mesh(sharding.make_mesh(1, 2, 2)):
+        run = jax.jit(functools.partial(attend, causal=True, implementation="splash"))
+        got = run(q, k, v, segment_ids=segments(128))
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("segmented", [True, False])
+def test_cudnn_lowers_for_gpus(segmented: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU here: the program for one must contain cuDNN's fused attention."""
+    # JAX asks the machine for its cuDNN before it builds the program for another one.
+    module = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{module}.check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(f"{module}.check_compute_capability", lambda _: True)
+    q, k, v = (x.astype(jnp.bfloat16) for x in random_qkv(length=128, width=64))
+    ids = segments(128) if segmented else None
+    run = jax.jit(
+        lambda q, k, v: attend(q, k, v, segment_ids=ids, causal=True, implementation="cudnn")
+    )
+    text = run.trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+    assert "cudnn$fmha" in text
+
+
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_cache_attention_sees_valid_entries_only(implementation: str) -> None:
+    q, k, v = random_qkv(length=32)
+    lengths = jnp.array([5, 32])
+    got = attend_to_cache(q[:, :1], k, v, lengths, implementation=implementation)
+    for row, length in enumerate([5, 32]):
+        alone = [x[row : row + 1, :length] for x in (k, v)]
+        query = jnp.repeat(q[row : row + 1, :1], length, axis=1)
+        expected = naive(query, *alone, None, False)[:, :1]
+        np.testing.assert_allclose(got[row : row + 1], expected, atol=2e-6)
+    other = attend_to_cache(q[:, :1], k.at[0, 5:].set(1e9), v.at[0, 5:].set(-1e9), lengths)
+    np.testing.assert_array_equal(other[0], got[0])
+
+
+def test_wrong_requests_are_refused() -> None:
+    q, k, v = random_qkv(length=100)
+    with pytest.raises(ValueError, match="unknown attention 'flash'"):
+        attend(q, k, v, implementation="flash")
+    with pytest.raises(ValueError, match="multiple of 128, got 100"):
+        attend(q, k, v, implementation="splash")
