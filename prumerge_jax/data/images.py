@@ -1,0 +1,208 @@
+"""Image files to pixels: strict decoding and CLIP's preprocessing, both by PIL.
+
+PIL is the image resizer of record: the torchvision path of newer processors differs by one grey
+level here and there, enough to change which tokens PruMerge keeps. Images stay uint8 up to
+`normalize`, so they travel and are stored at a quarter of the size.
+"""
+
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from typing import BinaryIO, Literal, get_args
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from prumerge_jax.models.config import CLIP_MEAN, CLIP_STD
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_PIXELS = 64_000_000
+# Pad mode builds a square of the longer side, crop mode a strip of size * aspect ratio: at these
+# limits either is one gigabyte for a moment.
+MAX_SIDE = 16_384
+MAX_ASPECT_RATIO = 2_000
+
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+ImageMode = Literal["pad", "crop"]
+"""`pad`: the image in the middle of a square of the mean colour. `crop`: its central square."""
+
+_EXPECTED = (
+    f"a complete {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of at most "
+    f"{MAX_PIXELS:,} pixels, {MAX_SIDE:,} on a side and {MAX_ASPECT_RATIO:,} : 1"
+)
+
+
+class ImageError(ValueError):
+    """An image cannot be used; the message names it, the cause and what was expected."""
+
+
+def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
+    """Decodes an image completely, or refuses it.
+
+    The result is what `Image.open(source).convert("RGB")` gives: alpha is dropped, not blended; a
+    palette or CMYK is converted; of an animation the first frame counts; the EXIF orientation is
+    *not* applied, as in LLaVA. One mode differs. PIL clips 16-bit grey at 255, which turns nearly
+    all of it white; here the high byte counts, as PIL itself does for 16-bit RGB.
+
+    Sizes are checked on the header, before any pixel is decoded.
+
+    Args:
+      source: a file's path or its bytes, a PIL image, or uint8 pixels [H, W, 3].
+      name: what to call the image in an error; by default the path.
+
+    Returns:
+      A new PIL image of mode RGB, without metadata.
+
+    Raises:
+      ImageError: the image is missing, damaged, cut short, not an image, of another format, too
+        large or too narrow.
+    """
+    if name is None:
+        name = os.fspath(source) if isinstance(source, str | os.PathLike) else "image"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Of palettes with alpha; that alpha is dropped is what this function promises.
+            warnings.filterwarnings("ignore", "Palette images with Transparency")
+            return _decode(source)
+    except Exception as error:  # decoders raise nearly anything on damaged bytes
+        cause = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise ImageError(f"{name}: {cause}; expected {_EXPECTED}") from error
+
+
+def _decode(source: ImageSource) -> Image.Image:
+    if isinstance(source, Image.Image):
+        _check_size(source)
+        return _to_rgb(source)
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[-1] != 3:
+            raise ValueError(
+                f"an array of {source.dtype} {list(source.shape)}; arrays must be uint8 [H, W, 3]"
+            )
+        image = Image.fromarray(source)
+        _check_size(image)
+        return _to_rgb(image)
+    if isinstance(source, bytes):
+        return _decode_file(io.BytesIO(source))
+    with open(os.fspath(source), "rb") as file:
+        return _decode_file(file)
+
+
+def _decode_file(file: BinaryIO) -> Image.Image:
+    head = file.read(256)
+    if not head:
+        raise ValueError("the file is empty (0 bytes)")
+    if head.lstrip().startswith(b"<"):
+        raise ValueError("the file is HTML or XML text, perhaps the error page of a download")
+    file.seek(0)
+    try:
+        # The formats go by the content, not by the file's name.
+        image = Image.open(file, formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("not a readable image of a known format") from error
+    _check_size(image)
+    if image.format == "PNG":
+        # Decoding skips the checksums of the pixel data; verify() reads them, and spends the image.
+        image.verify()
+        file.seek(0)
+        image = Image.open(file, formats=("PNG",))
+    return _to_rgb(image)
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if min(width, height) < 1:
+        raise ValueError(f"{width} x {height} pixels")
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise ValueError(f"{width} x {height} pixels are too many")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(f"{width} x {height} pixels are too narrow")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise ValueError(
+            "some library set PIL.ImageFile.LOAD_TRUNCATED_IMAGES, with which a file that is cut "
+            "short decodes to grey without an error; set it to False"
+        )
+    image.load()
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has no defined white; convert it to 8 bits beforehand")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
+
+
+def preprocess(
+    image: Image.Image,
+    size: int = 336,
+    mode: ImageMode = "pad",
+    mean: Sequence[float] = CLIP_MEAN,
+) -> np.ndarray:
+    """CLIP's pixels up to the normalisation, bit for bit those of its PIL image processor.
+
+    The shorter side is resized to `size` (antialiased bicubic on uint8; the longer one is rounded
+    down), then the central square is cut out. In mode `pad` the image is first put in the middle
+    of a square of the mean colour, so that nothing is cut off (LLaVA's `expand2square`).
+
+    Args:
+      image: of mode RGB, as `load_image` returns it.
+      size: side of the result in pixels.
+      mode: what happens to an image that is not square.
+      mean: of the three channels, 0 to 1; the colour of the padding.
+
+    Returns:
+      uint8 [size, size, 3].
+
+    Raises:
+      ValueError: the image is not RGB, or no such mode.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"an image of mode {image.mode}; expected RGB, as load_image returns it")
+    if mode not in get_args(ImageMode):
+        raise ValueError(f"unknown image mode {mode!r}; expected one of {get_args(ImageMode)}")
+    if mode == "pad":
+        image = _pad_to_square(image, mean)
+    width, height = image.size
+    longer = int(size * max(width, height) / min(width, height))
+    resized = (size, longer) if width <= height else (longer, size)
+    left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    return np.array(image.crop((left, top, left + size, top + size)))
+
+
+def _pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    red, green, blue = (int(255 * channel) for channel in mean)
+    square = Image.new("RGB", (side, side), (red, green, blue))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def normalize(
+    pixels: np.ndarray, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> np.ndarray:
+    """Pixels as the vision tower takes them: scaled to 0..1, less the mean, over the deviation.
+
+    Args:
+      pixels: uint8 [..., 3].
+      mean: of the three channels, 0 to 1.
+      std: of the three channels, 0 to 1.
+
+    Returns:
+      float32 [..., 3], bit for bit CLIP's.
+
+    Raises:
+      ValueError: `pixels` is not uint8 with three channels last.
+    """
+    if pixels.dtype != np.uint8 or pixels.shape[-1:] != (3,):
+        raise ValueError(f"pixels of {pixels.dtype} {list(pixels.shape)}; expected uint8 [..., 3]")
+    # The product is taken in float64, the rest in float32, as in the reference.
+    scaled = (pixels * (1 / 255)).astype(np.float32)
+    return (scaled - np.array(mean, np.float32)) / np.array(std, np.float32)

@@ -1,0 +1,421 @@
+"""Plans that turn sequences of many lengths into rows of one length.
+
+PruMerge leaves every image with its own number of visual tokens. Padding all sequences to the
+longest would compute several times the real tokens; packing them first-fit-decreasing into rows of
+a fixed length computes next to none more, at one compiled shape. The planner needs lengths and text
+alone, never the visual tokens themselves, so it runs on the host (NumPy) while the device encodes.
+
+`pack_window`, `pack` and `one_per_row` differ only in which request goes to which row; the rows
+are then filled by the same code.
+
+Shapes: B images of the encoded batch, R capacity (visual token slots per image), N patches.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+IMAGE_TOKEN = -200
+"""Stands in a request's token ids where the visual tokens of an image go (LLaVA's convention)."""
+IGNORE = -100
+"""Label of a position that takes no part in a loss or a score (PyTorch's convention)."""
+
+PositionIds = Literal["compact", "original"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """One sequence of text with its images.
+
+    Attributes:
+      token_ids: int32 [T], one `IMAGE_TOKEN` per image at the place of its visual tokens.
+      image_rows: row b in the encoded batch for each image, in the order of the placeholders.
+      labels: int32 [T], the token itself where it is to be predicted and `IGNORE` elsewhere; None
+        predicts nothing.
+    """
+
+    token_ids: np.ndarray
+    image_rows: tuple[int, ...] = ()
+    labels: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.token_ids.ndim != 1 or not self.token_ids.size:
+            raise ValueError(
+                f"token_ids has shape {self.token_ids.shape}; expected one dimension, not empty"
+            )
+        placeholders = int(np.count_nonzero(self.token_ids == IMAGE_TOKEN))
+        if placeholders != len(self.image_rows):
+            raise ValueError(
+                f"token_ids holds {placeholders} image placeholders ({IMAGE_TOKEN}) for "
+                f"{len(self.image_rows)} images; each image needs exactly one"
+            )
+        if self.labels is not None and self.labels.shape != self.token_ids.shape:
+            raise ValueError(
+                f"labels has shape {self.labels.shape}, token_ids {self.token_ids.shape}; "
+                "they must be equal"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VisualLayout:
+    """What the planner knows of an encoded batch of images: counts and places, not values.
+
+    Attributes:
+      lengths: int32 [B], valid visual tokens per image, the extra token included.
+      patch_indices: int32 [B, R], the patch each visual token came from; -1 for the extra token.
+      num_patches: N, the patches of an unreduced image.
+    """
+
+    lengths: np.ndarray
+    patch_indices: np.ndarray
+    num_patches: int
+
+    def __post_init__(self) -> None:
+        if self.patch_indices.ndim != 2 or self.lengths.shape != self.patch_indices.shape[:1]:
+            raise ValueError(
+                f"lengths {self.lengths.shape} and patch_indices {self.patch_indices.shape} "
+                "do not fit; expected [B] and [B, R]"
+            )
+        outside = np.flatnonzero((self.lengths < 0) | (self.lengths > self.capacity))
+        if outside.size:
+            image = int(outside[0])
+            raise ValueError(
+                f"image row {image} has {self.lengths[image]} visual tokens; expected 0 to "
+                f"{self.capacity}, the capacity it was encoded with"
+            )
+
+    @property
+    def capacity(self) -> int:
+        """R, the visual token slots per image."""
+        return self.patch_indices.shape[1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """A batch of filled rows, and where each request went.
+
+    Attributes:
+      ids: int32 [rows, L], text token ids; 0 at visual tokens and padding.
+      visual_index: int32 [rows, L], b * R + slot of the visual token; -1 at text and padding.
+      positions: int32 [rows, L], from 0 in every segment; 0 at padding.
+      segment_ids: int32 [rows, L], 1, 2, ... along each row; 0 at padding.
+      targets: int32 [rows, L], the label of the next position of the same segment, or `IGNORE`.
+      requests: int32 [n], the requests in these rows, ascending, as indices of the planner's input.
+      row_of: int32 [n], the row of each of them.
+      start_of: int32 [n], the column of its first token.
+      length_of: int32 [n], its tokens, visual ones included.
+    """
+
+    ids: np.ndarray
+    visual_index: np.ndarray
+    positions: np.ndarray
+    segment_ids: np.ndarray
+    targets: np.ndarray
+    requests: np.ndarray
+    row_of: np.ndarray
+    start_of: np.ndarray
+    length_of: np.ndarray
+
+
+def sequence_lengths(requests: Sequence[Request], layout: VisualLayout) -> np.ndarray:
+    """Tokens of each request once its visual tokens stand in place of the placeholders.
+
+    Returns:
+      int64 [len(requests)].
+
+    Raises:
+      ValueError: a request names an image row that the layout does not have.
+    """
+    images = _image_rows(requests, layout)
+    owner = np.repeat(np.arange(len(requests)), [len(r.image_rows) for r in requests])
+    lengths = np.array([r.token_ids.size - len(r.image_rows) for r in requests], np.int64)
+    np.add.at(lengths, owner, layout.lengths[images])
+    return lengths
+
+
+def first_fit_decreasing(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]]:
+    """Bin packing: longest first, each into the first row that still has room.
+
+    Deterministic: equal lengths keep their input order. At most 11/9 of the optimal number of rows,
+    plus one (Johnson 1973).
+
+    Returns:
+      For each row the indices into `lengths`, in the order in which they stand in the row.
+
+    Raises:
+      ValueError: a length is smaller than 1 or larger than `row_length`.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    _check_fits(lengths, row_length)
+    free = np.full(lengths.size, row_length, np.int64)
+    rows: list[list[int]] = []
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        # The row after the last open one is empty, so some row always fits.
+        row = int(np.argmax(free[: len(rows) + 1] >= lengths[index]))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(index)
+        free[row] -= lengths[index]
+    return rows
+
+
+def pack_window(
+    requests: Sequence[Request],
+    layout: VisualLayout,
+    row_length: int,
+    num_rows: int,
+    *,
+    shards: int = 1,
+    position_ids: PositionIds = "compact",
+) -> list[Rows]:
+    """Packs a window of requests into as many batches of `num_rows` rows as it takes.
+
+    Args:
+      requests: the window.
+      layout: the encoded images that the requests refer to.
+      row_length: L.
+      num_rows: rows of every batch; where requests run out, rows are left as padding.
+      shards: the data shards over which both the encoded images and the rows are split into equal
+        contiguous blocks. A request goes to the shard of its images, so that gathering visual
+        tokens needs no communication; requests without an image fill the emptiest shards.
+      position_ids: `compact` numbers the tokens consecutively. `original` gives a visual token the
+        position its patch has without reduction (the extra token that of the last patch) and lets
+        the text go on after all N patches.
+
+    Raises:
+      ValueError: a request is longer than a row, refers to an image that the layout lacks or to
+        images of two shards; `num_rows` or the images do not divide by `shards`.
+    """
+    batches = _plan(requests, layout, row_length, num_rows, shards)
+    tokens = _expand(requests, layout, position_ids)
+    return [_fill(tokens, batch, row_length) for batch in batches]
+
+
+def pack(
+    requests: Sequence[Request],
+    layout: VisualLayout,
+    row_length: int,
+    num_rows: int,
+    *,
+    shards: int = 1,
+    position_ids: PositionIds = "compact",
+) -> Rows:
+    """Packs requests that must fit into one batch of rows; otherwise as `pack_window`.
+
+    Raises:
+      ValueError: as `pack_window`, and when more than `num_rows` rows are needed.
+    """
+    batches = _plan(requests, layout, row_length, num_rows, shards)
+    if len(batches) > 1:
+        raise ValueError(
+            f"{len(requests)} requests need {len(batches)} batches of {num_rows} rows of "
+            f"{row_length} tokens; expected one: pass fewer requests or more rows"
+        )
+    batch = batches[0] if batches else [[] for _ in range(num_rows)]
+    return _fill(_expand(requests, layout, position_ids), batch, row_length)
+
+
+def one_per_row(
+    requests: Sequence[Request],
+    layout: VisualLayout,
+    row_length: int,
+    num_rows: int,
+    *,
+    position_ids: PositionIds = "compact",
+) -> Rows:
+    """Gives request i row i to itself, from column 0 on; rows without a request are padding.
+
+    Raises:
+      ValueError: there are more requests than rows, or one is longer than a row.
+    """
+    if len(requests) > num_rows:
+        raise ValueError(f"{len(requests)} requests do not fit one each into {num_rows} rows")
+    _check_fits(sequence_lengths(requests, layout), row_length)
+    rows = [[index] for index in range(len(requests))]
+    rows += [[] for _ in range(num_rows - len(requests))]
+    return _fill(_expand(requests, layout, position_ids), rows, row_length)
+
+
+def token_efficiency(batches: Sequence[Rows]) -> float:
+    """Real tokens over computed tokens: 1 minus the share of padding."""
+    real = sum(np.count_nonzero(rows.segment_ids) for rows in batches)
+    return real / sum(rows.segment_ids.size for rows in batches)
+
+
+def _check_fits(lengths: np.ndarray, row_length: int) -> None:
+    outside = np.flatnonzero((lengths < 1) | (lengths > row_length))
+    if outside.size:
+        worst = int(outside[0])
+        raise ValueError(
+            f"request {worst} has {lengths[worst]} tokens; expected 1 to {row_length}, the row "
+            "length. Nothing is truncated: shorten it or use longer rows"
+        )
+
+
+def _image_rows(requests: Sequence[Request], layout: VisualLayout) -> np.ndarray:
+    """The image rows of all requests, one after the other."""
+    rows = np.array([row for request in requests for row in request.image_rows], np.int64)
+    outside = np.flatnonzero((rows < 0) | (rows >= layout.lengths.size))
+    if outside.size:
+        owner = np.repeat(np.arange(len(requests)), [len(r.image_rows) for r in requests])
+        index = int(owner[outside[0]])
+        raise ValueError(
+            f"request {index} refers to image rows {requests[index].image_rows}; the encoded "
+            f"batch has {layout.lengths.size}"
+        )
+    return rows
+
+
+def _plan(
+    requests: Sequence[Request],
+    layout: VisualLayout,
+    row_length: int,
+    num_rows: int,
+    shards: int,
+) -> list[list[list[int]]]:
+    """Which requests stand in which row of which batch: [batch][row] -> request indices."""
+    if num_rows < 1 or num_rows % shards:
+        raise ValueError(f"num_rows {num_rows} is not a positive multiple of {shards} shards")
+    lengths = sequence_lengths(requests, layout)
+    _check_fits(lengths, row_length)
+    shard_of = _shard_of_requests(requests, layout, lengths, shards)
+    rows_of_shard = []
+    for shard in range(shards):
+        members = np.flatnonzero(shard_of == shard)
+        packed = first_fit_decreasing(lengths[members], row_length)
+        rows_of_shard.append([members[row].tolist() for row in packed])
+    block = num_rows // shards
+    batches = -(-max(len(rows) for rows in rows_of_shard) // block)
+    for rows in rows_of_shard:
+        rows += [[] for _ in range(batches * block - len(rows))]
+    return [
+        [row for rows in rows_of_shard for row in rows[batch * block : (batch + 1) * block]]
+        for batch in range(batches)
+    ]
+
+
+def _shard_of_requests(
+    requests: Sequence[Request], layout: VisualLayout, lengths: np.ndarray, shards: int
+) -> np.ndarray:
+    images = layout.lengths.size
+    if images % shards:
+        raise ValueError(f"{images} encoded images do not divide into {shards} shards")
+    shard_of = np.full(len(requests), -1)
+    for index, request in enumerate(requests):
+        homes = {row * shards // images for row in request.image_rows}
+        if len(homes) > 1:
+            raise ValueError(
+                f"request {index} has images {request.image_rows} on shards {sorted(homes)}; "
+                "all images of a request must lie on one shard"
+            )
+        if homes:
+            shard_of[index] = homes.pop()
+    placed = shard_of >= 0
+    load = np.bincount(shard_of[placed], weights=lengths[placed], minlength=shards)
+    homeless = np.flatnonzero(~placed)
+    for index in homeless[np.argsort(-lengths[homeless], kind="stable")].tolist():
+        shard_of[index] = np.argmin(load)
+        load[shard_of[index]] += lengths[index]
+    return shard_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tokens:
+    """All tokens of all requests on one axis; `starts` and `lengths` [n] cut it into requests."""
+
+    ids: np.ndarray
+    visual_index: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """starts[0], starts[0] + 1, ... (lengths[0] numbers), starts[1], ... on one axis."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
+
+
+def _expand(
+    requests: Sequence[Request], layout: VisualLayout, position_ids: PositionIds
+) -> _Tokens:
+    """Replaces every placeholder by its image's visual tokens, for all requests at once."""
+    if position_ids not in ("compact", "original"):
+        raise ValueError(f"position_ids is {position_ids!r}; expected 'compact' or 'original'")
+    if not requests:
+        none = np.zeros(0, np.int64)
+        return _Tokens(none, none, none, none, none, none)
+    text = np.concatenate([r.token_ids for r in requests]).astype(np.int64)
+    labels = np.concatenate(
+        [np.full(r.token_ids.size, IGNORE) if r.labels is None else r.labels for r in requests]
+    )
+    text_lengths = np.array([r.token_ids.size for r in requests])
+    text_starts = np.cumsum(text_lengths) - text_lengths
+    placeholder = text == IMAGE_TOKEN
+    image = np.full(text.size, -1)
+    image[placeholder] = _image_rows(requests, layout)
+    width = np.ones(text.size, np.int64)
+    width[placeholder] = layout.lengths[image[placeholder]]
+
+    # From here on one entry per packed token: `origin` is the text position that it came from.
+    origin = np.repeat(np.arange(text.size), width)
+    slot = _ranges(np.zeros_like(width), width)
+    visual = placeholder[origin]
+    advance, offset = width, slot
+    if position_ids == "original":
+        patch = layout.patch_indices[image[origin[visual]], slot[visual]]
+        offset = np.zeros_like(slot)
+        offset[visual] = np.where(patch < 0, layout.num_patches - 1, patch)
+        advance = np.where(placeholder, layout.num_patches, 1)
+    begin = np.cumsum(advance) - advance
+    begin -= np.repeat(begin[text_starts], text_lengths)
+
+    lengths = np.add.reduceat(width, text_starts)
+    starts = np.cumsum(lengths) - lengths
+    targets = np.full(origin.size, IGNORE)
+    targets[:-1] = np.where(visual, IGNORE, labels[origin])[1:]
+    targets[starts + lengths - 1] = IGNORE
+    return _Tokens(
+        ids=np.where(visual, 0, text[origin]),
+        visual_index=np.where(visual, image[origin] * layout.capacity + slot, -1),
+        positions=begin[origin] + offset,
+        targets=targets,
+        starts=starts,
+        lengths=lengths,
+    )
+
+
+def _fill(tokens: _Tokens, rows: list[list[int]], row_length: int) -> Rows:
+    """Copies the tokens of the requests in `rows` to their places."""
+    counts = [len(row) for row in rows]
+    requests = np.array([index for row in rows for index in row], np.int64)
+    row_of = np.repeat(np.arange(len(rows)), counts)
+    segment_of = 1 + _ranges(np.zeros(len(rows), np.int64), np.array(counts))
+    length_of = tokens.lengths[requests]
+    ends = np.cumsum(length_of)
+    before_row = np.concatenate([[0], ends])[np.cumsum(counts) - counts]
+    start_of = ends - length_of - before_row[row_of]
+
+    source = _ranges(tokens.starts[requests], length_of)
+    destination = _ranges(row_of * row_length + start_of, length_of)
+
+    def place(values: np.ndarray, padding: int) -> np.ndarray:
+        flat = np.full(len(rows) * row_length, padding, np.int32)
+        flat[destination] = values
+        return flat.reshape(len(rows), row_length)
+
+    order = np.argsort(requests)
+    return Rows(
+        ids=place(tokens.ids[source], 0),
+        visual_index=place(tokens.visual_index[source], -1),
+        positions=place(tokens.positions[source], 0),
+        segment_ids=place(np.repeat(segment_of, length_of), 0),
+        targets=place(tokens.targets[source], IGNORE),
+        requests=requests[order].astype(np.int32),
+        row_of=row_of[order].astype(np.int32),
+        start_of=start_of[order].astype(np.int32),
+        length_of=length_of[order].astype(np.int32),
+    )

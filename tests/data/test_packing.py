@@ -1,0 +1,243 @@
+"""The planner: every token once, no segment split, capacity respected, deterministic."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prumerge_jax.data import packing
+
+NUM_PATCHES = 20
+CAPACITY = 6
+
+
+def make_layout(rng, images):
+    """Random counts up to the capacity; the last valid token of most images is the extra one."""
+    lengths = rng.integers(0, CAPACITY + 1, images).astype(np.int32)
+    patch_indices = np.full((images, CAPACITY), -1, np.int32)
+    for image, length in enumerate(lengths):
+        kept = max(length - int(rng.integers(0, 2)), 0)
+        patch_indices[image, :kept] = rng.permutation(NUM_PATCHES)[:kept]
+    return packing.VisualLayout(lengths, patch_indices, NUM_PATCHES)
+
+
+def make_requests(rng, count, images_of):
+    requests = []
+    for index in range(count):
+        images = images_of(index)
+        token_ids = rng.integers(1, 1000, rng.integers(1, 9)).astype(np.int32)
+        for place in rng.integers(0, token_ids.size + 1, len(images)):
+            token_ids = np.insert(token_ids, place, packing.IMAGE_TOKEN)
+        labels = None
+        if rng.random() < 0.8:
+            masked = (rng.random(token_ids.size) < 0.5) | (token_ids == packing.IMAGE_TOKEN)
+            labels = np.where(masked, packing.IGNORE, token_ids).astype(np.int32)
+        requests.append(packing.Request(token_ids, tuple(images), labels))
+    return requests
+
+
+def expand_by_hand(request, layout, position_ids):
+    """(ids, visual_index, positions, targets) of one request, one token at a time."""
+    ids, visual_index, positions, labels = [], [], [], []
+    images = iter(request.image_rows)
+    request_labels = request.labels
+    if request_labels is None:
+        request_labels = np.full(request.token_ids.size, packing.IGNORE)
+    position = 0
+    for token, label in zip(request.token_ids, request_labels, strict=True):
+        if token != packing.IMAGE_TOKEN:
+            ids.append(token)
+            visual_index.append(-1)
+            positions.append(position)
+            labels.append(label)
+            position += 1
+            continue
+        image = next(images)
+        for slot in range(layout.lengths[image]):
+            ids.append(0)
+            visual_index.append(image * CAPACITY + slot)
+            labels.append(packing.IGNORE)
+            patch = layout.patch_indices[image, slot]
+            place = NUM_PATCHES - 1 if patch == -1 else patch
+            positions.append(position + (slot if position_ids == "compact" else place))
+        position += layout.lengths[image] if position_ids == "compact" else layout.num_patches
+    return ids, visual_index, positions, [*labels[1:], packing.IGNORE]
+
+
+def assert_filled_by_hand(batches, requests, layout, position_ids):
+    """Each request stands whole, once, where its rows say; the rest is padding."""
+    seen = np.concatenate([rows.requests for rows in batches]) if batches else np.zeros(0)
+    np.testing.assert_array_equal(np.sort(seen), np.arange(len(requests)))
+    for rows in batches:
+        covered = np.zeros_like(rows.ids)
+        next_segment = dict.fromkeys(range(len(rows.ids)), 1)
+        places = zip(rows.row_of, rows.start_of, rows.length_of, rows.requests, strict=True)
+        for row, start, length, request in sorted(places):
+            where = np.s_[row, start : start + length]
+            covered[where] += 1
+            expected = expand_by_hand(requests[request], layout, position_ids)
+            for field, values in zip(
+                ("ids", "visual_index", "positions", "targets"), expected, strict=True
+            ):
+                np.testing.assert_array_equal(getattr(rows, field)[where], values, err_msg=field)
+            assert set(rows.segment_ids[where]) == {next_segment[row]}
+            next_segment[row] += 1
+        np.testing.assert_array_equal(covered, rows.segment_ids > 0)
+        assert covered.max(initial=0) <= 1
+        padding = rows.segment_ids == 0
+        assert not rows.ids[padding].any()
+        assert not rows.positions[padding].any()
+        assert (rows.visual_index[padding] == -1).all()
+        assert (rows.targets[padding] == packing.IGNORE).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(0, 40),
+    num_rows=st.integers(1, 3),
+    shards=st.integers(1, 3),
+    position_ids=st.sampled_from(["compact", "original"]),
+)
+def test_packed_window_holds_every_token_once_on_its_shard(
+    seed, count, num_rows, shards, position_ids
+):
+    rng = np.random.default_rng(seed)
+    images = 4 * shards
+    layout = make_layout(rng, images)
+
+    def images_of(index):
+        shard = index % shards
+        return (rng.integers(0, 4, rng.integers(0, 3)) + 4 * shard).tolist()
+
+    requests = make_requests(rng, count, images_of)
+    row_length, num_rows = 24, num_rows * shards
+    arguments = (requests, layout, row_length, num_rows)
+    batches = packing.pack_window(*arguments, shards=shards, position_ids=position_ids)
+
+    assert_filled_by_hand(batches, requests, layout, position_ids)
+    for rows in batches:
+        assert rows.ids.shape == (num_rows, row_length)
+        for field in ("ids", "visual_index", "positions", "segment_ids", "targets"):
+            assert getattr(rows, field).dtype == np.int32
+        row, column = np.nonzero(rows.visual_index >= 0)
+        image = rows.visual_index[row, column] // CAPACITY
+        np.testing.assert_array_equal(image * shards // images, row * shards // num_rows)
+    again = packing.pack_window(*arguments, shards=shards, position_ids=position_ids)
+    for rows, same in zip(batches, again, strict=True):
+        for field, values in vars(rows).items():
+            np.testing.assert_array_equal(values, getattr(same, field), err_msg=field)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(0, 5))
+def test_one_per_row_puts_request_i_at_the_start_of_row_i(seed, count):
+    rng = np.random.default_rng(seed)
+    layout = make_layout(rng, 5)
+    requests = make_requests(rng, count, lambda index: [index])
+    rows = packing.one_per_row(requests, layout, row_length=24, num_rows=6)
+    assert_filled_by_hand([rows], requests, layout, "compact")
+    np.testing.assert_array_equal(rows.row_of, np.arange(count))
+    assert not rows.start_of.any()
+    assert (rows.segment_ids[count:] == 0).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 50), max_size=60), slack=st.integers(0, 20))
+def test_first_fit_decreasing_is_the_textbook_algorithm(lengths, slack):
+    row_length = max(lengths, default=1) + slack
+    rows, free = [], []
+    for length, index in sorted((-length, index) for index, length in enumerate(lengths)):
+        row = next((row for row, room in enumerate(free) if room >= -length), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(row_length)
+        rows[row].append(index)
+        free[row] += length
+    assert packing.first_fit_decreasing(lengths, row_length) == rows
+
+
+def realistic_window(seed):
+    """1,000 images: lognormal visual counts with mean 40 (sigma .45), text N(60, 15)."""
+    rng = np.random.default_rng(seed)
+    mean, sigma, count, capacity = 40, 0.45, 1000, 160
+    visual = rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
+    lengths = np.clip(np.round(visual), 2, capacity).astype(np.int32)
+    layout = packing.VisualLayout(lengths, np.full((count, capacity), -1, np.int32), 576)
+    text = np.clip(np.round(rng.normal(60, 15, count)), 25, 140).astype(int)
+    requests = [
+        packing.Request(np.array([1, packing.IMAGE_TOKEN] + [5] * (tokens - 1)), (image,))
+        for image, tokens in enumerate(text)
+    ]
+    return requests, layout
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_realistic_window_wastes_less_than_a_twentieth(seed):
+    requests, layout = realistic_window(seed)
+    batches = packing.pack_window(requests, layout, row_length=1024, num_rows=4)
+    real = packing.sequence_lengths(requests, layout).sum()
+    computed = sum(rows.ids.size for rows in batches)
+    efficiency = packing.token_efficiency(batches)
+    assert efficiency == pytest.approx(real / computed)
+    assert efficiency >= 0.95, (
+        f"token efficiency {efficiency:.4f}: {real} real of {computed} computed tokens"
+    )
+
+
+def test_pack_returns_one_batch_and_refuses_to_spill():
+    layout = packing.VisualLayout(np.zeros(0, np.int32), np.zeros((0, 4), np.int32), 16)
+    requests = [packing.Request(np.full(6, 7, np.int32)) for _ in range(4)]
+    rows = packing.pack(requests, layout, row_length=12, num_rows=2)
+    np.testing.assert_array_equal(rows.requests, np.arange(4))
+    assert rows.segment_ids.tolist() == [[1] * 6 + [2] * 6] * 2
+    with pytest.raises(ValueError, match="4 requests need 2 batches of 1 rows"):
+        packing.pack(requests, layout, row_length=12, num_rows=1)
+
+
+def test_requests_without_image_fill_the_emptiest_shard():
+    layout = packing.VisualLayout(np.array([6, 0]), np.full((2, 6), -1, np.int32), 16)
+    with_image = packing.Request(np.array([1, packing.IMAGE_TOKEN]), (0,))
+    text = [packing.Request(np.full(3, 7)) for _ in range(4)]
+    rows = packing.pack([with_image, *text], layout, row_length=10, num_rows=2, shards=2)
+    assert rows.row_of.tolist() == [0, 1, 1, 1, 0]
+
+
+def test_causal_targets_cross_neither_segments_nor_visual_tokens():
+    layout = packing.VisualLayout(np.array([2]), np.array([[3, -1]]), 9)
+    token_ids = np.array([1, packing.IMAGE_TOKEN, 11, 12])
+    labels = np.array([packing.IGNORE, packing.IGNORE, 11, 12])
+    requests = [packing.Request(token_ids, (0,), labels)] * 2
+    rows = packing.pack(requests, layout, row_length=12, num_rows=1, position_ids="original")
+    ignore = packing.IGNORE
+    assert rows.ids.tolist() == [[1, 0, 0, 11, 12] * 2 + [0, 0]]
+    assert rows.visual_index.tolist() == [[-1, 0, 1, -1, -1] * 2 + [-1, -1]]
+    assert rows.positions.tolist() == [[0, 4, 9, 10, 11] * 2 + [0, 0]]
+    assert rows.targets.tolist() == [[ignore, ignore, 11, 12, ignore] * 2 + [ignore, ignore]]
+
+
+def test_faults_name_the_request_and_what_was_expected():
+    layout = packing.VisualLayout(np.array([4, 4]), np.full((2, 4), -1, np.int32), 16)
+    image = packing.Request(np.array([1, packing.IMAGE_TOKEN, 2]), (0,))
+    too_long = packing.Request(np.full(9, 7))
+    for plan in (packing.pack_window, packing.pack, packing.one_per_row):
+        with pytest.raises(ValueError, match="request 1 has 9 tokens; expected 1 to 8"):
+            plan([image, too_long], layout, 8, 2)
+    stray = packing.Request(image.token_ids, (2,))
+    with pytest.raises(ValueError, match=r"request 1 refers to image rows \(2,\)"):
+        packing.pack([image, stray], layout, 8, 2)
+    both = packing.Request(np.array([packing.IMAGE_TOKEN] * 2), (0, 1))
+    with pytest.raises(ValueError, match=r"request 0 has images \(0, 1\) on shards \[0, 1\]"):
+        packing.pack([both], layout, 8, 2, shards=2)
+    with pytest.raises(ValueError, match="num_rows 3 is not a positive multiple of 2"):
+        packing.pack([image], layout, 8, 3, shards=2)
+    with pytest.raises(ValueError, match="3 requests do not fit one each into 2 rows"):
+        packing.one_per_row([image] * 3, layout, 8, 2)
+    with pytest.raises(ValueError, match="position_ids is 'sparse'"):
+        packing.pack([image], layout, 8, 2, position_ids="sparse")
+    with pytest.raises(ValueError, match="2 image placeholders .* for 1 images"):
+        packing.Request(np.array([packing.IMAGE_TOKEN] * 2), (0,))
+    with pytest.raises(ValueError, match="labels has shape"):
+        packing.Request(np.array([1, 2]), labels=np.array([1]))
+    with pytest.raises(ValueError, match="image row 1 has 5 visual tokens; expected 0 to 4"):
+        packing.VisualLayout(np.array([4, 5]), np.full((2, 4), -1), 16)
