@@ -1,0 +1,174 @@
+"""Reading training samples: shuffled, shared out over hosts, resumable, decoded in the background.
+
+A training run composes four steps::
+
+    source = samples.record_source(builder, "train")
+    dataset = examples(source, Preprocessor(tokenizer, template, image_size=336))
+    dataset = grouped(stream(dataset, seed=0, epochs=1), 16)  # lists of 16, for packing
+    iterator = read(dataset)
+
+Everything is random access until `read`, so a position in the stream is one number.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from prumerge_jax.data import images, samples
+from prumerge_jax.data.conversation import LabelProtocol, Template, label_mask
+from prumerge_jax.data.samples import Sample
+from prumerge_jax.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """One sample ready for packing.
+
+    Attributes:
+      id: name of the sample.
+      pixels: uint8 [S, S, 3], all zero for text alone.
+      has_image: whether `pixels` shows anything.
+      token_ids: int32 [T], BOS first, `IMAGE_TOKEN` (-200) where the picture's tokens go.
+      labels: int32 [T], the token itself where it is learned and -100 elsewhere.
+      mismatch: the sample's rounds did not add up, so nothing of it is learned; to be counted.
+    """
+
+    id: str
+    pixels: np.ndarray
+    has_image: bool
+    token_ids: np.ndarray
+    labels: np.ndarray
+    mismatch: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessor:
+    """Makes examples of samples: decodes and resizes the picture, tokenises and labels the text.
+
+    Nothing is truncated here: how much text fits depends on the visual tokens.
+
+    Attributes:
+      tokenizer: its style says how `</s>` between rounds is read.
+      template: one with a training form, such as `vicuna_v1` or `plain`.
+      image_size: S, side of the pixels.
+      image_mode: what happens to a picture that is not square.
+      protocol: whose rule of label lengths.
+    """
+
+    tokenizer: Tokenizer
+    template: Template
+    image_size: int
+    image_mode: images.ImageMode = "pad"
+    protocol: LabelProtocol = "prumerge"
+
+    def __call__(self, sample: Sample) -> Example:
+        """The example of a sample.
+
+        Raises:
+          SampleError: the conversation breaks LLaVA's format; the message names the sample.
+          ImageError: the picture cannot be used; the message names the sample.
+        """
+        text = label_mask(self.tokenizer, sample, self.template, self.protocol)
+        pixels = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+        if "image" in sample:
+            image = images.load_image(sample["image"], name=f"image of sample {sample['id']!r}")
+            pixels = images.preprocess(image, self.image_size, self.image_mode)
+        return Example(
+            id=sample["id"],
+            pixels=pixels,
+            has_image="image" in sample,
+            token_ids=text.ids,
+            labels=text.labels,
+            mismatch=text.mismatch,
+        )
+
+
+def examples(
+    source: Sequence[Mapping[str, Any]],
+    preprocess: Callable[[Sample], Example],
+    *,
+    to_sample: Callable[[Mapping[str, Any]], Sample] = samples.from_record,
+) -> grain.MapDataset[Example]:
+    """All records of a split as examples, in stored order; work is done when one is asked for.
+
+    Args:
+      source: what `samples.record_source` returns.
+      preprocess: makes an example of a sample; must be picklable for worker processes.
+      to_sample: reads a record; `digits_vqa.caption_sample` and `text_sample` are others.
+    """
+    return grain.MapDataset.source(source).map(to_sample).map(preprocess)
+
+
+def grouped(dataset: grain.MapDataset[Any], size: int) -> grain.MapDataset[list[Any]]:
+    """Lists of `size` elements in order; an incomplete last list is left out.
+
+    After `stream` the lists are batches. Before it they are units that stay together, such as the
+    scenes of one layout for contrastive training.
+    """
+    return dataset.batch(size, drop_remainder=True, batch_fn=list)
+
+
+def stream(
+    dataset: grain.MapDataset[Any],
+    *,
+    seed: int,
+    epochs: int | None = None,
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.MapDataset[Any]:
+    """This host's share of the elements of several epochs, each in its own random order.
+
+    The global order depends on the seed alone: element g of it goes to host
+    `(g - start) % process_count`. Equal batches on all hosts therefore use up the global order from
+    its front, whatever the number of hosts, and a run that has used `start` elements goes on with
+    another number of hosts by naming `start`.
+
+    All hosts get the same number of elements: at most `process_count - 1` elements at the end of
+    the last epoch are left out.
+
+    Args:
+      dataset: the elements of one epoch; finite.
+      seed: decides every epoch's order.
+      epochs: how often each element comes; None for endless.
+      start: number of elements, over all hosts, that have been used already.
+      process_index: this host.
+      process_count: number of hosts.
+
+    Raises:
+      ValueError: nothing is left for the hosts, or `process_index` is out of range.
+    """
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index is {process_index}; expected 0 to {process_count - 1}")
+    ordered = dataset.shuffle(seed).repeat(epochs)
+    remaining = len(ordered) - start
+    if start < 0 or remaining < process_count:
+        raise ValueError(
+            f"{remaining} of {len(ordered)} elements are left from start {start}; expected at "
+            f"least one for each of {process_count} hosts"
+        )
+    stop = start + remaining // process_count * process_count
+    return ordered[start + process_index : stop : process_count]
+
+
+def read(
+    dataset: grain.MapDataset[Any], *, num_threads: int = 2, num_workers: int = 0
+) -> grain.DatasetIterator[Any]:
+    """An iterator that prepares elements ahead, in order; `get_state`, `set_state` resume it.
+
+    Worker processes need absl's flags parsed, as `absl.app.run` does.
+
+    Args:
+      dataset: usually batches.
+      num_threads: readers in this process, or in each worker process.
+      num_workers: worker processes, for pictures that take long to decode; 0 for none. A state
+        fits an iterator with the same number only.
+    """
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
+    iterable = dataset.to_iter_dataset(options)
+    if num_workers:
+        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    return iter(iterable)

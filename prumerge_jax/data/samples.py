@@ -1,0 +1,52 @@
+"""Training samples in LLaVA's form: how every data set of the package stores and reads them."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
+
+import tensorflow_datasets as tfds
+
+Turn = TypedDict("Turn", {"from": str, "value": str})
+"""One turn of a conversation; `from` is `human` or `gpt`."""
+
+
+class Sample(TypedDict):
+    """An entry of LLaVA's data file with the picture's encoded file in the place of its path."""
+
+    id: str
+    image: NotRequired[bytes]
+    conversations: list[Turn]
+
+
+def conversation_feature() -> tfds.features.Sequence:
+    """How a data set stores the conversation of a sample."""
+    return tfds.features.Sequence({"from": tfds.features.Text(), "value": tfds.features.Text()})
+
+
+def from_record(record: Mapping[str, Any]) -> Sample:
+    """Reads a stored record: text is bytes, `image` an undecoded file, empty when there is none."""
+    stored = record["conversations"]
+    turns: list[Turn] = [
+        {"from": role.decode(), "value": value.decode()}
+        for role, value in zip(stored["from"], stored["value"], strict=True)
+    ]
+    sample: Sample = {"id": record["id"].decode(), "conversations": turns}
+    if record["image"]:
+        sample["image"] = record["image"]
+    return sample
+
+
+def prepare(
+    builder_class: type[tfds.core.GeneratorBasedBuilder],
+    config: tfds.core.BuilderConfig,
+    data_dir: str | os.PathLike[str],
+) -> tfds.core.GeneratorBasedBuilder:
+    """Writes a data set as ArrayRecord files below `data_dir`, unless it is there already."""
+    builder = builder_class(config=config, data_dir=data_dir, file_format="array_record")
+    builder.download_and_prepare()
+    return builder
+
+
+def record_source(builder: tfds.core.GeneratorBasedBuilder, split: str) -> Sequence[dict[str, Any]]:
+    """Random access to the records of a prepared split, pictures still encoded."""
+    return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})

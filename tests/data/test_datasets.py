@@ -1,0 +1,234 @@
+"""The data sets as they are stored: `digits_vqa` and `llava_json`."""
+
+import io
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prumerge_jax.data import digits, digits_questions, digits_vqa, llava_json, samples
+
+TINY = {"train_scenes": 8, "validation_scenes": 2, "test_scenes": 4, "scenes_per_layout": 4}
+
+
+@pytest.fixture(scope="module")
+def digits_builder(tmp_path_factory):
+    data_dir = tmp_path_factory.mktemp("digits_vqa")
+    return samples.prepare(digits_vqa.DigitsVqa, digits_vqa.DigitsVqaConfig(**TINY), data_dir)
+
+
+def test_digits_vqa_stores_every_scene_in_order(digits_builder) -> None:
+    for split in digits.SPLITS:
+        source = samples.record_source(digits_builder, split)
+        assert len(source) == TINY[f"{split}_scenes"]
+        for index, record in enumerate(source):
+            layout = 4 if split == "train" else 1
+            scene = digits.draw_scene(split, index, seed=0, scenes_per_layout=layout)
+            assert record["id"].decode() == scene.id
+            assert np.array_equal(Image.open(io.BytesIO(record["image"])), scene.image)
+            assert [place.decode() for place in record["places"]] == list(scene.places)
+            assert list(record["digits"]) == list(scene.digits)
+            assert record["caption"].decode() == digits_questions.caption(scene)
+
+
+def test_digits_vqa_records_are_conversations_that_end_in_the_caption(digits_builder) -> None:
+    record = samples.record_source(digits_builder, "train")[3]
+    _, questions = digits_questions.draw_with_questions(
+        "train", 3, seed=0, scenes_per_layout=4, questions_per_family=2
+    )
+    families = [family.decode() for family in record["families"]]
+    assert families == [*(question.family for question in questions), "caption"]
+    sample = samples.from_record(record)
+    turns = sample["conversations"]
+    assert [turn["from"] for turn in turns] == ["human", "gpt"] * len(families)
+    texts = [turn["value"] for turn in turns]
+    assert texts[0] == f"<image>\n{questions[0].text}"
+    assert texts[2:-2:2] == [question.text for question in questions[1:]]
+    assert texts[1:-2:2] == [question.answer for question in questions]
+    assert texts[-1] == record["caption"].decode()
+
+
+def test_digits_vqa_serves_other_training_stages(digits_builder) -> None:
+    record = samples.record_source(digits_builder, "train")[0]
+    caption = record["caption"].decode()
+    with_caption = digits_vqa.caption_sample(record)
+    assert with_caption["image"] == record["image"]
+    assert [turn["value"] for turn in with_caption["conversations"]] == ["<image>", caption]
+    text_alone = digits_vqa.text_sample(record)
+    assert "image" not in text_alone
+    whole = [turn["value"] for turn in samples.from_record(record)["conversations"]]
+    expected = [whole[0].replace("<image>", caption), *whole[1:-2]]
+    assert [turn["value"] for turn in text_alone["conversations"]] == expected
+
+
+def test_other_sizes_or_seeds_are_another_data_set() -> None:
+    configs = [
+        digits_vqa.DigitsVqaConfig(**(TINY | change))
+        for change in ({}, {"train_scenes": 12}, {"test_scenes": 5}, {"seed": 1})
+    ]
+    assert len({config.name for config in configs}) == len(configs)
+
+
+def test_an_incomplete_layout_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"train_scenes is 10.*multiple of.*\(4\)"):
+        digits_vqa.DigitsVqaConfig(train_scenes=10, scenes_per_layout=4)
+
+
+def test_nothing_imports_tensorflow(tmp_path: pathlib.Path) -> None:
+    # A TensorFlow that is installed, but ends the program when it is imported.
+    decoy = tmp_path / "decoy" / "tensorflow"
+    decoy.mkdir(parents=True)
+    (decoy / "__init__.py").write_text("import os\nos._exit(99)\n")
+    program = textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(decoy.parent)!r})
+        from prumerge_jax.data import digits_vqa, pipeline, samples
+        config = digits_vqa.DigitsVqaConfig(**{TINY})
+        builder = samples.prepare(digits_vqa.DigitsVqa, config, {str(tmp_path / "data")!r})
+        source = samples.record_source(builder, "train")
+        dataset = pipeline.examples(source, lambda sample: sample["id"])
+        print(list(pipeline.read(dataset)))
+    """)
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "'train_000007'" in result.stdout
+
+
+def _turns(*texts: str, roles: tuple[str, ...] = ("human", "gpt")) -> list[dict[str, str]]:
+    return [
+        {"from": roles[number % len(roles)], "value": text} for number, text in enumerate(texts)
+    ]
+
+
+@pytest.fixture
+def image_folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    folder = tmp_path / "images"
+    (folder / "coco").mkdir(parents=True)
+    Image.new("RGB", (5, 4), (200, 100, 50)).save(folder / "coco" / "1.jpg")
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "page.jpg").write_bytes(b"<html>not found</html>")
+    return folder
+
+
+def _write(folder: pathlib.Path, entries: Any) -> pathlib.Path:
+    file = folder / "mix.json"
+    file.write_text(json.dumps(entries))
+    return file
+
+
+def _prepare(folder: pathlib.Path, entries: list[dict[str, Any]], image_folder: pathlib.Path):
+    config = llava_json.LlavaJsonConfig(
+        json_file=str(_write(folder, entries)), image_folder=str(image_folder)
+    )
+    return samples.prepare(llava_json.LlavaJson, config, folder / "data")
+
+
+def test_llava_json_keeps_samples_and_files_as_they_are(tmp_path, image_folder) -> None:
+    entries = [
+        {
+            "id": "with picture",
+            "image": "coco/1.jpg",
+            "conversations": _turns("<image>\nWhat is this?", "Ein Häuschen.", "Sure?", "Yes."),
+        },
+        {"id": 7, "conversations": _turns("Hello", "Hi")},
+        {
+            "id": "greeting first",
+            "conversations": _turns("Welcome", "Hello", "Hi", roles=("gpt", "human")),
+        },
+    ]
+    source = samples.record_source(_prepare(tmp_path, entries, image_folder), "train")
+    stored = [samples.from_record(record) for record in source]
+    assert [sample["id"] for sample in stored] == ["with picture", "7", "greeting first"]
+    assert stored[0]["image"] == (image_folder / "coco" / "1.jpg").read_bytes()
+    assert all("image" not in sample for sample in stored[1:])
+    for sample, entry in zip(stored, entries, strict=True):
+        assert sample["conversations"] == entry["conversations"]
+
+
+QUESTION = _turns("<image>\nWhat?", "A cat.")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"image": "coco/2.jpg"}, r"no image file .*coco/2\.jpg"),
+        ({"image": "empty.jpg"}, r"empty\.jpg is empty"),
+        ({"image": "../mix.json"}, "leads out of the image folder"),
+        ({"image": "/etc/hostname"}, "leads out of the image folder"),
+        ({"image": None}, "image is None; expected a path, or no image key"),
+        ({"conversations": _turns("What?", "A cat.")}, "<image> stands in 0 turns"),
+        (
+            {"conversations": _turns("<image> a", "b", "<image> c", "d")},
+            "<image> stands in 2 turns",
+        ),
+        ({"conversations": _turns("What?", "A <image>.")}, "<image> stands in an answer"),
+        ({"conversations": _turns("<image>", "b", roles=("human",))}, "turn 1 is from 'human'"),
+        ({"conversations": _turns("<image>", "b", roles=("human", "bot"))}, "turn 1 is from 'bot'"),
+        ({"conversations": _turns("<image>")}, "a question without an answer"),
+        ({"conversations": []}, "no human turn"),
+        ({"conversations": None}, 'no "conversations" list'),
+    ],
+)
+def test_llava_json_names_the_faulty_sample(tmp_path, image_folder, fault, message) -> None:
+    good = {"id": "good", "image": "coco/1.jpg", "conversations": QUESTION}
+    bad = {"id": "the bad one", "image": "coco/1.jpg", "conversations": QUESTION} | fault
+    file = _write(tmp_path, [good, bad, good])
+    with pytest.raises(ValueError, match=f"1 of 3 samples.*\n.*'the bad one'.*{message}"):
+        llava_json.read_checked(file, image_folder)
+    file = _write(tmp_path, [good, good])
+    assert llava_json.read_checked(file, image_folder) == [good, good]
+
+
+def test_llava_json_refuses_a_mark_without_picture(tmp_path, image_folder) -> None:
+    file = _write(tmp_path, [{"id": "lost", "conversations": QUESTION}])
+    with pytest.raises(ValueError, match="'lost'.*<image> in a text without picture"):
+        llava_json.read_checked(file, image_folder)
+
+
+def test_llava_json_counts_faults_and_shows_the_first_ten(tmp_path, image_folder) -> None:
+    file = _write(tmp_path, [{"id": f"s{n}", "conversations": []} for n in range(25)])
+    with pytest.raises(ValueError, match=r"25 of 25 samples[\s\S]*'s9'[\s\S]*15 more") as caught:
+        llava_json.read_checked(file, image_folder)
+    assert "'s10'" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"id": 1}'])
+def test_llava_json_refuses_a_file_that_is_no_list(tmp_path, content: str) -> None:
+    file = tmp_path / "mix.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        llava_json.read_checked(file, tmp_path)
+
+
+def test_llava_json_refuses_a_file_that_is_no_picture(tmp_path, image_folder) -> None:
+    entries = [{"id": "a page", "image": "page.jpg", "conversations": QUESTION}]
+    with pytest.raises(ValueError, match=r"'a page'.*page\.jpg is no JPEG"):
+        _prepare(tmp_path, entries, image_folder)
+
+
+def test_an_edited_json_file_is_another_data_set(tmp_path, image_folder) -> None:
+    def stored_ids(name: str) -> list[bytes]:
+        builder = _prepare(
+            tmp_path, [{"id": name, "conversations": _turns("Hello", "Hi")}], image_folder
+        )
+        return [record["id"] for record in samples.record_source(builder, "train")]
+
+    assert stored_ids("first") == [b"first"]
+    assert stored_ids("second") == [b"second"]
+
+
+def test_a_missing_json_file_is_named(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere.json"):
+        llava_json.LlavaJsonConfig(json_file=str(tmp_path / "nowhere.json"))

@@ -1,0 +1,218 @@
+"""Reading samples: decoding and labelling, order, shares of hosts, resuming."""
+
+import collections
+import io
+import itertools
+
+import grain
+import numpy as np
+import pytest
+from absl import flags
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from prumerge_jax.data import digits_tokenizer, digits_vqa, pipeline, samples
+from prumerge_jax.data.conversation import TEMPLATES, SampleError
+from prumerge_jax.data.images import ImageError
+from prumerge_jax.data.tokenizer import IMAGE_TOKEN, Tokenizer
+
+CONFIG = digits_vqa.DigitsVqaConfig(
+    train_scenes=24, validation_scenes=1, test_scenes=1, scenes_per_layout=4
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    file.write_bytes(digits_tokenizer.build_for_digits())
+    return Tokenizer(file)
+
+
+@pytest.fixture(scope="module")
+def preprocess(tokenizer) -> pipeline.Preprocessor:
+    return pipeline.Preprocessor(tokenizer, TEMPLATES["vicuna_v1"], image_size=96)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    builder = samples.prepare(digits_vqa.DigitsVqa, CONFIG, tmp_path_factory.mktemp("data"))
+    return samples.record_source(builder, "train")
+
+
+def _learned(tokenizer: Tokenizer, example: pipeline.Example) -> list[str]:
+    """The supervised texts of an example, cut after each `</s>`."""
+    learned = example.labels[example.labels >= 0]
+    ends = np.flatnonzero(learned == tokenizer.eos_id) + 1
+    return [tokenizer.decode(part) for part in np.split(learned, ends) if part.size]
+
+
+def _ids(batches) -> list[str]:
+    return [example.id for batch in batches for example in batch]
+
+
+def test_conversations_become_pixels_ids_and_labels(source, preprocess, tokenizer) -> None:
+    dataset = pipeline.examples(source, preprocess)
+    assert len(dataset) == CONFIG.train_scenes
+    for record, example in zip(source, dataset, strict=True):
+        assert np.array_equal(example.pixels, Image.open(io.BytesIO(record["image"])))
+        assert example.pixels.dtype == np.uint8
+        assert example.has_image
+        assert np.count_nonzero(example.token_ids == IMAGE_TOKEN) == 1
+        assert example.token_ids.dtype == example.labels.dtype == np.int32
+        assert not example.mismatch
+        answers = [value.decode() for value in record["conversations"]["value"][1::2]]
+        assert _learned(tokenizer, example) == answers
+        learned = example.labels >= 0
+        assert np.array_equal(example.labels[learned], example.token_ids[learned])
+
+
+def test_captions_are_learned_whole(source, preprocess, tokenizer) -> None:
+    plain = pipeline.Preprocessor(tokenizer, TEMPLATES["plain"], image_size=96)
+    dataset = pipeline.examples(source, plain, to_sample=digits_vqa.caption_sample)
+    example = dataset[0]
+    assert example.token_ids[:2].tolist() == [tokenizer.bos_id, IMAGE_TOKEN]
+    assert example.labels[:2].tolist() == [-100, -100]
+    assert np.array_equal(example.labels[2:], example.token_ids[2:])
+    assert tokenizer.decode(example.labels[2:]) == source[0]["caption"].decode()
+
+
+def test_text_alone_has_empty_pixels_and_no_image_token(source, preprocess, tokenizer) -> None:
+    dataset = pipeline.examples(source, preprocess, to_sample=digits_vqa.text_sample)
+    for record, example in zip(source, dataset, strict=True):
+        assert not example.has_image
+        assert example.pixels.shape == (96, 96, 3)
+        assert not example.pixels.any()
+        assert IMAGE_TOKEN not in example.token_ids
+        assert record["caption"].decode() in tokenizer.decode(example.token_ids)
+        answers = [value.decode() for value in record["conversations"]["value"][1:-2:2]]
+        assert _learned(tokenizer, example) == answers
+
+
+def test_pictures_of_any_shape_are_padded_or_cropped(tokenizer) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 20), (255, 0, 0)).save(buffer, format="PNG")
+    sample = {
+        "id": "wide",
+        "image": buffer.getvalue(),
+        "conversations": [
+            {"from": "human", "value": "<image>\nIs there a 3?"},
+            {"from": "gpt", "value": "no"},
+        ],
+    }
+    for mode, red_rows in (("pad", 8), ("crop", 16)):
+        preprocess = pipeline.Preprocessor(
+            tokenizer, TEMPLATES["vicuna_v1"], image_size=16, image_mode=mode
+        )
+        rows = preprocess(sample).pixels[:, 8]
+        # The picture's edge is soft by the width of the bicubic filter.
+        assert abs(int((rows == (255, 0, 0)).all(axis=1).sum()) - red_rows) <= 2
+
+
+def test_errors_name_the_sample(preprocess) -> None:
+    sample = {
+        "id": "the bad one",
+        "image": b"\x89PNG broken",
+        "conversations": [
+            {"from": "human", "value": "<image>\nIs there a 3?"},
+            {"from": "gpt", "value": "no"},
+        ],
+    }
+    with pytest.raises(ImageError, match="'the bad one'"):
+        preprocess(sample)
+    with pytest.raises(SampleError, match="'the bad one'.*<image> stands in 0 turns"):
+        preprocess({**sample, "conversations": [{"from": "human", "value": "Is there a 3?"}]})
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_hosts_share_the_stream_whatever_their_number(data) -> None:
+    size = data.draw(st.integers(1, 40), "size")
+    epochs = data.draw(st.integers(1, 4), "epochs")
+    hosts = data.draw(st.integers(1, min(5, size)), "hosts")
+    seed = data.draw(st.integers(0, 2**32 - 1), "seed")
+    start = data.draw(st.integers(0, size * epochs - hosts), "start")
+    dataset = grain.MapDataset.range(size)
+    whole = list(pipeline.stream(dataset, seed=seed, epochs=epochs))
+    for epoch in np.split(np.array(whole), epochs):
+        assert sorted(epoch) == list(range(size))
+    shares = [
+        list(
+            pipeline.stream(
+                dataset,
+                seed=seed,
+                epochs=epochs,
+                start=start,
+                process_index=host,
+                process_count=hosts,
+            )
+        )
+        for host in range(hosts)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    interleaved = list(itertools.chain.from_iterable(zip(*shares, strict=True)))
+    assert interleaved == whole[start : start + len(interleaved)]
+    assert 0 <= len(whole) - start - len(interleaved) < hosts
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    endless = pipeline.stream(grain.MapDataset.range(50), seed=3)
+    epochs = [tuple(endless[50 * epoch + place] for place in range(50)) for epoch in range(5)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len(set(epochs)) == 5
+    other = pipeline.stream(grain.MapDataset.range(50), seed=99)
+    assert tuple(other[place] for place in range(50)) != epochs[0]
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        ({"start": 20}, "0 of 20 elements are left from start 20"),
+        ({"start": 18, "process_count": 3}, "2 of 20 .* each of 3 hosts"),
+        ({"start": -1}, "start -1"),
+        ({"process_index": 2, "process_count": 2}, "process_index is 2; expected 0 to 1"),
+    ],
+)
+def test_an_impossible_share_is_refused(share, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline.stream(grain.MapDataset.range(10), seed=0, epochs=2, **share)
+
+
+def test_scenes_of_one_layout_stay_together_when_grouped_first(source, preprocess) -> None:
+    layouts = pipeline.grouped(pipeline.examples(source, preprocess), 4)
+    groups = list(pipeline.stream(layouts, seed=0, epochs=1))
+    numbers = [[int(example.id.removeprefix("train_")) for example in group] for group in groups]
+    assert all(group == list(range(group[0], group[0] + 4)) for group in numbers)
+    assert sorted(group[0] for group in numbers) == list(range(0, 24, 4))
+    assert numbers != sorted(numbers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_reading_goes_on_where_the_state_was_taken(source, preprocess, num_workers) -> None:
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    stream = pipeline.stream(pipeline.examples(source, preprocess), seed=0, epochs=2)
+    batches = pipeline.grouped(stream, 5)
+    straight = [_ids([batch]) for batch in pipeline.read(batches, num_workers=num_workers)]
+    assert [len(batch) for batch in straight] == [5] * 9
+    first = pipeline.read(batches, num_workers=num_workers)
+    taken = [_ids([next(first)]) for _ in range(4)]
+    second = pipeline.read(batches, num_workers=num_workers)
+    second.set_state(first.get_state())
+    assert taken + [_ids([batch]) for batch in second] == straight
+
+
+def test_another_number_of_hosts_goes_on_without_gap_or_repeat(source, preprocess) -> None:
+    dataset = pipeline.examples(source, preprocess)
+
+    def batches(host: int, hosts: int, size: int, start: int) -> list[list[str]]:
+        share = pipeline.stream(
+            dataset, seed=1, epochs=1, start=start, process_index=host, process_count=hosts
+        )
+        return [_ids([batch]) for batch in pipeline.read(pipeline.grouped(share, size))]
+
+    # Two hosts take three steps of 2 x 2 examples; then one host goes on.
+    before = [batches(host, 2, 2, start=0)[:3] for host in range(2)]
+    after = batches(0, 1, 4, start=12)
+    seen = collections.Counter(itertools.chain.from_iterable([*sum(before, []), *after]))
+    assert seen == {f"train_{number:06d}": 1 for number in range(24)}
