@@ -1,0 +1,184 @@
+"""Parameters, FLOPs and bytes of a LLaVA and of its LoRA training.
+
+One multiply-add counts as two FLOPs, attention is causal, logits are computed at one position.
+Embedding lookups, norms, activation functions and softmax are not counted.
+"""
+
+import dataclasses
+
+from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
+from prumerge_jax.models.llava import projector_depth
+
+ACTIVATION_BYTES = 2
+"""Per number of everything that is not a quantised weight: bfloat16 or float16."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """Numbers of weights; `total` is the whole checkpoint.
+
+    `vision_used` are those of `vision` that the penultimate features and the last block's keys and
+    CLS query depend on: all that PruMerge needs.
+    """
+
+    vision: int
+    vision_used: int
+    projector: int
+    embedding: int
+    blocks: int
+    norms: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """The whole checkpoint, biases, norms and unused last vision block included."""
+        decoder = self.embedding + self.blocks + self.norms + self.head
+        return self.vision + self.projector + decoder
+
+
+def decoder_linears(text: TextConfig) -> dict[str, tuple[int, int]]:
+    """Input and output width of the seven linear layers of one decoder block."""
+    queries, keys = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    return {
+        "q_proj": (text.width, queries),
+        "k_proj": (text.width, keys),
+        "v_proj": (text.width, keys),
+        "o_proj": (queries, text.width),
+        "gate_proj": (text.width, text.mlp_width),
+        "up_proj": (text.width, text.mlp_width),
+        "down_proj": (text.mlp_width, text.width),
+    }
+
+
+def parameters(config: LlavaConfig) -> Parameters:
+    """Parameter counts of each part."""
+    vision, text = config.vision, config.text
+    width, mlp = vision.width, vision.mlp_width
+    norm = 2 * width
+    linear = width**2 + width
+    block = 4 * linear + (2 * width * mlp + mlp + width) + 2 * norm
+    patch = 3 * vision.patch_size**2 * width
+    stem = width + patch + (vision.num_patches + 1) * width + norm
+    depth = projector_depth(config.projector)
+    first, later = (width + 1) * text.width, (text.width + 1) * text.width
+    return Parameters(
+        vision=stem + vision.num_layers * block + norm,
+        vision_used=stem + (vision.num_layers - 1) * block + norm + 2 * linear,
+        projector=first + (depth - 1) * later if depth else 0,
+        embedding=text.vocab_size * text.width,
+        blocks=block_parameters(text),
+        norms=(2 * text.num_layers + 1) * text.width,
+        head=text.width * text.vocab_size,
+    )
+
+
+def block_parameters(text: TextConfig) -> int:
+    """Of the linear layers of all decoder blocks."""
+    return text.num_layers * sum(i * o for i, o in decoder_linears(text).values())
+
+
+def lora_parameters(text: TextConfig, rank: int) -> int:
+    """Of adapters on all seven linears of every decoder block."""
+    return rank * text.num_layers * sum(i + o for i, o in decoder_linears(text).values())
+
+
+def vision_block_flops(vision: VisionConfig) -> int:
+    """One block over the patches and CLS."""
+    tokens, width = vision.num_patches + 1, vision.width
+    return tokens * 2 * (4 * width**2 + 2 * width * vision.mlp_width) + 4 * tokens**2 * width
+
+
+def patch_embedding_flops(vision: VisionConfig) -> int:
+    """The convolution that turns patches into tokens."""
+    return 2 * vision.num_patches * 3 * vision.patch_size**2 * vision.width
+
+
+def full_tower_flops(vision: VisionConfig) -> int:
+    """All blocks of the vision tower, as CLIP itself runs it."""
+    return vision.num_layers * vision_block_flops(vision) + patch_embedding_flops(vision)
+
+
+def tower_flops(vision: VisionConfig) -> int:
+    """The tower as PruMerge needs it: no last block but its keys, CLS query and CLS attention."""
+    tokens, width = vision.num_patches + 1, vision.width
+    cls_attention = 2 * tokens * width**2 + 2 * width**2 + 2 * vision.num_patches * width
+    blocks = (vision.num_layers - 1) * vision_block_flops(vision)
+    return blocks + patch_embedding_flops(vision) + cls_attention
+
+
+def merge_flops(vision: VisionConfig) -> int:
+    """Key similarity and merge over all N rows: an upper bound, R of them suffice."""
+    return 2 * (2 * vision.num_patches**2 * vision.width)
+
+
+def projector_flops(config: LlavaConfig) -> int:
+    """Per visual token."""
+    depth = projector_depth(config.projector)
+    width = config.text.width
+    return 2 * (config.vision.width * width + (depth - 1) * width**2) if depth else 0
+
+
+def prefill_flops(text: TextConfig, sequence: float) -> float:
+    """The decoder over one sequence, logits at its last position."""
+    matmuls = 2 * block_parameters(text) * sequence + 2 * text.width * text.vocab_size
+    return matmuls + attention_flops(text, sequence * sequence / 2)
+
+
+def decode_flops(text: TextConfig, context: float) -> float:
+    """One token that attends to `context` tokens."""
+    matmuls = 2 * (block_parameters(text) + text.width * text.vocab_size)
+    return matmuls + attention_flops(text, context)
+
+
+def attention_flops(text: TextConfig, pairs: float) -> float:
+    """Scores and weighted sum over this many (query, key) pairs per head and layer."""
+    return 4 * pairs * text.num_heads * text.head_dim * text.num_layers
+
+
+def kv_bytes_per_token(text: TextConfig) -> int:
+    """Keys and values of all layers at 16 bit."""
+    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * ACTIVATION_BYTES
+
+
+def weight_bytes(config: LlavaConfig, weight_bits: int = 16) -> float:
+    """Resident weights: the tower as PruMerge needs it, projector, embedding, decoder."""
+    counts = parameters(config)
+    kept = counts.vision_used + counts.projector + counts.embedding + counts.norms
+    return ACTIVATION_BYTES * kept + (counts.blocks + counts.head) * weight_bits / 8
+
+
+def training_flops(
+    config: LlavaConfig, visual_tokens: float, text_tokens: float, lora_rank: int
+) -> dict[str, float]:
+    """Model FLOPs of one sample: frozen tower and decoder, trained adapters and projector.
+
+    `base` follows the 4N convention, N = blocks + head: the frozen weights need a forward and an
+    activation gradient but no weight gradient. Recomputed activations do not count. MFU is the sum
+    of the components that a report names, over time and peak.
+    """
+    counts = parameters(config)
+    sequence = visual_tokens + text_tokens
+    return {
+        "base": 4 * (counts.blocks + counts.head) * sequence,
+        "vision": tower_flops(config.vision),
+        "attention": 3 * attention_flops(config.text, sequence * sequence / 2),
+        "adapters": 6 * lora_parameters(config.text, lora_rank) * sequence,
+        "projector": 3 * projector_flops(config) * visual_tokens,
+    }
+
+
+def training_bytes(
+    config: LlavaConfig, tokens_per_chip: int, lora_rank: int, shards: int = 1
+) -> dict[str, float]:
+    """Memory of one chip of `shards` with LoRA, full rematerialisation and float32 logits.
+
+    `logits` holds them for all tokens: gather the label positions, or chunk, to shrink it.
+    """
+    counts, text = parameters(config), config.text
+    frozen = counts.blocks + counts.head + counts.embedding
+    return {
+        "frozen": ACTIVATION_BYTES * frozen / shards,
+        "adapters": 16 * lora_parameters(text, lora_rank) / shards,  # float32, gradient, Adam
+        "residuals": text.num_layers * tokens_per_chip * text.width * ACTIVATION_BYTES,
+        "logits": tokens_per_chip * text.vocab_size * 4,
+    }

@@ -1,0 +1,145 @@
+"""Roofline times: how fast a chip could be if only peak rates limited it.
+
+A phase takes the longer of its FLOPs at the chip's peak and its memory traffic at the chip's
+bandwidth. Activations, norms, launches, padding and host work are free: floors, not forecasts.
+"""
+
+import dataclasses
+
+from prumerge_jax.cost import counts
+from prumerge_jax.models.config import LlavaConfig, TextConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peak rates of one chip.
+
+    Attributes:
+      flops: FLOP/s at 16 bit, dense.
+      bandwidth: bytes/s of the main memory.
+      int8_ops: operations/s at 8 bit, or None where no table here needs it.
+    """
+
+    flops: float
+    bandwidth: float
+    int8_ops: float | None = None
+
+    def achievable(self, compute: float, bandwidth: float) -> "Chip":
+        """The chip at these fractions of its peaks."""
+        int8_ops = None if self.int8_ops is None else compute * self.int8_ops
+        return Chip(compute * self.flops, bandwidth * self.bandwidth, int8_ops)
+
+
+CHIPS = {
+    "v100": Chip(112e12, 0.900e12, int8_ops=62e12),  # as LLM-Viewer has it
+    "a100": Chip(312e12, 2.04e12),
+    "h100": Chip(989e12, 3.35e12),
+    "h200": Chip(989e12, 4.8e12),
+    "tpu-v5e": Chip(197e12, 0.819e12),
+    "tpu-v5p": Chip(459e12, 2.765e12),
+    "tpu-v6e": Chip(918e12, 1.640e12),
+    "tpu7x": Chip(2307e12, 7.380e12),
+}
+"""Datasheet peaks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A batch of equal requests with one image each.
+
+    Attributes:
+      visual_tokens: per image; a measured mean may be fractional. All N patches mean no reduction.
+      text_tokens: prompt tokens per request.
+      batch: requests computed together.
+      output_tokens: per request; the first one comes from the prefill.
+      weight_bits: of the decoder's blocks and head; the tower and the projector stay at 16.
+    """
+
+    visual_tokens: float
+    text_tokens: float
+    batch: int = 1
+    output_tokens: int = 1
+    weight_bits: int = 16
+
+    @property
+    def sequence(self) -> float:
+        """Tokens to prefill per request."""
+        return self.visual_tokens + self.text_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """Work that overlaps freely within itself and not with what comes before or after."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, chip: Chip) -> float:
+        """Roofline time."""
+        return max(self.flops / chip.flops, self.bytes / chip.bandwidth)
+
+    def bound(self, chip: Chip) -> str:
+        """`compute` or `memory`, whichever takes longer."""
+        return "compute" if self.flops / chip.flops >= self.bytes / chip.bandwidth else "memory"
+
+
+def operations(config: LlavaConfig, workload: Workload) -> dict[str, list[Operation]]:
+    """Per component (`vision`, `merge`, `projector`, `prefill`, `decode`) what the batch computes.
+
+    Components without work (`merge` at all N tokens, `decode` at one output token) are empty lists;
+    `decode` has one operation per step.
+    """
+    sizes = counts.parameters(config)
+    text, batch = config.text, workload.batch
+    weights = (sizes.blocks + sizes.head) * workload.weight_bits / 8
+    kv = batch * counts.kv_bytes_per_token(text)
+    patches = config.vision.num_patches
+    # PruMerge reads the hidden state and the key of every patch.
+    image_bytes = 2 * patches * config.vision.width * counts.ACTIVATION_BYTES
+    merge = Operation(batch * counts.merge_flops(config.vision), batch * image_bytes)
+    projected = batch * workload.visual_tokens * counts.projector_flops(config)
+    contexts = [workload.sequence + step for step in range(1, workload.output_tokens)]
+    return {
+        "vision": [
+            Operation(
+                batch * counts.tower_flops(config.vision),
+                counts.ACTIVATION_BYTES * sizes.vision_used,
+            )
+        ],
+        "merge": [merge] if workload.visual_tokens < patches else [],
+        "projector": [Operation(projected, counts.ACTIVATION_BYTES * sizes.projector)],
+        "prefill": [
+            Operation(
+                batch * counts.prefill_flops(text, workload.sequence),
+                weights + kv * workload.sequence,
+            )
+        ],
+        "decode": [
+            Operation(batch * counts.decode_flops(text, context), weights + kv * context)
+            for context in contexts
+        ],
+    }
+
+
+def floor_seconds(config: LlavaConfig, workload: Workload, chip: Chip) -> dict[str, float]:
+    """Roofline time of the batch per component; their sum is the floor of the batch."""
+    return {
+        component: sum(operation.seconds(chip) for operation in steps)
+        for component, steps in operations(config, workload).items()
+    }
+
+
+def images_per_second(config: LlavaConfig, workload: Workload, chip: Chip) -> float:
+    """The rate that no implementation of this workload exceeds on one such chip."""
+    return workload.batch / sum(floor_seconds(config, workload, chip).values())
+
+
+def kv_bytes(text: TextConfig, workload: Workload) -> float:
+    """KV memory of the batch once all output tokens are there."""
+    tokens = workload.sequence + workload.output_tokens
+    return workload.batch * tokens * counts.kv_bytes_per_token(text)
+
+
+def sequences_that_fit(text: TextConfig, workload: Workload, budget: float) -> int:
+    """Requests like those of `workload` whose KV fits into `budget` bytes, whatever its batch."""
+    return int(budget // kv_bytes(text, dataclasses.replace(workload, batch=1)))
