@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -165,7 +165,7 @@ class Llava:
         ]
         engine = self.engine(reduction, len(queries), position_ids=position_ids)
         sampling = programs.Sampling(float(temperature), float(top_p))
-        with _on(self._mesh):
+        with self.placed():
             results = _in_order(generate(engine, queries, sampling), len(queries))
         return [self.tokenizer.decode(result.token_ids) for result in results]
 
@@ -201,7 +201,7 @@ class Llava:
                 raise ValueError(f"continuation {query.key} is empty; there is nothing to score")
             queries.append(query._replace(continuation=ids))
         engine = self.engine(reduction, len(queries), position_ids=position_ids)
-        with _on(self._mesh):
+        with self.placed():
             results = _in_order(engine.score(queries), len(queries))
         return [result.log_likelihood for result in results]
 
@@ -214,7 +214,7 @@ class Llava:
     ) -> Explanation:
         """Which patches of an image stay and where the others go; see `visualize.overlay`."""
         pixels = self._pixels(image, image_mode, "image")
-        with _on(self._mesh):
+        with self.placed():
             selection, targets = _explain(
                 self._graphdef,
                 self._state,
@@ -235,8 +235,19 @@ class Llava:
         num_queries: int,
         *,
         position_ids: PositionIds = "compact",
+        image_size: int | None = None,
     ) -> Engine:
-        """An engine for this model, its shapes no larger than `num_queries` can fill."""
+        """An engine for this model, its shapes no larger than `num_queries` can fill.
+
+        Args:
+          reduction, position_ids: as in `generate`.
+          num_queries: how many queries will run at least.
+          image_size: side of the queries' pixels, where it is not the tower's own.
+        """
+        config = self.config
+        if image_size is not None:
+            vision = dataclasses.replace(config.vision, image_size=image_size)
+            config = dataclasses.replace(config, vision=vision)
         shapes = self._engine
         fitting = 1 << max(num_queries - 1, 0).bit_length()
         if self._mesh is None and fitting < shapes.batch_size:
@@ -250,7 +261,7 @@ class Llava:
         return Engine(
             self._graphdef,
             self._state,
-            self.config,
+            config,
             _reduction(reduction),
             shapes,
             dtype=self.dtype,
@@ -258,6 +269,12 @@ class Llava:
             implementation=default_implementation(self.dtype, self.config.text.head_dim),
             mesh=self._mesh,
         )
+
+    def placed(self) -> contextlib.AbstractContextManager[None]:
+        """The context in which an engine of this model runs: its mesh, if it has one."""
+        if self._mesh is None:
+            return contextlib.nullcontext()
+        return sharding.use_mesh(self._mesh)
 
     def _queries(
         self,
@@ -291,16 +308,6 @@ class Llava:
 
 def _reduction(reduction: str | prumerge.PruMergeConfig) -> prumerge.PruMergeConfig:
     return prumerge.preset(reduction) if isinstance(reduction, str) else reduction
-
-
-@contextlib.contextmanager
-def _on(mesh: Mesh | None) -> Iterator[None]:
-    """The mesh as the current one, if there is one."""
-    if mesh is None:
-        yield
-    else:
-        with sharding.use_mesh(mesh):
-            yield
 
 
 def _in_order(results: Iterable[Result], count: int) -> list[Result]:

@@ -5,6 +5,7 @@ keys of all tokens and the query of the CLS token. So the last block is reduced 
 and two projections; its attention, its MLP and the final LayerNorm do not exist here.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -53,7 +54,8 @@ class ClipVision(nnx.Module):
         """Encodes normalised images.
 
         Args:
-          pixels: [B, S, S, 3] in the compute dtype, S = `config.image_size`.
+          pixels: [B, S, S, 3] in the compute dtype. S is `config.image_size`; for a smaller image
+            the position embedding is shrunk bilinearly, the usual way to run a ViT at another size.
           implementation: attention backend, see `attention.attend`.
         """
         patches = self.patch_embedding(pixels)
@@ -61,7 +63,7 @@ class ClipVision(nnx.Module):
             self.class_embedding[...].astype(pixels.dtype), (len(pixels), 1, self.config.width)
         )
         x = jnp.concatenate([cls, patches], axis=1)
-        x = x + self.position_embedding[...].astype(pixels.dtype)
+        x = x + self._positions(patches.shape[1]).astype(pixels.dtype)
         x = pin(self.pre_layernorm(x), "batch", None, None)
         graphdef, weights = nnx.split(self.layers)
 
@@ -71,6 +73,16 @@ class ClipVision(nnx.Module):
         hidden, _ = jax.lax.scan(body, x, weights)
         query_cls, keys = self.last(hidden)
         return VisionFeatures(hidden, query_cls, keys)
+
+    def _positions(self, num_patches: int) -> jax.Array:
+        """The position embedding [num_patches + 1, D], resized where the image is not full size."""
+        positions = self.position_embedding[...]
+        if num_patches == self.config.num_patches:
+            return positions
+        grid, side = self.config.grid, math.isqrt(num_patches)
+        patches = positions[1:].reshape(grid, grid, -1)
+        patches = jax.image.resize(patches, (side, side, patches.shape[-1]), "bilinear")
+        return jnp.concatenate([positions[:1], patches.reshape(num_patches, -1)])
 
 
 class PatchEmbedding(nnx.Module):

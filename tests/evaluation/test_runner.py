@@ -1,0 +1,197 @@
+"""A whole scoring run on a tiny model: complete, resumable, indifferent to bad rows."""
+
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from prumerge_jax.evaluation import digits, runner
+from prumerge_jax.evaluation.reductions import parse_reduction
+from prumerge_jax.inference.engine import EngineConfig
+from prumerge_jax.inference.llava import Llava
+from prumerge_jax.models.config import published
+from tests.tiny_llava import write_tiny_llava
+
+ENGINE = EngineConfig(
+    batch_size=4, window=8, row_length=256, rows=2, slots=4, cache_length=256, chunk=4
+)
+SCENES = 6
+
+# What the killed process runs: the same run as `answer` below, from the same arguments.
+SCRIPT = """
+import pathlib, sys
+from tests.evaluation.test_runner import answer
+answer(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]))
+"""
+
+
+def answer(
+    model: pathlib.Path, data: pathlib.Path, workdir: pathlib.Path, reduction: str = "prumerge"
+) -> runner.Scored:
+    workdir.mkdir(exist_ok=True)
+    llava = Llava.load(model, engine=ENGINE)
+    return runner.run(
+        llava,
+        runner.weights_hash(model),
+        runner.Rows(task(data)),
+        parse_reduction(reduction, llava.config.vision),
+        runner.Decoding(max_new_tokens=3),
+        workdir,
+    )
+
+
+def task(data: pathlib.Path) -> runner.Task:
+    return runner.Task(
+        digits.Digits(),
+        data / digits.QUESTIONS_FILE,
+        data / digits.IMAGE_FOLDER,
+        data / digits.ANNOTATIONS_FILE,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return write_tiny_llava(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("digits")
+    digits.write_files(folder, split="test", scenes=SCENES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(
+    model: pathlib.Path, data: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[bytes, runner.Scored]:
+    workdir = tmp_path_factory.mktemp("straight")
+    scored = answer(model, data, workdir)
+    return (workdir / "answers.jsonl").read_bytes(), scored
+
+
+def test_a_run_answers_everything_once(straight: tuple[bytes, runner.Scored]) -> None:
+    lines, scored = straight
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert len(rows) == len({row["question_id"] for row in rows}) == len(scored.visual_tokens)
+    assert scored.failed == 0
+    assert 1 <= scored.visual_tokens.min() < scored.visual_tokens.max()
+    assert scored.metrics["visual_tokens_mean"] == pytest.approx(scored.visual_tokens.mean())
+    assert 0 < scored.metrics["token_efficiency"] <= 1
+    assert 0 <= scored.metrics["accuracy_mean"] <= 100
+
+
+@pytest.mark.parametrize("kills", [4])
+def test_kill_at_any_moment_changes_no_byte(
+    kills: int,
+    model: pathlib.Path,
+    data: pathlib.Path,
+    straight: tuple[bytes, runner.Scored],
+    tmp_path: pathlib.Path,
+) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(model), str(data), str(tmp_path / "run")]
+    rng = random.Random(0)
+    journal = tmp_path / "run" / "journal.jsonl"
+    for _ in range(kills):
+        process = subprocess.Popen(command)
+        before = journal.stat().st_size if journal.exists() else 0
+        while process.poll() is None and not (journal.exists() and journal.stat().st_size > before):
+            time.sleep(0.02)
+        time.sleep(rng.random() * 0.2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with journal.open("ab") as file:
+        file.write(b'{"index": 3, "question')  # torn by the last kill
+    answer(model, data, tmp_path / "run")
+    assert (tmp_path / "run" / "answers.jsonl").read_bytes() == straight[0]
+
+
+def test_a_rerun_scores_nothing_twice(
+    model: pathlib.Path,
+    data: pathlib.Path,
+    straight: tuple[bytes, runner.Scored],
+    tmp_path: pathlib.Path,
+) -> None:
+    answer(model, data, tmp_path)
+    again = answer(model, data, tmp_path)
+    assert again.metrics["images_per_second"] is None
+    assert (tmp_path / "answers.jsonl").read_bytes() == straight[0]
+    with pytest.raises(ValueError, match="reduction was .* and is"):
+        answer(model, data, tmp_path, reduction="prumerge+")
+
+
+def test_bad_rows_are_reported_and_mended_by_a_rerun(
+    model: pathlib.Path,
+    data: pathlib.Path,
+    straight: tuple[bytes, runner.Scored],
+    tmp_path: pathlib.Path,
+) -> None:
+    copy = tmp_path / "data"
+    digits.write_files(copy, split="test", scenes=SCENES)
+    broken = sorted((copy / digits.IMAGE_FOLDER).iterdir())[2]
+    content = broken.read_bytes()
+    broken.write_bytes(content[: len(content) // 2])
+    scored = answer(model, copy, tmp_path / "run")
+    errors = [
+        json.loads(line) for line in (tmp_path / "run" / "errors.jsonl").read_text().splitlines()
+    ]
+    assert scored.failed == len(errors) > 0
+    assert all(broken.name in error["error"] for error in errors)
+    assert "accuracy_mean" not in scored.metrics
+    expected = [json.loads(line) for line in straight[0].splitlines()]
+    got = (tmp_path / "run" / "answers.jsonl").read_text().splitlines()
+    failed = {error["question_id"] for error in errors}
+    assert [json.loads(line)["text"] for line in got] == [
+        row["text"] for row in expected if row["question_id"] not in failed
+    ]
+    broken.write_bytes(content)
+    mended = answer(model, copy, tmp_path / "run")
+    assert mended.failed == 0
+    assert (tmp_path / "run" / "answers.jsonl").read_bytes() == straight[0]
+
+
+def test_missing_files_are_found_before_the_model_is_needed(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"questions\.jsonl"):
+        runner.Rows(task(tmp_path))
+    digits.write_files(tmp_path, split="test", scenes=1)
+    with pytest.raises(ValueError, match="cannot be scored without annotations"):
+        runner.Rows(runner.Task(digits.Digits(), tmp_path / digits.QUESTIONS_FILE, tmp_path, None))
+    with pytest.raises(FileNotFoundError, match="image folder"):
+        runner.Rows(
+            runner.Task(
+                digits.Digits(),
+                tmp_path / digits.QUESTIONS_FILE,
+                tmp_path / "nowhere",
+                tmp_path / digits.ANNOTATIONS_FILE,
+            )
+        )
+
+
+def test_reduction_names() -> None:
+    vision = published("tiny").vision
+    merged = parse_reduction("prumerge:neighbours=8,merge=mean", vision)
+    assert (merged.config.neighbours, merged.config.merge) == (8, "mean")
+    assert merged.image_size == vision.image_size
+    small = parse_reduction("downsample:3", vision)
+    assert (small.config.selection, small.image_size) == ("all", 3 * vision.patch_size)
+    for name, message in (
+        ("downsample:4", "from 1 to 3"),
+        ("prumerge:neighbours", "not 'parameter=value'"),
+        ("prumerge:speed=9", "no such parameter"),
+        ("tome", "unknown reduction"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_reduction(name, vision)
+
+
+def test_downsampled_images_run(
+    model: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    scored = answer(model, data, tmp_path, reduction="downsample:2")
+    np.testing.assert_array_equal(scored.visual_tokens, 4)
