@@ -38,8 +38,9 @@ class PruMergeConfig:
       iqr_factor: outliers lie above Q3 + iqr_factor * (Q3 - Q1).
       ratio: share of patches that `top` keeps, and that `raster_fixed` adds.
       min_tokens, max_tokens: bounds on the number of selected patches; None is no bound.
-      choice: which patches fill the selected number: `attention` the most attended ones; `random`
-        and `uniform` are baselines that keep equally many.
+      choice: `attention` is the method. `random` and `uniform` are baselines: each image keeps as
+        many tokens as the method would give it, but patches chosen at random or evenly spaced, and
+        unmerged.
       seed: of the choice `random`.
       spatial: patches added to the selected ones: `none`; `raster` every k-th patch with k derived
         from the number selected, as the reference's adaptive branch; `raster_fixed` every
@@ -135,8 +136,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "paper": _PAPER,
     "paper+": _PAPER | {"spatial": "uniform"},
     "select-only": _SELECT_ONLY,
-    "random": _SELECT_ONLY | {"choice": "random"},
-    "uniform": _SELECT_ONLY | {"choice": "uniform"},
+    "random": {"choice": "random"},
+    "uniform": {"choice": "uniform"},
     "full": _FULL,
 }
 
@@ -146,8 +147,8 @@ def preset(name: str, **overrides: Any) -> PruMergeConfig:
 
     `prumerge` and `prumerge+` are the reference code at batch size 1, `prumerge-fixed` and
     `prumerge+fixed` its training branch, `paper` and `paper+` the text of the paper, `select-only`
-    the paper's AITS ablation, `full` plain LLaVA. `random` and `uniform` are baselines that keep as
-    many patches as `select-only`.
+    the paper's AITS ablation, `full` plain LLaVA. `random` and `uniform` are baselines with as many
+    tokens as `prumerge`; `prumerge+` with `choice="random"` is one for `prumerge+`.
 
     Raises:
       ValueError: the name, or the value of an override, is not one that exists.
@@ -227,13 +228,14 @@ def reduce_tokens(
     """
     selection = select(attention, config)
     tokens = _rows(hidden, selection.patch_indices).astype(jnp.float32)
-    if config.merge != "none":
+    is_method = config.choice == "attention"
+    if is_method and config.merge != "none":
         tokens = merge(tokens, hidden, keys, attention, selection, config)
     slot = jnp.arange(tokens.shape[1])
     valid = slot < selection.kept[:, None]
     tokens = jnp.where(valid[..., None], tokens, 0)
     required = selection.kept
-    if config.extra_token:
+    if is_method and config.extra_token:
         # Its weights fill one row of a [1, N] x [N, D] product.
         extra = _weighted_sum(jnp.where(selection.pruned, attention, 0)[:, None], hidden)
         here = (slot == selection.kept[:, None])[..., None]
@@ -256,10 +258,13 @@ def select(attention: jax.Array, config: PruMergeConfig) -> Selection:
 
     rank = _descending_rank(attention)
     number = _number_selected(attention, rank, config)
-    if config.choice != "attention":
-        rank = _baseline_rank(rank, number, config)
     selected = rank < number[:, None]
     added = _added(selected, number, config)
+    if config.choice != "attention":
+        total = selected.sum(-1) + added.sum(-1) + config.extra_token
+        number = jnp.minimum(total, num_patches)
+        rank = _baseline_rank(rank, number, config)
+        selected, added = rank < number[:, None], jnp.zeros_like(added)
 
     if config.order == "attention":
         selected_slot = rank

@@ -28,7 +28,7 @@ from prumerge_jax.evaluation.reductions import Reduction
 from prumerge_jax.inference.engine import Engine, Query, Result
 from prumerge_jax.inference.llava import Llava
 from prumerge_jax.inference.programs import Sampling
-from prumerge_jax.inference.slots import generate
+from prumerge_jax.inference.slots import generate, warm_up
 from prumerge_jax.models.manifest import MANIFEST
 
 COMMIT_ROWS = 32
@@ -168,9 +168,11 @@ def run(
             position_ids=decoding.position_ids,
             image_size=reduction.image_size,
         )
-        started = time.monotonic()
         answerer = _Answerer(model, rows, reduction, decoding, fingerprint)
         with model.placed():
+            if todo:
+                warm_up(engine, answerer.sampling)
+            started = time.monotonic()
             _commit(journal, answerer.outcomes(engine, todo), len(todo), engine)
         seconds = time.monotonic() - started
         journal.write_results(workdir)
@@ -215,12 +217,12 @@ class _Answerer:
         self.model, self.rows, self.reduction = model, rows, reduction
         self.decoding, self.fingerprint = decoding, fingerprint
         self.template = conversations.TEMPLATES[decoding.conversation]
+        self.sampling = Sampling(decoding.temperature, decoding.top_p)
         self.refused: collections.deque[Outcome] = collections.deque()
 
     def outcomes(self, engine: Engine, todo: list[int]) -> Iterator[Outcome]:
         """One outcome per row, in any order."""
-        sampling = Sampling(self.decoding.temperature, self.decoding.top_p)
-        for result in generate(engine, self._queries(todo), sampling):
+        for result in generate(engine, self._queries(todo), self.sampling):
             yield from self._take_refused()
             yield self._outcome(result)
         yield from self._take_refused()

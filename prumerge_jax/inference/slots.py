@@ -12,7 +12,7 @@ import numpy as np
 
 from prumerge_jax.data import packing
 from prumerge_jax.inference import programs
-from prumerge_jax.inference.engine import Engine, Query, Result, Window
+from prumerge_jax.inference.engine import Counters, Engine, Query, Result, Window
 from prumerge_jax.models.llama import KVCache
 
 
@@ -26,6 +26,16 @@ def generate(
         for rows in engine.plan(window):
             yield from decoder.run(window, rows)
     yield from decoder.drain()
+
+
+def warm_up(engine: Engine, sampling: programs.Sampling | None = None) -> None:
+    """Compiles all programs of `generate` by running one meaningless query."""
+    side = engine.model_config.vision.image_size
+    pixels = np.zeros((side, side, 3), np.uint8)
+    token_ids = np.array([engine.model_config.bos_token_id, packing.IMAGE_TOKEN], np.int32)
+    for _ in generate(engine, [Query(0, token_ids, pixels, max_new_tokens=2)], sampling):
+        pass
+    engine.counters = Counters()
 
 
 class SlotDecoder:
