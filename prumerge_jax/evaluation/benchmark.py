@@ -73,7 +73,6 @@ class Benchmark(abc.ABC, Generic[Annotations]):
 
     def key(self, question_id: QuestionId, prompt: str) -> Hashable:
         """What joins an answer to its question, from the fields of an answer line."""
-        del prompt
         return question_id
 
     def read_questions(self, path: pathlib.Path) -> list[Question]:
@@ -147,13 +146,12 @@ class Benchmark(abc.ABC, Generic[Annotations]):
         folder: pathlib.Path,
     ) -> list[pathlib.Path]:
         """Writes what a server, a judge or an official tool takes; returns the files written."""
-        del questions, answers, annotations, folder
         return []
 
     def required(self, annotations: Annotations | None) -> Annotations:
         """The annotations, or ValueError if none were given."""
         if annotations is None:
-            raise ValueError(f"{self.name} cannot be scored without annotations")
+            raise ValueError(f"{self.name} needs annotations; {type(self).__name__} says which")
         return annotations
 
     def answers_by_key(self, answers: Answers) -> dict[Hashable, jsonfiles.Row]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from prumerge_jax.evaluation.benchmark import Benchmark
+from prumerge_jax.evaluation.digits import Digits
 from prumerge_jax.evaluation.gqa import Gqa
 from prumerge_jax.evaluation.llava_bench import LlavaBench
 from prumerge_jax.evaluation.mm_vet import MmVet
@@ -30,6 +31,7 @@ BENCHMARKS: dict[str, Benchmark[Any]] = {
         SeedBench(),
         LlavaBench(),
         MmVet(),
+        Digits(),
     )
 }
 

@@ -100,7 +100,7 @@ def test_answers_are_brought_into_question_order(tmp_path) -> None:
 def test_scores_that_need_annotations_say_so(name: str) -> None:
     entry = benchmark(name)
     if entry.needs_annotations:
-        with pytest.raises(ValueError, match=f"{name} cannot be scored without annotations"):
+        with pytest.raises(ValueError, match=f"{name} needs annotations"):
             entry.score([], Answers("answers.jsonl", []), None)
     else:
         assert entry.score([], Answers("answers.jsonl", []), None) == {}

@@ -19,6 +19,8 @@ from prumerge_jax.evaluation.textvqa import question_of_prompt
         ("a/b", "b"),
         ("x-ray", "x ray"),
         ("x - ray", "x ray"),
+        ("x -y p-q", "x y pq"),
+        ("x- y p-q", "x y pq"),
         ("none", "0"),
         ("(yes)", "yes"),
         ("it's a dog's", "it 's dog 's"),
