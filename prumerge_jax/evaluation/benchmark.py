@@ -49,6 +49,7 @@ class Benchmark(abc.ABC, Generic[Annotations]):
 
     Attributes:
       name: Key in the registry.
+      headline: Metric that stands for the benchmark in summaries.
       max_new_tokens: Limit of LLaVA's script for this benchmark; decoding is greedy.
       crops_in_llava_1_5: Whether protocol llava-1.5 crops the images (llava/eval/model_vqa.py and
         model_vqa_science.py of v1.1) instead of padding them.
@@ -57,6 +58,7 @@ class Benchmark(abc.ABC, Generic[Annotations]):
     """
 
     name: str
+    headline: str = "accuracy"
     max_new_tokens: int = 128
     crops_in_llava_1_5: bool = False
     needs_annotations: bool = True

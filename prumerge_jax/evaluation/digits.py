@@ -49,6 +49,7 @@ class Digits(Benchmark[Annotations]):
     """
 
     name = "digits"
+    headline = "accuracy_mean"
     max_new_tokens = 8
 
     def read_annotations(self, path: pathlib.Path) -> Annotations:
@@ -66,7 +67,10 @@ class Digits(Benchmark[Annotations]):
     def per_question(
         self, questions: Sequence[Question], answers: Answers, annotations: Annotations | None
     ) -> dict[str, np.ndarray]:
-        """Right or wrong, per family (`accuracy_FAMILY`)."""
+        """Right or wrong, per family (`accuracy_FAMILY`), and over all of them (`accuracy_mean`).
+
+        The latter holds every answer weighted so that the families count equally in its mean.
+        """
         truths = self.required(annotations)
         rows = self.in_question_order(questions, answers)
         right: dict[str, list[bool]] = {family: [] for family in FAMILIES}
@@ -78,11 +82,14 @@ class Digits(Benchmark[Annotations]):
                     "row of the annotations; use the two files that were written together"
                 )
             right[family].append(_IS_RIGHT[family](row["text"], truths[key].answer))
-        return {
-            f"accuracy_{family}": np.array(values, np.float64)
-            for family, values in right.items()
-            if values
+        values = {
+            f"accuracy_{family}": np.array(hits, np.float64)
+            for family, hits in right.items()
+            if hits
         }
+        total = sum(hits.size for hits in values.values())
+        weighted = [hits * total / (len(values) * hits.size) for hits in values.values()]
+        return {**values, "accuracy_mean": np.concatenate(weighted)}
 
     def score(
         self, questions: Sequence[Question], answers: Answers, annotations: Annotations | None
@@ -92,7 +99,9 @@ class Digits(Benchmark[Annotations]):
         The error is that of a proportion, sqrt(p (1 - p) / n); families are taken as independent.
         """
         accuracies, errors = {}, {}
-        for name, right in self.per_question(questions, answers, annotations).items():
+        families = self.per_question(questions, answers, annotations)
+        del families["accuracy_mean"]
+        for name, right in families.items():
             accuracies[name] = 100 * float(np.mean(right))
             error_name = name.replace("accuracy", "standard_error")
             errors[error_name] = 100 * float(np.std(right)) / np.sqrt(right.size)

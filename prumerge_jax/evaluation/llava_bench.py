@@ -95,6 +95,7 @@ class LlavaBench(Benchmark[Annotations]):
     """
 
     name = "llava_bench"
+    headline = "score"
     max_new_tokens = 1024
     crops_in_llava_1_5 = True
     needs_annotations = False

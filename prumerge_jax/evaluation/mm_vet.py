@@ -23,6 +23,7 @@ class MmVet(Benchmark[Annotations]):
     """
 
     name = "mm_vet"
+    headline = "score"
     max_new_tokens = 1024
     crops_in_llava_1_5 = True
     needs_annotations = False

@@ -56,6 +56,7 @@ class MmBench(Benchmark[None]):
     """
 
     max_new_tokens = 1024
+    headline = "accuracy_circular"
     needs_annotations = False
 
     def __init__(self, name: str, instruction: str) -> None:

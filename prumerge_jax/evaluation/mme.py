@@ -70,6 +70,7 @@ class Mme(Benchmark[Annotations]):
     """
 
     name = "mme"
+    headline = "perception"
 
     def key(self, question_id: QuestionId, prompt: str) -> Hashable:
         """(question_id, prompt): the two questions of an image share the id."""

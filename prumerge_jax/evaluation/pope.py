@@ -40,6 +40,7 @@ class Pope(Benchmark[Annotations]):
     """
 
     name = "pope"
+    headline = "mean_f1"
 
     def read_annotations(self, path: pathlib.Path) -> Annotations:
         """Reads every file of the folder; each must be a label file."""

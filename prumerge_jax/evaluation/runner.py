@@ -31,6 +31,13 @@ from prumerge_jax.inference.programs import Sampling
 from prumerge_jax.inference.slots import generate, warm_up
 from prumerge_jax.models.manifest import MANIFEST
 
+RUN_FIGURES = frozenset(
+    {"rows_failed", "images_per_second", "token_efficiency"}
+    | {f"visual_tokens_{name}" for name in ("mean", "p50", "p95", "max")}
+    | {"text_tokens_mean", "new_tokens_mean"}
+)
+"""Metrics that describe the run and not the answers."""
+
 COMMIT_ROWS = 32
 COMMIT_SECONDS = 5.0
 """Answers become durable in batches of so many rows, or after so long."""
@@ -192,6 +199,9 @@ def run(
     metrics["rows_failed"] = failed
     metrics["images_per_second"] = len(todo) / seconds if todo else None
     metrics.update(_count_figures(counts))
+    for name in ("text_tokens", "new_tokens"):
+        values = [o.measured[name] for o in outcomes if o.answer is not None]
+        metrics[f"{name}_mean"] = float(np.mean(values)) if values else None
     counters = engine.counters
     if counters.row_tokens:
         metrics["token_efficiency"] = counters.real_tokens / counters.row_tokens
@@ -268,7 +278,11 @@ class _Answerer:
 
     def _outcome(self, result: Result) -> Outcome:
         question: Question = self.rows.questions[result.key]
-        measured = {"visual_tokens": result.visual_tokens, "new_tokens": len(result.token_ids)}
+        measured = {
+            "visual_tokens": result.visual_tokens,
+            "text_tokens": result.text_tokens,
+            "new_tokens": len(result.token_ids),
+        }
         if result.error is not None:
             return Outcome(result.key, question.question_id, error=result.error)
         text = self.model.tokenizer.decode(result.token_ids)

@@ -52,6 +52,7 @@ class ScienceQa(Benchmark[Annotations]):
     """
 
     name = "scienceqa"
+    headline = "accuracy_image"
     max_new_tokens = 1024
     crops_in_llava_1_5 = True
 

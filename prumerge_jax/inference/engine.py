@@ -88,6 +88,11 @@ class Query(NamedTuple):
     max_new_tokens: int = 0
     seed: int = 0
 
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of the prompt, the image's left out."""
+        return int(np.count_nonzero(self.token_ids != packing.IMAGE_TOKEN))
+
 
 class Result(NamedTuple):
     """What became of a query.
@@ -97,6 +102,7 @@ class Result(NamedTuple):
       token_ids: generated tokens without the end-of-sequence token; empty when scoring.
       log_likelihood: of the continuation, natural logarithm, summed; nan when generating.
       visual_tokens: of the query's image, 0 without one.
+      text_tokens: of the prompt.
       error: why the query was not run; None when it was.
     """
 
@@ -104,6 +110,7 @@ class Result(NamedTuple):
     token_ids: list[int]
     log_likelihood: float
     visual_tokens: int
+    text_tokens: int
     error: str | None = None
 
 
@@ -327,7 +334,9 @@ class Engine:
             broken = image_row is not None and flat_required[image_row] < 0
             error = self._refusal(query, count, broken=broken)
             if error is not None:
-                window.failed.append(Result(query.key, [], float("nan"), count, error))
+                window.failed.append(
+                    Result(query.key, [], float("nan"), count, query.text_tokens, error)
+                )
                 continue
             window.queries.append(query)
             window.requests.append(_request(query, image_row))
@@ -339,8 +348,7 @@ class Engine:
         """Why a query cannot run; None if it can."""
         if broken:
             return "the image's CLS attention is not finite; check the image and the weights"
-        text = np.count_nonzero(query.token_ids != packing.IMAGE_TOKEN)
-        length = text + visual_tokens + len(query.continuation)
+        length = query.text_tokens + visual_tokens + len(query.continuation)
         if length > self.config.row_length:
             return (
                 f"the prompt has {length} tokens ({visual_tokens} of them visual); a row holds "
@@ -399,7 +407,8 @@ class _Scores(NamedTuple):
         sums = [values[a:b].sum(dtype=np.float64) for a, b in zip(first, last, strict=True)]
         for index, total in zip(self.rows.requests, sums, strict=True):
             query = self.window.queries[index]
-            yield Result(query.key, [], float(total), self.window.visual_tokens(index))
+            visual_tokens = self.window.visual_tokens(index)
+            yield Result(query.key, [], float(total), visual_tokens, query.text_tokens)
 
 
 def _request(query: Query, image_row: int | None) -> packing.Request:

@@ -53,6 +53,7 @@ class Llava:
       config: sizes of the model.
       tokenizer: its SentencePiece tokenizer.
       dtype: compute dtype.
+      engine_config: shapes of the compiled programs.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Llava:
             )
         self.config, self.tokenizer, self.dtype = config, tokenizer, jnp.dtype(dtype)
         self._graphdef, self._state, self._mesh = graphdef, state, mesh
-        self._engine = engine or EngineConfig(
+        self.engine_config = engine or EngineConfig(
             row_length=min(1024, config.text.max_positions),
             cache_length=min(1024, config.text.max_positions),
         )
@@ -248,7 +249,7 @@ class Llava:
         if image_size is not None:
             vision = dataclasses.replace(config.vision, image_size=image_size)
             config = dataclasses.replace(config, vision=vision)
-        shapes = self._engine
+        shapes = self.engine_config
         fitting = 1 << max(num_queries - 1, 0).bit_length()
         if self._mesh is None and fitting < shapes.batch_size:
             shapes = dataclasses.replace(

@@ -176,7 +176,8 @@ class _Sequence:
 
     def result(self, eos: int) -> Result:
         tokens = self.tokens[:-1] if self.tokens[-1] == eos else self.tokens
-        return Result(self.query.key, tokens, float("nan"), self.visual_tokens)
+        text_tokens = self.query.text_tokens
+        return Result(self.query.key, tokens, float("nan"), self.visual_tokens, text_tokens)
 
 
 class _Chunk(NamedTuple):

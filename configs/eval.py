@@ -1,0 +1,52 @@
+"""Every field of an evaluation, set to score the shipped miniature on its digits."""
+
+import pathlib
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+import prumerge_jax
+
+
+def get_config() -> ConfigDict:
+    """The default of `eval.py`."""
+    config = ConfigDict()
+    config.checkpoint = str(pathlib.Path(prumerge_jax.__file__).parent / "miniature")
+    config.benchmark = "digits"
+    config.questions = placeholder(str)  # None draws the miniature's own
+    config.images = placeholder(str)  # folder of the questions' image paths
+    config.annotations = placeholder(str)  # what the scorer compares with
+    config.tasks = ()  # several benchmarks: dicts of the four fields above
+    config.answers = placeholder(str)  # score this file, without a model
+
+    config.reduction = "full prumerge+ prumerge"  # names of evaluation/reductions.py
+    config.baselines = False  # beside each: random, uniform and a smaller image at equal counts
+    config.decoding = ConfigDict(
+        {
+            "protocol": "llava-1.6",
+            "conversation": "vicuna_v1",
+            "position_ids": "compact",
+            "max_new_tokens": placeholder(int),  # None: the benchmark's own limit
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "seed": 0,
+            "num_workers": 0,
+        }
+    )
+    config.dtype = placeholder(str)  # None: as stored
+    config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
+    # Shapes of the compiled programs; see EngineConfig.
+    config.engine = ConfigDict(
+        {
+            "batch_size": 32,
+            "window": 256,
+            "row_length": 1024,
+            "rows": 2,
+            "slots": 64,
+            "cache_length": 256,
+            "chunk": 8,
+        }
+    )
+    config.chip = placeholder(str)  # print achieved speed against this chip's floor
+    config.digits = ConfigDict({"split": "test", "scenes": 1000})
+    return config
