@@ -125,9 +125,9 @@ def scatter(
     """
     lows = [point.y - point.error for point in points]
     highs = [point.y + point.error for point in points]
-    padding = 0.08 * (max(highs) - min(lows)) or 1.0
+    padding = max(0.08 * (max(highs) - min(lows)), 0.5)
     frame = _Frame(
-        (0.0, 1.08 * max(point.x for point in points) or 1.0),
+        (0.0, max(1.08 * max(point.x for point in points), 1.0)),
         (min(lows) - padding, max(highs) + padding),
         height=_SCATTER_HEIGHT,
     )
@@ -186,7 +186,7 @@ def lines(series: Sequence[Series], *, x_label: str, y_label: str, description: 
     longest = max(len(line.label) for line in series) * _CHARACTER + 14
     frame = _Frame(
         (min(xs) - 0.3, max(xs) + 0.3),
-        (0.0, 1.05 * max(y for line in series for y in line.y) or 1.0),
+        (0.0, max(1.05 * max(y for line in series for y in line.y), 1.0)),
         right=min(longest, _WIDTH / 3),
     )
     parts = [frame.axes(x_label, y_label)]
@@ -331,7 +331,7 @@ def _text(text: str, x: float, y: float, anchor: str) -> str:
 
 def _label(text: str, left: float, middle: float) -> str:
     """A label from `left` on, compressed where the picture ends before it does."""
-    room = _WIDTH - left - 2
+    room = _WIDTH - left - 1
     fit = f' textLength="{room:.1f}" lengthAdjust="spacingAndGlyphs"'
     compressed = fit if _text_width(text) > room else ""
     return (

@@ -272,14 +272,14 @@ figcaption, .note { color: var(--muted); font-size: .875rem; white-space: pre-li
 }
 .scroll:focus-visible { outline: 2px solid var(--accent); }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .375rem .5rem; text-align: right; vertical-align: top; }
+th, td { padding: .375rem .4rem; text-align: right; vertical-align: top; }
 td { white-space: nowrap; }
 th { overflow-wrap: break-word; }
 thead th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
 tbody tr { border-top: 1px solid var(--grid); }
 th:first-child {
   position: sticky; left: 0; background: var(--page); text-align: left;
-  min-width: clamp(5.5rem, 12vw, 9rem);
+  min-width: clamp(6.4rem, 12vw, 9rem); overflow-wrap: anywhere;
 }
 .facts th, .facts td { text-align: left; white-space: normal; }
 .charts {

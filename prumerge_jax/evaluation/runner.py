@@ -110,7 +110,7 @@ class Rows:
 
         Raises:
           ValueError: a file is malformed; the message names file and row.
-          FileNotFoundError: a file or the image folder does not exist.
+          FileNotFoundError: a file does not exist.
         """
         self.task = task
         self.questions = task.benchmark.read_questions(task.questions)
@@ -122,10 +122,14 @@ class Rows:
                 f"{task.benchmark.name} cannot be scored without annotations; pass "
                 "--config.annotations=PATH"
             )
+
+    def check_images(self) -> None:
+        """Raises FileNotFoundError if the questions' images cannot be there; for a model's run."""
+        folder = self.task.images
         by_path = any(isinstance(question.image, str) for question in self.questions)
-        if by_path and (task.images is None or not task.images.is_dir()):
+        if by_path and (folder is None or not folder.is_dir()):
             raise FileNotFoundError(
-                f"image folder {task.images} does not exist; pass --config.images=DIR"
+                f"image folder {folder} does not exist; pass --config.images=DIR"
             )
 
     def score(self, answers: Answers) -> dict[str, float]:

@@ -57,6 +57,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
     if config.answers is not None:
         return _score_file(tasks, pathlib.Path(config.answers), workdir)
     every_rows = [Rows(task) for task in tasks]
+    for rows in every_rows:
+        rows.check_images()
     checkpoint = pathlib.Path(config.checkpoint)
     model = load(config)
     decoding = Decoding(**config.decoding)

@@ -259,7 +259,7 @@ def _save(folder: pathlib.Path, array: np.ndarray | jax.Array) -> None:
     saving.storage_options.shard_axes = (0,)
     # Guards asynchronous saves against later changes; this one is synchronous.
     context.memory.deepcopy_host_arrays = False
-    with context, _without_merge_notice():
+    with context, _quiet():
         ocp.save(folder.resolve(), {"value": array})
 
 
@@ -268,19 +268,21 @@ def _restore(
 ) -> jax.Array:
     try:
         # Orbax would cast to whatever dtype it is asked for: ask for the one on disk.
-        dtype = ocp.metadata(folder).metadata["value"].dtype
-        wanted = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        return ocp.load(folder, {"value": wanted})["value"]
+        with _quiet():
+            dtype = ocp.metadata(folder).metadata["value"].dtype
+            wanted = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            return ocp.load(folder, {"value": wanted})["value"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DirectoryError(f"{folder} cannot be read as {shape}: {error}") from error
 
 
 @contextlib.contextmanager
-def _without_merge_notice() -> Iterator[None]:
-    """Drops Orbax's warning, one per weight, that there is no OCDBT to merge."""
+def _quiet() -> Iterator[None]:
+    """Drops what Orbax reports of every single weight, and that there is no OCDBT to merge."""
 
     def is_news(record: logging.LogRecord) -> bool:
-        return "Skipping merge of OCDBT" not in record.getMessage()
+        is_routine = "Skipping merge of OCDBT" in record.getMessage()
+        return record.levelno >= logging.WARNING and not is_routine
 
     logger = logging.getLogger("absl")
     logger.addFilter(is_news)

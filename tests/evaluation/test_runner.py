@@ -170,7 +170,7 @@ def test_missing_files_are_found_before_the_model_is_needed(tmp_path: pathlib.Pa
                 tmp_path / "nowhere",
                 tmp_path / digits.ANNOTATIONS_FILE,
             )
-        )
+        ).check_images()
 
 
 def test_reduction_names() -> None:
