@@ -92,7 +92,7 @@ class Scored:
       metrics: the benchmark's metrics and the run's figures, one flat mapping. A figure that this
         run did not measure (speed, when all answers were there already) is None.
       per_question: values per question by metric, empty where rows are missing.
-      visual_tokens: int [answered rows].
+      visual_tokens: int [answered rows that have an image].
       failed: rows without an answer.
     """
 
@@ -199,7 +199,13 @@ def run(
         if rows.annotations is not None or not benchmark.needs_annotations:
             per_question = benchmark.per_question(questions, answers, rows.annotations)
         benchmark.upload(questions, answers, rows.annotations, workdir)
-    counts = np.array([o.measured["visual_tokens"] for o in outcomes if o.answer is not None])
+    counts = np.array(
+        [
+            o.measured["visual_tokens"]
+            for o in outcomes
+            if o.answer is not None and questions[o.index].image is not None
+        ]
+    )
     metrics["rows_failed"] = failed
     metrics["images_per_second"] = len(todo) / seconds if todo else None
     metrics.update(_count_figures(counts))

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from prumerge_jax import prumerge
+from prumerge_jax.distributed import sharding
 from prumerge_jax.models.clip import ClipVision, gelu
 from prumerge_jax.models.config import LlavaConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear
@@ -45,12 +46,9 @@ class LlavaModel(nnx.Module):
           [rows, T, D].
         """
         text = self.decoder.embed(ids, visual_tokens.dtype)
-        is_visual = visual_index[..., None] >= 0
-        flat = visual_tokens.reshape(-1, visual_tokens.shape[-1])
-        # Gathered before they are projected, so that slots no row uses cost nothing; zeroed where
-        # text goes, so that whatever lies in unused slots reaches neither values nor gradients.
-        visual = jnp.where(is_visual, flat[jnp.maximum(visual_index, 0)], 0)
-        return jnp.where(is_visual, self.projector(visual), text)
+        # Gathered before they are projected, so that slots no row uses cost nothing.
+        visual = self.projector(gather_visual_tokens(visual_tokens, visual_index))
+        return jnp.where(visual_index[..., None] >= 0, visual, text)
 
 
 def encode_images(
@@ -76,6 +74,46 @@ def encode_images(
     return prumerge.reduce_tokens(
         features.hidden[:, 1:], features.keys[:, 1:], attention, reduction
     )
+
+
+def gather_visual_tokens(visual_tokens: jax.Array, visual_index: jax.Array) -> jax.Array:
+    """Visual tokens in the order of the rows.
+
+    On a mesh every data shard reads from its own images alone, without communication: the planner
+    puts a sequence on the shard of its images (`packing.pack_window` with `shards`).
+
+    Args:
+      visual_tokens: [B, R, Dv].
+      visual_index: [rows, T] int32, b * R + r, -1 for none.
+
+    Returns:
+      [rows, T, Dv]; zero where there is none, so that whatever lies in unused slots reaches neither
+      values nor gradients. NaN where an index lies on another shard: a wrong plan, made visible.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _gather_on_shard(visual_tokens, visual_index, 0)
+    axes = sharding.RULES["batch"]
+
+    def on_shard(visual_tokens: jax.Array, visual_index: jax.Array) -> jax.Array:
+        first = jax.lax.axis_index(axes) * visual_tokens.shape[0] * visual_tokens.shape[1]
+        return _gather_on_shard(visual_tokens, visual_index, first)
+
+    spec = sharding.spec("batch")
+    return jax.shard_map(on_shard, in_specs=(spec, spec), out_specs=spec)(
+        visual_tokens, visual_index
+    )
+
+
+def _gather_on_shard(
+    visual_tokens: jax.Array, visual_index: jax.Array, first: jax.Array | int
+) -> jax.Array:
+    """`gather_visual_tokens` for a block of images whose first slot has the index `first`."""
+    flat = visual_tokens.reshape(-1, visual_tokens.shape[-1])
+    at = visual_index - first
+    is_here = (at >= 0) & (at < len(flat))
+    elsewhere = jnp.where(visual_index >= 0, jnp.nan, 0).astype(flat.dtype)
+    return jnp.where(is_here[..., None], flat[jnp.where(is_here, at, 0)], elsewhere[..., None])
 
 
 def normalize_pixels(pixels: jax.Array, config: VisionConfig) -> jax.Array:
