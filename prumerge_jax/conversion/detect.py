@@ -1,0 +1,114 @@
+"""What a directory holds, decided by its files and never by its name."""
+
+import dataclasses
+import enum
+import pathlib
+from typing import Any
+
+from prumerge_jax.conversion.source import CheckpointError, load_object
+from prumerge_jax.models.manifest import FORMAT, MANIFEST
+
+
+class Kind(enum.Enum):
+    """The kinds of directory that conversion can read."""
+
+    OURS = "a model directory of this package"
+    HF = "a llava-hf checkpoint (LlavaForConditionalGeneration)"
+    LLAVA = "an original LLaVA checkpoint (LlavaLlamaForCausalLM)"
+    LLAMA = "a plain LLaMA or Vicuna"
+    PEFT = "a LoRA adapter directory of PEFT"
+    PROJECTOR = "a stage-1 directory with nothing but a projector"
+    CLIP = "a CLIP model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Detection:
+    """What was found and the file or field that says so."""
+
+    kind: Kind
+    reason: str
+
+
+# Families with the same kinds of files that need another model than this package has.
+_UNSUPPORTED_ARCHITECTURES = {
+    "LlavaNext": "LLaVA-NeXT (v1.6)",
+    "LlavaOnevision": "LLaVA-OneVision",
+    "VideoLlava": "Video-LLaVA",
+    "LlavaMistral": "LLaVA on Mistral",
+    "LlavaMpt": "LLaVA on MPT",
+    "LlavaQwen": "LLaVA on Qwen",
+}
+_UNSUPPORTED_FIELDS = {
+    "mm_image_tower": "Video-LLaVA",
+    "mm_video_tower": "Video-LLaVA",
+    "mm_vision_resampler": "a LLaVA with a resampler",
+}
+
+
+def detect(folder: pathlib.Path) -> Detection:
+    """Says what a directory holds.
+
+    Raises:
+      CheckpointError: nothing that can be converted; the message says what was looked for, or
+        which unsupported family it is.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a directory")
+    if (folder / MANIFEST).is_file():
+        manifest = load_object(folder / MANIFEST, max_bytes=256 << 20)
+        if manifest.get("format") == FORMAT:
+            return Detection(Kind.OURS, f"{MANIFEST} has format {FORMAT}")
+    if (folder / "adapter_config.json").is_file():
+        return Detection(Kind.PEFT, "it holds adapter_config.json")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds none of {MANIFEST}, adapter_config.json, config.json: "
+            "not a checkpoint that can be converted"
+        )
+    config = load_object(folder / "config.json")
+    _refuse_other_families(config, folder)
+    if (folder / "mm_projector.bin").is_file() and not _has_weights(folder):
+        return Detection(Kind.PROJECTOR, "it holds mm_projector.bin and no other weights")
+    return _by_config(config, folder)
+
+
+def _by_config(config: dict[str, Any], folder: pathlib.Path) -> Detection:
+    architectures = config.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    if "LlavaForConditionalGeneration" in names:
+        return Detection(Kind.HF, "config.json names LlavaForConditionalGeneration")
+    if "LlavaLlamaForCausalLM" in names or "mm_vision_tower" in config:
+        sign = "names LlavaLlamaForCausalLM" if names else "has mm_vision_tower"
+        return Detection(Kind.LLAVA, f"config.json {sign}")
+    model_type = config.get("model_type")
+    if model_type in ("clip", "clip_vision_model"):
+        return Detection(Kind.CLIP, f"config.json has model_type {model_type}")
+    if "text_config" in config and "vision_config" in config:
+        return Detection(Kind.HF, "config.json has text_config and vision_config")
+    if "LlamaForCausalLM" in names or model_type == "llama":
+        return Detection(Kind.LLAMA, "config.json describes a LlamaForCausalLM")
+    raise CheckpointError(
+        f"{folder / 'config.json'}: architectures {str(architectures)[:80]}, model_type "
+        f"{str(model_type)[:80]}: neither LLaVA-1.5, LLaMA nor CLIP"
+    )
+
+
+def _refuse_other_families(config: dict[str, Any], folder: pathlib.Path) -> None:
+    where = folder / "config.json"
+    architectures = config.get("architectures")
+    for name in architectures if isinstance(architectures, list) else []:
+        for prefix, family in _UNSUPPORTED_ARCHITECTURES.items():
+            if isinstance(name, str) and name.startswith(prefix):
+                raise CheckpointError(f"{where}: {name} is {family}, which is not supported")
+    for field, family in _UNSUPPORTED_FIELDS.items():
+        if config.get(field):
+            raise CheckpointError(f"{where}: {field} says {family}, which is not supported")
+    if config.get("mm_patch_merge_type") == "spatial_unpad":
+        raise CheckpointError(
+            f"{where}: mm_patch_merge_type spatial_unpad says LLaVA-NeXT, which is not supported"
+        )
+
+
+def _has_weights(folder: pathlib.Path) -> bool:
+    patterns = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
+    return any(True for pattern in patterns for _ in folder.glob(pattern))

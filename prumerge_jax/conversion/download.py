@@ -1,0 +1,36 @@
+"""Fetches a checkpoint from the Hugging Face hub, only when asked to, at a pinned commit."""
+
+import pathlib
+import re
+
+from prumerge_jax.conversion.source import CheckpointError
+
+_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja"]
+
+
+def download(repository: str, revision: str) -> pathlib.Path:
+    """The local directory of a hub repository, from the hub's cache where it is there already.
+
+    With HF_HUB_OFFLINE=1 only the cache is used.
+
+    Args:
+      repository: `organisation/name`.
+      revision: a full commit id, so that the files cannot change behind the name.
+
+    Raises:
+      CheckpointError: the revision is not a commit id, or the files cannot be had.
+    """
+    import huggingface_hub
+
+    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        raise CheckpointError(
+            f"--download needs --revision=COMMIT, 40 hexadecimal digits, not {revision!r}"
+        )
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository, revision=revision, allow_patterns=_FILES
+        )
+    except Exception as error:  # the hub client raises errors of several HTTP libraries
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"cannot download {repository}@{revision}: {reason}") from error
+    return pathlib.Path(folder)

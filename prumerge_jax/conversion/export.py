@@ -1,0 +1,300 @@
+"""From a model directory back to PyTorch's checkpoints, one stacked weight in memory at a time."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from prumerge_jax.conversion import keys, outputs
+from prumerge_jax.conversion.convert import PASSTHROUGH, REPORT, copy_blocked
+from prumerge_jax.conversion.inputs import TEXT_FILES
+from prumerge_jax.conversion.keys import Dialect, Weight
+from prumerge_jax.conversion.peft import merged
+from prumerge_jax.conversion.safetensors_io import SafetensorsFile, ShardedWriter
+from prumerge_jax.conversion.source import CheckpointError, TensorInfo
+from prumerge_jax.conversion.torch_bin import encode
+from prumerge_jax.models import directory as directories
+from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.models.staging import StagedDirectory
+
+Progress = Callable[[int], None]
+
+# llava-hf's vocabulary: the tokenizer's pieces, <image>, <pad>, filled up to a multiple of 64.
+_VOCABULARY_MULTIPLE = 64
+_VOCABULARY = ("language_model.embed_tokens.weight", "lm_head.weight")
+# PEFT matches lists by suffix, which on a LLaVA of transformers would hit CLIP's projections too.
+_HF_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+
+
+class StoredModel:
+    """A model directory whose weights are read one by one, as checkpoint tensors."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        """Verifies the directory, every hash, and reads its config and manifest.
+
+        Raises:
+          DirectoryError: not a finished model directory, or damaged.
+        """
+        directories.verify(folder)
+        self.folder = folder
+        self.config = directories.read_config(folder)
+        self.adapter = directories.read_adapter(folder)
+        self.manifest = directories.read_manifest(folder)
+
+    def dtype(self, weight: Weight) -> np.dtype:
+        """Of one weight, as stored.
+
+        Raises:
+          CheckpointError: the directory lacks it.
+        """
+        if weight.path not in self.manifest.arrays:
+            raise CheckpointError(f"{self.folder} lacks the weight {weight.path}")
+        return self.manifest.arrays[weight.path].dtype
+
+    def array(self, path: str) -> np.ndarray:
+        """One weight in host memory."""
+        stored = self.manifest.arrays[path]
+        host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+        target = jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=host)
+        return np.asarray(directories.load_array(self.folder, path, target))
+
+    def tensors(self, weight: Weight) -> Iterator[tuple[str, np.ndarray]]:
+        """The checkpoint tensors behind one weight, by canonical key."""
+        for key, view in weight.layers(self.array(weight.path)):
+            tensor = np.empty(view.shape, view.dtype)
+            copy_blocked(tensor, view)
+            yield key, tensor
+
+    def unused(self) -> dict[str, np.ndarray]:
+        """The tower's tensors that LLaVA never uses; zeros in a model that never had them."""
+        file = self.folder / PASSTHROUGH
+        shapes = keys.passthrough(self.config.vision)
+        if not file.is_file():
+            dtype = self.manifest.arrays["vision.class_embedding"].dtype
+            return {key: np.zeros(shape, dtype) for key, shape in shapes.items()}
+        source = SafetensorsFile(file)
+        matched = keys.assign(source.tensors, Dialect.HF, shapes, str(file))
+        return {key: source.read(own) for key, own in matched.key_of.items()}
+
+
+def export_model(
+    folder: pathlib.Path,
+    output: pathlib.Path,
+    dialect: Dialect,
+    *,
+    merge: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Progress = lambda nbytes: None,
+) -> None:
+    """Writes a checkpoint that transformers (HF) or the original LLaVA code (LLAVA) loads.
+
+    A vocabulary without image token gets llava-hf's two tokens, new rows being the mean of the
+    others; the original layout drops the rows from the image token on. Every other tensor keeps
+    its bits.
+
+    Args:
+      folder: a model directory.
+      output: must not exist.
+      dialect: HF or LLAVA.
+      merge: add adapters to the weights; needed if there are any.
+      max_shard_bytes: size of a file.
+      progress: called with the number of bytes written since the last call.
+
+    Raises:
+      CheckpointError: the dialect cannot hold the model.
+      DirectoryError: `folder` is no model directory, or `output` exists.
+    """
+    model = StoredModel(folder)
+    if model.adapter is not None and not merge:
+        raise CheckpointError(f"{folder} holds adapters: use --merge, or --to=peft")
+    config = (_with_image_token if dialect is Dialect.HF else _without_image_token)(model.config)
+    files = _hf_files(config) if dialect is Dialect.HF else _llava_files(config)
+    table, unused = keys.weights(model.config), model.unused()
+    resized = keys.expected_shapes(keys.weights(config))
+    infos = {
+        keys.dialect_key(key, dialect, config): TensorInfo(resized[key], model.dtype(weight))
+        for weight in table
+        for key in weight.keys
+    }
+    infos |= {
+        keys.dialect_key(key, dialect, config): TensorInfo(tensor.shape, tensor.dtype)
+        for key, tensor in unused.items()
+    }
+    with StagedDirectory(output) as staged:
+        writer = ShardedWriter(staged.path, infos, max_shard_bytes)
+        for weight in table:
+            for key, tensor in _with_adapter(model, weight):
+                if key in _VOCABULARY:
+                    tensor = _resize(tensor, config.text.vocab_size)
+                writer.write(keys.dialect_key(key, dialect, config), tensor)
+                progress(tensor.nbytes)
+        for key, tensor in unused.items():
+            writer.write(keys.dialect_key(key, dialect, config), tensor)
+            progress(tensor.nbytes)
+        writer.close()
+        _write_files(staged.path, files)
+        if config == model.config:  # else tokens were added or dropped
+            _copy_text_files(folder, staged.path, TEXT_FILES)
+        else:
+            _copy_text_files(folder, staged.path, ("tokenizer.model",))
+        _write_files(staged.path, {REPORT: _report(model, config, len(infos), merge)})
+
+
+def export_adapter(folder: pathlib.Path, output: pathlib.Path, *, base: str | None = None) -> None:
+    """Writes adapters and projector as PEFT and the original LLaVA code load them.
+
+    Keys follow the model the adapter belongs on: llava-hf's where the vocabulary has an image
+    token, the original ones where it has not.
+
+    Args:
+      folder: a model directory with adapters.
+      output: must not exist.
+      base: name of the model the adapter belongs on; by default what the directory knows.
+
+    Raises:
+      CheckpointError: the directory holds no adapters.
+      DirectoryError: `folder` is no model directory, or `output` exists.
+    """
+    model = StoredModel(folder)
+    if model.adapter is None:
+        raise CheckpointError(f"{folder} holds no adapters: use --to=hf or --to=llava")
+    config, adapter = model.config, model.adapter
+    is_hf = config.image_token_id is not None
+    names = sorted(name.split(".")[-1] for name in keys.decoder_linears(config.text))
+    declared = base or model.manifest.source.get("adapter_base") or None
+    table = list(keys.adapter_weights(config.text, adapter.rank))
+    infos = {
+        _peft_key(key, is_hf, config): TensorInfo(weight.tensor_shape, model.dtype(weight))
+        for weight in table
+        for key in weight.keys
+    }
+    projector = {
+        _peft_key(key, is_hf, config): tensor
+        for weight in keys.projector_weights(config)
+        for key, tensor in model.tensors(weight)
+    }
+    files = {
+        "adapter_config.json": outputs.adapter_config(
+            adapter.rank,
+            adapter.alpha,
+            adapter.dropout,
+            declared,
+            _HF_TARGETS if is_hf else names,
+        )
+    }
+    if not is_hf:  # the original code reads the LLaVA's config from here
+        files["config.json"] = outputs.llava_config(config) | {"unfreeze_mm_vision_tower": False}
+    with StagedDirectory(output) as staged:
+        writer = ShardedWriter(staged.path, infos, max_shard_bytes=1 << 62, stem="adapter_model")
+        for weight in table:
+            for key, tensor in model.tensors(weight):
+                writer.write(_peft_key(key, is_hf, config), tensor)
+        writer.close()
+        (staged.path / "non_lora_trainables.bin").write_bytes(encode(projector))
+        _write_files(staged.path, files)
+
+
+def _with_adapter(model: StoredModel, weight: Weight) -> Iterator[tuple[str, np.ndarray]]:
+    """Checkpoint tensors of one weight, its adapter added if it has one."""
+    stem = weight.path.removesuffix(".kernel")
+    if model.adapter is None or f"{stem}.lora_a" not in model.manifest.arrays:
+        yield from model.tensors(weight)
+        return
+    a, b = model.array(f"{stem}.lora_a"), model.array(f"{stem}.lora_b")
+    for (key, tensor), lora_a, lora_b in zip(model.tensors(weight), a, b, strict=True):
+        total = merged(tensor, lora_a.T, lora_b.T, model.adapter.scale)
+        yield key, total.astype(tensor.dtype)
+
+
+def _with_image_token(config: LlavaConfig) -> LlavaConfig:
+    if config.image_token_id is not None:
+        return config
+    image = config.text.vocab_size
+    rows = -(-(image + 2) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+    text = dataclasses.replace(config.text, vocab_size=rows)
+    return dataclasses.replace(config, text=text, image_token_id=image, pad_token_id=image + 1)
+
+
+def _without_image_token(config: LlavaConfig) -> LlavaConfig:
+    image = config.image_token_id
+    if image is None:
+        return config
+    dropped = config.text.vocab_size - image
+    if dropped > _VOCABULARY_MULTIPLE + 1:
+        raise CheckpointError(
+            f"the image token {image} is followed by {dropped} rows of vocabulary, more than "
+            "<image>, <pad> and filling: dropping them would drop words"
+        )
+    text = dataclasses.replace(config.text, vocab_size=image)
+    return dataclasses.replace(config, text=text, image_token_id=None, pad_token_id=None)
+
+
+def _resize(tensor: np.ndarray, rows: int) -> np.ndarray:
+    """[V, D] -> [rows, D]: cut, or filled with the mean row."""
+    if rows <= len(tensor):
+        return tensor[:rows]
+    mean = tensor.mean(axis=0, dtype=np.float32).astype(tensor.dtype)
+    return np.concatenate([tensor, np.broadcast_to(mean, (rows - len(tensor), len(mean)))])
+
+
+def _hf_files(config: LlavaConfig) -> dict[str, dict[str, Any]]:
+    return {
+        "config.json": outputs.hf_config(config),
+        "generation_config.json": outputs.generation_config(config),
+        "preprocessor_config.json": outputs.image_processor(config.vision),
+        "processor_config.json": outputs.llava_processor(config.vision),
+        "tokenizer_config.json": outputs.tokenizer_config(config),
+    }
+
+
+def _llava_files(config: LlavaConfig) -> dict[str, dict[str, Any]]:
+    return {
+        "config.json": outputs.llava_config(config),
+        "generation_config.json": outputs.generation_config(config),
+        "preprocessor_config.json": outputs.image_processor(config.vision),
+        "tokenizer_config.json": outputs.tokenizer_config(config),
+        # Sizes of the tower, which the original config does not hold: `--vision_tower` on the
+        # way back, where they are not those of OpenAI's.
+        "vision_tower/config.json": outputs.clip_config(config.vision),
+        "vision_tower/preprocessor_config.json": outputs.image_processor(config.vision),
+    }
+
+
+def _write_files(folder: pathlib.Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, values in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _copy_text_files(source: pathlib.Path, target: pathlib.Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _peft_key(canonical: str, is_hf: bool, config: LlavaConfig) -> str:
+    if is_hf:  # the names of modules in transformers >= 4.52
+        return f"base_model.model.model.{canonical}"
+    return f"base_model.model.{keys.dialect_key(canonical, Dialect.LLAVA, config)}"
+
+
+def _report(model: StoredModel, config: LlavaConfig, tensors: int, merge: bool) -> dict[str, Any]:
+    before, after = model.config.text.vocab_size, config.text.vocab_size
+    rows = f"{before} rows kept"
+    if after != before:
+        change = "dropped from the end" if after < before else "added, each the mean of the others"
+        rows = f"{before} -> {after} rows, {change}"
+    stored = (model.folder / PASSTHROUGH).is_file()
+    return {
+        "tensors_out": tensors,
+        "vocabulary": rows,
+        "adapters_merged": merge and model.adapter is not None,
+        "unused_tower_tensors": "as in the source" if stored else "zeros: the model never had them",
+        "source": dict(model.manifest.source),
+    }

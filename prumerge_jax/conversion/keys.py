@@ -1,0 +1,346 @@
+"""The one table that says which checkpoint tensor is which weight of ours, read both ways.
+
+Checkpoint keys of every dialect are first brought to one naming, called canonical here: what
+llava-hf's files become after `canonical_key`, for example
+`language_model.layers.0.mlp.up_proj.weight`.
+"""
+
+import dataclasses
+import enum
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import numpy as np
+
+from prumerge_jax.conversion.source import CheckpointError, TensorInfo, listing
+from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
+from prumerge_jax.models.llava import projector_depth
+
+
+class Dialect(enum.Enum):
+    """A way of naming the same tensors."""
+
+    HF = "llava-hf"  # LlavaForConditionalGeneration, every generation of transformers
+    LLAVA = "liuhaotian"  # LlavaLlamaForCausalLM; also a plain LLaMA or Vicuna
+    CLIP = "clip"  # CLIPModel or CLIPVisionModel
+
+
+class Transform(enum.Enum):
+    """How a checkpoint's tensor becomes ours."""
+
+    KEEP = ()
+    TRANSPOSE = (1, 0)  # a linear layer: [out, in] -> [in, out]
+    CONVOLUTION = (2, 3, 1, 0)  # [out, in, h, w] -> [h, w, in, out]
+
+    def forward(self, tensor: np.ndarray) -> np.ndarray:
+        """A view of a checkpoint tensor in our layout."""
+        return tensor.transpose(self.value) if self.value else tensor
+
+    def inverse(self, tensor: np.ndarray) -> np.ndarray:
+        """A view of our tensor in the checkpoint's layout."""
+        return tensor.transpose(np.argsort(self.value)) if self.value else tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One weight of ours and where a checkpoint keeps it.
+
+    Attributes:
+      path: our dotted path.
+      pattern: the canonical key, `{}` in the place of the layer number of a stacked weight.
+      tensor_shape: of one checkpoint tensor.
+      transform: from its layout to ours.
+      num_layers: how many are stacked on a leading axis; None for a weight that stands alone.
+    """
+
+    path: str
+    pattern: str
+    tensor_shape: tuple[int, ...]
+    transform: Transform = Transform.KEEP
+    num_layers: int | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The canonical keys, in layer order."""
+        if self.num_layers is None:
+            return (self.pattern,)
+        return tuple(self.pattern.format(layer) for layer in range(self.num_layers))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of our weight."""
+        axes = self.transform.value
+        inner = tuple(self.tensor_shape[a] for a in axes) if axes else self.tensor_shape
+        return inner if self.num_layers is None else (self.num_layers, *inner)
+
+    def layers(self, stacked: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Splits our array into (canonical key, checkpoint tensor), as views."""
+        parts = [stacked] if self.num_layers is None else stacked
+        for key, part in zip(self.keys, parts, strict=True):
+            yield key, self.transform.inverse(part)
+
+
+def weights(config: LlavaConfig) -> list[Weight]:
+    """Every weight of the model, in the order in which they are converted."""
+    return [
+        *vision_weights(config.vision),
+        *projector_weights(config),
+        *decoder_weights(config.text),
+    ]
+
+
+def passthrough(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical key and shape of tensors that checkpoints hold and LLaVA never uses.
+
+    These are what follows the keys and queries in the tower's last block, and the norm behind it.
+    Kept beside the model, so that a checkpoint can be written back whole.
+    """
+    block = f"vision_tower.encoder.layers.{vision.num_layers - 1}"
+    width, inner = vision.width, vision.mlp_width
+    linears = {
+        "self_attn.v_proj": (width, width),
+        "self_attn.out_proj": (width, width),
+        "mlp.fc1": (inner, width),
+        "mlp.fc2": (width, inner),
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in linears.items():
+        shapes[f"{block}.{name}.weight"] = shape
+        shapes[f"{block}.{name}.bias"] = shape[:1]
+    for name in (f"{block}.layer_norm2", "vision_tower.post_layernorm"):
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
+    return shapes
+
+
+# Tensors that old files hold and every program recomputes.
+_DERIVED = {
+    r".*\.rotary_emb\.inv_freq": "rotary frequencies, recomputed from rope_theta",
+    r".*embeddings\.position_ids": "position numbers 0, 1, 2, ..., recomputed",
+}
+
+
+def clip_ignored_reason(canonical: str) -> str | None:
+    """As `ignored_reason`, for a CLIPModel, of which only the tower is of use."""
+    if re.match(r"text_model\.|(text|visual)_projection\.|logit_scale$", canonical):
+        return "not of CLIP's vision tower"
+    return ignored_reason(canonical)
+
+
+def ignored_reason(canonical: str) -> str | None:
+    """Why a tensor is left out although it is in a checkpoint, None if it is not."""
+    for pattern, reason in _DERIVED.items():
+        if re.fullmatch(pattern, canonical):
+            return reason
+    return None
+
+
+def canonical_key(key: str, dialect: Dialect) -> str:
+    """The canonical name of a checkpoint's tensor.
+
+    llava-hf: wrappers of DDP, torch.compile and PEFT go; then one leading `model.`; then the four
+    namings that transformers has used become one.
+    """
+    while wrapper := re.match(r"module\.|_orig_mod\.|base_model\.model\.", key):
+        key = key[wrapper.end() :]
+    if dialect is Dialect.CLIP:
+        # CLIPVisionModel of transformers >= 5.8 has no `vision_model.`.
+        own = r"^(?=(embeddings|pre_layrnorm|encoder|post_layernorm)\.)"
+        return re.sub(rf"^vision_model\.|{own}", "vision_tower.", key)
+    key = re.sub(r"^model\.", "", key)
+    if dialect is Dialect.LLAVA:
+        key = re.sub(r"^vision_tower\.vision_tower\.", "vision_tower.", key)
+        key = re.sub(r"^(embed_tokens|layers|norm)\.", r"language_model.\1.", key)
+        key = re.sub(r"^mm_projector\.(weight|bias)$", r"mm_projector.0.\1", key)
+        if index := re.match(r"mm_projector\.(\d{1,2})\.", key):
+            key = f"multi_modal_projector.linear_{_hf_index(index[1])}.{key[index.end() :]}"
+    key = re.sub(r"^language_model\.model\.", "language_model.", key)
+    key = re.sub(r"^language_model\.lm_head\.", "lm_head.", key)
+    return re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", key)
+
+
+def dialect_key(canonical: str, dialect: Dialect, config: LlavaConfig) -> str:
+    """The name of a tensor in files that a dialect's published programs load.
+
+    llava-hf: the naming of the published files, which every version of transformers reads.
+    """
+    if dialect is Dialect.CLIP:
+        return re.sub(r"^vision_tower\.", "vision_model.", canonical)
+    if dialect is Dialect.HF:
+        key = re.sub(r"^language_model\.", "language_model.model.", canonical)
+        key = re.sub(r"^lm_head\.", "language_model.lm_head.", key)
+        return re.sub(r"^vision_tower\.", "vision_tower.vision_model.", key)
+    key = re.sub(r"^language_model\.", "model.", canonical)
+    key = re.sub(r"^vision_tower\.", "model.vision_tower.vision_tower.vision_model.", key)
+    if index := re.match(r"multi_modal_projector\.linear_(\d+)\.", key):
+        place = "" if config.projector == "linear" else f"{2 * (int(index[1]) - 1)}."
+        key = f"model.mm_projector.{place}{key[index.end() :]}"
+    return key
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """Where every tensor of a checkpoint goes.
+
+    Attributes:
+      key_of: the checkpoint's own key, by canonical key.
+      ignored: the checkpoint's own keys that are left out, with the reason.
+    """
+
+    key_of: Mapping[str, str]
+    ignored: Mapping[str, str]
+
+
+def assign(
+    tensors: Mapping[str, TensorInfo],
+    dialect: Dialect,
+    expected: Mapping[str, tuple[int, ...]],
+    where: str,
+    leave_out: Callable[[str], str | None] = ignored_reason,
+) -> Assignment:
+    """Matches a checkpoint's tensors with the expected ones, all or nothing.
+
+    Args:
+      tensors: of the checkpoint, under its own keys.
+      dialect: how those keys are to be read.
+      expected: shape by canonical key.
+      where: names the checkpoint in errors.
+      leave_out: the reason why a canonical key is not wanted, None if it is.
+
+    Raises:
+      CheckpointError: lists every unknown, repeated, missing or wrongly shaped key.
+    """
+    key_of: dict[str, str] = {}
+    ignored: dict[str, str] = {}
+    unknown, repeated, shapes = [], [], []
+    for key, info in tensors.items():
+        canonical = canonical_key(key, dialect)
+        if reason := leave_out(canonical):
+            ignored[key] = reason
+        elif canonical not in expected:
+            unknown.append(key)
+        elif canonical in key_of:
+            repeated.append(f"{key} and {key_of[canonical]}")
+        else:
+            key_of[canonical] = key
+            if info.shape != expected[canonical]:
+                shapes.append(f"{key} {list(info.shape)} not {list(expected[canonical])}")
+    missing = [canonical for canonical in expected if canonical not in key_of]
+    faults = {
+        "unknown tensors": unknown,
+        "tensors stored twice": repeated,
+        "missing tensors": missing,
+        "tensors of another shape than the config says": shapes,
+    }
+    messages = [f"{fault}: {listing(found)}" for fault, found in faults.items() if found]
+    if messages:
+        raise CheckpointError(f"{where}: {'; '.join(messages)}")
+    return Assignment(key_of, ignored)
+
+
+def expected_shapes(table: Iterable[Weight]) -> dict[str, tuple[int, ...]]:
+    """Shape by canonical key of all tensors behind these weights."""
+    return {key: weight.tensor_shape for weight in table for key in weight.keys}
+
+
+def _hf_index(original: str) -> int | str:
+    """llava-hf numbers the projector's layers 1, 2, ...; the original by place: 0, 2, ..."""
+    place = int(original)
+    return place // 2 + 1 if place % 2 == 0 else f"?{original}"
+
+
+def vision_weights(vision: VisionConfig) -> Iterator[Weight]:
+    """Those of the tower that LLaVA uses; the rest are `passthrough`."""
+    width, patch, root = vision.width, vision.patch_size, "vision_tower"
+    yield Weight("vision.class_embedding", f"{root}.embeddings.class_embedding", (width,))
+    yield Weight(
+        "vision.patch_embedding.kernel",
+        f"{root}.embeddings.patch_embedding.weight",
+        (width, 3, patch, patch),
+        Transform.CONVOLUTION,
+    )
+    yield Weight(
+        "vision.position_embedding",
+        f"{root}.embeddings.position_embedding.weight",
+        (vision.num_patches + 1, width),
+    )
+    yield from _norm("vision.pre_layernorm", f"{root}.pre_layrnorm", width)
+    stacked, layers = vision.num_layers - 1, f"{root}.encoder.layers"
+    for name in ("layer_norm1", "layer_norm2"):
+        yield from _norm(f"vision.layers.{name}", f"{layers}.{{}}.{name}", width, stacked)
+    linears = {f"self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
+    linears |= {"mlp.fc1": (vision.mlp_width, width), "mlp.fc2": (width, vision.mlp_width)}
+    for name, shape in linears.items():
+        yield from _linear(f"vision.layers.{name}", f"{layers}.{{}}.{name}", shape, stacked)
+    yield from _norm("vision.last.layer_norm1", f"{layers}.{stacked}.layer_norm1", width)
+    for name in ("q_proj", "k_proj"):
+        pattern = f"{layers}.{stacked}.self_attn.{name}"
+        yield from _linear(f"vision.last.{name}", pattern, (width, width))
+
+
+def projector_weights(config: LlavaConfig) -> Iterator[Weight]:
+    """Those between the tower and the decoder."""
+    width = config.text.width
+    for layer in range(projector_depth(config.projector)):
+        shape = (width, config.vision.width if layer == 0 else width)
+        pattern = f"multi_modal_projector.linear_{layer + 1}"
+        yield from _linear(f"projector.linear_{2 * layer}", pattern, shape)
+
+
+def decoder_weights(text: TextConfig) -> Iterator[Weight]:
+    """Those of the language model, embeddings and head included."""
+    root, width, layers = "language_model", text.width, text.num_layers
+    vocabulary = (text.vocab_size, width)
+    yield Weight("decoder.embed_tokens", f"{root}.embed_tokens.weight", vocabulary)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        pattern = f"{root}.layers.{{}}.{name}.weight"
+        yield Weight(f"decoder.layers.{name}.scale", pattern, (width,), num_layers=layers)
+    for name, shape in decoder_linears(text).items():
+        pattern = f"{root}.layers.{{}}.{name}.weight"
+        path = f"decoder.layers.{name}.kernel"
+        yield Weight(path, pattern, shape, Transform.TRANSPOSE, layers)
+    yield Weight("decoder.norm.scale", f"{root}.norm.weight", (width,))
+    yield Weight("decoder.lm_head.kernel", "lm_head.weight", vocabulary, Transform.TRANSPOSE)
+
+
+def adapter_weights(text: TextConfig, rank: int) -> Iterator[Weight]:
+    """Those of low-rank adapters on every linear layer of the decoder's blocks."""
+    for name, (d_out, d_in) in decoder_linears(text).items():
+        pattern, path = f"language_model.layers.{{}}.{name}", f"decoder.layers.{name}"
+        for ours, theirs, shape in (
+            ("lora_a", "lora_A", (rank, d_in)),
+            ("lora_b", "lora_B", (d_out, rank)),
+        ):
+            yield Weight(
+                f"{path}.{ours}",
+                f"{pattern}.{theirs}.weight",
+                shape,
+                Transform.TRANSPOSE,
+                text.num_layers,
+            )
+
+
+def decoder_linears(text: TextConfig) -> dict[str, tuple[int, int]]:
+    """Name within a layer and [out, in] of the linear layers that carry adapters."""
+    width, inner = text.width, text.mlp_width
+    heads, kv_heads = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    return {
+        "self_attn.q_proj": (heads, width),
+        "self_attn.k_proj": (kv_heads, width),
+        "self_attn.v_proj": (kv_heads, width),
+        "self_attn.o_proj": (width, heads),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+
+
+def _linear(
+    path: str, pattern: str, shape: tuple[int, int], num_layers: int | None = None
+) -> Iterator[Weight]:
+    yield Weight(f"{path}.kernel", f"{pattern}.weight", shape, Transform.TRANSPOSE, num_layers)
+    yield Weight(f"{path}.bias", f"{pattern}.bias", shape[:1], num_layers=num_layers)
+
+
+def _norm(path: str, pattern: str, width: int, num_layers: int | None = None) -> Iterator[Weight]:
+    yield Weight(f"{path}.scale", f"{pattern}.weight", (width,), num_layers=num_layers)
+    yield Weight(f"{path}.bias", f"{pattern}.bias", (width,), num_layers=num_layers)

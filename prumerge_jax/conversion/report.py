@@ -1,0 +1,68 @@
+"""What a conversion did, tensor by tensor, for the user and for `conversion_report.json`."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from prumerge_jax.conversion.inputs import OpenedModel
+from prumerge_jax.conversion.keys import Weight
+from prumerge_jax.conversion.source import Tensor
+
+
+@dataclasses.dataclass
+class Report:
+    """Counts of a conversion into our directory.
+
+    Attributes:
+      model: what was converted.
+      inputs: SHA-256 of every file that tensors were read from, by folder and file name.
+      tensors_in: checkpoint tensors that became weights.
+      weights_out: weights written; a stack of layers is one.
+      parameters: numbers in those weights.
+      kept_aside: checkpoint tensors the model never uses, kept for the way back.
+      dtype_changes: number of tensors by `from -> to`.
+    """
+
+    model: OpenedModel
+    inputs: dict[str, str] = dataclasses.field(default_factory=dict)
+    tensors_in: int = 0
+    weights_out: int = 0
+    parameters: int = 0
+    kept_aside: int = 0
+    dtype_changes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def add(self, weight: Weight, tensors: Mapping[str, Tensor], dtype: np.dtype) -> None:
+        """Counts one weight that was written as `dtype`."""
+        self.tensors_in += len(weight.keys)
+        self.weights_out += 1
+        self.parameters += math.prod(weight.shape)
+        for key in weight.keys:
+            if (before := tensors[key].info.dtype) != dtype:
+                self.dtype_changes[f"{before} -> {dtype}"] += 1
+
+    def source(self) -> dict[str, Any]:
+        """What the manifest keeps: the kinds of input, without their places on this machine."""
+        found = self.model.detections.values()
+        base = self.model.adapter_base
+        return {
+            "inputs": [{"kind": d.kind.name, "reason": d.reason} for d in found],
+            "adapter_base": base,
+            "adapter_merged": base is not None and self.model.adapter is None,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {
+            **self.source(),
+            "input_sha256": self.inputs,
+            "tensors_in": self.tensors_in,
+            "weights_out": self.weights_out,
+            "parameters": self.parameters,
+            "tensors_kept_aside_unused": self.kept_aside,
+            "dtype_changes": dict(self.dtype_changes),
+            "ignored": dict(self.model.ignored),
+        }
