@@ -1,0 +1,1 @@
+"""One file per thing a user runs; each has `get_config`."""

@@ -1,0 +1,34 @@
+"""Stage 1 of the miniature: a vision tower whose CLS attention finds the digits."""
+
+from configs import common
+from configs.digits import miniature
+
+
+def get_config(mode: str = "") -> common.ConfigDict:
+    """InfoNCE over scenes of one layout, from single cells to whole pictures."""
+    config = miniature.training()
+    config.objective = "contrastive"
+    config.learning_rates = (("*", 3e-3),)
+    config.data.form = "caption"
+    config.batch_size = 64
+    config.steps = 2700
+    config.optimizer.weight_decay = 0.05
+    config.contrastive = common.ConfigDict(
+        {
+            "group": 8,
+            "width": 64,
+            "temperature": 0.07,
+            # side of the window in cells, share of the steps
+            "curriculum": ((1, 0.66), (2, 0.21), (3, 0.13)),
+            "text": {
+                "width": 64,
+                "mlp_width": 128,
+                "num_layers": 2,
+                "num_heads": 2,
+                "num_kv_heads": 2,
+                "head_dim": 32,
+                "max_positions": 20,
+            },
+        }
+    )
+    return miniature.at_scale(config, mode)

@@ -1,0 +1,16 @@
+"""Stage 4 of the miniature: projector and decoder on questions, all visual tokens."""
+
+from configs import common
+from configs.digits import miniature
+
+
+def get_config(mode: str = "") -> common.ConfigDict:
+    """LLaVA's stage 2."""
+    config = miniature.training()
+    config.weights = "runs/digits/align/model"
+    config.learning_rates = (("decoder.*", 2e-3), ("projector.*", 2e-3))
+    config.max_length = 320
+    config.batch_size = 32
+    config.steps = 2000
+    config.run.rows_per_shard = 8
+    return miniature.at_scale(config, mode)

@@ -1,0 +1,178 @@
+"""Captioned windows of the digit scenes, for contrastive pre-training.
+
+A curriculum shows windows of one cell first, then of four, then whole pictures. Scenes of one
+layout get the same window, so that they differ in their digits alone.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from prumerge_jax.data import digits, digits_questions, images, pipeline
+from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.models.config import VisionConfig
+from prumerge_jax.training import inputs
+from prumerge_jax.training.contrastive import CaptionBatch
+from prumerge_jax.training.feed import Prepared, place
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Window:
+    """A square part of a scene and what it shows.
+
+    Attributes:
+      pixels: uint8 [s, s, 3].
+      patches: int32 [N], its patches as raster indices of the whole picture.
+      ids: int32 [T], the caption of what it shows, from BOS to EOS.
+    """
+
+    pixels: np.ndarray
+    patches: np.ndarray
+    ids: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowOfGroup:
+    """Cuts the same window out of the scenes of one layout.
+
+    Attributes:
+      tokenizer: of the captions.
+      vision: its grid says which patches a window has.
+      cells: side of the window in cells of the scene.
+    """
+
+    tokenizer: Tokenizer
+    vision: VisionConfig
+    cells: int
+
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> list[Window]:
+        """The windows of stored `digits_vqa` records; each window shows at least one digit."""
+        occupied = [digits.PLACES.index(place.decode()) for place in records[0]["places"]]
+        steps = range(digits.GRID - self.cells + 1)
+        corners = [
+            (row, column)
+            for row in steps
+            for column in steps
+            if any(self._inside(cell, row, column) for cell in occupied)
+        ]
+        # A function of the layout's first scene, so that it is the same in a resumed run.
+        random = np.random.RandomState(int(records[0]["id"].rsplit(b"_", 1)[1]))
+        row, column = corners[random.randint(len(corners))]
+        return [self._window(record, row, column) for record in records]
+
+    def _inside(self, cell: int, row: int, column: int) -> bool:
+        cell_row, cell_column = divmod(cell, digits.GRID)
+        return 0 <= cell_row - row < self.cells and 0 <= cell_column - column < self.cells
+
+    def _window(self, record: Mapping[str, Any], row: int, column: int) -> Window:
+        image = np.asarray(images.load_image(record["image"]))
+        top, left = row * digits.CELL, column * digits.CELL
+        side = self.cells * digits.CELL
+        names = [place.decode() for place in record["places"]]
+        seen = [self._inside(digits.PLACES.index(name), row, column) for name in names]
+        scene = digits.Scene(
+            id=record["id"].decode(),
+            image=image[top : top + side, left : left + side],
+            places=tuple(name for name, here in zip(names, seen, strict=True) if here),
+            digits=tuple(
+                int(digit) for digit, here in zip(record["digits"], seen, strict=True) if here
+            ),
+            samples=(),
+        )
+        grid, patch = self.vision.grid, self.vision.patch_size
+        raster = np.arange(grid * grid, dtype=np.int32).reshape(grid, grid)
+        cut = np.s_[top // patch : (top + side) // patch, left // patch : (left + side) // patch]
+        ids = self.tokenizer.encode(digits_questions.caption(scene))
+        ids = [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
+        return Window(scene.image, raster[cut].ravel(), np.array(ids, np.int32))
+
+
+def windows(
+    config: ml_collections.ConfigDict,
+    tokenizer: Tokenizer,
+    vision: VisionConfig,
+    total_steps: int,
+) -> inputs.Inputs:
+    """The windows of a run, by its curriculum.
+
+    Args:
+      config: of the run; `contrastive.curriculum` holds pairs of a window's side in cells and the
+        share of the steps that show such windows.
+      tokenizer: of the captions.
+      vision: the tower's sizes.
+      total_steps: of the run.
+
+    Raises:
+      ValueError: the shares do not add up to 1, or groups, layouts and batches do not fit.
+    """
+    group, batch_size = config.contrastive.group, config.batch_size
+    curriculum = config.contrastive.curriculum
+    if config.data.scenes_per_layout % group or batch_size % group:
+        raise ValueError(
+            f"contrastive.group is {group}; expected a divisor of data.scenes_per_layout "
+            f"{config.data.scenes_per_layout} and of batch_size {batch_size}"
+        )
+    if abs(sum(share for _, share in curriculum) - 1) > 1e-6:
+        raise ValueError(f"the shares of contrastive.curriculum {curriculum} do not add up to 1")
+    source = inputs.record_source(config.data)
+    groups = pipeline.grouped(grain.MapDataset.source(source), group)
+
+    def lists(used: int) -> Iterator[list[Window]]:
+        done, passed = used // batch_size, 0.0
+        for cells, share in curriculum:
+            passed += share
+            end = round(passed * total_steps)
+            if end > done:
+                cut = groups.map(WindowOfGroup(tokenizer, vision, cells))
+                start = done * (batch_size // group)
+                ordered = pipeline.stream(cut, seed=config.seed, start=start)
+                batches = pipeline.grouped(ordered, batch_size // group)[: end - done]
+                for batch in inputs.read(batches, config):
+                    yield [window for members in batch for window in members]
+                done = end
+
+    return inputs.Inputs(lists, len(source) // group * group)
+
+
+class CaptionFeed:
+    """Places batches of windows on the devices, captions padded to one length.
+
+    Args:
+      length: T; a longer caption is an error.
+      mesh: the devices.
+    """
+
+    def __init__(self, *, length: int, mesh: Mesh) -> None:
+        self._length = length
+        self._mesh = mesh
+
+    def __call__(self, lists: Iterator[list[Window]], samples: int) -> Iterator[Prepared]:
+        """Prepares global batches; `samples` were used before the first of them."""
+        for batch in lists:
+            samples += len(batch)
+            counts = {"samples": len(batch), "images": len(batch)}
+            yield Prepared([self._place(batch)], samples, counts)
+
+    def _place(self, batch: Sequence[Window]) -> CaptionBatch:
+        lengths = np.array([window.ids.size for window in batch], np.int32)
+        if lengths.max() > self._length:
+            raise ValueError(
+                f"a caption has {lengths.max()} tokens; contrastive.text.max_positions is "
+                f"{self._length}: set it to at least as many"
+            )
+        ids = np.zeros((len(batch), self._length), np.int32)
+        for row, window in zip(ids, batch, strict=True):
+            row[: window.ids.size] = window.ids
+        fields = CaptionBatch(
+            pixels=np.stack([window.pixels for window in batch]),
+            patches=np.stack([window.patches for window in batch]),
+            ids=ids,
+            lengths=lengths,
+        )
+        return jax.tree.map(lambda field: place(field, self._mesh), fields)

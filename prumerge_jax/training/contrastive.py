@@ -1,0 +1,133 @@
+"""Image-text contrastive pre-training of a vision tower, so that its CLS attention means something.
+
+PruMerge reads which patches matter off the attention of the CLS token in the tower's last block.
+Here the image embedding is pooled by that very attention, so the loss teaches it to look at what
+the caption speaks of, and it becomes sparse. The loss is CLIP's (arXiv 2103.00020), over groups of
+pictures that are told apart by the detail to be learned; equal captions are positives of each
+other. The text tower and the two output layers are needed only here and are not exported.
+
+Axes: B pictures, G groups, K pictures per group, N patches of a window, T caption tokens.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prumerge_jax import prumerge
+from prumerge_jax.models.clip import ClipVision
+from prumerge_jax.models.config import TextConfig, VisionConfig
+from prumerge_jax.models.layers import Linear
+from prumerge_jax.models.llama import Llama
+from prumerge_jax.models.llava import normalize_pixels
+from prumerge_jax.training.parameters import Leaf, Template, Weights
+
+_POSITIONS = "vision.position_embedding"
+
+
+class CaptionBatch(NamedTuple):
+    """Pictures with captions, K consecutive ones per group.
+
+    Attributes:
+      pixels: uint8 [B, s, s, 3], a square window of a picture, or all of it.
+      patches: int32 [B, N], where its patches lie in the whole picture, as raster indices.
+      ids: int32 [B, T], caption tokens, padded with 0.
+      lengths: int32 [B], tokens per caption.
+    """
+
+    pixels: Leaf
+    patches: Leaf
+    ids: Leaf
+    lengths: Leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveConfig:
+    """The parts that only this stage has.
+
+    Attributes:
+      text: sizes of the text tower, a small LLaMA read at the caption's last token.
+      width: of the common embedding space.
+      group: K, how many consecutive pictures compete.
+      temperature: initial one; it is learned.
+    """
+
+    text: TextConfig
+    width: int
+    group: int
+    temperature: float = 0.07
+
+
+class ContrastiveModel(nnx.Module):
+    """A vision tower, a text tower and what brings both into one space."""
+
+    def __init__(self, vision: VisionConfig, config: ContrastiveConfig, *, rngs: nnx.Rngs) -> None:
+        self.vision = ClipVision(vision, rngs=rngs)
+        self.value = Linear(vision.width, vision.width, ("embed", None), bias=True, rngs=rngs)
+        self.image_out = Linear(vision.width, config.width, ("embed", None), rngs=rngs)
+        self.text = Llama(config.text, rngs=rngs)
+        self.text_out = Linear(config.text.width, config.width, ("embed", None), rngs=rngs)
+        self.log_temperature = nnx.Param(jnp.log(jnp.float32(config.temperature)), out_sharding=())
+
+    def embed_images(self, pixels: jax.Array) -> jax.Array:
+        """Pixels [B, s, s, 3] uint8 -> unit vectors [B, E], pooled by the CLS attention."""
+        features = self.vision(normalize_pixels(pixels, self.vision.config))
+        attention = prumerge.cls_attention(features.query_cls, features.keys)
+        values = self.value(self.vision.last.layer_norm1(features.hidden[:, 1:]))
+        return _unit(self.image_out(jnp.einsum("bn,bnd->bd", attention, values)))
+
+    def embed_captions(self, ids: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Captions [B, T] -> unit vectors [B, E]."""
+        column = jnp.arange(ids.shape[1])
+        positions = jnp.broadcast_to(column, ids.shape)
+        segments = (column < lengths[:, None]).astype(jnp.int32)
+        hidden = self.text(self.text.embed(ids, jnp.float32), positions, segments)
+        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+        return _unit(self.text_out(last))
+
+
+def contrastive_template(
+    vision: VisionConfig, config: ContrastiveConfig
+) -> Template[ContrastiveModel]:
+    """The template of a `ContrastiveModel`."""
+    return Template.of(lambda seed: ContrastiveModel(vision, config, rngs=nnx.Rngs(seed)))
+
+
+def contrastive_loss(
+    weights: Weights, batch: CaptionBatch, *, vision: VisionConfig, config: ContrastiveConfig
+) -> tuple[jax.Array, jax.Array]:
+    """InfoNCE in both directions, summed over the pictures, and their number.
+
+    Args:
+      weights: of a `ContrastiveModel`.
+      batch: its size a multiple of `config.group`.
+      vision: sizes of the tower.
+      config: the other sizes.
+    """
+    # A window is a smaller picture that has the position embeddings of its place in the whole one.
+    template = contrastive_template(
+        dataclasses.replace(vision, image_size=batch.pixels.shape[1]), config
+    )
+    cls = jnp.zeros_like(batch.patches[:, :1])
+    rows = jnp.concatenate([cls, 1 + batch.patches], axis=1)
+    model = template.merge({**weights, _POSITIONS: weights[_POSITIONS][rows]})
+    groups = (-1, config.group, config.width)
+    images = model.embed_images(batch.pixels).reshape(groups)
+    texts = model.embed_captions(batch.ids, batch.lengths).reshape(groups)
+    logits = jnp.einsum("gke,gje->gkj", images, texts) / jnp.exp(model.log_temperature[...])
+    captions = batch.ids.reshape(-1, config.group, batch.ids.shape[1])
+    same = (captions[:, :, None] == captions[:, None]).all(-1)
+    loss = _info_nce(logits, same) + _info_nce(logits.swapaxes(1, 2), same)
+    return loss.sum() / 2, jnp.float32(len(batch.pixels))
+
+
+def _info_nce(logits: jax.Array, positive: jax.Array) -> jax.Array:
+    """-log of the share of the positives in each row's softmax, [G, K]."""
+    positives = jax.nn.logsumexp(jnp.where(positive, logits, -jnp.inf), axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - positives
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)

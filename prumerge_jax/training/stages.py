@@ -1,0 +1,223 @@
+"""What differs between training stages: the module, its loss, its micro-batches.
+
+Everything is built from the configuration alone, without a weight or a sample, so that a recipe can
+be checked and compiled ahead of time.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+
+from prumerge_jax import prumerge
+from prumerge_jax.models.attention import default_implementation
+from prumerge_jax.models.clip import ClipVision
+from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
+from prumerge_jax.models.layers import AdapterConfig
+from prumerge_jax.models.llava import LlavaModel, encode_images
+from prumerge_jax.training.contrastive import (
+    CaptionBatch,
+    ContrastiveConfig,
+    contrastive_loss,
+    contrastive_template,
+)
+from prumerge_jax.training.next_token import RowBatch, next_token_loss
+from prumerge_jax.training.parameters import Shapes, Template, Weights, trained_paths
+from prumerge_jax.training.step import Loss
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
+    """One training stage.
+
+    Attributes:
+      template: the module whose weights the loss takes.
+      loss: of one micro-batch.
+      learning_rates: peak rate of every trained weight, by path.
+      dtype: what the stage computes in; also the dtype of the frozen weights.
+    """
+
+    template: Template[Any]
+    loss: Loss
+    learning_rates: Mapping[str, float]
+    dtype: jnp.dtype
+
+    def shapes(self) -> Shapes:
+        """All weights as the run holds them: trained ones float32, frozen ones in `dtype`."""
+        return {
+            path: shape
+            if path in self.learning_rates
+            else jax.ShapeDtypeStruct(shape.shape, self.dtype)
+            for path, shape in self.template.shapes().items()
+        }
+
+    def trained(self) -> Shapes:
+        """The weights that train."""
+        return {path: shape for path, shape in self.shapes().items() if path in self.learning_rates}
+
+
+def model_config(values: ml_collections.ConfigDict) -> LlavaConfig:
+    """The model sizes that `config.model` spells out."""
+    fields = values.to_dict()
+    vision, text = VisionConfig(**fields.pop("vision")), TextConfig(**fields.pop("text"))
+    return LlavaConfig(vision=vision, text=text, **fields)
+
+
+def adapter_config(config: ml_collections.ConfigDict) -> AdapterConfig | None:
+    """The adapters of a run, None where `config.adapter` is None."""
+    return None if config.adapter is None else AdapterConfig(**config.adapter)
+
+
+def reduction_config(config: ml_collections.ConfigDict) -> prumerge.PruMergeConfig:
+    """The token reduction of a run: a preset with single parameters overridden."""
+    return prumerge.preset(config.reduction, **config.reduction_options)
+
+
+def llava_template(model: LlavaConfig, adapter: AdapterConfig | None) -> Template[LlavaModel]:
+    """The template of a `LlavaModel`."""
+    return Template.of(lambda seed: LlavaModel(model, adapter=adapter, rngs=nnx.Rngs(seed)))
+
+
+def make_stage(config: ml_collections.ConfigDict, model: LlavaConfig) -> Stage:
+    """The stage that `config.objective` names.
+
+    Raises:
+      ValueError: there is no such objective, or the configuration contradicts itself.
+    """
+    stages = {"next_token": _next_token, "contrastive": _contrastive}
+    if config.objective not in stages:
+        raise ValueError(f"objective is {config.objective!r}; expected one of {sorted(stages)}")
+    return stages[config.objective](config, model)
+
+
+def _next_token(config: ml_collections.ConfigDict, model: LlavaConfig) -> Stage:
+    dtype = jnp.dtype(config.dtype)
+    template = llava_template(model, adapter_config(config))
+    attention = default_implementation(dtype, model.text.head_dim)
+    capacity = visual_capacity(config, model.vision)
+    if capacity > config.max_length:
+        raise ValueError(
+            f"an image may have {capacity} visual tokens, a row has max_length "
+            f"{config.max_length}; nothing would be left of its sample"
+        )
+    if config.max_length > model.text.max_positions:
+        raise ValueError(
+            f"max_length is {config.max_length}, the model has {model.text.max_positions} positions"
+        )
+
+    def loss(weights: Weights, batch: RowBatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return next_token_loss(
+            template.merge(weights),
+            batch,
+            dropout_key=key,
+            remat=config.remat,
+            implementation=attention,
+        )
+
+    rates = trained_paths(template.variables, config.learning_rates)
+    return Stage(template, loss, rates, dtype)
+
+
+def abstract_rows(config: ml_collections.ConfigDict, model: LlavaConfig, shards: int) -> RowBatch:
+    """A micro-batch of a next-token stage without its values, for compiling ahead of time.
+
+    Args:
+      config: of the run.
+      model: sizes.
+      shards: data shards of the mesh.
+    """
+    rows = config.run.rows_per_shard * shards
+    row = jax.ShapeDtypeStruct((rows, config.max_length), jnp.int32)
+    tokens = (config.batch_size, visual_capacity(config, model.vision), model.vision.width)
+    visual = jax.ShapeDtypeStruct(tokens, jnp.dtype(config.dtype))
+    return RowBatch(row, row, row, row, row, visual)
+
+
+def visual_capacity(config: ml_collections.ConfigDict, vision: VisionConfig) -> int:
+    """R: visual token slots per image; 1 where the stage has no images."""
+    if config.reduction is None:
+        return 1
+    return reduction_config(config).capacity_for(vision.num_patches)
+
+
+class ImageEncoder:
+    """The frozen tower and the token reduction as one compiled function of one shape.
+
+    Args:
+      config: of the run.
+      vision: the tower's sizes.
+      weights: all weights of the run; those of the tower are used.
+    """
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, vision: VisionConfig, weights: Weights
+    ) -> None:
+        prefix = "vision."
+        template = Template.of(lambda seed: ClipVision(vision, rngs=nnx.Rngs(seed)))
+        self._weights = {path: weights[prefix + path] for path in template.variables}
+        dtype = jnp.dtype(config.dtype)
+        self._encode = jax.jit(
+            functools.partial(
+                _encode,
+                template,
+                reduction=reduction_config(config),
+                dtype=dtype,
+                implementation=default_implementation(dtype, vision.width // vision.num_heads),
+            )
+        )
+
+    def __call__(self, pixels: jax.Array) -> prumerge.VisualTokens:
+        """[B, S, S, 3] uint8 -> visual tokens, dispatched and not waited for."""
+        return self._encode(self._weights, pixels)
+
+
+def _encode(
+    template: Template[ClipVision],
+    weights: Weights,
+    pixels: jax.Array,
+    *,
+    reduction: prumerge.PruMergeConfig,
+    dtype: jnp.dtype,
+    implementation: str,
+) -> prumerge.VisualTokens:
+    vision = template.merge(weights)
+    return encode_images(vision, pixels, reduction, dtype=dtype, implementation=implementation)
+
+
+class NoImages:
+    """Stands in for `ImageEncoder` where a stage has text alone: no visual tokens."""
+
+    def __init__(self, config: ml_collections.ConfigDict, vision: VisionConfig) -> None:
+        self._width, self._dtype = vision.width, jnp.dtype(config.dtype)
+
+    def __call__(self, pixels: jax.Array) -> prumerge.VisualTokens:
+        """[B, …] -> B times no visual token, in one unused slot."""
+        images = len(pixels)
+        none = jnp.zeros((images,), jnp.int32)
+        tokens = jnp.zeros((images, 1, self._width), self._dtype)
+        return prumerge.VisualTokens(tokens, none, jnp.full((images, 1), -1, jnp.int32), none)
+
+
+def _contrastive(config: ml_collections.ConfigDict, model: LlavaConfig) -> Stage:
+    if jnp.dtype(config.dtype) != jnp.float32:
+        raise ValueError(f"the contrastive stage computes in float32, not in {config.dtype!r}")
+    options = contrastive_config(config, model)
+    template = contrastive_template(model.vision, options)
+
+    def loss(weights: Weights, batch: CaptionBatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return contrastive_loss(weights, batch, vision=model.vision, config=options)
+
+    rates = trained_paths(template.variables, config.learning_rates)
+    return Stage(template, loss, rates, jnp.dtype(jnp.float32))
+
+
+def contrastive_config(config: ml_collections.ConfigDict, model: LlavaConfig) -> ContrastiveConfig:
+    """The parts that only the contrastive stage has; its text tower has the model's vocabulary."""
+    options = config.contrastive
+    text = TextConfig(**options.text, vocab_size=model.text.vocab_size)
+    return ContrastiveConfig(text, options.width, options.group, options.temperature)

@@ -1,0 +1,59 @@
+"""What the tests of training share: a tiny model and synthetic samples."""
+
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from prumerge_jax.data.packing import IGNORE, IMAGE_TOKEN
+from prumerge_jax.data.pipeline import Example
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Programs compiled once per session, in subprocesses too."""
+    folder = tmp_path_factory.mktemp("compiled")
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+        del os.environ[name.upper()]
+
+
+def make_examples(
+    count: int, *, image_size: int, vocabulary: int, seed: int = 0, text_only: tuple[int, ...] = ()
+) -> list[Example]:
+    """Random pictures and token ids; about half of the text is to be learned."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for index in range(count):
+        has_image = index not in text_only
+        text = rng.integers(3, vocabulary, rng.integers(6, 14)).astype(np.int32)
+        labels = np.where(rng.random(text.size) < 0.5, text, IGNORE).astype(np.int32)
+        labels[-1] = text[-1]
+        if has_image:
+            place = int(rng.integers(1, 4))
+            text = np.insert(text, place, IMAGE_TOKEN)
+            labels = np.insert(labels, place, IGNORE)
+        shape = (image_size, image_size, 3)
+        pixels = rng.integers(0, 256, shape, np.uint8) if has_image else np.zeros(shape, np.uint8)
+        examples.append(
+            Example(
+                id=f"sample {index}",
+                pixels=pixels,
+                has_image=has_image,
+                token_ids=text,
+                labels=labels,
+                mismatch=False,
+            )
+        )
+    return examples
