@@ -153,7 +153,8 @@ def _load_tower(tower, tensors: dict[str, np.ndarray], config) -> None:
 
 @st.composite
 def settings_and_images(draw: st.DrawFn):
-    side = draw(st.sampled_from([3, 4, 5, 7]))
+    # Few shapes, because every new one compiles; other sizes are in the golden cases.
+    side = draw(st.sampled_from([3, 5]))
     name = draw(st.sampled_from(PRESETS))
     overrides = {"order": draw(st.sampled_from(["attention", "raster"]))}
     if name not in ("full", "select-only"):
@@ -166,9 +167,9 @@ def settings_and_images(draw: st.DrawFn):
         spatial = st.sampled_from(["none", "raster", "uniform", "lattice"])
         overrides["spatial"] = draw(spatial)
         overrides["min_tokens"] = draw(st.integers(0, 6))
-        overrides["max_tokens"] = draw(st.sampled_from([None, 6, 9]))
+        overrides["max_tokens"] = draw(st.sampled_from([None, 6]))
     images = random_batch(
-        2, side * side, draw(st.sampled_from([2, 5, 16])), seed=draw(st.integers(0, 2**31)),
+        2, side * side, draw(st.sampled_from([3, 16])), seed=draw(st.integers(0, 2**31)),
         skew=draw(st.sampled_from([0.1, 1.0, 3.0])),
     )  # fmt: skip
     if draw(st.booleans()):  # coarse values: ties in attention and in similarity
