@@ -55,6 +55,11 @@ _DOWNLOAD = flags.DEFINE_string(
 )
 _REVISION = flags.DEFINE_string("revision", "", "Commit of --download, 40 digits.")
 
+# Rounding weights to bfloat16 costs well below this; a wrong layout far more.
+_MAX_KL = 0.01
+# Flags that say how a checkpoint is read, and mean nothing on the way out.
+_ONLY_IN = (_DTYPE, _TOWER, _PROJECTOR, _ADAPTER, _ALLOW_PICKLE, _VERIFY)
+
 
 def main(argv: list[str]) -> None:
     """Runs the conversion; status 1 and one line on stderr where it is refused."""
@@ -62,6 +67,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     if bool(_INPUT.value) == bool(_DOWNLOAD.value):
         raise app.UsageError("give one of --input and --download")
+    if _TO.value != "jax" and (unused := [f.name for f in _ONLY_IN if f.value]):
+        raise app.UsageError(f"--to={_TO.value} takes no --{' --'.join(unused)}")
     jax.config.update("jax_platforms", "cpu")  # weights pass through host memory only
     try:
         if _INPUT.value is not None:
@@ -106,7 +113,10 @@ def import_checkpoint(folder: pathlib.Path, output: pathlib.Path) -> None:
         f"{report.kept_aside} unused ones kept aside, {len(model.ignored)} left out"
     )
     if _VERIFY.value:
-        print(compare_with_torch(model, output).summary())
+        comparison = compare_with_torch(model, output)
+        print(comparison.summary())
+        if comparison.kl > _MAX_KL:
+            raise CheckpointError(f"{output} does not compute what its checkpoint does")
 
 
 def export_directory(folder: pathlib.Path, output: pathlib.Path) -> None:

@@ -7,11 +7,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from prumerge_jax.conversion import keys, outputs
-from prumerge_jax.conversion.convert import PASSTHROUGH, REPORT, copy_blocked
+from prumerge_jax.conversion.convert import PASSTHROUGH, REPORT, cast, copy_blocked
 from prumerge_jax.conversion.inputs import TEXT_FILES
 from prumerge_jax.conversion.keys import Dialect, Weight
 from prumerge_jax.conversion.peft import merged
@@ -56,16 +55,12 @@ class StoredModel:
             raise CheckpointError(f"{self.folder} lacks the weight {weight.path}")
         return self.manifest.arrays[weight.path].dtype
 
-    def array(self, path: str) -> np.ndarray:
-        """One weight in host memory."""
-        stored = self.manifest.arrays[path]
-        host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-        target = jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=host)
-        return np.asarray(directories.load_array(self.folder, path, target))
-
     def tensors(self, weight: Weight) -> Iterator[tuple[str, np.ndarray]]:
         """The checkpoint tensors behind one weight, by canonical key."""
-        for key, view in weight.layers(self.array(weight.path)):
+        array = directories.read_array(self.folder, weight.path)
+        parts = [array] if weight.num_layers is None else array
+        for key, part in zip(weight.keys, parts, strict=True):
+            view = weight.transform.inverse(part)
             tensor = np.empty(view.shape, view.dtype)
             copy_blocked(tensor, view)
             yield key, tensor
@@ -136,7 +131,7 @@ def export_model(
         for key, tensor in unused.items():
             writer.write(keys.dialect_key(key, dialect, config), tensor)
             progress(tensor.nbytes)
-        writer.close()
+        writer.finish()
         _write_files(staged.path, files)
         if config == model.config:  # else tokens were added or dropped
             _copy_text_files(folder, staged.path, TEXT_FILES)
@@ -194,7 +189,7 @@ def export_adapter(folder: pathlib.Path, output: pathlib.Path, *, base: str | No
         for weight in table:
             for key, tensor in model.tensors(weight):
                 writer.write(_peft_key(key, is_hf, config), tensor)
-        writer.close()
+        writer.finish()
         (staged.path / "non_lora_trainables.bin").write_bytes(encode(projector))
         _write_files(staged.path, files)
 
@@ -205,10 +200,10 @@ def _with_adapter(model: StoredModel, weight: Weight) -> Iterator[tuple[str, np.
     if model.adapter is None or f"{stem}.lora_a" not in model.manifest.arrays:
         yield from model.tensors(weight)
         return
-    a, b = model.array(f"{stem}.lora_a"), model.array(f"{stem}.lora_b")
+    a, b = (directories.read_array(model.folder, f"{stem}.{name}") for name in ("lora_a", "lora_b"))
     for (key, tensor), lora_a, lora_b in zip(model.tensors(weight), a, b, strict=True):
         total = merged(tensor, lora_a.T, lora_b.T, model.adapter.scale)
-        yield key, total.astype(tensor.dtype)
+        yield key, cast(total, tensor.dtype, key)
 
 
 def _with_image_token(config: LlavaConfig) -> LlavaConfig:

@@ -121,6 +121,8 @@ class _Opener:
 
     def open(self) -> OpenedModel:
         folder = self.sources.folder
+        if self.sources.merge and self.sources.adapter is None:
+            raise CheckpointError("--merge needs an adapter to merge, given as --adapter")
         kind = self.detect(folder)
         if kind is Kind.HF:
             config = self.open_hf(folder)

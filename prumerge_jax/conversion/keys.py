@@ -73,12 +73,6 @@ class Weight:
         inner = tuple(self.tensor_shape[a] for a in axes) if axes else self.tensor_shape
         return inner if self.num_layers is None else (self.num_layers, *inner)
 
-    def layers(self, stacked: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """Splits our array into (canonical key, checkpoint tensor), as views."""
-        parts = [stacked] if self.num_layers is None else stacked
-        for key, part in zip(self.keys, parts, strict=True):
-            yield key, self.transform.inverse(part)
-
 
 def weights(config: LlavaConfig) -> list[Weight]:
     """Every weight of the model, in the order in which they are converted."""

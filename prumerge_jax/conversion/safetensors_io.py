@@ -158,9 +158,8 @@ class ShardedWriter:
         Raises:
           CheckpointError: a dtype that safetensors (or this module) does not know.
         """
-        self._places: dict[str, tuple[int, int]] = {}
+        self._places: dict[str, tuple[pathlib.Path, int]] = {}
         self._unwritten = dict(tensors)
-        self._descriptors: list[int] = []
         shards = _plan_shards(tensors, max_shard_bytes)
         self.names = [
             f"{stem}{f'-{i:05d}-of-{len(shards):05d}' if len(shards) > 1 else ''}.safetensors"
@@ -191,29 +190,29 @@ class ShardedWriter:
             raise CheckpointError(
                 f"{name}: {array.dtype} {array.shape}, declared {info.dtype} {info.shape}"
             )
-        descriptor, position = self._places[name]
-        _write_exactly(descriptor, np.ascontiguousarray(array), position)
+        path, position = self._places[name]
+        with open(path, "r+b", buffering=0) as file:
+            file.seek(position)
+            view, done = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, 0
+            while done < len(view):
+                done += file.write(view[done:])
         del self._unwritten[name]
 
-    def close(self) -> None:
-        """Closes the files.
+    def finish(self) -> None:
+        """Asserts that the files are whole.
 
         Raises:
           CheckpointError: a declared tensor was never written.
         """
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors = []
         if self._unwritten:
             raise CheckpointError(f"never written: {listing(self._unwritten)}")
 
     def _create(self, path: pathlib.Path, keys: Sequence[str]) -> None:
         raw, offsets = _header({key: self._unwritten[key] for key in keys})
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        self._descriptors.append(descriptor)
-        _write_exactly(descriptor, np.frombuffer(raw, np.uint8), 0)
-        os.truncate(descriptor, len(raw) + sum(self._unwritten[key].nbytes for key in keys))
-        self._places.update({key: (descriptor, offset) for key, offset in offsets.items()})
+        with open(path, "xb") as file:
+            file.write(raw)
+            file.truncate(len(raw) + sum(self._unwritten[key].nbytes for key in keys))
+        self._places.update({key: (path, offset) for key, offset in offsets.items()})
 
 
 def open_safetensors(folder: pathlib.Path) -> Checkpoint | None:
@@ -270,9 +269,3 @@ def _is_list_of_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62 for n in value
     )
-
-
-def _write_exactly(descriptor: int, array: np.ndarray, position: int) -> None:
-    view, done = array.reshape(-1).view(np.uint8).data, 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], position + done)

@@ -50,6 +50,7 @@ __all__ = [
     "load_array",
     "load_arrays",
     "read_adapter",
+    "read_array",
     "read_config",
     "read_manifest",
     "verify",
@@ -243,7 +244,16 @@ def load_array(
     return cast(array)
 
 
-# Everything below touches Orbax.
+def read_array(directory: str | os.PathLike[str], path: str) -> np.ndarray:
+    """Reads one weight into host memory, in its stored dtype, with no second copy on the way.
+
+    Raises:
+      DirectoryError: the directory lacks it, or it is unreadable.
+    """
+    stored = read_manifest(directory).arrays.get(path)
+    if stored is None:
+        raise DirectoryError(f"{directory} lacks the weight {path}")
+    return _restore(pathlib.Path(directory).resolve() / PARAMS / path, stored.shape, None)
 
 
 def _save(folder: pathlib.Path, array: np.ndarray | jax.Array) -> None:
@@ -264,13 +274,17 @@ def _save(folder: pathlib.Path, array: np.ndarray | jax.Array) -> None:
 
 
 def _restore(
-    folder: pathlib.Path, shape: tuple[int, ...], sharding: jax.sharding.Sharding
-) -> jax.Array:
+    folder: pathlib.Path, shape: tuple[int, ...], sharding: jax.sharding.Sharding | None
+) -> Any:
+    """A `jax.Array` of this sharding; a numpy array where there is none."""
     try:
-        # Orbax would cast to whatever dtype it is asked for: ask for the one on disk.
         with _quiet():
+            # Orbax would cast to whatever dtype it is asked for: ask for the one on disk.
             dtype = ocp.metadata(folder).metadata["value"].dtype
-            wanted = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            if sharding is None:
+                wanted: Any = np.broadcast_to(np.zeros((), dtype), shape)  # shape without memory
+            else:
+                wanted = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
             return ocp.load(folder, {"value": wanted})["value"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DirectoryError(f"{folder} cannot be read as {shape}: {error}") from error

@@ -42,6 +42,14 @@ def random_tensors(
     }
 
 
+def split(weight: keys.Weight, stacked: np.ndarray) -> dict[str, np.ndarray]:
+    """The checkpoint tensors, by canonical key, that a weight of ours was stacked from."""
+    parts = [stacked] if weight.num_layers is None else stacked
+    return {
+        key: weight.transform.inverse(part) for key, part in zip(weight.keys, parts, strict=True)
+    }
+
+
 def named(
     tensors: Mapping[str, np.ndarray], dialect: Dialect = Dialect.HF, config: LlavaConfig = TINY
 ) -> dict[str, np.ndarray]:
@@ -58,7 +66,7 @@ def write_tensors(
     writer = ShardedWriter(folder, infos, max_shard_bytes)
     for key, array in tensors.items():
         writer.write(key, array)
-    writer.close()
+    writer.finish()
 
 
 def write_hf(

@@ -23,6 +23,7 @@ from tests.conversion.checkpoints import (
     TINY,
     edit_config,
     named,
+    split,
     write_hf,
     write_tensors,
 )
@@ -41,7 +42,7 @@ def canonical_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     tensors = {
         key: tensor
         for weight in keys.weights(directory.read_config(folder))
-        for key, tensor in weight.layers(np.asarray(arrays[weight.path]))
+        for key, tensor in split(weight, np.asarray(arrays[weight.path])).items()
     }
     unused = SafetensorsFile(folder / "passthrough.safetensors")
     return tensors | {key: unused.read(key) for key in unused.tensors}
@@ -266,3 +267,9 @@ def test_downloads_stay_offline_where_told_so(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match=f"cannot download a/b@{'0' * 40}"):
         download("a/b", "0" * 40)
+
+
+def test_flags_that_mean_nothing_are_refused(tmp_path: pathlib.Path) -> None:
+    done = run("--to=hf", f"--input={tmp_path}", "--output=x", "--dtype=float16", "--allow_pickle")
+    assert done.returncode != 0
+    assert "--to=hf takes no --dtype --allow_pickle" in done.stderr + done.stdout

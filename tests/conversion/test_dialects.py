@@ -1,7 +1,10 @@
 """Original LLaVA, Vicuna with a projector, LoRA directories: in, and out again, bit for bit."""
 
+import dataclasses
 import json
 import pathlib
+import shutil
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +16,9 @@ from prumerge_jax.conversion.detect import Kind
 from prumerge_jax.conversion.export import export_adapter, export_model
 from prumerge_jax.conversion.inputs import OpenedModel, Sources, open_model
 from prumerge_jax.conversion.keys import Dialect
-from prumerge_jax.conversion.safetensors_io import open_safetensors
+from prumerge_jax.conversion.safetensors_io import SafetensorsFile, open_safetensors
 from prumerge_jax.conversion.source import CheckpointError
+from prumerge_jax.conversion.torch_bin import encode
 from prumerge_jax.models import directory
 from prumerge_jax.models.layers import AdapterConfig
 from tests.conversion.checkpoints import (
@@ -82,8 +86,6 @@ def test_a_tower_in_the_file_counts_only_if_the_flag_says_so(
 
 
 def test_llama_with_a_projector(tmp_path: pathlib.Path) -> None:
-    from prumerge_jax.conversion.torch_bin import encode
-
     config = original()
     tensors = random_tensors(config)
     write_llama(tmp_path / "in", tensors, config, "bin shards")
@@ -150,8 +152,6 @@ def test_adapters_are_kept(tmp_path: pathlib.Path, container: str) -> None:
 
 
 def open_safetensors_named(path: pathlib.Path) -> dict[str, np.ndarray]:
-    from prumerge_jax.conversion.safetensors_io import SafetensorsFile
-
     file = SafetensorsFile(path)
     return {name: file.read(name) for name in file.tensors}
 
@@ -174,8 +174,6 @@ def test_an_exported_adapter_converts_again(tmp_path: pathlib.Path, published: P
 
 
 def test_merging_rounds_once(tmp_path: pathlib.Path, published: Published) -> None:
-    from dataclasses import replace
-
     opened = open_model(replace(published.sources, merge=True))
     assert opened.adapter is None
     convert(opened, tmp_path / "ours")
@@ -234,8 +232,6 @@ def test_unsupported_adapters_are_refused_by_name(
 
 
 def test_the_base_must_be_the_declared_one(tmp_path: pathlib.Path, published: Published) -> None:
-    from dataclasses import replace
-
     (tmp_path / VICUNA).rename(tmp_path / "base")
     sources = replace(published.sources, folder=tmp_path / "base")
     with pytest.raises(CheckpointError, match="trained on 'lmsys/vicuna-7b-v1.5'.*adapter_base"):
@@ -250,15 +246,11 @@ def test_the_base_must_be_the_declared_one(tmp_path: pathlib.Path, published: Pu
 
 
 def rewrite_adapter(folder: pathlib.Path, published: Published, adapter: dict) -> None:
-    import shutil
-
     shutil.rmtree(folder / "lora")
     write_peft(folder / "lora", adapter, published.trained, published.config)
 
 
 def test_incomplete_adapters(tmp_path: pathlib.Path, published: Published) -> None:
-    from dataclasses import replace
-
     queries = {k: a for k, a in published.adapter.items() if "q_proj" in k}
     rewrite_adapter(tmp_path, published, queries)
     with pytest.raises(CheckpointError, match=r"lacks 24 tensors.*use --merge"):
@@ -275,8 +267,6 @@ def test_incomplete_adapters(tmp_path: pathlib.Path, published: Published) -> No
 
 
 def test_a_projector_must_be_whole(tmp_path: pathlib.Path, published: Published) -> None:
-    import shutil
-
     shutil.rmtree(tmp_path / "lora")
     some = {k: a for k, a in published.trained.items() if "linear_2.bias" not in k}
     write_peft(tmp_path / "lora", published.adapter, some, published.config)
@@ -293,6 +283,7 @@ def test_a_projector_must_be_whole(tmp_path: pathlib.Path, published: Published)
         ({"allow_pickle": False}, "is a PyTorch pickle"),
         ({"vision_tower": None}, "--vision_tower"),
         ({"adapter": None}, "--projector"),
+        ({"adapter": None, "merge": True}, "--merge needs an adapter"),
         ({"projector": "lora"}, "both hold a projector|holds no|is missing"),
         ({"vision_tower": "lora"}, "lora"),
         ({"adapter": "clip"}, "config.json is missing|holds no adapter_config|mm_"),
@@ -301,8 +292,6 @@ def test_a_projector_must_be_whole(tmp_path: pathlib.Path, published: Published)
 def test_missing_or_wrong_parts(
     tmp_path: pathlib.Path, published: Published, change: dict, message: str
 ) -> None:
-    from dataclasses import replace
-
     change = {k: tmp_path / v if isinstance(v, str) else v for k, v in change.items()}
     with pytest.raises(CheckpointError, match=message) as caught:
         open_model(replace(published.sources, **change))
@@ -367,8 +356,6 @@ def test_vocabularies_grow_and_shrink(tmp_path: pathlib.Path) -> None:
 
 
 def test_words_are_never_dropped(tmp_path: pathlib.Path) -> None:
-    import dataclasses
-
     write_hf(tmp_path / "in", dataclasses.replace(TINY, image_token_id=3))
     convert(open_model(Sources(tmp_path / "in")), tmp_path / "ours")
     with pytest.raises(CheckpointError, match="would drop words"):

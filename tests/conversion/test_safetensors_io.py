@@ -169,7 +169,7 @@ def test_the_writer_holds_its_caller_to_the_declaration(tmp_path: pathlib.Path) 
     with pytest.raises(CheckpointError, match="written before"):
         writer.write("b", np.zeros(2, np.float32))
     with pytest.raises(CheckpointError, match="never written: a"):
-        writer.close()
+        writer.finish()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

@@ -72,6 +72,15 @@ def test_weights_arrive_in_their_shards(written: pathlib.Path) -> None:
     assert np.asarray(loaded).tobytes() == arrays()[path].tobytes()
 
 
+def test_a_weight_is_read_into_host_memory(written: pathlib.Path) -> None:
+    for path, array in arrays().items():
+        read = directory.read_array(written, path)
+        assert type(read) is np.ndarray
+        assert (read.dtype, read.tobytes()) == (array.dtype, array.tobytes())
+    with pytest.raises(DirectoryError, match="lacks the weight b"):
+        directory.read_array(written, "b")
+
+
 def test_a_weight_of_many_chunks_is_whole(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

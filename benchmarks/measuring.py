@@ -1,0 +1,229 @@
+"""What all benchmarks share: timing, peak rates, memory, and the report."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prumerge_jax.cost import CHIPS, Chip
+
+Name = TypeVar("Name", str, int)
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
+
+
+def interleaved(arms: Mapping[Name, Callable[[], Any]], repeats: int) -> dict[Name, list[float]]:
+    """Seconds of every run of every arm.
+
+    The arms take turns (A B A B), so that a change of the machine's load hits all of them. Each
+    runs once before, untimed: compilation and first touches are not counted.
+    """
+    for arm in arms.values():
+        jax.block_until_ready(arm())
+    seconds: dict[Name, list[float]] = {name: [] for name in arms}
+    for _ in range(repeats):
+        for name, arm in arms.items():
+            start = time.perf_counter()
+            jax.block_until_ready(arm())
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def quartiles_ms(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and 95th percentile in milliseconds, as columns of a report."""
+    median, p95 = 1e3 * np.quantile(seconds, [0.5, 0.95])
+    return {"ms": float(median), "ms_p95": float(p95)}
+
+
+class Compilations:
+    """Counts the programs that XLA compiles from the moment it is made."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, duration_secs: float, **_: str | int) -> None:
+        self.count += event.endswith("backend_compile_duration")
+
+
+def peak_rates(name: str | None, dtype: jnp.dtype) -> Chip:
+    """The rates that floors are computed from.
+
+    The cost model counts two bytes per number. For another width the bandwidth is scaled instead,
+    so that `Chip.bandwidth` always says how fast 16-bit numbers would be.
+
+    Args:
+      name: a chip of the cost model's table, at its datasheet peaks; None measures this machine,
+        by the best of a few large matrix products and sums of a large array.
+      dtype: compute dtype.
+
+    Raises:
+      ValueError: a named chip and a dtype that its datasheet peak is not for.
+    """
+    if name is None:
+        return _measured_rates(dtype)
+    if dtype.itemsize != 2:
+        raise ValueError(
+            f"the datasheet peaks of {name} are for 16 bit, the computation is {dtype}: choose "
+            "--dtype bfloat16, or leave --chip out to measure this machine's own peak"
+        )
+    return CHIPS[name]
+
+
+def _measured_rates(dtype: jnp.dtype) -> Chip:
+    on_cpu = jax.default_backend() == "cpu"
+    side, numbers = (2048, 1 << 26) if on_cpu else (8192, 1 << 29)
+    matrix = jnp.ones((side, side), dtype)
+    array = jnp.ones((numbers,), dtype)
+    multiply, add_up = jax.jit(jnp.matmul), jax.jit(jnp.sum)
+    seconds = interleaved(
+        {"multiply": lambda: multiply(matrix, matrix), "read": lambda: add_up(array)}, repeats=7
+    )
+    bandwidth = 2 * numbers / min(seconds["read"])
+    return Chip(2 * side**3 / min(seconds["multiply"]), bandwidth)
+
+
+def reset_peak_memory() -> None:
+    """Starts a new peak of the process's resident memory, where the kernel allows it (Linux)."""
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_memory_gb() -> float:
+    """Peak memory since the last reset: of the accelerator, or resident in the process on CPU."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return float((device.memory_stats() or {}).get("peak_bytes_in_use", 0)) / 1e9
+    try:
+        status = pathlib.Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    (peak,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(peak) / 1e6
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions and the load average of one minute."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind if device.platform != "cpu" else _cpu_model(),
+        "devices": jax.device_count(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES if _version(name)},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that every benchmark has."""
+    parser.add_argument("--json", type=pathlib.Path, help="also write the report to this file")
+
+
+def add_rate_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of benchmarks that compare with a floor."""
+    on_cpu = jax.default_backend() == "cpu"
+    parser.add_argument(
+        "--dtype",
+        default="float32" if on_cpu else "bfloat16",
+        choices=("float32", "bfloat16"),
+        help="of weights and computation (default here: %(default)s)",
+    )
+    parser.add_argument(
+        "--chip", choices=sorted(CHIPS), help="datasheet peaks; default: this machine's, measured"
+    )
+    add_arguments(parser)
+
+
+def report(
+    name: str,
+    arguments: argparse.Namespace,
+    results: Sequence[Mapping[str, Any]],
+    *,
+    chip: Chip | None = None,
+    notes: Sequence[str] = (),
+) -> None:
+    """Prints the results as a table and writes them as JSON where that was asked for.
+
+    Args:
+      name: of the benchmark.
+      arguments: its flags.
+      results: one flat object per line of the table, all with the same keys.
+      chip: the rates that floors come from.
+      notes: printed below the table.
+    """
+    record = {
+        "benchmark": name,
+        "environment": environment(),
+        "arguments": {k: v for k, v in vars(arguments).items() if k != "json"},
+        "results": list(results),
+        "notes": list(notes),
+    }
+    if chip is not None:
+        scale = jnp.dtype(arguments.dtype).itemsize / 2  # see `peak_rates`
+        record["peak"] = {
+            "source": arguments.chip or "measured",
+            "flops_per_second": chip.flops,
+            "bytes_per_second": chip.bandwidth * scale,
+        }
+    for line in _lines(record):
+        print(line)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _lines(record: Mapping[str, Any]) -> list[str]:
+    machine = record["environment"]
+    versions = " ".join(f"{k} {v}" for k, v in machine["versions"].items())
+    lines = [
+        f"{record['benchmark']}: {machine['devices']} x {machine['device']}, {machine['cores']} "
+        f"cores, load {machine['load_average']:.1f}; python {machine['python']} {versions}"
+    ]
+    if "peak" in record:
+        peak = record["peak"]
+        lines.append(
+            f"peak ({peak['source']}): {peak['flops_per_second'] / 1e12:.3f} TFLOP/s, "
+            f"{peak['bytes_per_second'] / 1e9:.1f} GB/s"
+        )
+    header = list(record["results"][0])
+    cells = [header, *([_cell(row[key]) for key in header] for row in record["results"])]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        lines.append("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)))
+    return lines + list(record["notes"])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)

@@ -1,0 +1,54 @@
+"""The models that the benchmarks run: sizes by name, random weights."""
+
+import argparse
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig, published
+from prumerge_jax.models.layers import AdapterConfig
+from prumerge_jax.models.llava import LlavaModel, abstract_model
+
+GEOMETRIES = {
+    "tiny": published("tiny"),
+    # For CPUs: 576 patches, a decoder of 300 million parameters, and a tower that costs 3 % of it
+    # per image at full tokens, as CLIP-L costs 4 % of Vicuna-7B.
+    "mid": LlavaConfig(
+        vision=VisionConfig(width=256, mlp_width=1024, num_layers=8, num_heads=4),
+        text=TextConfig(
+            width=1024, mlp_width=2816, num_layers=18, num_heads=16, num_kv_heads=16, head_dim=64
+        ),
+    ),
+    "7b": published("llava-1.5-7b"),
+}
+
+
+def add_geometry_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag that picks the sizes."""
+    parser.add_argument(
+        "--geometry",
+        default="mid" if jax.default_backend() == "cpu" else "7b",
+        choices=GEOMETRIES,
+        help="sizes of the model (default here: %(default)s)",
+    )
+
+
+def geometry(name: str) -> LlavaConfig:
+    """The sizes of that name; no token ends a sequence, so that all have the asked-for length."""
+    return dataclasses.replace(GEOMETRIES[name], eos_token_id=-1)
+
+
+def random_weights(
+    config: LlavaConfig, dtype: jnp.dtype, adapter: AdapterConfig | None = None
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """A `LlavaModel` with random weights, created on the device in their dtype."""
+
+    def create() -> nnx.State:
+        key = jax.random.key(0, impl="unsafe_rbg")  # compiles several times faster
+        model = LlavaModel(config, adapter=adapter, rngs=nnx.Rngs(key))
+        return jax.tree.map(lambda weight: weight.astype(dtype), nnx.state(model))
+
+    with nnx.use_eager_sharding(False):
+        return abstract_model(config, adapter)[0], jax.jit(create)()

@@ -1,0 +1,99 @@
+"""The vision tower alone, and with the token reduction behind it.
+
+    python benchmarks/vision_tower.py
+
+`tower` ends at the penultimate features, keys and CLS query; the other arms are the whole `encode`
+step of a reduction, from uint8 pixels to visual tokens. `floor_ms` is the cost model's for tower
+and merge, `utilisation` the model FLOPs over time and peak.
+"""
+
+import argparse
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms, report
+from models import add_geometry_argument, geometry, random_weights
+
+from prumerge_jax import prumerge
+from prumerge_jax.cost import Workload, floor_seconds, operations
+from prumerge_jax.inference import programs
+from prumerge_jax.models.attention import default_implementation
+from prumerge_jax.models.clip import VisionFeatures
+
+REDUCTIONS = {"encode full": "full", "encode prumerge": "prumerge", "encode prumerge+": "prumerge+"}
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "implementation"))
+def tower(
+    graphdef: nnx.GraphDef, state: nnx.State, pixels: jax.Array, *, implementation: str
+) -> VisionFeatures:
+    """[B, S, S, 3] normalised pixels to features."""
+    return nnx.merge(graphdef, state).vision(pixels, implementation=implementation)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Times the arms in turns at every batch size."""
+    on_cpu = jax.default_backend() == "cpu"
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_geometry_argument(parser)
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 8] if on_cpu else [1, 8, 32, 128]
+    )
+    parser.add_argument("--repeats", type=int, default=5 if on_cpu else 20)
+    add_rate_arguments(parser)
+    arguments = parser.parse_args(argv)
+    config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
+    vision = config.vision
+    chip = peak_rates(arguments.chip, dtype)
+    model = random_weights(config, dtype)
+    implementation = default_implementation(dtype, vision.width // vision.num_heads)
+
+    results = []
+    for batch in arguments.batches:
+        pixels = np.random.default_rng(0).integers(
+            0, 256, (batch, vision.image_size, vision.image_size, 3), np.uint8
+        )
+        raw, normalised = jnp.asarray(pixels), jnp.asarray(pixels / 255, dtype)
+        arms = {
+            "tower": functools.partial(tower, *model, normalised, implementation=implementation)
+        }
+        for name, reduction in REDUCTIONS.items():
+            arms[name] = functools.partial(
+                programs.encode,
+                *model,
+                raw,
+                reduction=prumerge.preset(reduction),
+                dtype=dtype,
+                implementation=implementation,
+            )
+        seconds = interleaved(arms, arguments.repeats)
+        for name in arms:
+            # In the cost model, all patches mean no merge.
+            merges = name in ("encode prumerge", "encode prumerge+")
+            workload = Workload(vision.num_patches - merges, text_tokens=0, batch=batch)
+            floors = floor_seconds(config, workload, chip)
+            stages = operations(config, workload)
+            flops = sum(step.flops for step in stages["vision"] + stages["merge"])
+            floor = floors["vision"] + floors["merge"]
+            median = float(np.median(seconds[name]))
+            results.append(
+                {
+                    "arm": name,
+                    "batch": batch,
+                    **quartiles_ms(seconds[name]),
+                    "images_per_s": batch / median,
+                    "over_tower": median / float(np.median(seconds["tower"])) - 1,
+                    "floor_ms": 1e3 * floor,
+                    "floor_share": floor / median,
+                    "utilisation": flops / median / chip.flops,
+                }
+            )
+    report("vision_tower", arguments, results, chip=chip)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Every benchmark runs at its smallest size and reports what it documents."""
+
+import importlib
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from prumerge_jax.cost import Chip
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
+ROWS = "--geometry=tiny --text_tokens=6 --row_length=32 --repeats=2"
+COMMANDS = {
+    "prumerge_step": "--geometry=tiny --batch=2 --kept=3 --repeats=2",
+    "compile": "--layers=2 --width=16 --repeats=1",
+    "vision_tower": "--geometry=tiny --batches 2 --repeats=2",
+    "prefill": f"{ROWS} --visual 3",
+    "decode": "--geometry=tiny --slots 2 --context=5 --steps=2 --repeats=2",
+    "lora_training": f"{ROWS} --visual 3 --rank=2",
+    "scoring": f"{ROWS} --full_row_length=32 --requests=8 --full_requests=2 --window=4 "
+    "--full_window=2 --batch_size=2 --means 2 --slots=2 --peer_batches 2 --output_tokens=3",
+}
+KEYS = {
+    "prumerge_step": {"ms", "loop_ms", "ratio", "floor_share", "tower_share", "visual_tokens"},
+    "compile": {"trace_s", "compile_s", "total_s", "layers"},
+    "vision_tower": {"ms", "images_per_s", "over_tower", "floor_share", "utilisation"},
+    "prefill": {"ms", "segments_per_s", "efficiency", "floor_share", "utilisation"},
+    "decode": {"ms", "tokens_per_s", "bound", "floor_share", "utilisation"},
+    "lora_training": {"ms", "samples_per_s", "speedup", "utilisation_4n", "utilisation"},
+    "scoring": {"images_per_s", "visual_mean", "efficiency", "speedup", "flop_ratio_share",
+                "floor_share", "memory_gb"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_reports_finite_figures(
+    name: str,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if name in ("prumerge_step", "scoring"):
+        pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    if name != "decode":  # measuring the machine's peak once is enough
+        measuring = importlib.import_module("measuring")
+        monkeypatch.setattr(measuring, "_measured_rates", lambda dtype: Chip(1e11, 1e10))
+    path = tmp_path / "report.json"
+    importlib.import_module(name).main([*COMMANDS[name].split(), f"--json={path}"])
+    report = json.loads(path.read_text())
+    assert report["benchmark"] == name
+    assert report["environment"]["versions"]["jax"]
+    for result in report["results"]:
+        assert result.keys() >= KEYS[name]
+        for key, value in result.items():
+            assert isinstance(value, str) or math.isfinite(value), key
+    table = capsys.readouterr().out
+    assert all(key in table for key in KEYS[name])
+
+
+def test_the_loop_and_our_step_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong token stops the benchmark before anything is timed."""
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    prumerge_step = importlib.import_module("prumerge_step")
+
+    right = prumerge_step.torch_prumerge.reduce_tokens
+    monkeypatch.setattr(
+        prumerge_step.torch_prumerge,
+        "reduce_tokens",
+        lambda *inputs, **flags: [tokens + 0.01 for tokens in right(*inputs, **flags)],
+    )
+    with pytest.raises(ValueError, match="tokens differ by"):
+        prumerge_step.main(COMMANDS["prumerge_step"].split())
+
+
+def test_drawn_counts_reach_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine of the scoring benchmark computes exactly as many tokens as were drawn."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    scoring, models = importlib.import_module("scoring"), importlib.import_module("models")
+    config = models.geometry("tiny")
+    counts = scoring.drawn_counts(6, mean=3, most=5, seed=0)
+    queries = scoring.requests(config, number=6, text_tokens=4, output_tokens=1)
+    dtype = np.dtype(np.float32)
+    engine = scoring.DrawnCounts(
+        *models.random_weights(config, dtype),
+        config,
+        scoring.prumerge.preset("prumerge"),
+        scoring.EngineConfig(batch_size=2, window=4, row_length=32, rows=1),
+        dtype=dtype,
+    )
+    engine.counts = counts
+    visual = {result.key: result.visual_tokens for result in engine.score(queries)}
+    assert [visual[key] for key in range(6)] == counts.tolist()
+    assert engine.counters.real_tokens == counts.sum() + 6 * (4 + 1)
+
+
+def test_counts_have_the_mean_and_spread_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    scoring = importlib.import_module("scoring")
+    counts = scoring.drawn_counts(20_000, mean=40, most=145, seed=0)
+    assert counts.mean() == pytest.approx(40, rel=0.02)
+    assert np.log(counts).std() == pytest.approx(0.45, abs=0.02)
+    assert counts.min() >= 1
+    assert counts.max() <= 145
