@@ -13,6 +13,5 @@ def get_config(mode: str = "") -> common.ConfigDict:
     config.conversation = "plain"
     config.max_length = 168
     config.batch_size = 32
-    config.steps = 250
-    config.run.rows_per_shard = 16
+    config.steps = 200
     return miniature.at_scale(config, mode)

@@ -8,10 +8,10 @@ def get_config(mode: str = "") -> common.ConfigDict:
     """InfoNCE over scenes of one layout, from single cells to whole pictures."""
     config = miniature.training()
     config.objective = "contrastive"
-    config.learning_rates = (("*", 3e-3),)
+    config.learning_rates = (("*", 2e-3),)
     config.data.form = "caption"
     config.batch_size = 64
-    config.steps = 2700
+    config.steps = 5400
     config.optimizer.weight_decay = 0.05
     config.contrastive = common.ConfigDict(
         {
@@ -19,7 +19,7 @@ def get_config(mode: str = "") -> common.ConfigDict:
             "width": 64,
             "temperature": 0.07,
             # side of the window in cells, share of the steps
-            "curriculum": ((1, 0.66), (2, 0.21), (3, 0.13)),
+            "curriculum": ((1, 0.45), (2, 0.15), (3, 0.4)),
             "text": {
                 "width": 64,
                 "mlp_width": 128,

@@ -10,7 +10,6 @@ def get_config(mode: str = "") -> common.ConfigDict:
     config.weights = "runs/digits/align/model"
     config.learning_rates = (("decoder.*", 2e-3), ("projector.*", 2e-3))
     config.max_length = 320
-    config.batch_size = 32
-    config.steps = 2000
-    config.run.rows_per_shard = 8
+    config.batch_size = 16
+    config.steps = 3200
     return miniature.at_scale(config, mode)

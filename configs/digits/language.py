@@ -14,5 +14,4 @@ def get_config(mode: str = "") -> common.ConfigDict:
     config.max_length = 168
     config.batch_size = 32
     config.steps = 800
-    config.run.rows_per_shard = 16
     return miniature.at_scale(config, mode)

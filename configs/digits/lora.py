@@ -13,9 +13,7 @@ def get_config(mode: str = "") -> common.ConfigDict:
     config.reduction = "prumerge"
     config.reduction_options.neighbours = 8
     config.position_ids = "original"
-    config.max_length = 384
     config.max_length = 216
     config.batch_size = 32
-    config.steps = 200
-    config.run.rows_per_shard = 16
+    config.steps = 300
     return miniature.at_scale(config, mode)

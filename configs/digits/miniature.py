@@ -27,6 +27,8 @@ def training() -> common.ConfigDict:
             "form": "conversation",
             "directory": "~/.cache/prumerge_jax",
             "train_scenes": 32_000,
+            "validation_scenes": 500,
+            "test_scenes": 1_000,
             "questions_per_family": 2,
             "scenes_per_layout": 8,
             "seed": 0,
@@ -57,6 +59,7 @@ def at_scale(config: common.ConfigDict, mode: str) -> common.ConfigDict:
         raise ValueError(f"mode is {mode!r}; expected none or 'tiny'")
     if mode == "tiny":
         config.data.train_scenes = 64
+        config.data.validation_scenes = config.data.test_scenes = 8
         config.batch_size = 16
         config.steps = 4
         config.run.save_every = 2

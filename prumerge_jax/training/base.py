@@ -33,11 +33,13 @@ class Base:
     Attributes:
       model: sizes.
       directory: holds the weights and the tokenizer; None for random weights.
+      stored: shape and dtype of every weight in the directory.
       seed: of random weights.
     """
 
     model: LlavaConfig
     directory: pathlib.Path | None
+    stored: Mapping[str, StoredArray]
     seed: int
 
     def hash(self) -> str:
@@ -76,15 +78,14 @@ class Base:
         Raises:
           DirectoryError: the directory lacks a weight, or holds one of another shape.
         """
-        shapes, shardings, stored = stage.shapes(), stage.template.shardings(mesh), self._stored()
-        new = sorted(set(paths) - set(stored))
+        shapes, shardings = stage.shapes(), stage.template.shardings(mesh)
+        new = sorted(set(paths) - set(self.stored))
         lacking = sorted(set(new) & set(llava_template(self.model, None).variables))
         if self.directory is not None and lacking:
             raise directories.DirectoryError(f"{self.directory} lacks the weights {lacking}")
-        weights = stage.template.random(
-            self.seed, {path: shapes[path] for path in new}, shardings
-        )
-        for path in sorted(set(paths) & set(stored)):
+        drawn = {path: shapes[path] for path in new}
+        weights = stage.template.random(self.seed, drawn, shardings) if new else {}
+        for path in sorted(set(paths) & set(self.stored)):
             target = jax.ShapeDtypeStruct(
                 shapes[path].shape, shapes[path].dtype, sharding=shardings[path]
             )
@@ -127,13 +128,14 @@ class Base:
             shapes = {path: template.shapes()[path] for path in paths}
             yield from template.random(self.seed, shapes, template.shardings(mesh)).items()
             return
-        for path, stored in ((path, self._stored()[path]) for path in paths):
+        for path in paths:
             # In the stored dtype, which may be wider than the one the run computed in.
+            stored = self.stored[path]
             yield path, self._load(path, jax.ShapeDtypeStruct(stored.shape, stored.dtype))
 
     def _load(self, path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
         assert self.directory is not None
-        stored = self._stored()[path].shape
+        stored = self.stored[path].shape
         if stored != target.shape:
             raise directories.DirectoryError(
                 f"{self.directory}: {path} has the shape {stored}, this run expects {target.shape}"
@@ -148,11 +150,6 @@ class Base:
         plain = (file for file in self.directory.iterdir() if file.is_file())
         return {file.name: file for file in plain if file.name not in own}
 
-    def _stored(self) -> Mapping[str, StoredArray]:
-        if self.directory is None:
-            return {}
-        return directories.read_manifest(self.directory).arrays
-
 
 def open_base(config: ml_collections.ConfigDict) -> Base:
     """The base that `config.weights` names, verified; random weights where it is None.
@@ -163,7 +160,7 @@ def open_base(config: ml_collections.ConfigDict) -> Base:
     """
     expected = model_config(config.model)
     if config.weights is None:
-        return Base(expected, None, config.seed)
+        return Base(expected, None, {}, config.seed)
     directory = pathlib.Path(config.weights).expanduser()
     directories.verify(directory, hashes=config.run.verify_weights)
     found, adapter = directories.read_config(directory), directories.read_adapter(directory)
@@ -176,7 +173,7 @@ def open_base(config: ml_collections.ConfigDict) -> Base:
             f"{directory} holds a model with adapters {adapter}; this run has "
             f"{adapter_config(config)}: go on with the same, or merge them into the weights first"
         )
-    return Base(found, directory, config.seed)
+    return Base(found, directory, directories.read_manifest(directory).arrays, config.seed)
 
 
 def _sizes(model: LlavaConfig) -> dict[str, Any]:

@@ -96,6 +96,8 @@ def record_source(data: ml_collections.ConfigDict) -> Sequence[dict[str, Any]]:
         builder = digits_vqa.DigitsVqa
         source = digits_vqa.DigitsVqaConfig(
             train_scenes=data.train_scenes,
+            validation_scenes=data.validation_scenes,
+            test_scenes=data.test_scenes,
             questions_per_family=data.questions_per_family,
             scenes_per_layout=data.scenes_per_layout,
             seed=data.seed,

@@ -13,6 +13,13 @@ from tensorboardX import SummaryWriter
 _logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+# What the progress bar shows of a record, and how it calls it.
+_SHOWN = {
+    "loss": "loss",
+    "tokens_per_second": "tokens/s",
+    "images_per_second": "images/s",
+    "visual_tokens_mean": "visual tokens",
+}
 
 
 class Recorder:
@@ -99,11 +106,7 @@ class Recorder:
         self._file.write(json.dumps(record) + "\n")
         for name, value in record.items():
             self._board.add_scalar(name, value, step)
-        shown = {
-            name: f"{record[name]:.4g}"
-            for name in ("loss", "tokens_per_second", "images_per_second", "visual_tokens_mean")
-            if name in record
-        }
+        shown = {label: f"{record[name]:.4g}" for name, label in _SHOWN.items() if name in record}
         self._bar.set_postfix(shown)
         if self._bar.disable:
             _logger.info("step %d: %s", step, ", ".join(f"{k} {v}" for k, v in shown.items()))
@@ -113,8 +116,8 @@ class Recorder:
             return {}
         now = time.monotonic()
         seconds, self._since = now - self._since, now
-        names = {"samples", "images", "tokens"} & set(self._totals)
-        rates = {f"{name}_per_second": self._totals[name] / seconds for name in sorted(names)}
+        names = [name for name in ("samples", "images", "tokens") if self._totals.get(name)]
+        rates = {f"{name}_per_second": self._totals[name] / seconds for name in names}
         return {"seconds_per_step": seconds / self._steps, **rates}
 
 

@@ -68,9 +68,7 @@ class Template(Generic[Module]):
             placed = _flatten(nnx.get_named_sharding(_unflatten(self.variables), mesh))
         return {path: variable.get_value() for path, variable in placed.items()}
 
-    def random(
-        self, seed: int, shapes: Shapes, shardings: Mapping[str, NamedSharding]
-    ) -> Weights:
+    def random(self, seed: int, shapes: Shapes, shardings: Mapping[str, NamedSharding]) -> Weights:
         """Fresh weights for the paths of `shapes`, created in their shards; others cost nothing."""
 
         def create() -> Weights:

@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import ml_collections
@@ -58,7 +60,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], stop
         base = open_base(config)
         mesh = fitted_mesh(config)
         with use_mesh(mesh):
-            state, finished = _train(config, workdir, base, mesh, stop)
+            state, finished = _train(config, fields, workdir, base, mesh, stop)
             if finished:
                 source = {"training": fields, "base_weights": base.hash()}
                 adapter = adapter_config(config)
@@ -94,6 +96,7 @@ def fitted_mesh(config: ml_collections.ConfigDict) -> Mesh:
 
 def _train(
     config: ml_collections.ConfigDict,
+    fields: Mapping[str, Any],
     workdir: pathlib.Path,
     base: Base,
     mesh: Mesh,
@@ -111,7 +114,7 @@ def _train(
         keep=config.run.keep,
         metadata={
             "base_weights": base.hash(),
-            "config": json.loads(config.to_json()),
+            "config": fields,
             "version": importlib.metadata.version("prumerge-jax"),
         },
     )
@@ -125,7 +128,7 @@ def _train(
         start, state, samples = restored.step, restored.state, restored.position["samples"]
         _logger.info("resuming after step %d, %d samples", start, samples)
     feed = make_feed(config, base.model, frozen, mesh)
-    write_config(workdir, json.loads(config.to_json()))
+    write_config(workdir, fields)
     rate = schedule(optimizer_config, total_steps)
     state, done = train(
         step_function,
@@ -169,9 +172,9 @@ def make_feed(
     """What turns the samples of a run into micro-batches."""
     if config.objective == "contrastive":
         return captions.CaptionFeed(length=config.contrastive.text.max_positions, mesh=mesh)
-    encode: ImageEncoder | NoImages = NoImages(config, model.vision)
+    encode: ImageEncoder | NoImages = NoImages(config, model.vision, mesh)
     if config.reduction is not None:
-        encode = ImageEncoder(config, model.vision, frozen)
+        encode = ImageEncoder(config, model.vision, frozen, mesh)
     rows = config.run.rows_per_shard * mesh.shape["data"] * mesh.shape["fsdp"]
     return RowFeed(
         encode,

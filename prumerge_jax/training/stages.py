@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from prumerge_jax import prumerge
+from prumerge_jax.distributed.sharding import spec
 from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.clip import ClipVision
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
@@ -152,10 +154,15 @@ class ImageEncoder:
       config: of the run.
       vision: the tower's sizes.
       weights: all weights of the run; those of the tower are used.
+      mesh: the devices; every image stays on its data shard.
     """
 
     def __init__(
-        self, config: ml_collections.ConfigDict, vision: VisionConfig, weights: Weights
+        self,
+        config: ml_collections.ConfigDict,
+        vision: VisionConfig,
+        weights: Weights,
+        mesh: Mesh,
     ) -> None:
         prefix = "vision."
         template = Template.of(lambda seed: ClipVision(vision, rngs=nnx.Rngs(seed)))
@@ -168,7 +175,8 @@ class ImageEncoder:
                 reduction=reduction_config(config),
                 dtype=dtype,
                 implementation=default_implementation(dtype, vision.width // vision.num_heads),
-            )
+            ),
+            out_shardings=NamedSharding(mesh, spec("batch")),
         )
 
     def __call__(self, pixels: jax.Array) -> prumerge.VisualTokens:
@@ -190,17 +198,20 @@ def _encode(
 
 
 class NoImages:
-    """Stands in for `ImageEncoder` where a stage has text alone: no visual tokens."""
+    """Stands in for `ImageEncoder` where a stage has text alone: one unused slot per sample."""
 
-    def __init__(self, config: ml_collections.ConfigDict, vision: VisionConfig) -> None:
-        self._width, self._dtype = vision.width, jnp.dtype(config.dtype)
+    def __init__(self, config: ml_collections.ConfigDict, vision: VisionConfig, mesh: Mesh) -> None:
+        size = config.batch_size
+        none = jnp.zeros((size,), jnp.int32)
+        tokens = jnp.zeros((size, 1, vision.width), jnp.dtype(config.dtype))
+        self._none = jax.device_put(
+            prumerge.VisualTokens(tokens, none, jnp.full((size, 1), -1, jnp.int32), none),
+            NamedSharding(mesh, spec("batch")),
+        )
 
     def __call__(self, pixels: jax.Array) -> prumerge.VisualTokens:
-        """[B, …] -> B times no visual token, in one unused slot."""
-        images = len(pixels)
-        none = jnp.zeros((images,), jnp.int32)
-        tokens = jnp.zeros((images, 1, self._width), self._dtype)
-        return prumerge.VisualTokens(tokens, none, jnp.full((images, 1), -1, jnp.int32), none)
+        """[B, …] -> no visual tokens."""
+        return self._none
 
 
 def _contrastive(config: ml_collections.ConfigDict, model: LlavaConfig) -> Stage:

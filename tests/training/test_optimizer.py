@@ -37,7 +37,9 @@ def test_updates_equal_pytorch(decay: float, clip: float | None) -> None:
     ours = {name: jnp.asarray(value) for name, value in start.items()}
     state = optimizer.init(ours)
     for _ in range(steps):
-        gradient = {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
+        gradient = {
+            name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()
+        }
         for name, parameter in theirs.items():
             parameter.grad = torch.tensor(gradient[name])
         if clip is not None:

@@ -13,16 +13,12 @@ from prumerge_jax.models.llava import LlavaModel
 from prumerge_jax.training.parameters import Template, trained_paths
 
 TEMPLATE = Template.of(
-    lambda seed: LlavaModel(
-        published("tiny"), adapter=AdapterConfig(rank=2), rngs=nnx.Rngs(seed)
-    )
+    lambda seed: LlavaModel(published("tiny"), adapter=AdapterConfig(rank=2), rngs=nnx.Rngs(seed))
 )
 
 
 def test_patterns_name_what_trains() -> None:
-    rates = trained_paths(
-        TEMPLATE.variables, (("decoder.*.lora_?", 2e-4), ("projector.*", 2e-5))
-    )
+    rates = trained_paths(TEMPLATE.variables, (("decoder.*.lora_?", 2e-4), ("projector.*", 2e-5)))
     adapters = {path for path in TEMPLATE.variables if "lora_" in path}
     projector = {path for path in TEMPLATE.variables if path.startswith("projector.")}
     assert len(adapters) == 14  # A and B of seven layers

@@ -66,15 +66,13 @@ class Bench:
             weights[path] = jax.device_put(value.astype(np.float32), shardings[path])
         self.trained = {p: w for p, w in weights.items() if p in self.stage.learning_rates}
         self.frozen = {p: w for p, w in weights.items() if p not in self.stage.learning_rates}
-        optimizer = make_optimizer(
-            OptimizerConfig(warmup_ratio=0.0), 10, self.stage.learning_rates
-        )
+        optimizer = make_optimizer(OptimizerConfig(warmup_ratio=0.0), 10, self.stage.learning_rates)
         self.shardings = state_shardings(optimizer, self.stage.trained(), shardings, self.mesh)
         self.step = TrainStep(self.stage.loss, optimizer, seed=1, shardings=self.shardings)
 
     def batches(self, rows: int) -> list[RowBatch]:
         feed = RowFeed(
-            ImageEncoder(self.config, MODEL.vision, self.frozen),
+            ImageEncoder(self.config, MODEL.vision, self.frozen, self.mesh),
             num_patches=MODEL.vision.num_patches,
             shape=RowShape(rows, self.config.max_length),
             mesh=self.mesh,
@@ -105,7 +103,7 @@ def sums_of(bench: Bench, batch: RowBatch) -> Sums:
 
 def test_packed_rows_have_the_loss_of_one_sample_per_row(bench: Bench) -> None:
     with use_mesh(bench.mesh):
-        encode = ImageEncoder(bench.config, MODEL.vision, bench.frozen)
+        encode = ImageEncoder(bench.config, MODEL.vision, bench.frozen, bench.mesh)
         visual = encode(place(np.stack([e.pixels for e in EXAMPLES]), bench.mesh))
         layout = packing.VisualLayout(
             np.asarray(visual.lengths), np.asarray(visual.patch_indices), MODEL.vision.num_patches
@@ -140,9 +138,7 @@ def test_accumulation_equals_the_big_batch(bench: Bench) -> None:
     accumulated, same = bench.train(1, 3)
     np.testing.assert_allclose(same, losses, rtol=2e-6)
     for path, weight in state.trained.items():
-        np.testing.assert_allclose(
-            accumulated.trained[path], weight, atol=2e-5, err_msg=path
-        )
+        np.testing.assert_allclose(accumulated.trained[path], weight, atol=2e-5, err_msg=path)
 
 
 def test_only_adapters_and_projector_change(bench: Bench) -> None:
@@ -192,9 +188,9 @@ def test_mesh_equals_one_device_and_keeps_declared_shardings(bench: Bench) -> No
     for path, weight in alone.trained.items():
         np.testing.assert_allclose(state.trained[path], weight, atol=1e-5, err_msg=path)
     jax.tree.map(
-        lambda leaf, sharding: pytest.fail(f"{leaf.sharding} is not {sharding}")
-        if leaf.sharding != sharding
-        else None,
+        lambda leaf, sharding: (
+            pytest.fail(f"{leaf.sharding} is not {sharding}") if leaf.sharding != sharding else None
+        ),
         state,
         spread.shardings,
     )

@@ -136,7 +136,7 @@ def our_sums(oracle: torch.nn.Module, examples: list[Example]) -> Sums:
     trained = {path: weights[path] for path in stage.learning_rates}
     with use_mesh(mesh), jax.default_matmul_precision("highest"):
         feed = RowFeed(
-            ImageEncoder(config, MODEL.vision, weights),
+            ImageEncoder(config, MODEL.vision, weights, mesh),
             num_patches=MODEL.vision.num_patches,
             shape=RowShape(2, config.max_length),
             mesh=mesh,
@@ -168,7 +168,7 @@ def test_loss_and_gradients_equal_transformers_and_peft(
     loss = torch_loss(oracle, examples)
     loss.backward()
     sums = our_sums(oracle, examples)
-    assert float(sums.loss / sums.targets) == pytest.approx(float(loss), abs=1e-4)
+    assert float(sums.loss / sums.targets) == pytest.approx(loss.item(), abs=1e-4)
     gradients = {
         name: weight.grad
         for name, weight in oracle.get_base_model().named_parameters()

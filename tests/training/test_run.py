@@ -1,0 +1,207 @@
+"""Whole runs of the tiny miniature: resumed exactly, stopped politely, ended by NaN, exported."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from configs.digits import contrastive, lora
+from prumerge_jax.models import directory as directories
+from prumerge_jax.training.base import open_base
+from prumerge_jax.training.checkpoint import load_trained
+from prumerge_jax.training.loop import TrainingError
+from prumerge_jax.training.run import fitted_mesh, run
+from prumerge_jax.training.stages import make_stage
+from prumerge_jax.training.stop import StopFlag
+from prumerge_jax.training.workdir import WorkdirError
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+STEPS = 10
+CONFIG_FILE = """
+import ml_collections
+
+def get_config():
+    return ml_collections.ConfigDict({values!r}, convert_dict=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def base(folder: pathlib.Path) -> pathlib.Path:
+    """The model that the tiny contrastive stage leaves behind."""
+    config = contrastive.get_config("tiny")
+    config.data.directory = str(folder / "data")
+    config.steps = 2
+    config.contrastive.curriculum = ((1, 1.0),)
+    run(config, folder / "contrastive", StopFlag())
+    return folder / "contrastive" / "model"
+
+
+@pytest.fixture(scope="module")
+def config(base: pathlib.Path, folder: pathlib.Path) -> ml_collections.ConfigDict:
+    config = lora.get_config("tiny")
+    config.data.directory = str(folder / "data")
+    config.weights = str(base)
+    config.max_length = 256
+    config.batch_size = 8
+    config.run.rows_per_shard = 4
+    config.steps = STEPS
+    config.run.save_every = 2
+    config.run.keep = 20
+    return config
+
+
+@pytest.fixture(scope="module")
+def straight(config: ml_collections.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
+    """A run without any interruption."""
+    run(config, folder / "straight", StopFlag())
+    return folder / "straight"
+
+
+def trained_weights(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, step: int
+) -> dict[str, np.ndarray]:
+    base, mesh = open_base(config), fitted_mesh(config)
+    stage = make_stage(config, base.model)
+    shardings = stage.template.shardings(mesh)
+    target = {
+        path: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[path])
+        for path, shape in stage.trained().items()
+    }
+    weights = load_trained(workdir / "checkpoints" / f"step_{step:08d}", target)
+    return {path: np.asarray(weight) for path, weight in weights.items()}
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    found = (workdir / "checkpoints").glob("step_" + "[0-9]" * 8)
+    return sorted(int(path.name.removeprefix("step_")) for path in found)
+
+
+def recorded_steps(workdir: pathlib.Path) -> list[int]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def interrupt(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, number: int, after: int
+) -> int:
+    """Runs train.py, sends it a signal once step `after` is saved, returns its exit status."""
+    file = workdir.parent / "config.py"
+    file.write_text(CONFIG_FILE.format(values=config.to_dict()))
+    command = [sys.executable, "train.py", f"--config={file}", f"--workdir={workdir}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and after not in saved_steps(workdir):
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, errors = process.communicate()
+    assert not (workdir / "model").exists(), "the run had ended before the signal"
+    assert process.returncode in (0, -number), errors.decode()
+    return process.returncode
+
+
+def test_a_terminated_and_then_killed_run_ends_bit_identical(
+    config: ml_collections.ConfigDict, straight: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    workdir = tmp_path / "interrupted"
+    assert interrupt(config, workdir, signal.SIGTERM, after=2) == 0
+    stopped = saved_steps(workdir)[-1]
+    assert 2 <= stopped < STEPS - 2
+    assert interrupt(config, workdir, signal.SIGKILL, after=stopped // 2 * 2 + 2) == -signal.SIGKILL
+    assert saved_steps(workdir)[-1] < STEPS
+    run(config, workdir, StopFlag())
+    ours, theirs = (trained_weights(config, w, STEPS) for w in (workdir, straight))
+    for path, weight in theirs.items():
+        assert ours[path].tobytes() == weight.tobytes(), path
+    assert recorded_steps(workdir) == recorded_steps(straight) == list(range(1, STEPS + 1))
+    leftovers = [p.name for p in (workdir / "checkpoints").iterdir() if "incomplete" in p.name]
+    assert not leftovers
+
+
+def test_a_finished_run_leaves_its_base_as_it_was_and_adapters_that_stand_alone(
+    config: ml_collections.ConfigDict, straight: pathlib.Path, base: pathlib.Path
+) -> None:
+    model = straight / "model"
+    directories.verify(model)
+    adapter = directories.read_adapter(model)
+    assert (adapter.rank, adapter.alpha) == (config.adapter.rank, config.adapter.alpha)
+    shapes = directories.read_manifest(model).arrays
+    target = {p: jax.ShapeDtypeStruct(a.shape, a.dtype) for p, a in shapes.items()}
+    whole = directories.load_arrays(model, target)
+    trained = trained_weights(config, straight, STEPS)
+    of_base = directories.read_manifest(base).arrays
+    untouched = {
+        path: directories.load_array(base, path, target[path])
+        for path in of_base
+        if path not in trained
+    }
+    assert set(whole) == set(trained) | set(untouched)
+    for path, weight in (untouched | trained).items():
+        assert np.asarray(whole[path]).tobytes() == np.asarray(weight).tobytes(), path
+    assert (model / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+    for path in trained:
+        if path in of_base:
+            before = directories.load_array(base, path, target[path])
+            assert np.abs(whole[path] - before).max() > 0, path
+
+
+def test_a_stopped_run_saves_its_step_and_goes_on(
+    config: ml_collections.ConfigDict, straight: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    stop = StopFlag()
+    stop.request("a test")
+    run(config, tmp_path / "run", stop)
+    assert saved_steps(tmp_path / "run") == [1]
+    assert not (tmp_path / "run" / "model").exists()
+    first = (straight / "metrics.jsonl").read_text().splitlines()[0]
+    again = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0]
+    assert json.loads(again)["loss"] == json.loads(first)["loss"]
+
+
+def test_nan_ends_the_run_and_is_never_saved(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path
+) -> None:
+    exploding = config.copy_and_resolve_references()
+    exploding.learning_rates = (("decoder.*.lora_?", 1e20), ("projector.*", 1e20))
+    with pytest.raises(TrainingError, match=r"step \d+: loss .*nan.*") as error:
+        run(exploding, tmp_path / "run", StopFlag())
+    failed = int(str(error.value).split(":")[0].removeprefix("step "))
+    saved = saved_steps(tmp_path / "run")
+    assert all(step < failed for step in saved)
+    expected = f"checkpoint is that of step {saved[-1]}" if saved else "no checkpoint was saved"
+    assert expected in str(error.value)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_finished_run_is_not_changed_and_another_configuration_is_refused(
+    config: ml_collections.ConfigDict, straight: pathlib.Path
+) -> None:
+    before = (straight / "metrics.jsonl").read_bytes()
+    run(config, straight, StopFlag())
+    assert (straight / "metrics.jsonl").read_bytes() == before
+    other = config.copy_and_resolve_references()
+    other.seed = 7
+    with pytest.raises(WorkdirError, match="seed: 0 before, 7 now"):
+        run(other, straight, StopFlag())
+
+
+def test_weights_of_other_sizes_are_refused_before_anything_is_written(
+    config: ml_collections.ConfigDict, tmp_path: pathlib.Path
+) -> None:
+    other = config.copy_and_resolve_references()
+    other.model.text.num_layers = 4
+    with pytest.raises(directories.DirectoryError, match="config.model says"):
+        run(other, tmp_path / "run", StopFlag())
+    assert not list((tmp_path / "run").iterdir())
