@@ -1,6 +1,6 @@
 """Scores a model, or an answers file, on benchmarks.
 
-    python eval.py --workdir DIR                                the shipped miniature on its digits
+    python eval.py --workdir DIR --config.checkpoint=DIR        a model of the digits on its pictures
     python eval.py --workdir DIR --config.checkpoint=DIR --config.benchmark=pope
         --config.questions=FILE --config.images=DIR --config.annotations=PATH
         --config.reduction="full prumerge+"

@@ -1,17 +1,13 @@
-"""Every field of an evaluation, set to score the shipped miniature on its digits."""
-
-import pathlib
+"""Every field of an evaluation, set to score a model on the miniature's digits."""
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
-
-import prumerge_jax
 
 
 def get_config() -> ConfigDict:
     """The default of `eval.py`."""
     config = ConfigDict()
-    config.checkpoint = str(pathlib.Path(prumerge_jax.__file__).parent / "miniature")
+    config.checkpoint = placeholder(str)  # model directory
     config.benchmark = "digits"
     config.questions = placeholder(str)  # None draws the miniature's own
     config.images = placeholder(str)  # folder of the questions' image paths

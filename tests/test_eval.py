@@ -100,6 +100,7 @@ def test_an_answers_file_is_scored_without_a_model(
         ("--config.benchmark=vqa9", "unknown benchmark 'vqa9'"),
         ("--config.benchmark=pope", "pope needs its question file"),
         ("--config.checkpoint=nowhere", "nowhere"),
+        ("--config.checkpoint=", "no model to score"),
         ("--config.reduction=tome", "unknown reduction 'tome'"),
     ],
 )

@@ -58,6 +58,7 @@ def at_scale(config: common.ConfigDict, mode: str) -> common.ConfigDict:
     if mode not in ("", "tiny"):
         raise ValueError(f"mode is {mode!r}; expected none or 'tiny'")
     if mode == "tiny":
+        config.weights = None
         config.data.train_scenes = 64
         config.data.validation_scenes = config.data.test_scenes = 8
         config.batch_size = 16

@@ -108,6 +108,7 @@ class SlotDecoder:
         # A sequence of one token is complete with its first token and needs no slot.
         waiting = [i for i, s in enumerate(sequences) if s.query.max_new_tokens > 1]
         self.unread.append(_Chunk(first[None], list(sequences)))
+        eos = self.engine.model_config.eos_token_id
         while waiting:
             free = [slot for slot, occupant in enumerate(self.occupant) if occupant is None]
             if free:
@@ -123,10 +124,12 @@ class SlotDecoder:
                     segments,
                     first,
                     jnp.asarray(slot_of),
-                    eos=self.engine.model_config.eos_token_id,
+                    eos=eos,
                 )
             if waiting:
                 yield from self._step()
+                # A first token that was read meanwhile may have been the last one too.
+                waiting = [i for i in waiting if not sequences[i].done(eos)]
         yield from self._read(behind=1)
 
     def _step(self) -> Iterator[Result]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import tempfile
@@ -22,6 +23,8 @@ from prumerge_jax.models.layers import AdapterConfig
 from prumerge_jax.models.manifest import MANIFEST, StoredArray, size_and_sha256
 from prumerge_jax.training.parameters import Template, Weights
 from prumerge_jax.training.stages import Stage, adapter_config, llava_template, model_config
+
+_logger = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer.model"
 
@@ -72,17 +75,21 @@ class Base:
     def weights(self, stage: Stage, paths: Collection[str], mesh: Mesh) -> Weights:
         """Weights of a stage, each read or created in its shards.
 
-        What no model has in itself (adapters, the parts of one stage) starts random where the
-        directory lacks it.
+        What trains and is not in the directory (adapters, the projector of a first stage, the
+        parts of one stage) starts random; the log names it.
 
         Raises:
-          DirectoryError: the directory lacks a weight, or holds one of another shape.
+          DirectoryError: the directory lacks a frozen weight, or holds one of another shape.
         """
         shapes, shardings = stage.shapes(), stage.template.shardings(mesh)
         new = sorted(set(paths) - set(self.stored))
-        lacking = sorted(set(new) & set(llava_template(self.model, None).variables))
+        lacking = [path for path in new if path not in stage.learning_rates]
         if self.directory is not None and lacking:
-            raise directories.DirectoryError(f"{self.directory} lacks the weights {lacking}")
+            raise directories.DirectoryError(
+                f"{self.directory} lacks the weights {lacking}, which this run does not train"
+            )
+        if new:
+            _logger.info("%d weights start random, %s to %s", len(new), new[0], new[-1])
         drawn = {path: shapes[path] for path in new}
         weights = stage.template.random(self.seed, drawn, shardings) if new else {}
         for path in sorted(set(paths) & set(self.stored)):

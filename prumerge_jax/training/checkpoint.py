@@ -86,8 +86,8 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, position: Mapping[str, Any]) -> None:
         """Starts to save a step, after an earlier save has ended; `state` may be donated at once.
 
-        A step that is there already is not saved again. A save that fails (a full disk) is logged, its files are removed, older steps stay, and the
-        run goes on; only `close` raises.
+        A step that is there already is not saved again. A save that fails (a full disk) is logged,
+        its files are removed, older steps stay, and the run goes on; only `close` raises.
 
         Args:
           step: number of optimizer steps done.

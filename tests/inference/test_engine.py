@@ -167,6 +167,20 @@ def test_one_new_token_needs_no_slot(model: LlavaModel) -> None:
     assert all(one[k].token_ids == many[k].token_ids[:1] for k in one)
 
 
+def test_answers_that_end_at_once_while_others_wait_for_a_slot(model: LlavaModel) -> None:
+    """Every token in turn is declared the end of sequence: answers stop there, none is lost."""
+    queries = make_queries(9, seed=1, max_new_tokens=5)
+    free = by_key(list(generate(make_engine(model), queries)))
+    for eos in {result.token_ids[0] for result in free.values()}:
+        engine = make_engine(model)
+        engine.model_config = dataclasses.replace(CONFIG, eos_token_id=eos)
+        got = by_key(list(generate(engine, queries)))
+        for key, result in free.items():
+            tokens = result.token_ids
+            expected = tokens[: tokens.index(eos)] if eos in tokens else tokens
+            assert got[key].token_ids == expected
+
+
 def test_images_over_capacity_are_encoded_again(model: LlavaModel) -> None:
     """A capacity that only some images fit into changes no score."""
     queries = make_queries(9, seed=4)
