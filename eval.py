@@ -1,13 +1,14 @@
 """Scores a model, or an answers file, on benchmarks.
 
-    python eval.py --workdir DIR --config.checkpoint=DIR        a model of the digits on its pictures
+    python eval.py --workdir DIR --config.checkpoint=DIR
     python eval.py --workdir DIR --config.checkpoint=DIR --config.benchmark=pope
         --config.questions=FILE --config.images=DIR --config.annotations=PATH
         --config.reduction="full prumerge+"
     python eval.py --workdir DIR --config.benchmark=pope --config.questions=FILE
         --config.images=DIR --config.annotations=PATH --config.answers=FILE
 
-Every field of configs/eval.py is a flag. A run that was interrupted goes on where it was. Exit
+The first scores a model of the digits on pictures it draws. Every field of configs/eval.py is a
+flag. A run that was interrupted goes on where it was. Exit
 status: 0 if every row was scored, 3 if some failed (errors.jsonl says why), 1 if it could not run.
 """
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms, report
-from models import add_geometry_argument, geometry, random_weights
+from models import add_geometry_argument, geometry, random_llava
 from prefill import packed_rows
 
 from prumerge_jax import prumerge
@@ -48,7 +48,7 @@ class Trainer:
     ) -> None:
         self.config, self.dtype = config, dtype
         self.attention = default_implementation(dtype, config.text.head_dim)
-        self.model = random_weights(config, dtype, adapter)
+        self.model = random_llava(config, dtype, adapter)
         template = llava_template(config, adapter)
         weights = {
             ".".join(map(str, path)): variable[...]

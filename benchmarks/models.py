@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from flax import nnx
 
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig, published
 from prumerge_jax.models.layers import AdapterConfig
-from prumerge_jax.models.llava import LlavaModel, abstract_model
+from prumerge_jax.models.llava import LlavaModel
 
 GEOMETRIES = {
     "tiny": published("tiny"),
@@ -40,15 +41,22 @@ def geometry(name: str) -> LlavaConfig:
     return dataclasses.replace(GEOMETRIES[name], eos_token_id=-1)
 
 
-def random_weights(
+def random_llava(
     config: LlavaConfig, dtype: jnp.dtype, adapter: AdapterConfig | None = None
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """A `LlavaModel` with random weights, created on the device in their dtype."""
+    """A `LlavaModel` with random weights."""
+    return random_weights(lambda rngs: LlavaModel(config, adapter=adapter, rngs=rngs), dtype)
+
+
+def random_weights(
+    make: Callable[[nnx.Rngs], nnx.Module], dtype: jnp.dtype
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """The structure of what `make` builds and random weights, created on the device in `dtype`."""
 
     def create() -> nnx.State:
         key = jax.random.key(0, impl="unsafe_rbg")  # compiles several times faster
-        model = LlavaModel(config, adapter=adapter, rngs=nnx.Rngs(key))
-        return jax.tree.map(lambda weight: weight.astype(dtype), nnx.state(model))
+        return jax.tree.map(lambda weight: weight.astype(dtype), nnx.state(make(nnx.Rngs(key))))
 
     with nnx.use_eager_sharding(False):
-        return abstract_model(config, adapter)[0], jax.jit(create)()
+        graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+        return graphdef, jax.jit(create)()

@@ -20,7 +20,7 @@ import torch
 import torch_prumerge
 from flax import nnx
 from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms, report
-from models import GEOMETRIES
+from models import GEOMETRIES, random_weights
 
 from prumerge_jax import prumerge
 from prumerge_jax.cost import Workload, floor_seconds
@@ -68,9 +68,7 @@ def check_equal(
 
 def tower_seconds(config: VisionConfig, batch: int, dtype: jnp.dtype, repeats: int) -> float:
     """Median time of the tower over `batch` images, random weights."""
-    with nnx.use_eager_sharding(False):
-        graphdef, state = nnx.split(ClipVision(config, rngs=nnx.Rngs(0)))
-    state = jax.tree.map(lambda weight: weight.astype(dtype), state)
+    graphdef, state = random_weights(lambda rngs: ClipVision(config, rngs=rngs), dtype)
     pixels = jnp.zeros((batch, config.image_size, config.image_size, 3), dtype)
     implementation = default_implementation(dtype, config.width // config.num_heads)
 

@@ -34,7 +34,7 @@ from measuring import (
     report,
     reset_peak_memory,
 )
-from models import add_geometry_argument, geometry, random_weights
+from models import add_geometry_argument, geometry, random_llava
 
 from prumerge_jax import prumerge
 from prumerge_jax.cost import Chip, Workload, images_per_second, operations
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     chip = peak_rates(arguments.chip, dtype)
-    model = random_weights(config, dtype)
+    model = random_llava(config, dtype)
     patches = config.vision.num_patches
     queries = requests(config, arguments.requests, arguments.text_tokens, arguments.output_tokens)
     fewer = queries[: arguments.full_requests]

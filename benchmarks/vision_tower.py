@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms, report
-from models import add_geometry_argument, geometry, random_weights
+from models import add_geometry_argument, geometry, random_llava
 
 from prumerge_jax import prumerge
 from prumerge_jax.cost import Workload, floor_seconds, operations
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     vision = config.vision
     chip = peak_rates(arguments.chip, dtype)
-    model = random_weights(config, dtype)
+    model = random_llava(config, dtype)
     implementation = default_implementation(dtype, vision.width // vision.num_heads)
 
     results = []

@@ -85,7 +85,7 @@ def test_drawn_counts_reach_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     queries = scoring.requests(config, number=6, text_tokens=4, output_tokens=1)
     dtype = np.dtype(np.float32)
     engine = scoring.DrawnCounts(
-        *models.random_weights(config, dtype),
+        *models.random_llava(config, dtype),
         config,
         scoring.prumerge.preset("prumerge"),
         scoring.EngineConfig(batch_size=2, window=4, row_length=32, rows=1),
