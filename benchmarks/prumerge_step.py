@@ -2,14 +2,17 @@
 
     python benchmarks/prumerge_step.py
 
-Hidden states and keys are random; the attention has exactly `--kept` outliers. Both programs must
-give the same tokens before they are timed. `ratio` is the loop's time over ours; `tower_share` is
-our step's time over that of the tower, which is timed at `--tower_batch` images and scaled; the
-floor is the cost model's for the merge.
+Hidden states and keys are random; the attention has exactly `--kept` outliers (`--kept_plus` for
+PruMerge+, which adds its spatial samples). Both programs must give the same tokens before they are
+timed. `ratio` is the loop's time over ours, the loop at the better of one and all threads;
+`tower_share` is our step's time over that of the tower, which is timed at `--tower_batch` images
+and scaled; the floor is the cost model's for merging as many tokens as are kept.
 """
 
 import argparse
 import functools
+import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,16 +22,14 @@ import numpy as np
 import torch
 import torch_prumerge
 from flax import nnx
-from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms, report
+from measuring import add_rate_arguments, interleaved, peak_rates, report
 from models import GEOMETRIES, random_weights
 
 from prumerge_jax import prumerge
-from prumerge_jax.cost import Workload, floor_seconds
+from prumerge_jax.cost import Operation, Workload, operations
 from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.clip import ClipVision, VisionFeatures
 from prumerge_jax.models.config import VisionConfig
-
-REDUCTIONS = ("prumerge", "prumerge+")
 
 
 def outlier_attention(batch: int, patches: int, kept: int, seed: int) -> np.ndarray:
@@ -80,12 +81,28 @@ def tower_seconds(config: VisionConfig, batch: int, dtype: jnp.dtype, repeats: i
     return float(np.median(seconds["tower"]))
 
 
+def use_best_threads(loop: Callable[[], Any]) -> int:
+    """Sets PyTorch to one thread or to all of its threads, whichever runs the loop faster."""
+    seconds = {}
+    for threads in {1, torch.get_num_threads()}:
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        loop()
+        seconds[threads] = time.perf_counter() - start
+    best = min(seconds, key=lambda threads: seconds[threads])
+    torch.set_num_threads(best)
+    return best
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Checks, times and reports."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--kept", type=int, default=128, help="outliers per image, below N / 4")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument(
+        "--kept", type=int, nargs="+", default=[128, 40], help="outliers per image, below N / 4"
+    )
+    parser.add_argument("--kept_plus", type=int, nargs="+", default=[40], help="for PruMerge+")
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument(
         "--geometry", default="7b", choices=GEOMETRIES, help="sizes of the tower (%(default)s)"
     )
@@ -99,45 +116,56 @@ def main(argv: Sequence[str] | None = None) -> None:
     rng = np.random.default_rng(0)
     shape = (arguments.batch, vision.num_patches, vision.width)
     hidden, keys = (rng.standard_normal(shape, np.float32) for _ in range(2))
-    attention = outlier_attention(*shape[:2], arguments.kept, seed=1)
-    on_device = jnp.asarray(hidden, dtype), jnp.asarray(keys), jnp.asarray(attention)
-    in_torch = [torch.from_numpy(x) for x in (hidden, keys, attention)]
+    in_jax = jnp.asarray(hidden, dtype), jnp.asarray(keys)
+    in_torch = torch.from_numpy(hidden), torch.from_numpy(keys)
     step = jax.jit(prumerge.reduce_tokens, static_argnames="config")
 
+    cases = [("prumerge", kept) for kept in arguments.kept]
+    cases += [("prumerge+", kept) for kept in arguments.kept_plus]
     arms: dict[str, Callable[[], Any]] = {}
     lengths: dict[str, float] = {}
-    for name in REDUCTIONS:
-        ours = functools.partial(step, *on_device, config=prumerge.preset(name))
+    for name, kept in cases:
+        attention = outlier_attention(*shape[:2], kept, seed=1)
+        ours = functools.partial(
+            step, *in_jax, jnp.asarray(attention), config=prumerge.preset(name)
+        )
         loop = functools.partial(
-            torch_prumerge.reduce_tokens, *in_torch, spatial=name == "prumerge+"
+            torch_prumerge.reduce_tokens,
+            *in_torch,
+            torch.from_numpy(attention),
+            spatial=name == "prumerge+",
         )
         visual = ours()
         check_equal(visual, loop(), tolerance=1e-4 if dtype == jnp.float32 else 0.25)
-        lengths[name] = float(visual.lengths.mean())
-        arms |= {name: ours, f"{name} loop": loop}
-    seconds = interleaved(arms, arguments.repeats)
-    tower = tower_seconds(vision, arguments.tower_batch, dtype, max(3, arguments.repeats // 5))
+        lengths[f"{name} {kept}"] = float(visual.lengths.mean())
+        arms |= {f"{name} {kept}": ours, f"{name} {kept} loop": loop}
+    threads = use_best_threads(loop)
+    seconds = {arm: np.median(times) for arm, times in interleaved(arms, arguments.repeats).items()}
+    tower = tower_seconds(vision, arguments.tower_batch, dtype, max(3, arguments.repeats // 3))
     tower *= arguments.batch / arguments.tower_batch
 
+    (every_row,) = operations(model, Workload(0, 0, arguments.batch))["merge"]
     results = []
-    for name in REDUCTIONS:
-        workload = Workload(lengths[name], text_tokens=0, batch=arguments.batch)
-        floor = floor_seconds(model, workload, chip)["merge"]
-        median = float(np.median(seconds[name]))
+    for case, visual_tokens in lengths.items():
+        share = visual_tokens / vision.num_patches
+        floor = Operation(every_row.flops * share, every_row.bytes).seconds(chip)
         results.append(
             {
-                "reduction": name,
-                "visual_tokens": lengths[name],
-                **quartiles_ms(seconds[name]),
-                "loop_ms": 1e3 * float(np.median(seconds[f"{name} loop"])),
-                "ratio": float(np.median(seconds[f"{name} loop"])) / median,
+                "case": case,
+                "visual_tokens": visual_tokens,
+                "ms": 1e3 * seconds[case],
+                "loop_ms": 1e3 * seconds[f"{case} loop"],
+                "ratio": seconds[f"{case} loop"] / seconds[case],
                 "floor_ms": 1e3 * floor,
-                "floor_share": floor / median,
+                "floor_share": floor / seconds[case],
                 "tower_ms": 1e3 * tower,
-                "tower_share": median / tower,
+                "tower_share": seconds[case] / tower,
             }
         )
-    notes = [f"tower timed at {arguments.tower_batch} images, scaled to {arguments.batch}"]
+    notes = [
+        f"tower timed at {arguments.tower_batch} images, scaled to {arguments.batch}",
+        f"PyTorch loop on {threads} of {os.cpu_count()} cores",
+    ]
     report("prumerge_step", arguments, results, chip=chip, notes=notes)
 
 

@@ -13,7 +13,7 @@ from prumerge_jax.cost import Chip
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 ROWS = "--geometry=tiny --text_tokens=6 --row_length=32 --repeats=2"
 COMMANDS = {
-    "prumerge_step": "--geometry=tiny --batch=2 --kept=3 --repeats=2",
+    "prumerge_step": "--geometry=tiny --batch=2 --kept 3 --kept_plus 3 --repeats=2",
     "compile": "--layers=2 --width=16 --repeats=1",
     "vision_tower": "--geometry=tiny --batches 2 --repeats=2",
     "prefill": f"{ROWS} --visual 3",

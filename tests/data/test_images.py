@@ -323,7 +323,7 @@ def test_size_is_refused_before_any_pixel_is_decoded(monkeypatch, name):
         (Image.new("F", (4, 4)), "mode F has no defined white"),
         (Image.new("RGB", (1, 2001)), "1 x 2001 pixels are too narrow"),
     ],
-    ids=str,
+    ids=["missing", "folder", "none", "number", "float", "grey", "empty", "mode_f", "narrow"],
 )
 def test_other_unusable_sources(source, cause):
     with pytest.raises(ImageError, match=cause):
