@@ -56,7 +56,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
     tasks = [_task(values, config, workdir) for values in _task_fields(config)]
     if config.answers is not None:
         return _score_file(tasks, pathlib.Path(config.answers), workdir)
-    if config.checkpoint is None:
+    if not config.checkpoint:
         raise ValueError(
             "no model to score: pass --config.checkpoint=DIR, or --config.answers=FILE"
         )

@@ -10,9 +10,9 @@ from prumerge_jax.data.packing import IGNORE, IMAGE_TOKEN
 from prumerge_jax.data.pipeline import Example
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Programs compiled once per session, in subprocesses too."""
+    """Programs of this folder compiled once, in subprocesses too; others never see the cache."""
     folder = tmp_path_factory.mktemp("compiled")
     settings = {
         "jax_compilation_cache_dir": str(folder),
