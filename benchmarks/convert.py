@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import time
 
 import jax.numpy as jnp
 import numpy as np
+from measuring import peak_resident_gb
 
 from prumerge_jax.conversion import keys
 from prumerge_jax.conversion.convert import convert
@@ -57,9 +57,8 @@ def timed(step: str, source: str, target: str, nbytes: int) -> None:
     else:
         export_model(pathlib.Path(source), pathlib.Path(target), Dialect.HF)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
-        f"{step}: peak resident memory {peak / 1e9:.2f} GB, {seconds:.1f} s, "
+        f"{step}: peak resident memory {peak_resident_gb():.2f} GB, {seconds:.1f} s, "
         f"{nbytes / 1e9 / seconds:.2f} GB/s"
     )
 

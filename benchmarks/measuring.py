@@ -107,6 +107,15 @@ def peak_memory_gb() -> float:
     device = jax.devices()[0]
     if device.platform != "cpu":
         return float((device.memory_stats() or {}).get("peak_bytes_in_use", 0)) / 1e9
+    return peak_resident_gb()
+
+
+def peak_resident_gb() -> float:
+    """Peak resident memory of this process.
+
+    On Linux not from `getrusage`: what that reports is at least the size of the process that
+    started this one.
+    """
     try:
         status = pathlib.Path("/proc/self/status").read_text()
     except OSError:

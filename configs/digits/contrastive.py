@@ -11,15 +11,15 @@ def get_config(mode: str = "") -> common.ConfigDict:
     config.learning_rates = (("*", 2e-3),)
     config.data.form = "caption"
     config.batch_size = 64
-    config.steps = 5400
+    config.steps = 4500
     config.optimizer.weight_decay = 0.05
     config.contrastive = common.ConfigDict(
         {
             "group": 8,
             "width": 64,
             "temperature": 0.07,
-            # side of the window in cells, share of the steps
-            "curriculum": ((1, 0.45), (2, 0.15), (3, 0.4)),
+            # side of the window in cells, share of the steps, windows per scene
+            "curriculum": ((1, 0.35, 4), (2, 0.3, 1), (3, 0.35, 1)),
             "text": {
                 "width": 64,
                 "mlp_width": 128,

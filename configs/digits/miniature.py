@@ -61,7 +61,7 @@ def at_scale(config: common.ConfigDict, mode: str) -> common.ConfigDict:
         config.weights = None
         config.data.train_scenes = 64
         config.data.validation_scenes = config.data.test_scenes = 8
-        config.batch_size = 16
+        config.batch_size = 32
         config.steps = 4
         config.run.save_every = 2
         config.run.log_every = 1

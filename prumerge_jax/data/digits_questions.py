@@ -6,6 +6,7 @@ Answers are balanced, so that a model that does not look gets little: see `ask`.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -26,8 +27,12 @@ class Question:
 
 def caption(scene: digits.Scene) -> str:
     """What a scene shows, in reading order: `northwest 7, south 3.`"""
-    parts = (f"{place} {digit}" for place, digit in zip(scene.places, scene.digits, strict=True))
-    return ", ".join(parts) + "."
+    return caption_of(scene.places, scene.digits)
+
+
+def caption_of(places: Sequence[str], shown: Sequence[int]) -> str:
+    """The same of digits in places."""
+    return ", ".join(f"{place} {digit}" for place, digit in zip(places, shown, strict=True)) + "."
 
 
 def ask(

@@ -13,6 +13,7 @@ import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
+from numpy.typing import NDArray
 
 from prumerge_jax.data import digits, digits_questions, images, pipeline
 from prumerge_jax.data.tokenizer import Tokenizer
@@ -38,21 +39,26 @@ class Window:
 
 
 @dataclasses.dataclass(frozen=True)
-class WindowOfGroup:
-    """Cuts the same window out of the scenes of one layout.
+class WindowsOfGroup:
+    """Cuts the same windows out of the scenes of one layout.
 
     Attributes:
       tokenizer: of the captions.
       vision: its grid says which patches a window has.
-      cells: side of the window in cells of the scene.
+      cells: side of a window in cells of the scene.
+      count: windows per scene. Reading a scene costs as much as a step on a window of one cell.
     """
 
     tokenizer: Tokenizer
     vision: VisionConfig
     cells: int
+    count: int
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> list[Window]:
-        """The windows of stored `digits_vqa` records; each window shows at least one digit."""
+        """The windows of stored `digits_vqa` records, each showing at least one digit.
+
+        Those of one place follow each other. A layout of fewer places repeats them.
+        """
         occupied = [digits.PLACES.index(place.decode()) for place in records[0]["places"]]
         steps = range(digits.GRID - self.cells + 1)
         corners = [
@@ -63,34 +69,45 @@ class WindowOfGroup:
         ]
         # A function of the layout's first scene, so that it is the same in a resumed run.
         random = np.random.RandomState(int(records[0]["id"].rsplit(b"_", 1)[1]))
-        row, column = corners[random.randint(len(corners))]
-        return [self._window(record, row, column) for record in records]
+        order = np.resize(random.permutation(len(corners)), self.count)
+        pictures = [np.asarray(images.load_image(record["image"])) for record in records]
+        return [
+            self._window(record, picture, *corners[place])
+            for place in order
+            for record, picture in zip(records, pictures, strict=True)
+        ]
 
     def _inside(self, cell: int, row: int, column: int) -> bool:
         cell_row, cell_column = divmod(cell, digits.GRID)
         return 0 <= cell_row - row < self.cells and 0 <= cell_column - column < self.cells
 
-    def _window(self, record: Mapping[str, Any], row: int, column: int) -> Window:
-        image = np.asarray(images.load_image(record["image"]))
+    def _window(
+        self, record: Mapping[str, Any], picture: np.ndarray, row: int, column: int
+    ) -> Window:
         top, left = row * digits.CELL, column * digits.CELL
         side = self.cells * digits.CELL
         names = [place.decode() for place in record["places"]]
         seen = [self._inside(digits.PLACES.index(name), row, column) for name in names]
-        scene = digits.Scene(
-            id=record["id"].decode(),
-            image=image[top : top + side, left : left + side],
-            places=tuple(name for name, here in zip(names, seen, strict=True) if here),
-            digits=tuple(
-                int(digit) for digit, here in zip(record["digits"], seen, strict=True) if here
-            ),
-            samples=(),
+        places = tuple(name for name, here in zip(names, seen, strict=True) if here)
+        shown = tuple(
+            int(digit) for digit, here in zip(record["digits"], seen, strict=True) if here
         )
         grid, patch = self.vision.grid, self.vision.patch_size
         raster = np.arange(grid * grid, dtype=np.int32).reshape(grid, grid)
         cut = np.s_[top // patch : (top + side) // patch, left // patch : (left + side) // patch]
-        ids = self.tokenizer.encode(digits_questions.caption(scene))
-        ids = [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
-        return Window(scene.image, raster[cut].ravel(), np.array(ids, np.int32))
+        return Window(
+            picture[top : top + side, left : left + side],
+            raster[cut].ravel(),
+            _caption_ids(self.tokenizer, places, shown),
+        )
+
+
+def _caption_ids(
+    tokenizer: Tokenizer, places: Sequence[str], shown: Sequence[int]
+) -> NDArray[np.int32]:
+    """The caption from BOS to EOS, [T]."""
+    ids = tokenizer.encode(digits_questions.caption_of(places, shown))
+    return np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
 
 
 def windows(
@@ -102,8 +119,8 @@ def windows(
     """The windows of a run, by its curriculum.
 
     Args:
-      config: of the run; `contrastive.curriculum` holds pairs of a window's side in cells and the
-        share of the steps that show such windows.
+      config: of the run; `contrastive.curriculum` holds triples of a window's side in cells, the
+        share of the steps that show such windows, and how many of them a scene gives.
       tokenizer: of the captions.
       vision: the tower's sizes.
       total_steps: of the run.
@@ -113,26 +130,32 @@ def windows(
     """
     group, batch_size = config.contrastive.group, config.batch_size
     curriculum = config.contrastive.curriculum
-    if config.data.scenes_per_layout % group or batch_size % group:
+    if config.data.scenes_per_layout % group:
         raise ValueError(
             f"contrastive.group is {group}; expected a divisor of data.scenes_per_layout "
-            f"{config.data.scenes_per_layout} and of batch_size {batch_size}"
+            f"{config.data.scenes_per_layout}"
         )
-    if abs(sum(share for _, share in curriculum) - 1) > 1e-6:
+    for cells, _, count in curriculum:
+        if batch_size % (group * count):
+            raise ValueError(
+                f"batch_size is {batch_size}; expected a multiple of {group * count}: "
+                f"contrastive.group {group} times {count} windows of {cells} x {cells} cells"
+            )
+    if abs(sum(share for _, share, _ in curriculum) - 1) > 1e-6:
         raise ValueError(f"the shares of contrastive.curriculum {curriculum} do not add up to 1")
     source = inputs.record_source(config.data)
     groups = pipeline.grouped(grain.MapDataset.source(source), group)
 
     def lists(used: int) -> Iterator[list[Window]]:
         done, passed = used // batch_size, 0.0
-        for cells, share in curriculum:
+        for cells, share, count in curriculum:
             passed += share
             end = round(passed * total_steps)
             if end > done:
-                cut = groups.map(WindowOfGroup(tokenizer, vision, cells))
-                start = done * (batch_size // group)
-                ordered = pipeline.stream(cut, seed=config.seed, start=start)
-                batches = pipeline.grouped(ordered, batch_size // group)[: end - done]
+                cut = groups.map(WindowsOfGroup(tokenizer, vision, cells, count))
+                per_batch = batch_size // (group * count)
+                ordered = pipeline.stream(cut, seed=config.seed, start=done * per_batch)
+                batches = pipeline.grouped(ordered, per_batch)[: end - done]
                 for batch in inputs.read(batches, config):
                     yield [window for members in batch for window in members]
                 done = end
@@ -141,15 +164,17 @@ def windows(
 
 
 class CaptionFeed:
-    """Places batches of windows on the devices, captions padded to one length.
+    """Places batches of windows on the devices, captions padded to one length per window size.
 
     Args:
-      length: T; a longer caption is an error.
+      tokenizer: of the captions.
+      max_length: of the text tower; a longer caption is an error.
       mesh: the devices.
     """
 
-    def __init__(self, *, length: int, mesh: Mesh) -> None:
-        self._length = length
+    def __init__(self, tokenizer: Tokenizer, *, max_length: int, mesh: Mesh) -> None:
+        self._tokenizer = tokenizer
+        self._max_length = max_length
         self._mesh = mesh
 
     def __call__(self, lists: Iterator[list[Window]], samples: int) -> Iterator[Prepared]:
@@ -160,13 +185,9 @@ class CaptionFeed:
             yield Prepared([self._place(batch)], samples, counts)
 
     def _place(self, batch: Sequence[Window]) -> CaptionBatch:
+        length = self._length(batch[0].pixels.shape[0] // digits.CELL)
         lengths = np.array([window.ids.size for window in batch], np.int32)
-        if lengths.max() > self._length:
-            raise ValueError(
-                f"a caption has {lengths.max()} tokens; contrastive.text.max_positions is "
-                f"{self._length}: set it to at least as many"
-            )
-        ids = np.zeros((len(batch), self._length), np.int32)
+        ids = np.zeros((len(batch), length), np.int32)
         for row, window in zip(ids, batch, strict=True):
             row[: window.ids.size] = window.ids
         fields = CaptionBatch(
@@ -176,3 +197,17 @@ class CaptionFeed:
             lengths=lengths,
         )
         return jax.tree.map(lambda field: place(field, self._mesh), fields)
+
+    def _length(self, cells: int) -> int:
+        """T: tokens of the longest caption of a window of that side."""
+        shown = min(cells * cells, digits.MAX_DIGITS)
+        longest = max(
+            len(_caption_ids(self._tokenizer, digits.PLACES[:shown], (digit,) * shown))
+            for digit in range(10)
+        )
+        if longest > self._max_length:
+            raise ValueError(
+                f"a caption of {shown} digits has {longest} tokens; set "
+                f"contrastive.text.max_positions, now {self._max_length}, to at least as many"
+            )
+        return longest

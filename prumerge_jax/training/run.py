@@ -13,7 +13,6 @@ import ml_collections
 from jax.sharding import Mesh
 
 from prumerge_jax.distributed.sharding import make_mesh, use_mesh
-from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.training import captions, inputs
 from prumerge_jax.training.base import Base, open_base
 from prumerge_jax.training.checkpoint import Checkpoints
@@ -127,7 +126,7 @@ def _train(
     else:
         start, state, samples = restored.step, restored.state, restored.position["samples"]
         _logger.info("resuming after step %d, %d samples", start, samples)
-    feed = make_feed(config, base.model, frozen, mesh)
+    feed = make_feed(config, base, frozen, mesh)
     write_config(workdir, fields)
     rate = schedule(optimizer_config, total_steps)
     state, done = train(
@@ -167,18 +166,23 @@ def open_data(config: ml_collections.ConfigDict, base: Base) -> tuple[inputs.Inp
 
 
 def make_feed(
-    config: ml_collections.ConfigDict, model: LlavaConfig, frozen: Weights, mesh: Mesh
+    config: ml_collections.ConfigDict, base: Base, frozen: Weights, mesh: Mesh
 ) -> captions.CaptionFeed | RowFeed:
     """What turns the samples of a run into micro-batches."""
     if config.objective == "contrastive":
-        return captions.CaptionFeed(length=config.contrastive.text.max_positions, mesh=mesh)
-    encode: ImageEncoder | NoImages = NoImages(config, model.vision, mesh)
+        return captions.CaptionFeed(
+            base.tokenizer(config.tokenizer_style),
+            max_length=config.contrastive.text.max_positions,
+            mesh=mesh,
+        )
+    vision = base.model.vision
+    encode: ImageEncoder | NoImages = NoImages(config, vision, mesh)
     if config.reduction is not None:
-        encode = ImageEncoder(config, model.vision, frozen, mesh)
+        encode = ImageEncoder(config, vision, frozen, mesh)
     rows = config.run.rows_per_shard * mesh.shape["data"] * mesh.shape["fsdp"]
     return RowFeed(
         encode,
-        num_patches=model.vision.num_patches,
+        num_patches=vision.num_patches,
         shape=RowShape(rows, config.max_length, config.position_ids),
         mesh=mesh,
     )

@@ -10,6 +10,7 @@ from configs.digits import contrastive as stage_config
 from prumerge_jax import prumerge
 from prumerge_jax.data import digits, digits_tokenizer, digits_vqa, images, samples
 from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.distributed.sharding import make_mesh
 from prumerge_jax.models.config import TextConfig, VisionConfig
 from prumerge_jax.models.llava import normalize_pixels
 from prumerge_jax.training import captions
@@ -52,7 +53,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ml_collections.ConfigDic
     config = stage_config.get_config("tiny")
     config.data.directory = str(tmp_path_factory.mktemp("data"))
     config.batch_size, config.steps = 16, 10
-    config.contrastive.curriculum = ((1, 0.3), (2, 0.2), (3, 0.5))
+    config.contrastive.curriculum = ((1, 0.3, 2), (2, 0.2, 1), (3, 0.5, 1))
     return config
 
 
@@ -117,13 +118,14 @@ def test_image_embedding_is_pooled_by_prumerges_attention(weights) -> None:
     np.testing.assert_allclose(*run(weights, pixels), atol=1e-5)
 
 
-@pytest.mark.parametrize("cells", [1, 2, 3])
-def test_a_window_shows_and_says_what_is_at_its_place(tokenizer, records, cells) -> None:
-    group = records[:8]
-    windows = captions.WindowOfGroup(tokenizer, VISION, cells)(group)
+@pytest.mark.parametrize(("cells", "count"), [(1, 4), (2, 1), (3, 1)])
+def test_a_window_shows_and_says_what_is_at_its_place(tokenizer, records, cells, count) -> None:
+    group = max((records[start : start + 8] for start in range(0, 64, 8)), key=_places)
+    windows = captions.WindowsOfGroup(tokenizer, VISION, cells, count)(group)
     side = cells * digits.CELL
-    for window, record in zip(windows, group, strict=True):
-        np.testing.assert_array_equal(window.patches, windows[0].patches)
+    assert len({window.patches[0] for window in windows}) == min(count, _places(group))
+    for index, (window, record) in enumerate(zip(windows, group * count, strict=True)):
+        np.testing.assert_array_equal(window.patches, windows[index // 8 * 8].patches)
         row, column = np.array(divmod(window.patches[0], VISION.grid)) * VISION.patch_size
         image = np.asarray(images.load_image(record["image"]))
         shown = image[row : row + side, column : column + side]
@@ -135,6 +137,20 @@ def test_a_window_shows_and_says_what_is_at_its_place(tokenizer, records, cells)
                 visible.append(f"{place.decode()} {digit}")
         assert tokenizer.decode(window.ids) == ", ".join(visible) + "."
         assert visible
+
+
+def _places(group: list[dict]) -> int:
+    return len(group[0]["places"])
+
+
+def test_captions_are_padded_to_the_longest_of_their_window_size(config, tokenizer) -> None:
+    feed = captions.CaptionFeed(tokenizer, max_length=20, mesh=make_mesh(1, 1, 1))
+    data = captions.windows(config, tokenizer, VISION, config.steps)
+    # BOS, place, digit, full stop, EOS; a further digit comes with its comma and its place.
+    shapes = [prepared.batches[0].ids.shape for prepared in feed(data.lists(0), 0)]
+    assert shapes == [(16, 5)] * 3 + [(16, 14)] * 2 + [(16, 20)] * 5
+    with pytest.raises(ValueError, match="max_positions, now 19, to at least"):
+        list(captions.CaptionFeed(tokenizer, max_length=19, mesh=feed._mesh)(data.lists(0), 0))
 
 
 def test_a_window_uses_the_position_embeddings_of_its_place_alone(weights) -> None:
@@ -168,8 +184,11 @@ def test_curriculum_resumes_anywhere_in_the_same_order(config, tokenizer) -> Non
 
 def test_curricula_that_do_not_fit_are_refused(config, tokenizer) -> None:
     changed = config.copy_and_resolve_references()
-    changed.contrastive.curriculum = ((1, 0.5), (3, 0.4))
+    changed.contrastive.curriculum = ((1, 0.5, 1), (3, 0.4, 1))
     with pytest.raises(ValueError, match="do not add up to 1"):
+        captions.windows(changed, tokenizer, VISION, 10)
+    changed.contrastive.curriculum = ((1, 1.0, 4),)
+    with pytest.raises(ValueError, match="expected a multiple of 32"):
         captions.windows(changed, tokenizer, VISION, 10)
     changed.contrastive.group = 3
     with pytest.raises(ValueError, match="group is 3; expected a divisor"):

@@ -44,7 +44,7 @@ def base(folder: pathlib.Path) -> pathlib.Path:
     config = contrastive.get_config("tiny")
     config.data.directory = str(folder / "data")
     config.steps = 2
-    config.contrastive.curriculum = ((1, 1.0),)
+    config.contrastive.curriculum = ((1, 1.0, 1),)
     run(config, folder / "contrastive", StopFlag())
     return folder / "contrastive" / "model"
 
