@@ -265,8 +265,9 @@ def _save(folder: pathlib.Path, array: np.ndarray | jax.Array) -> None:
     saving.use_zarr3 = False
     saving.use_compression = False
     saving.enable_write_sharding_file = False
-    saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-    saving.storage_options.shard_axes = (0,)
+    if array.nbytes > _CHUNK_BYTES:  # Orbax would cut a small one into single rows, a file each
+        saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+        saving.storage_options.shard_axes = (0,)
     # Guards asynchronous saves against later changes; this one is synchronous.
     context.memory.deepcopy_host_arrays = False
     with context, _quiet():
