@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 import prumerge_jax
+from prumerge_jax.conversion.miniature import model_directory
 
 PANEL_INCHES = 6.5
 DOTS_PER_INCH = 150
@@ -155,7 +156,7 @@ def _draw_frames(axes: Axes, patches: Iterable[int], grid: int, width: float) ->
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a model on one image and saves the overlay."""
     parser = argparse.ArgumentParser(prog="python -m prumerge_jax.visualize", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="converted directory")
+    parser.add_argument("--checkpoint", required=True, help="converted directory, or miniature")
     parser.add_argument("--image", required=True, type=pathlib.Path)
     parser.add_argument("--reduction", default="prumerge", help="name of a preset")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="the PNG to write")
@@ -166,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--output {arguments.output}: no such folder, create it first")
     with Image.open(arguments.image) as image:
         image.load()
-    model = prumerge_jax.Llava.load(arguments.checkpoint)
+    model = prumerge_jax.Llava.load(model_directory(arguments.checkpoint))
     explanation = model.explain(image, reduction=arguments.reduction)
     figure = overlay(explanation.pixels, explanation.patch_indices, explanation.assignment)
     figure.savefig(arguments.output)

@@ -1,5 +1,6 @@
 """The overlay, judged by its drawn pixels, and the command around it."""
 
+import pathlib
 import dataclasses
 
 import numpy as np
@@ -158,7 +159,7 @@ def test_command_writes_the_overlay_of_the_model(tmp_path, loaded):
     output = tmp_path / "out.png"
     arguments = ["--checkpoint", "weights", "--image", str(tmp_path / "photo.png")]
     visualize.main([*arguments, "--reduction", "prumerge+", "--output", str(output)])
-    assert loaded == ["weights", ((20, 20), "prumerge+")]
+    assert loaded == [pathlib.Path("weights"), ((20, 20), "prumerge+")]
     with Image.open(output) as written:
         width, height = written.size
     assert width > 2.5 * height > 1000

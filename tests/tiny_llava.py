@@ -51,7 +51,7 @@ def tokenizer_model(pieces: int = 400) -> bytes:
 
 
 def write_tiny_llava(
-    directory: pathlib.Path, config: LlavaConfig = CONFIG, seed: int = 0, gain: float = 6.0
+    directory: pathlib.Path, config: LlavaConfig = CONFIG, seed: int = 0, gain: float = 1.5
 ) -> pathlib.Path:
     """Writes a converted directory with random weights; `gain` makes answers differ."""
     model = random_model(config, seed)

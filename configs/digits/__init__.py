@@ -1,1 +1,1 @@
-"""The stages of the miniature, in their order: contrastive, language, align, finetune, lora."""
+"""The stages of the miniature, in their order: contrastive, align, finetune, lora; an ablation."""

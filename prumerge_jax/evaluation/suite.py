@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 
 from prumerge_jax import cost, visualize
+from prumerge_jax.conversion.miniature import model_directory
 from prumerge_jax.distributed import sharding
 from prumerge_jax.evaluation import digits, runner
 from prumerge_jax.evaluation.answers import read_answers
@@ -23,8 +24,8 @@ from prumerge_jax.evaluation.registry import benchmark
 from prumerge_jax.evaluation.report import Example, Report, TokensByGroup, write_report
 from prumerge_jax.evaluation.results import Row, format_table
 from prumerge_jax.evaluation.runner import Decoding, Rows, Scored, Task
-from prumerge_jax.inference.engine import EngineConfig
 from prumerge_jax.inference.llava import Llava
+from prumerge_jax.inference.shapes import EngineConfig
 
 ALL_ANSWERED, SOME_FAILED = 0, 3
 """Exit statuses."""
@@ -63,8 +64,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
     every_rows = [Rows(task) for task in tasks]
     for rows in every_rows:
         rows.check_images()
-    checkpoint = pathlib.Path(config.checkpoint)
-    model = load(config)
+    checkpoint = model_directory(config.checkpoint)
+    model = load(config, checkpoint)
     decoding = Decoding(**config.decoding)
     names = list(dict.fromkeys(config.reduction.split()))
     is_single = len(tasks) == 1 and len(names) == 1 and not config.baselines
@@ -106,13 +107,13 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
     return SOME_FAILED if failed else ALL_ANSWERED
 
 
-def load(config: ml_collections.ConfigDict) -> Llava:
-    """The model that a configuration names, on the devices it names."""
+def load(config: ml_collections.ConfigDict, checkpoint: pathlib.Path) -> Llava:
+    """The model in a directory, on the devices that a configuration names."""
     axes = dict(config.mesh)
     mesh = sharding.make_mesh(**axes) if math.prod(axes.values()) > 1 else None
     dtype = None if config.dtype is None else jax.numpy.dtype(config.dtype)
     shapes = EngineConfig(**config.engine)
-    return Llava.load(config.checkpoint, dtype=dtype, engine=shapes, mesh=mesh)
+    return Llava.load(checkpoint, dtype=dtype, engine=shapes, mesh=mesh)
 
 
 def _task_fields(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
