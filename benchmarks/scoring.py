@@ -18,7 +18,7 @@ Columns: `efficiency` is real over computed row tokens; `speedup` is against `fu
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,9 @@ from models import add_geometry_argument, geometry, random_llava
 from prumerge_jax import prumerge
 from prumerge_jax.cost import Chip, Workload, images_per_second, operations
 from prumerge_jax.data import packing
-from prumerge_jax.inference.engine import Engine, EngineConfig, Query, Window
+from prumerge_jax.inference.engine import Encoding, Engine, Images, Query
+from prumerge_jax.inference.scoring import score
+from prumerge_jax.inference.shapes import EngineConfig, fit
 from prumerge_jax.inference.slots import generate
 from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.config import LlavaConfig
@@ -53,14 +55,15 @@ class DrawnCounts(Engine):
 
     counts: np.ndarray
 
-    def windows(self, queries: Iterable[Query]) -> Iterator[Window]:
-        """The engine's windows with other lengths; every program runs as it does there."""
-        for window in super().windows(queries):
-            lengths = window.layout.lengths.copy()
-            for query, request in zip(window.queries, window.requests, strict=True):
-                lengths[list(request.image_rows)] = self.counts[query.key]
-            layout = dataclasses.replace(window.layout, lengths=lengths)
-            yield dataclasses.replace(window, layout=layout)
+    def measure(self, encoding: Encoding) -> Images:
+        """The engine's images with other lengths; every program runs as it does there."""
+        images = super().measure(encoding)
+        lengths = images.lengths.copy()
+        for query, image in zip(encoding.queries, encoding.image_of, strict=True):
+            assert image is not None  # every request has one
+            batch, row = divmod(image, len(lengths))
+            lengths[row, batch] = self.counts[query.key]
+        return images._replace(lengths=lengths)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,12 +115,21 @@ def engine_arm(
     queries: list[Query],
     shapes: EngineConfig,
 ) -> Arm:
-    """The engine with these counts."""
+    """The engine with these counts; lengths that `shapes` leaves open are fitted."""
+    text_tokens = [query.text_tokens + len(query.continuation) for query in queries]
+    fitted = fit(
+        shapes,
+        reduction,
+        config.vision.num_patches,
+        np.array(text_tokens),
+        max_new_tokens=queries[0].max_new_tokens,
+        max_positions=config.text.max_positions,
+    )
     engine = DrawnCounts(
         *model,
         config,
         reduction,
-        shapes,
+        fitted,
         dtype=dtype,
         implementation=default_implementation(dtype, config.text.head_dim),
     )
@@ -125,7 +137,7 @@ def engine_arm(
 
     def run() -> None:
         decoding = queries[0].max_new_tokens > 0
-        results = list(generate(engine, queries) if decoding else engine.score(queries))
+        results = list(generate(engine, queries) if decoding else score(engine, queries))
         if failed := [result for result in results if result.error is not None]:
             raise ValueError(f"request {failed[0].key}: {failed[0].error}")
 
@@ -184,26 +196,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         row_length=arguments.row_length,
         rows=arguments.rows,
         slots=arguments.slots,
-        cache_length=patches + arguments.text_tokens + arguments.output_tokens,
     )
-    one_per_row = dataclasses.replace(
+    full_shapes = dataclasses.replace(
         shapes, row_length=arguments.full_row_length, window=arguments.full_window
     )
     arms = {
         FULL: engine_arm(
             model, config, dtype, prumerge.preset("full"),
-            np.full(len(fewer), patches), fewer, one_per_row,
+            np.full(len(fewer), patches), fewer, full_shapes,
         )
     }  # fmt: skip
     for mean in arguments.means:
         reduction = prumerge.preset("prumerge" if mean <= patches // 8 else "prumerge+")
         most = reduction.capacity_for(patches)
         counts = drawn_counts(len(queries), mean, most, seed=1)
-        longest = int(counts.max()) + arguments.text_tokens + arguments.output_tokens
         arms[f"prumerge {mean:g}"] = engine_arm(
-            model, config, dtype, reduction, counts, queries,
-            dataclasses.replace(shapes, cache_length=longest),
-        )  # fmt: skip
+            model, config, dtype, reduction, counts, queries, shapes
+        )
     notes = []
     if arguments.peer:
         arms[PEER], note = peer_arm(config, fewer, arguments)
@@ -275,8 +284,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8 if on_cpu else 64, help="of encoding")
     parser.add_argument("--window", type=int, default=64 if on_cpu else 1024)
     parser.add_argument("--full_window", type=int, default=8 if on_cpu else 256)
-    parser.add_argument("--row_length", type=int, default=512 if on_cpu else 1024)
-    parser.add_argument("--full_row_length", type=int, default=640)
+    # Short rows on CPUs: XLA computes attention of a row to all of itself there, at no small price.
+    parser.add_argument("--row_length", type=int, default=512 if on_cpu else None)
+    parser.add_argument("--full_row_length", type=int, help="of the arm `full`; default: fitted")
     parser.add_argument("--rows", type=int, default=2 if on_cpu else 32, help="rows per prefill")
     parser.add_argument("--slots", type=int, default=16 if on_cpu else 256)
     parser.add_argument("--repeats", type=int, default=3 if on_cpu else 10)

@@ -7,7 +7,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     """The default of `eval.py`."""
     config = ConfigDict()
-    config.checkpoint = placeholder(str)  # model directory
+    config.checkpoint = "miniature"  # model directory, or this name for the shipped one
     config.benchmark = "digits"
     config.questions = placeholder(str)  # None draws the miniature's own
     config.images = placeholder(str)  # folder of the questions' image paths
@@ -31,15 +31,15 @@ def get_config() -> ConfigDict:
     )
     config.dtype = placeholder(str)  # None: as stored
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
-    # Shapes of the compiled programs; see EngineConfig.
+    # Shapes of the compiled programs; see EngineConfig. None fits a length to the questions.
     config.engine = ConfigDict(
         {
             "batch_size": 32,
             "window": 256,
-            "row_length": 1024,
+            "row_length": placeholder(int),
             "rows": 2,
             "slots": 64,
-            "cache_length": 256,
+            "cache_length": placeholder(int),
             "chunk": 8,
         }
     )

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from prumerge_jax.cost import Chip
+from prumerge_jax.inference.shapes import Shapes
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 ROWS = "--geometry=tiny --text_tokens=6 --row_length=32 --repeats=2"
 COMMANDS = {
     "prumerge_step": "--geometry=tiny --batch=2 --kept 3 --kept_plus 3 --repeats=2",
     "compile": "--layers=2 --width=16 --repeats=1",
+    "preprocess": "--width=64 --height=48 --images=8 --most_workers=2 --repeats=1",
     "vision_tower": "--geometry=tiny --batches 2 --repeats=2",
     "prefill": f"{ROWS} --visual 3",
     "decode": "--geometry=tiny --slots 2 --context=5 --steps=2 --repeats=2",
@@ -25,6 +27,7 @@ COMMANDS = {
 KEYS = {
     "prumerge_step": {"ms", "loop_ms", "ratio", "floor_share", "tower_share", "visual_tokens"},
     "compile": {"trace_s", "compile_s", "total_s", "layers"},
+    "preprocess": {"ms", "images_per_s", "over_one_worker"},
     "vision_tower": {"ms", "images_per_s", "over_tower", "floor_share", "utilisation"},
     "prefill": {"ms", "segments_per_s", "efficiency", "floor_share", "utilisation"},
     "decode": {"ms", "tokens_per_s", "bound", "floor_share", "utilisation"},
@@ -88,11 +91,11 @@ def test_drawn_counts_reach_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         *models.random_llava(config, dtype),
         config,
         scoring.prumerge.preset("prumerge"),
-        scoring.EngineConfig(batch_size=2, window=4, row_length=32, rows=1),
+        Shapes(batch_size=2, window=4, row_length=32, cache_length=32, rows=1),
         dtype=dtype,
     )
     engine.counts = counts
-    visual = {result.key: result.visual_tokens for result in engine.score(queries)}
+    visual = {result.key: result.visual_tokens for result in scoring.score(engine, queries)}
     assert [visual[key] for key in range(6)] == counts.tolist()
     assert engine.counters.real_tokens == counts.sum() + 6 * (4 + 1)
 

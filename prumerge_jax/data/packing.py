@@ -135,11 +135,18 @@ def sequence_lengths(requests: Sequence[Request], layout: VisualLayout) -> np.nd
     return lengths
 
 
-def first_fit_decreasing(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]]:
+def first_fit_decreasing(
+    lengths: Sequence[int] | np.ndarray, row_length: int, *, urgent: int = 0
+) -> list[list[int]]:
     """Bin packing: longest first, each into the first row that still has room.
 
     Deterministic: equal lengths keep their input order. At most 11/9 of the optimal number of rows,
     plus one (Johnson 1973).
+
+    Args:
+      lengths: to be packed.
+      row_length: room in a row.
+      urgent: so many of the first lengths are packed before all others, into the first rows.
 
     Returns:
       For each row the indices into `lengths`, in the order in which they stand in the row.
@@ -151,7 +158,8 @@ def first_fit_decreasing(lengths: Sequence[int] | np.ndarray, row_length: int) -
     _check_fits(lengths, row_length)
     free = np.full(lengths.size, row_length, np.int64)
     rows: list[list[int]] = []
-    for index in np.argsort(-lengths, kind="stable").tolist():
+    later = np.arange(lengths.size) >= urgent
+    for index in np.lexsort((-lengths, later)).tolist():
         # The row after the last open one is empty, so some row always fits.
         row = int(np.argmax(free[: len(rows) + 1] >= lengths[index]))
         if row == len(rows):
@@ -169,6 +177,7 @@ def pack_window(
     *,
     shards: int = 1,
     position_ids: PositionIds = "compact",
+    urgent: int = 0,
 ) -> list[Rows]:
     """Packs a window of requests into as many batches of `num_rows` rows as it takes.
 
@@ -183,12 +192,13 @@ def pack_window(
       position_ids: `compact` numbers the tokens consecutively. `original` gives a visual token the
         position its patch has without reduction (the extra token that of the last patch) and lets
         the text go on after all N patches.
+      urgent: so many of the first requests get the first rows; the others fill up what is left.
 
     Raises:
       ValueError: a request is longer than a row, refers to an image that the layout lacks or to
         images of two shards; `num_rows` or the images do not divide by `shards`.
     """
-    batches = _plan(requests, layout, row_length, num_rows, shards)
+    batches = _plan(requests, layout, row_length, num_rows, shards, urgent)
     tokens = _expand(requests, layout, position_ids)
     return [_fill(tokens, batch, row_length) for batch in batches]
 
@@ -207,7 +217,7 @@ def pack(
     Raises:
       ValueError: as `pack_window`, and when more than `num_rows` rows are needed.
     """
-    batches = _plan(requests, layout, row_length, num_rows, shards)
+    batches = _plan(requests, layout, row_length, num_rows, shards, urgent=0)
     if len(batches) > 1:
         raise ValueError(
             f"{len(requests)} requests need {len(batches)} batches of {num_rows} rows of "
@@ -274,6 +284,7 @@ def _plan(
     row_length: int,
     num_rows: int,
     shards: int,
+    urgent: int,
 ) -> list[list[list[int]]]:
     """Which requests stand in which row of which batch: [batch][row] -> request indices."""
     if num_rows < 1 or num_rows % shards:
@@ -284,7 +295,9 @@ def _plan(
     rows_of_shard = []
     for shard in range(shards):
         members = np.flatnonzero(shard_of == shard)
-        packed = first_fit_decreasing(lengths[members], row_length)
+        packed = first_fit_decreasing(
+            lengths[members], row_length, urgent=int(np.count_nonzero(members < urgent))
+        )
         rows_of_shard.append([members[row].tolist() for row in packed])
     block = num_rows // shards
     batches = -(-max(len(rows) for rows in rows_of_shard) // block)

@@ -19,7 +19,7 @@ import tqdm
 from prumerge_jax.data import conversation as conversations
 from prumerge_jax.data.images import ImageError
 from prumerge_jax.data.loading import stream_pixels
-from prumerge_jax.data.packing import PositionIds
+from prumerge_jax.data.packing import IMAGE_TOKEN, PositionIds
 from prumerge_jax.evaluation import jsonfiles
 from prumerge_jax.evaluation.answers import Answers, complete_row
 from prumerge_jax.evaluation.benchmark import Benchmark, Question
@@ -173,13 +173,8 @@ def run(
     fingerprint = _fingerprint(model, weights, rows, reduction, decoding)
     with Journal(workdir / "journal.jsonl", fingerprint, len(questions)) as journal:
         todo = journal.unanswered
-        engine = model.engine(
-            reduction.config,
-            len(todo),
-            position_ids=decoding.position_ids,
-            image_size=reduction.image_size,
-        )
         answerer = _Answerer(model, rows, reduction, decoding, fingerprint)
+        engine = answerer.engine()
         with model.placed():
             if todo:
                 warm_up(engine, answerer.sampling)
@@ -236,9 +231,25 @@ class _Answerer:
     ) -> None:
         self.model, self.rows, self.reduction = model, rows, reduction
         self.decoding, self.fingerprint = decoding, fingerprint
-        self.template = conversations.TEMPLATES[decoding.conversation]
+        self.limit = decoding.max_new_tokens or rows.task.benchmark.max_new_tokens
         self.sampling = Sampling(decoding.temperature, decoding.top_p)
+        self.prompts = [self._prompt(question) for question in rows.questions]
         self.refused: collections.deque[Outcome] = collections.deque()
+
+    def engine(self) -> Engine:
+        """An engine fitted to all questions, so that a run which goes on has the same shapes."""
+        lengths = [
+            int(np.count_nonzero(prompt != IMAGE_TOKEN))
+            for prompt in self.prompts
+            if isinstance(prompt, np.ndarray)
+        ]
+        return self.model.engine(
+            self.reduction.config,
+            lengths,
+            max_new_tokens=self.limit,
+            position_ids=self.decoding.position_ids,
+            image_size=self.reduction.image_size,
+        )
 
     def outcomes(self, engine: Engine, todo: list[int]) -> Iterator[Outcome]:
         """One outcome per row, in any order."""
@@ -260,21 +271,25 @@ class _Answerer:
             mean=self.model.config.vision.pixel_mean,
             num_workers=self.decoding.num_workers,
         )
-        limit = self.decoding.max_new_tokens or self.rows.task.benchmark.max_new_tokens
         for index, question, image in zip(todo, questions, pixels, strict=True):
-            try:
-                if isinstance(image, ImageError):
-                    raise image
-                prompt = conversations.evaluation_prompt(
-                    self.template, question.text, has_image=image is not None
-                )
-                token_ids = np.array(self.model.tokenizer.encode_prompt(prompt), np.int32)
-            except ValueError as error:
+            prompt = self.prompts[index]
+            if isinstance(image, ImageError) or isinstance(prompt, ValueError):
+                error = image if isinstance(image, ImageError) else prompt
                 self.refused.append(Outcome(index, question.question_id, error=str(error)))
                 continue
             shared = question.image if isinstance(question.image, str) else None
             seed = self.decoding.seed + index
-            yield Query(index, token_ids, image, shared, max_new_tokens=limit, seed=seed)
+            yield Query(index, prompt, image, shared, max_new_tokens=self.limit, seed=seed)
+
+    def _prompt(self, question: Question) -> np.ndarray | ValueError:
+        """Token ids [T] int32, or why there are none."""
+        template = conversations.TEMPLATES[self.decoding.conversation]
+        has_image = question.image is not None
+        try:
+            prompt = conversations.evaluation_prompt(template, question.text, has_image=has_image)
+            return np.array(self.model.tokenizer.encode_prompt(prompt), np.int32)
+        except ValueError as error:
+            return error
 
     def _image(self, index: int) -> tuple[str, Any] | None:
         image = self.rows.questions[index].image

@@ -5,13 +5,15 @@ A window of queries goes through four stations:
 1. encode: images, in batches of one shape, to visual tokens of per-image length.
 2. plan: the lengths come to the host, which packs all sequences into rows (`data.packing`).
 3. prefill: rows of one shape through the decoder.
-4. read off log-likelihoods; or decode the sequences in slots (`slots.py`).
+4. read off log-likelihoods (`scoring.py`); or decode the sequences in slots (`slots.py`).
 
 Work is dispatched ahead: while the host plans one window, the device already encodes the next, and
 results are fetched only after the work that follows them has been queued.
+
+A window's sequences seldom fill its last batch of rows. Those of the last batch therefore wait for
+the next window, where they come first and others fill up their rows.
 """
 
-import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
@@ -27,44 +29,8 @@ from prumerge_jax import prumerge
 from prumerge_jax.data import packing
 from prumerge_jax.distributed import sharding
 from prumerge_jax.inference import programs
+from prumerge_jax.inference.shapes import Shapes
 from prumerge_jax.models.config import LlavaConfig
-
-HEAD_POSITIONS = 256
-"""Positions that one call of the scoring head takes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """The shapes of the compiled programs. None of them changes a result.
-
-    Attributes:
-      batch_size: images per encode step.
-      window: queries that are planned together, a multiple of `batch_size`.
-      row_length: tokens per packed row; the longest prompt, visual tokens included, that can run.
-      rows: rows per prefill.
-      slots: sequences decoded at once.
-      cache_length: the longest sequence, generated tokens included, that can be decoded.
-      chunk: decode steps between two looks at the results.
-    """
-
-    batch_size: int = 8
-    window: int = 64
-    row_length: int = 1024
-    rows: int = 4
-    slots: int = 16
-    cache_length: int = 1024
-    chunk: int = 16
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(
-                    f"{field.name} is {getattr(self, field.name)}; expected at least 1"
-                )
-        if self.window % self.batch_size:
-            raise ValueError(
-                f"window {self.window} is not a multiple of batch_size {self.batch_size}"
-            )
 
 
 class Query(NamedTuple):
@@ -129,10 +95,11 @@ class Window:
     """Queries that are planned together, with their encoded images.
 
     Attributes:
-      queries: those that can run.
+      queries: those that can run; first the ones held back from the window before.
       requests: the planner's view of them, in the same order.
       layout: lengths of the images in `pool`.
-      pool: [window, R, Dv] visual tokens.
+      pool: [2 * window, R, Dv] visual tokens of the window before and of this one.
+      batches: rows to run; queries that stand in none of them are held back.
       failed: queries that cannot run, with the reason.
     """
 
@@ -140,11 +107,56 @@ class Window:
     requests: list[packing.Request]
     layout: packing.VisualLayout
     pool: jax.Array
+    batches: list[packing.Rows]
     failed: list[Result]
 
     def visual_tokens(self, index: int) -> int:
         """The number of visual tokens of query `index`."""
         return int(sum(self.layout.lengths[row] for row in self.requests[index].image_rows))
+
+
+class Encoding(NamedTuple):
+    """A window whose encoding has been dispatched.
+
+    Attributes:
+      queries: the window's.
+      image_of: the number of each query's image in the window.
+      num_images: how many images that makes.
+      encoded: visual tokens, `batch_size` images in each.
+      reduction: what they were encoded with.
+    """
+
+    queries: list[Query]
+    image_of: list[int | None]
+    num_images: int
+    encoded: list[prumerge.VisualTokens]
+    reduction: prumerge.PruMergeConfig
+
+
+class Images(NamedTuple):
+    """A window's encoded images in `window / batch_size` batches of B = `batch_size`.
+
+    Image i is row i % B of batch i // B; zeros where there is no image.
+
+    Attributes:
+      tokens: [B, R, Dv] for each batch, on the device.
+      lengths: int32 [B, batches], on the host as all that follow.
+      required: int32 [B, batches]; see `prumerge.VisualTokens`.
+      patch_indices: int32 [B, batches, R].
+    """
+
+    tokens: list[jax.Array]
+    lengths: np.ndarray
+    required: np.ndarray
+    patch_indices: np.ndarray
+
+
+class _Held(NamedTuple):
+    """Queries that wait for the next window, with their images' numbers in this one."""
+
+    queries: list[Query]
+    image_of: list[int | None]
+    images: Images
 
 
 class Engine:
@@ -156,7 +168,7 @@ class Engine:
         state: nnx.State,
         model_config: LlavaConfig,
         reduction: prumerge.PruMergeConfig,
-        config: EngineConfig,
+        config: Shapes,
         *,
         dtype: jnp.dtype,
         position_ids: packing.PositionIds = "compact",
@@ -191,25 +203,6 @@ class Engine:
                     f"{self.shards} data shards of the mesh"
                 )
 
-    def score(self, queries: Iterable[Query]) -> Iterator[Result]:
-        """The log-likelihood of every query's continuation. Results come in any order."""
-        unread: collections.deque[_Scores] = collections.deque()
-        for window in self.windows(queries):
-            yield from window.failed
-            for rows in self.plan(window):
-                hidden = programs.read(
-                    self.graphdef,
-                    self.state,
-                    window.pool,
-                    self.put_rows(rows),
-                    implementation=self.implementation,
-                )
-                unread.append(_Scores(window, rows, self._log_likelihoods(hidden, rows)))
-                if len(unread) > 1:
-                    yield from unread.popleft().results()
-        for scores in unread:
-            yield from scores.results()
-
     def windows(self, queries: Iterable[Query]) -> Iterator[Window]:
         """Encoded windows, one ahead of the one handed out.
 
@@ -222,20 +215,6 @@ class Engine:
             yield from self._windows(
                 overflow, dataclasses.replace(self.reduction, capacity=None), []
             )
-
-    def plan(self, window: Window) -> list[packing.Rows]:
-        """Packs a window's sequences into batches of rows."""
-        batches = packing.pack_window(
-            window.requests,
-            window.layout,
-            self.config.row_length,
-            self.config.rows,
-            shards=self.shards,
-            position_ids=self.position_ids,
-        )
-        self.counters.real_tokens += sum(int((rows.segment_ids > 0).sum()) for rows in batches)
-        self.counters.row_tokens += sum(rows.segment_ids.size for rows in batches)
-        return batches
 
     def put(self, x: np.ndarray) -> jax.Array:
         """Host to device, split over the data shards where there is a mesh."""
@@ -254,17 +233,19 @@ class Engine:
         reduction: prumerge.PruMergeConfig,
         overflow: list[Query],
     ) -> Iterator[Window]:
-        ahead: _Encoding | None = None
+        held = _Held([], [], self.measure(self._encode([], reduction)))
+        for encoding, is_last in _one_ahead(self._encodings(queries, reduction)):
+            window, held = self._plan(encoding, held, overflow, is_last=is_last)
+            yield window
+
+    def _encodings(
+        self, queries: Iterable[Query], reduction: prumerge.PruMergeConfig
+    ) -> Iterator[Encoding]:
         iterator = iter(queries)
         while batch := list(itertools.islice(iterator, self.config.window)):
-            encoding = self._encode(batch, reduction)
-            if ahead is not None:
-                yield self._finish(ahead, overflow)
-            ahead = encoding
-        if ahead is not None:
-            yield self._finish(ahead, overflow)
+            yield self._encode(batch, reduction)
 
-    def _encode(self, queries: list[Query], reduction: prumerge.PruMergeConfig) -> "_Encoding":
+    def _encode(self, queries: list[Query], reduction: prumerge.PruMergeConfig) -> Encoding:
         """Dispatches the encoding of a window; waits for nothing."""
         images: list[np.ndarray] = []
         image_of: list[int | None] = []
@@ -295,66 +276,101 @@ class Engine:
                     implementation=self.implementation,
                 )
             )
-        return _Encoding(queries, image_of, len(images), encoded, reduction)
+        return Encoding(queries, image_of, len(images), encoded, reduction)
 
-    def _finish(self, encoding: "_Encoding", overflow: list[Query]) -> Window:
-        """Waits for the lengths and sorts out what cannot run."""
+    def measure(self, encoding: Encoding) -> Images:
+        """Waits for a window's images and fetches what the host must know of them."""
         size, batches = self.config.batch_size, self.config.window // self.config.batch_size
-        patches = self.model_config.vision.num_patches
-        capacity = encoding.reduction.capacity_for(patches)
-        shape = (size, batches)
-        lengths, required = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        patch_indices = np.full((*shape, capacity), -1, np.int32)
-        for batch, tokens in enumerate(encoding.encoded):
-            # The image that is row j of batch b is row j * batches + b of the pool: on a mesh it
-            # then lies in the pool on the device that encoded it.
+        vision = self.model_config.vision
+        capacity = encoding.reduction.capacity_for(vision.num_patches)
+        lengths, required = np.zeros((2, size, batches), np.int32)
+        patch_indices = np.full((size, batches, capacity), -1, np.int32)
+        for batch, visual in enumerate(encoding.encoded):
             lengths[:, batch], required[:, batch], patch_indices[:, batch] = jax.device_get(
-                (tokens.lengths, tokens.required, tokens.patch_indices)
+                (visual.lengths, visual.required, visual.patch_indices)
             )
-        flat_lengths, flat_required = lengths.reshape(-1), required.reshape(-1)
-        width = self.model_config.vision.width
-        idle = jnp.zeros((size, capacity, width), self.dtype)
-        pool = [tokens.tokens for tokens in encoding.encoded]
-        pool += [idle] * (batches - len(pool))
-        window = Window(
-            queries=[],
-            requests=[],
-            layout=packing.VisualLayout(
-                flat_lengths, patch_indices.reshape(size * batches, capacity), patches
-            ),
-            pool=programs.join(pool),
-            failed=[],
-        )
+        tokens = [visual.tokens for visual in encoding.encoded]
+        if len(tokens) < batches:
+            idle = self.put(np.zeros((size, capacity, vision.width), self.dtype))
+            tokens += [idle] * (batches - len(tokens))
+        return Images(tokens, lengths, required, patch_indices)
+
+    def _plan(
+        self, encoding: Encoding, held: _Held, overflow: list[Query], *, is_last: bool
+    ) -> tuple[Window, _Held]:
+        """Sorts out what cannot run and packs the rest, the queries held back before first."""
+        before, images = held.images, self.measure(encoding)
+        size, batches, capacity = images.patch_indices.shape
+
+        def pool_row(image: int | None, batch: int) -> int | None:
+            """Where the pool has image `image` of a window whose batches start at `batch`. On a
+            mesh this is on the device that encoded it; see `programs.join`."""
+            if image is None:
+                return None
+            return image % size * 2 * batches + batch + image // size
+
+        queries, image_of = list(held.queries), list(held.image_of)
+        requests = [
+            _request(query, pool_row(image, 0))
+            for query, image in zip(queries, image_of, strict=True)
+        ]
+        failed = []
         for query, image in zip(encoding.queries, encoding.image_of, strict=True):
-            image_row = None if image is None else image % size * batches + image // size
-            if image_row is not None and flat_required[image_row] > capacity:
+            at = None if image is None else (image % size, image // size)
+            required = 0 if at is None else int(images.required[at])
+            if required > capacity:
                 overflow.append(query)
                 continue
-            count = 0 if image_row is None else int(flat_lengths[image_row])
-            broken = image_row is not None and flat_required[image_row] < 0
-            error = self._refusal(query, count, broken=broken)
+            count = 0 if at is None else int(images.lengths[at])
+            error = self._refusal(query, count, broken=required < 0)
             if error is not None:
-                window.failed.append(
-                    Result(query.key, [], float("nan"), count, query.text_tokens, error)
-                )
+                failed.append(Result(query.key, [], float("nan"), count, query.text_tokens, error))
                 continue
-            window.queries.append(query)
-            window.requests.append(_request(query, image_row))
+            queries.append(query)
+            image_of.append(image)
+            requests.append(_request(query, pool_row(image, batches)))
+        layout = packing.VisualLayout(
+            np.concatenate([before.lengths, images.lengths], axis=1).reshape(-1),
+            np.concatenate([before.patch_indices, images.patch_indices], axis=1).reshape(
+                -1, capacity
+            ),
+            self.model_config.vision.num_patches,
+        )
+        urgent = len(held.queries)
+        ready = packing.pack_window(
+            requests,
+            layout,
+            self.config.row_length,
+            self.config.rows,
+            shards=self.shards,
+            position_ids=self.position_ids,
+            urgent=urgent,
+        )
+        waiting: list[int] = []
+        # No query waits twice: its image is in the pool for two windows only.
+        if ready and not is_last and ready[-1].requests[0] >= urgent:
+            waiting = ready.pop().requests.tolist()
         self.counters.images += encoding.num_images
-        self.counters.visual_tokens += int(lengths.sum())
-        return window
+        self.counters.visual_tokens += int(images.lengths.sum())
+        self.counters.real_tokens += sum(int((rows.segment_ids > 0).sum()) for rows in ready)
+        self.counters.row_tokens += sum(rows.segment_ids.size for rows in ready)
+        pool = programs.join(before.tokens + images.tokens)
+        window = Window(queries, requests, layout, pool, ready, failed)
+        return window, _Held([queries[i] for i in waiting], [image_of[i] for i in waiting], images)
 
     def _refusal(self, query: Query, visual_tokens: int, *, broken: bool) -> str | None:
         """Why a query cannot run; None if it can."""
         if broken:
             return "the image's CLS attention is not finite; check the image and the weights"
         length = query.text_tokens + visual_tokens + len(query.continuation)
-        if length > self.config.row_length:
+        max_positions = self.model_config.text.max_positions
+        if length > min(self.config.row_length, max_positions):
             return (
                 f"the prompt has {length} tokens ({visual_tokens} of them visual); a row holds "
-                f"{self.config.row_length}. Nothing is truncated: shorten it or raise row_length"
+                f"{self.config.row_length}, the model takes {max_positions}. Nothing is truncated: "
+                "shorten it, or raise row_length if the model allows"
             )
-        limit = min(self.config.cache_length, self.model_config.text.max_positions)
+        limit = min(self.config.cache_length, max_positions)
         if query.max_new_tokens and length + query.max_new_tokens > limit:
             return (
                 f"the prompt has {length} tokens and {query.max_new_tokens} may follow; the limit "
@@ -362,53 +378,14 @@ class Engine:
             )
         return None
 
-    def _log_likelihoods(self, hidden: jax.Array, rows: packing.Rows) -> list[jax.Array]:
-        """log p of every target of the rows, in calls of `HEAD_POSITIONS` each."""
-        flat = rows.targets.reshape(-1)
-        positions = np.flatnonzero(flat != packing.IGNORE)
-        parts = []
-        for start in range(0, len(positions), HEAD_POSITIONS):
-            index = np.zeros(HEAD_POSITIONS, np.int32)
-            part = positions[start : start + HEAD_POSITIONS]
-            index[: len(part)] = part
-            targets = np.maximum(flat[index], 0)  # the filler's target may be no token
-            parts.append(
-                programs.log_likelihoods(
-                    self.graphdef, self.state, hidden, jnp.asarray(index), jnp.asarray(targets)
-                )
-            )
-        return parts
 
-
-class _Encoding(NamedTuple):
-    """A window whose encoding has been dispatched. `image_of` numbers each query's image."""
-
-    queries: list[Query]
-    image_of: list[int | None]
-    num_images: int
-    encoded: list[prumerge.VisualTokens]
-    reduction: prumerge.PruMergeConfig
-
-
-class _Scores(NamedTuple):
-    """Log-likelihoods that have been dispatched and not been read."""
-
-    window: Window
-    rows: packing.Rows
-    parts: list[jax.Array]
-
-    def results(self) -> Iterator[Result]:
-        """Sums them per query."""
-        positions = np.flatnonzero(self.rows.targets.reshape(-1) != packing.IGNORE)
-        values = np.concatenate([np.zeros(0), *jax.device_get(self.parts)])[: len(positions)]
-        begin = self.rows.row_of * self.rows.targets.shape[1] + self.rows.start_of
-        first = np.searchsorted(positions, begin)
-        last = np.searchsorted(positions, begin + self.rows.length_of)
-        sums = [values[a:b].sum(dtype=np.float64) for a, b in zip(first, last, strict=True)]
-        for index, total in zip(self.rows.requests, sums, strict=True):
-            query = self.window.queries[index]
-            visual_tokens = self.window.visual_tokens(index)
-            yield Result(query.key, [], float(total), visual_tokens, query.text_tokens)
+def _one_ahead(encodings: Iterator[Encoding]) -> Iterator[tuple[Encoding, bool]]:
+    """Each encoding and whether it is the last; the next one is dispatched before."""
+    current = next(encodings, None)
+    while current is not None:
+        following = next(encodings, None)
+        yield current, following is None
+        current = following
 
 
 def _request(query: Query, image_row: int | None) -> packing.Request:

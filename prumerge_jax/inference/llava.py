@@ -21,7 +21,9 @@ from prumerge_jax.data.packing import PositionIds
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.distributed import sharding
 from prumerge_jax.inference import programs
-from prumerge_jax.inference.engine import Engine, EngineConfig, Query, Result
+from prumerge_jax.inference.engine import Engine, Query, Result
+from prumerge_jax.inference.scoring import score
+from prumerge_jax.inference.shapes import EngineConfig, fit
 from prumerge_jax.inference.slots import generate
 from prumerge_jax.models import directory as directories
 from prumerge_jax.models.attention import default_implementation
@@ -53,7 +55,7 @@ class Llava:
       config: sizes of the model.
       tokenizer: its SentencePiece tokenizer.
       dtype: compute dtype.
-      engine_config: shapes of the compiled programs.
+      engine_config: shapes of the compiled programs, before they are fitted to the requests.
     """
 
     def __init__(
@@ -75,10 +77,7 @@ class Llava:
             )
         self.config, self.tokenizer, self.dtype = config, tokenizer, jnp.dtype(dtype)
         self._graphdef, self._state, self._mesh = graphdef, state, mesh
-        self.engine_config = engine or EngineConfig(
-            row_length=min(1024, config.text.max_positions),
-            cache_length=min(1024, config.text.max_positions),
-        )
+        self.engine_config = engine or EngineConfig()
 
     @classmethod
     def load(
@@ -164,7 +163,12 @@ class Llava:
             query._replace(max_new_tokens=max_new_tokens, seed=seed + query.key)
             for query in self._queries(images, prompts, image_mode, conversation)
         ]
-        engine = self.engine(reduction, len(queries), position_ids=position_ids)
+        engine = self.engine(
+            reduction,
+            [query.text_tokens for query in queries],
+            max_new_tokens=max_new_tokens,
+            position_ids=position_ids,
+        )
         sampling = programs.Sampling(float(temperature), float(top_p))
         with self.placed():
             results = _in_order(generate(engine, queries, sampling), len(queries))
@@ -201,9 +205,10 @@ class Llava:
             if not len(ids):
                 raise ValueError(f"continuation {query.key} is empty; there is nothing to score")
             queries.append(query._replace(continuation=ids))
-        engine = self.engine(reduction, len(queries), position_ids=position_ids)
+        text_tokens = [query.text_tokens + len(query.continuation) for query in queries]
+        engine = self.engine(reduction, text_tokens, position_ids=position_ids)
         with self.placed():
-            results = _in_order(engine.score(queries), len(queries))
+            results = _in_order(score(engine, queries), len(queries))
         return [result.log_likelihood for result in results]
 
     def explain(
@@ -233,24 +238,33 @@ class Llava:
     def engine(
         self,
         reduction: str | prumerge.PruMergeConfig,
-        num_queries: int,
+        text_tokens: Sequence[int],
         *,
+        max_new_tokens: int = 0,
         position_ids: PositionIds = "compact",
         image_size: int | None = None,
     ) -> Engine:
-        """An engine for this model, its shapes no larger than `num_queries` can fill.
+        """An engine for this model, its shapes fitted to the queries that will run.
 
         Args:
           reduction, position_ids: as in `generate`.
-          num_queries: how many queries will run at least.
+          text_tokens: of every query, a continuation to score included.
+          max_new_tokens: most tokens per answer.
           image_size: side of the queries' pixels, where it is not the tower's own.
         """
-        config = self.config
+        config, reduction = self.config, _reduction(reduction)
         if image_size is not None:
             vision = dataclasses.replace(config.vision, image_size=image_size)
             config = dataclasses.replace(config, vision=vision)
-        shapes = self.engine_config
-        fitting = 1 << max(num_queries - 1, 0).bit_length()
+        shapes = fit(
+            self.engine_config,
+            reduction,
+            config.vision.num_patches,
+            np.array(text_tokens, np.int64),
+            max_new_tokens=max_new_tokens,
+            max_positions=config.text.max_positions,
+        )
+        fitting = 1 << max(len(text_tokens) - 1, 0).bit_length()
         if self._mesh is None and fitting < shapes.batch_size:
             shapes = dataclasses.replace(
                 shapes,
@@ -263,7 +277,7 @@ class Llava:
             self._graphdef,
             self._state,
             config,
-            _reduction(reduction),
+            reduction,
             shapes,
             dtype=self.dtype,
             position_ids=position_ids,

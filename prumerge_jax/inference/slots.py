@@ -23,7 +23,7 @@ def generate(
     decoder = SlotDecoder(engine, sampling or programs.Sampling())
     for window in engine.windows(queries):
         yield from window.failed
-        for rows in engine.plan(window):
+        for rows in window.batches:
             yield from decoder.run(window, rows)
     yield from decoder.drain()
 

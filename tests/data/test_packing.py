@@ -113,7 +113,8 @@ def test_packed_window_holds_every_token_once_on_its_shard(
     requests = make_requests(rng, count, images_of)
     row_length, num_rows = 24, num_rows * shards
     arguments = (requests, layout, row_length, num_rows)
-    batches = packing.pack_window(*arguments, shards=shards, position_ids=position_ids)
+    options = dict(shards=shards, position_ids=position_ids, urgent=int(rng.integers(0, 5)))
+    batches = packing.pack_window(*arguments, **options)
 
     assert_filled_by_hand(batches, requests, layout, position_ids)
     for rows in batches:
@@ -123,7 +124,7 @@ def test_packed_window_holds_every_token_once_on_its_shard(
         row, column = np.nonzero(rows.visual_index >= 0)
         image = rows.visual_index[row, column] // CAPACITY
         np.testing.assert_array_equal(image * shards // images, row * shards // num_rows)
-    again = packing.pack_window(*arguments, shards=shards, position_ids=position_ids)
+    again = packing.pack_window(*arguments, **options)
     for rows, same in zip(batches, again, strict=True):
         for field, values in vars(rows).items():
             np.testing.assert_array_equal(values, getattr(same, field), err_msg=field)
@@ -143,18 +144,22 @@ def test_one_per_row_puts_request_i_at_the_start_of_row_i(seed, count):
 
 
 @settings(max_examples=100, deadline=None)
-@given(lengths=st.lists(st.integers(1, 50), max_size=60), slack=st.integers(0, 20))
-def test_first_fit_decreasing_is_the_textbook_algorithm(lengths, slack):
+@given(
+    lengths=st.lists(st.integers(1, 50), max_size=60),
+    slack=st.integers(0, 20),
+    urgent=st.integers(0, 60),
+)
+def test_first_fit_decreasing_is_the_textbook_algorithm_after_urgent_ones(lengths, slack, urgent):
     row_length = max(lengths, default=1) + slack
     rows, free = [], []
-    for length, index in sorted((-length, index) for index, length in enumerate(lengths)):
+    for _, length, index in sorted((i >= urgent, -length, i) for i, length in enumerate(lengths)):
         row = next((row for row, room in enumerate(free) if room >= -length), len(rows))
         if row == len(rows):
             rows.append([])
             free.append(row_length)
         rows[row].append(index)
         free[row] += length
-    assert packing.first_fit_decreasing(lengths, row_length) == rows
+    assert packing.first_fit_decreasing(lengths, row_length, urgent=urgent) == rows
 
 
 def realistic_window(seed):

@@ -13,8 +13,8 @@ import pytest
 
 from prumerge_jax.evaluation import digits, runner
 from prumerge_jax.evaluation.reductions import parse_reduction
-from prumerge_jax.inference.engine import EngineConfig
 from prumerge_jax.inference.llava import Llava
+from prumerge_jax.inference.shapes import EngineConfig
 from prumerge_jax.models.config import published
 from tests.tiny_llava import write_tiny_llava
 

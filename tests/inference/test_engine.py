@@ -11,14 +11,14 @@ from flax import nnx
 from prumerge_jax import prumerge
 from prumerge_jax.data import packing
 from prumerge_jax.inference import programs
-from prumerge_jax.inference.engine import Engine, EngineConfig, Query, Result
+from prumerge_jax.inference.engine import Engine, Query, Result
+from prumerge_jax.inference.scoring import score
+from prumerge_jax.inference.shapes import Shapes
 from prumerge_jax.inference.slots import generate
 from prumerge_jax.models.config import TextConfig, published
 from prumerge_jax.models.llava import LlavaModel, random_model
 
-SMALL = EngineConfig(
-    batch_size=2, window=4, row_length=96, rows=2, slots=2, cache_length=64, chunk=3
-)
+SMALL = Shapes(batch_size=2, window=4, row_length=96, rows=2, slots=2, cache_length=64, chunk=3)
 CONFIG = dataclasses.replace(
     published("tiny"),
     text=TextConfig(
@@ -39,7 +39,7 @@ def model() -> LlavaModel:
 
 
 def make_engine(
-    model: LlavaModel, config: EngineConfig = SMALL, reduction: str = "prumerge", **overrides: int
+    model: LlavaModel, config: Shapes = SMALL, reduction: str = "prumerge", **overrides: int
 ) -> Engine:
     graphdef, state = nnx.split(model)
     return Engine(
@@ -100,7 +100,7 @@ def naive_logits(model: LlavaModel, query: Query, tokens: np.ndarray, reduction:
 
 def test_scores_equal_one_at_a_time(model: LlavaModel) -> None:
     queries = make_queries(11)
-    got = by_key(list(make_engine(model).score(queries)))
+    got = by_key(list(score(make_engine(model), queries)))
     for query in queries:
         tokens = np.concatenate([query.token_ids, query.continuation])
         logits = naive_logits(model, query, tokens, "prumerge")
@@ -137,12 +137,12 @@ def test_generation_equals_one_at_a_time_recomputation(model: LlavaModel) -> Non
 def test_shapes_and_arrival_order_change_nothing(model: LlavaModel, shapes: dict[str, int]) -> None:
     queries = make_queries(13, seed=2, max_new_tokens=7)
     order = np.random.default_rng(0).permutation(len(queries))
-    other = make_engine(model, EngineConfig(**shapes))
+    other = make_engine(model, Shapes(**shapes))
     expected = by_key(list(generate(make_engine(model), queries)))
     got = by_key(list(generate(other, [queries[i] for i in order])))
     assert {k: r.token_ids for k, r in got.items()} == {k: r.token_ids for k, r in expected.items()}
-    expected = by_key(list(make_engine(model).score(queries)))
-    for key, result in by_key(list(other.score([queries[i] for i in order]))).items():
+    expected = by_key(list(score(make_engine(model), queries)))
+    for key, result in by_key(list(score(other, [queries[i] for i in order]))).items():
         assert result.log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-4)
 
 
@@ -150,7 +150,7 @@ def test_sampling_depends_on_the_query_alone(model: LlavaModel) -> None:
     queries = [q._replace(seed=7 + q.key) for q in make_queries(6, seed=3, max_new_tokens=6)]
     sampling = programs.Sampling(temperature=1.0, top_p=0.9)
     first = by_key(list(generate(make_engine(model), queries, sampling)))
-    wide = EngineConfig(batch_size=4, window=8, row_length=96, rows=1, slots=4, cache_length=64)
+    wide = Shapes(batch_size=4, window=8, row_length=96, rows=1, slots=4, cache_length=64)
     second = by_key(list(generate(make_engine(model, wide), queries[::-1], sampling)))
     assert {k: r.token_ids for k, r in first.items()} == {k: r.token_ids for k, r in second.items()}
     reseeded = [q._replace(seed=1000 + q.key) for q in queries]
@@ -170,7 +170,9 @@ def test_one_new_token_needs_no_slot(model: LlavaModel) -> None:
 def test_answers_that_end_at_once_while_others_wait_for_a_slot(model: LlavaModel) -> None:
     """Every token in turn is declared the end of sequence: answers stop there, none is lost."""
     queries = make_queries(9, seed=1, max_new_tokens=5)
-    free = by_key(list(generate(make_engine(model), queries)))
+    endless = make_engine(model)
+    endless.model_config = dataclasses.replace(CONFIG, eos_token_id=-1)
+    free = by_key(list(generate(endless, queries)))
     for eos in {result.token_ids[0] for result in free.values()}:
         engine = make_engine(model)
         engine.model_config = dataclasses.replace(CONFIG, eos_token_id=eos)
@@ -184,10 +186,10 @@ def test_answers_that_end_at_once_while_others_wait_for_a_slot(model: LlavaModel
 def test_images_over_capacity_are_encoded_again(model: LlavaModel) -> None:
     """A capacity that only some images fit into changes no score."""
     queries = make_queries(9, seed=4)
-    expected = by_key(list(make_engine(model).score(queries)))
+    expected = by_key(list(score(make_engine(model), queries)))
     counts = sorted(r.visual_tokens for r in expected.values() if r.visual_tokens)
     assert counts[0] < counts[-1]
-    got = by_key(list(make_engine(model, capacity=counts[0]).score(queries)))
+    got = by_key(list(score(make_engine(model, capacity=counts[0]), queries)))
     assert got.keys() == expected.keys()
     for key, result in got.items():
         assert result.visual_tokens == expected[key].visual_tokens
@@ -210,7 +212,7 @@ def test_broken_weights_are_an_error_not_an_answer(model: LlavaModel) -> None:
     state = jax.tree.map(lambda x: x, state)
     state["vision"]["last"]["q_proj"]["bias"][...] = jnp.full(CONFIG.vision.width, jnp.nan)
     engine = make_engine(nnx.merge(graphdef, state))
-    results = by_key(list(engine.score(make_queries(5))))
+    results = by_key(list(score(engine, make_queries(5))))
     for query in make_queries(5):
         error = results[query.key].error
         assert (error is None) if query.pixels is None else ("not finite" in str(error))
@@ -224,9 +226,9 @@ def test_shared_images_are_encoded_once(model: LlavaModel) -> None:
         if q.pixels is not None
     ]
     apart = make_engine(model)
-    expected = by_key(list(apart.score([q._replace(image_key=None) for q in queries])))
+    expected = by_key(list(score(apart, [q._replace(image_key=None) for q in queries])))
     shared = make_engine(model, dataclasses.replace(SMALL, window=8))
-    got = by_key(list(shared.score(queries)))
+    got = by_key(list(score(shared, queries)))
     assert (apart.counters.images, shared.counters.images) == (len(queries), 1)
     for key, result in got.items():
         assert result.log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-4)
@@ -235,14 +237,14 @@ def test_shared_images_are_encoded_once(model: LlavaModel) -> None:
 def test_each_stage_compiles_once(model: LlavaModel) -> None:
     """Fifty windows of other lengths and contents after a warm-up compile nothing."""
     list(generate(make_engine(model), make_queries(9, seed=7, max_new_tokens=5)))
-    list(make_engine(model).score(make_queries(9, seed=7)))
+    list(score(make_engine(model), make_queries(9, seed=7)))
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
     engine = make_engine(model)
     list(generate(engine, make_queries(200, seed=8, max_new_tokens=5)))
-    list(engine.score(make_queries(200, seed=9)))
+    list(score(engine, make_queries(200, seed=9)))
     assert compiled == []
     jnp.ones(3).at[jnp.array([1])].mul(7.25).block_until_ready()
     jax.jit(lambda x: x * 3.5 - 1)(jnp.ones(3))
@@ -256,7 +258,7 @@ def test_mesh_equals_one_device(model: LlavaModel, sizes: tuple[int, int, int]) 
 
     if jax.device_count() < 8:
         pytest.skip("needs eight devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
-    config = EngineConfig(
+    config = Shapes(
         batch_size=8, window=8, row_length=96, rows=8, slots=8, cache_length=64, chunk=3
     )
     queries = make_queries(11, seed=10, max_new_tokens=6)
@@ -274,9 +276,9 @@ def test_mesh_equals_one_device(model: LlavaModel, sizes: tuple[int, int, int]) 
             dtype=jnp.float32,
             mesh=mesh,
         )
-        scores = by_key(list(sharded.score(queries)))
+        scores = by_key(list(score(sharded, queries)))
         answers = by_key(list(generate(sharded, queries)))
-    expected = by_key(list(plain.score(queries)))
+    expected = by_key(list(score(plain, queries)))
     for key in expected:
         assert scores[key].log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-4)
     expected = by_key(list(generate(plain, queries)))
