@@ -18,16 +18,35 @@ class Chip:
       flops: FLOP/s at 16 bit, dense.
       bandwidth: bytes/s of the main memory.
       int8_ops: operations/s at 8 bit, or None where no table here needs it.
+      tpu: what only a plan for a TPU needs.
     """
 
     flops: float
     bandwidth: float
     int8_ops: float | None = None
+    tpu: "Tpu | None" = None
 
     def achievable(self, compute: float, bandwidth: float) -> "Chip":
         """The chip at these fractions of its peaks."""
         int8_ops = None if self.int8_ops is None else compute * self.int8_ops
-        return Chip(compute * self.flops, bandwidth * self.bandwidth, int8_ops)
+        return Chip(compute * self.flops, bandwidth * self.bandwidth, int8_ops, self.tpu)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """A TPU chip as programs compiled for it see it.
+
+    Attributes:
+      kind: its device kind in JAX.
+      memory: bytes of main memory that XLA lets a program use.
+      interconnect: bytes/s that all its links to other chips deliver together.
+      clock: Hz of the cycles in which XLA estimates; the peak FLOP/s over those of one cycle.
+    """
+
+    kind: str
+    memory: float
+    interconnect: float
+    clock: float
 
 
 CHIPS = {
@@ -35,9 +54,9 @@ CHIPS = {
     "a100": Chip(312e12, 2.04e12),
     "h100": Chip(989e12, 3.35e12),
     "h200": Chip(989e12, 4.8e12),
-    "tpu-v5e": Chip(197e12, 0.819e12),
-    "tpu-v5p": Chip(459e12, 2.765e12),
-    "tpu-v6e": Chip(918e12, 1.640e12),
+    "tpu-v5e": Chip(197e12, 0.819e12, tpu=Tpu("TPU v5 lite", 15.75 * 2**30, 200e9, 1.5e9)),
+    "tpu-v5p": Chip(459e12, 2.765e12, tpu=Tpu("TPU v5", 95.74 * 2**30, 600e9, 1.75e9)),
+    "tpu-v6e": Chip(918e12, 1.640e12, tpu=Tpu("TPU v6 lite", 31.25 * 2**30, 400e9, 1.75e9)),
     "tpu7x": Chip(2307e12, 7.380e12),
 }
 """Datasheet peaks."""

@@ -1,0 +1,188 @@
+"""What a compiled program does on one chip, read off its HLO text.
+
+XLA's own `cost_analysis` counts the body of a loop once, whatever its trip count; here every
+computation counts as often as it runs.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
+_ARRAY = re.compile(r"\b(pred|bf16|[a-z]?f\d+\w*|[su]\d+|c\d+)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+
+
+class Traffic(NamedTuple):
+    """Collectives of one kind: executions per run, and bytes that a chip receives at most."""
+
+    executions: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramCost:
+    """One run of a program on one chip.
+
+    Attributes:
+      collectives: by kind (`all-gather`, ...).
+      cycles: XLA's estimate for everything but kernels and waiting for collectives; 0 where the
+        backend makes none (only TPU's does).
+      open_loops: loops whose trip count is not a constant; what they hold counts once.
+    """
+
+    collectives: Mapping[str, Traffic]
+    cycles: int
+    open_loops: int
+
+
+def program_cost(text: str) -> ProgramCost:
+    """Reads the text of an optimised module (`compiled.as_text()`).
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
+    module = _parse(text)
+    found: dict[tuple[str, str, int], tuple[str, int, int]] = {}
+    cycles = open_loops = 0
+    for computation, runs in _executions(module):
+        for instruction in module.computations[computation]:
+            cycles += runs * instruction.cycles
+            open_loops += instruction.opcode == "while" and not _trips(module, instruction)
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in _COLLECTIVES:
+                continue
+            received = _received(instruction, module.computations[computation])
+            # An asynchronous collective appears in its start, in what it overlaps with and in its
+            # end, each time with the same channel.
+            place = instruction.channel or f"{computation}.{instruction.name}"
+            found[place, kind, received] = kind, runs, received
+    totals = {
+        kind: Traffic(
+            sum(runs for k, runs, _ in found.values() if k == kind),
+            sum(runs * size for k, runs, size in found.values() if k == kind),
+        )
+        for kind in sorted({kind for kind, _, _ in found.values()})
+    }
+    return ProgramCost(totals, cycles, open_loops)
+
+
+class _Instruction(NamedTuple):
+    name: str
+    is_root: bool
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    called: tuple[str, ...]
+    condition: str | None
+    channel: str | None
+    value: int | None
+    cycles: int
+    trips: int | None
+
+
+class _Module(NamedTuple):
+    entry: str
+    computations: dict[str, list[_Instruction]]
+
+
+def _parse(text: str) -> _Module:
+    entry: str | None = None
+    computations: dict[str, list[_Instruction]] = {}
+    current: list[_Instruction] | None = None
+    for line in text.splitlines():
+        if current is None:
+            if match := _COMPUTATION.match(line):
+                current = computations.setdefault(match[2], [])
+                entry = match[2] if match[1] else entry
+        elif line == "}":
+            current = None
+        elif (match := _INSTRUCTION.match(line)) and (opcode := _OPCODE.search(match[3])):
+            current.append(_instruction(match[2], match[3], opcode, is_root=bool(match[1])))
+    if entry is None:
+        raise ValueError("no entry computation: this is not the text of an HLO module")
+    return _Module(entry, computations)
+
+
+def _instruction(name: str, text: str, opcode: re.Match[str], *, is_root: bool) -> _Instruction:
+    attributes = text[opcode.end() :]
+    operands, _, _ = attributes.partition(")")
+    called = _CALLED.findall(attributes)
+    if branches := _BRANCHES.search(attributes):
+        called += [branch.strip(" %") for branch in branches[1].split(",")]
+    condition = re.search(r"\bcondition=%?([\w.\-]+)", attributes)
+    channel = re.search(r"\bchannel_id=(\d+)", attributes)
+    cycles = _CYCLES.search(attributes)
+    trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', attributes)
+    return _Instruction(
+        name=name,
+        is_root=is_root,
+        shape=text[: opcode.start()],
+        opcode=opcode[1],
+        operands=tuple(re.findall(r"%?([\w.\-]+)(?:,|$)", operands)),
+        called=tuple(called),
+        condition=condition[1] if condition else None,
+        channel=channel[1] if channel else None,
+        value=int(operands) if opcode[1] == "constant" and operands.isdigit() else None,
+        cycles=int(cycles[1]) if cycles else 0,
+        trips=int(trips[1]) if trips else None,
+    )
+
+
+def _executions(module: _Module) -> Iterator[tuple[str, int]]:
+    """Every computation that the entry reaches, and how often it runs."""
+    pending = [(module.entry, 1)]
+    while pending:
+        computation, runs = pending.pop()
+        yield computation, runs
+        for instruction in module.computations[computation]:
+            inner = runs
+            if instruction.opcode == "while":
+                inner *= _trips(module, instruction) or 1
+            pending += [(name, inner) for name in instruction.called]
+
+
+def _trips(module: _Module, loop: _Instruction) -> int | None:
+    """Of a loop; where XLA says nothing, of one that counts from 0 in steps of 1, as a scan does:
+    the bound in its condition."""
+    if loop.trips is not None:
+        return loop.trips
+    instructions = module.computations.get(loop.condition or "", [])
+    bounds = [i.value for i in instructions if i.value is not None]
+    compares = any(i.is_root and i.opcode == "compare" for i in instructions)
+    return bounds[0] if compares and len(bounds) == 1 else None
+
+
+def _received(instruction: _Instruction, computation: list[_Instruction]) -> int:
+    """The larger of operands and result; an all-reduce is a reduce-scatter and an all-gather."""
+    shapes = {other.name: other.shape for other in computation}
+    operands = sum(_bytes(shapes.get(name, "")) for name in instruction.operands)
+    result = _bytes(instruction.shape)
+    if instruction.opcode.endswith("-start"):
+        result -= operands  # its result holds the operands too
+    size = max(operands, result)
+    return 2 * size if instruction.opcode.startswith("all-reduce") else size
+
+
+def _bytes(shape: str) -> int:
+    """Of an array or a tuple of arrays."""
+    total = 0.0
+    for dtype, sides in _ARRAY.findall(shape):
+        bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])  # type: ignore[index]
+        total += math.prod(int(side) for side in sides.split(",") if side) * bits / 8
+    return int(total)

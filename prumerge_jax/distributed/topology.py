@@ -1,0 +1,58 @@
+"""TPU slices that are compiled for and not there: `v5e:8x8` as devices without hardware."""
+
+import importlib.util
+import os
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from prumerge_jax.cost import CHIPS, Chip
+
+
+class Topology(NamedTuple):
+    """A slice of a TPU pod.
+
+    Attributes:
+      name: as libtpu knows it, `GENERATION:AxB` or `GENERATION:AxBxC`.
+      chip: peak rates of one chip; `chip.tpu` is not None.
+      devices: one per chip; programs can be compiled for them and nothing else.
+    """
+
+    name: str
+    chip: Chip
+    devices: tuple[jax.Device, ...]
+
+
+def topology(name: str) -> Topology:
+    """The slice of that name, described by libtpu; no TPU is needed.
+
+    Raises:
+      ModuleNotFoundError: libtpu is not installed.
+      ValueError: libtpu knows no such slice, or the cost model no such chip.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError(
+            "compiling for a TPU needs libtpu: pip install 'prumerge_jax[tpu]'"
+        )
+    # libtpu would ask a metadata server which TPU this machine is.
+    for variable, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }.items():
+        os.environ.setdefault(variable, value)
+    try:
+        description = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"unknown topology {name!r}; expected the shape of a slice, as v5e:8x8, v5p:4x4x4 or "
+            f"v6e:16x16 ({error})"
+        ) from error
+    kind = description.devices[0].device_kind  # type: ignore[attr-defined]
+    for chip in CHIPS.values():
+        if chip.tpu is not None and chip.tpu.kind == kind:
+            return Topology(name, chip, tuple(description.devices))
+    known = [name for name, chip in CHIPS.items() if chip.tpu is not None]
+    raise ValueError(f"topology {name!r} is of chips {kind!r}; peak rates are known of {known}")
