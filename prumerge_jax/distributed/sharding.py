@@ -5,7 +5,7 @@ to the mesh axes `data`, `fsdp` and `tensor`. Changing how the model is laid out
 this table and nothing else.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import jax
@@ -27,6 +27,17 @@ RULES: dict[str, str | tuple[str, ...]] = {
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh of `data * fsdp * tensor` devices, the first ones of this job.
 
+    Raises:
+      ValueError: fewer devices than the mesh needs.
+    """
+    return mesh_on(jax.devices(), data, fsdp, tensor)
+
+
+def mesh_on(
+    devices: Sequence[jax.Device], /, data: int = 1, fsdp: int = 1, tensor: int = 1
+) -> Mesh:
+    """`make_mesh` on the first of these devices.
+
     Axis types are Auto: `jax.make_mesh` would default to Explicit, under which a lookup in an
     `fsdp`-sharded embedding is an error.
 
@@ -34,16 +45,16 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
       ValueError: fewer devices than the mesh needs.
     """
     needed = data * fsdp * tensor
-    if needed > jax.device_count():
+    if needed > len(devices):
         raise ValueError(
             f"a mesh of data={data} fsdp={fsdp} tensor={tensor} needs {needed} devices; "
-            f"this job has {jax.device_count()}"
+            f"there are {len(devices)}"
         )
     return jax.make_mesh(
         (data, fsdp, tensor),
         MESH_AXES,
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=jax.devices()[:needed],
+        devices=devices[:needed],
     )
 
 

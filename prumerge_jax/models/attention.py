@@ -85,14 +85,20 @@ def attend_to_cache(
 
 
 def default_implementation(dtype: jnp.dtype, head_dim: int) -> str:
-    """The fastest backend of this platform that can run heads of this width and dtype."""
-    platform = jax.default_backend()
+    """The fastest backend of the current mesh's platform for heads of this width and dtype."""
+    platform = _platform()
     half = dtype in (jnp.bfloat16, jnp.float16)
     if platform == "gpu" and half and head_dim <= 128 and head_dim % 8 == 0:
         return "cudnn"
     if platform == "tpu" and head_dim % 128 == 0:
         return "splash"
     return "xla"
+
+
+def _platform() -> str:
+    """Of the current mesh, whose devices may only be compiled for; without one, the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def _splash(
@@ -113,7 +119,7 @@ def _splash(
         k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
     if segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)
-    run = functools.partial(splash_heads, causal=causal, interpret=jax.default_backend() != "tpu")
+    run = functools.partial(splash_heads, causal=causal, interpret=_platform() != "tpu")
     if not jax.sharding.get_abstract_mesh().empty:
         heads_spec = sharding.spec("batch", None, "heads", None)
         run = jax.shard_map(

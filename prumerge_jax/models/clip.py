@@ -56,8 +56,10 @@ class ClipVision(nnx.Module):
         Args:
           pixels: [B, S, S, 3] in the compute dtype. S is `config.image_size`; for a smaller image
             the position embedding is shrunk bilinearly, the usual way to run a ViT at another size.
-          implementation: attention backend, see `attention.attend`.
+          implementation: attention backend, see `attention.attend`; `splash` cannot run the tower's
+            odd number of tokens and falls to `xla`.
         """
+        implementation = "xla" if implementation == "splash" else implementation
         patches = self.patch_embedding(pixels)
         cls = jnp.broadcast_to(
             self.class_embedding[...].astype(pixels.dtype), (len(pixels), 1, self.config.width)

@@ -68,6 +68,9 @@ class DirectoryWriter:
 
     Used as a context manager: a clean exit commits, an exception removes what was written. What a
     killed process leaves behind never loads, see `StagedDirectory`.
+
+    All processes of a run write together, on a file system that all of them see: each its own
+    shards of every weight, and the first one everything else.
     """
 
     def __init__(
@@ -100,6 +103,9 @@ class DirectoryWriter:
         Raises:
           DirectoryError: the final directory exists, or another process is writing it.
         """
+        self._is_first = jax.process_index() == 0
+        if not self._is_first:
+            return self
         self._staged.__enter__()
         (self._root / PARAMS).mkdir()
         self._hasher = concurrent.futures.ThreadPoolExecutor(max_workers=1)
@@ -124,6 +130,8 @@ class DirectoryWriter:
         if path in self._arrays:
             raise DirectoryError(f"weight {path} was written twice")
         _save(self._root / PARAMS / path, array)
+        if not self._is_first:
+            return
         self._arrays[path] = StoredArray(tuple(array.shape), np.dtype(array.dtype))
         for file in sorted((self._root / PARAMS / path).rglob("*")):
             if file.is_file():
@@ -139,6 +147,8 @@ class DirectoryWriter:
             raise DirectoryError(f"{name!r} is not a plain, free file name")
         if name in self._files:
             raise DirectoryError(f"file {name} was written twice")
+        if not self._is_first:
+            return
         target = self._root / name
         if isinstance(content, bytes):
             target.write_bytes(content)
@@ -153,6 +163,8 @@ class DirectoryWriter:
         traceback: types.TracebackType | None,
     ) -> None:
         """Commits, or removes everything where an exception is under way."""
+        if not self._is_first:
+            return
         try:
             if kind is None:
                 self._write_manifest()

@@ -84,7 +84,9 @@ class Linear(nnx.Module):
             return y
         if dropout_key is not None and self.adapter.dropout:
             keep = 1 - self.adapter.dropout
-            x = jnp.where(jax.random.bernoulli(dropout_key, keep, x.shape), x / keep, 0)
+            kept = jax.random.bernoulli(dropout_key, keep, x.shape)
+            # Drawn once: fused into the matrix products, XLA would draw it again for every tile.
+            x = jnp.where(jax.lax.optimization_barrier(kept), x / keep, 0)
         delta = (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
         return y + self.adapter.scale * delta
 

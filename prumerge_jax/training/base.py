@@ -14,6 +14,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
+from prumerge_jax.conversion.miniature import model_directory
 from prumerge_jax.data import digits_tokenizer
 from prumerge_jax.data.tokenizer import Style, Tokenizer
 from prumerge_jax.models import directory as directories
@@ -131,14 +132,16 @@ class Base:
     def _untouched(
         self, template: Template[Any], paths: list[str], mesh: Mesh
     ) -> Iterator[tuple[str, jax.Array]]:
+        shardings = template.shardings(mesh)
         if self.directory is None:
             shapes = {path: template.shapes()[path] for path in paths}
-            yield from template.random(self.seed, shapes, template.shardings(mesh)).items()
+            yield from template.random(self.seed, shapes, shardings).items()
             return
         for path in paths:
             # In the stored dtype, which may be wider than the one the run computed in.
-            stored = self.stored[path]
-            yield path, self._load(path, jax.ShapeDtypeStruct(stored.shape, stored.dtype))
+            shape, dtype = self.stored[path].shape, self.stored[path].dtype
+            target = jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[path])
+            yield path, self._load(path, target)
 
     def _load(self, path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
         assert self.directory is not None
@@ -168,7 +171,7 @@ def open_base(config: ml_collections.ConfigDict) -> Base:
     expected = model_config(config.model)
     if config.weights is None:
         return Base(expected, None, {}, config.seed)
-    directory = pathlib.Path(config.weights).expanduser()
+    directory = model_directory(config.weights)
     directories.verify(directory, hashes=config.run.verify_weights)
     found, adapter = directories.read_config(directory), directories.read_adapter(directory)
     if _sizes(found) != _sizes(expected):

@@ -5,7 +5,7 @@ layout get the same window, so that they differ in their digits alone.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from prumerge_jax.data import digits, digits_questions, images, pipeline
 from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.distributed.processes import DataShards, place
 from prumerge_jax.models.config import VisionConfig
 from prumerge_jax.training import inputs
 from prumerge_jax.training.contrastive import CaptionBatch
-from prumerge_jax.training.feed import Prepared, place
+from prumerge_jax.training.feed import Prepared
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,18 +147,21 @@ def windows(
     source = inputs.record_source(config.data)
     groups = pipeline.grouped(grain.MapDataset.source(source), group)
 
-    def lists(used: int) -> Iterator[list[Window]]:
+    def lists(used: int, rows: Collection[int]) -> Iterator[list[Window]]:
         done, passed = used // batch_size, 0.0
         for cells, share, count in curriculum:
             passed += share
             end = round(passed * total_steps)
             if end > done:
                 cut = groups.map(WindowsOfGroup(tokenizer, vision, cells, count))
-                per_batch = batch_size // (group * count)
+                members = group * count
+                per_batch = batch_size // members
                 ordered = pipeline.stream(cut, seed=config.seed, start=done * per_batch)
-                batches = pipeline.grouped(ordered, per_batch)[: end - done]
+                needed = sorted({row // members for row in rows})
+                batches = inputs.rows_of_batches(ordered, per_batch, needed)[: end - done]
                 for batch in inputs.read(batches, config):
-                    yield [window for members in batch for window in members]
+                    windows_of = dict(zip(needed, batch, strict=True))
+                    yield [windows_of[row // members][row % members] for row in rows]
                 done = end
 
     return inputs.Inputs(lists, len(source) // group * group)
@@ -176,13 +180,17 @@ class CaptionFeed:
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._mesh = mesh
+        self._shards = DataShards.of(mesh)
 
     def __call__(self, lists: Iterator[list[Window]], samples: int) -> Iterator[Prepared]:
-        """Prepares global batches; `samples` were used before the first of them."""
+        """Prepares global batches of which `lists` holds this process's windows.
+
+        `samples` were used before the first of them, over all processes.
+        """
         for batch in lists:
-            samples += len(batch)
-            counts = {"samples": len(batch), "images": len(batch)}
-            yield Prepared([self._place(batch)], samples, counts)
+            size = len(batch) * self._shards.total // len(self._shards.local)
+            samples += size
+            yield Prepared([self._place(batch)], samples, {"samples": size, "images": size})
 
     def _place(self, batch: Sequence[Window]) -> CaptionBatch:
         length = self._length(batch[0].pixels.shape[0] // digits.CELL)

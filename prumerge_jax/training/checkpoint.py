@@ -10,6 +10,9 @@
 Base weights are named by hash, not copied. Orbax does not notice a flipped bit and casts silently,
 so integrity rests on the manifest: a step is written under another name, hashed, and renamed into
 place last. A directory whose files differ from its manifest does not count as saved.
+
+Of several processes each writes and reads its own shards, on a file system that all of them see;
+the first one hashes, names, verifies and removes.
 """
 
 import concurrent.futures
@@ -26,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from prumerge_jax.distributed.processes import gather
 from prumerge_jax.models.config_json import load_json
 from prumerge_jax.models.manifest import size_and_sha256
 from prumerge_jax.training.parameters import Shapes, Weights
@@ -141,17 +145,21 @@ class Checkpoints:
           CheckpointError: every step is damaged, or the step belongs to another run: a weight is
             missing, unknown or of another shape or dtype, or the base weights are others.
         """
+        # One process looks and all load the same: directories and files change under their eyes.
+        newest = self._newest_intact() if self._is_writer else None
+        step = int(gather([newest or 0])[0, 0])
+        return self._load(self._path(step), step, target) if step else None
+
+    def _newest_intact(self) -> int | None:
         steps = self.steps()
         for step in reversed(steps):
-            path = self._path(step)
             try:
-                verify(path)
+                verify(self._path(step))
             except CheckpointError as error:
                 _logger.error("checkpoint of step %d is DAMAGED and not used: %s", step, error)
-                if self._is_writer:
-                    _set_aside(path)
+                _set_aside(self._path(step))
                 continue
-            return self._load(path, step, target)
+            return step
         if steps:
             raise CheckpointError(
                 f"{self._directory}: no intact checkpoint among the steps {steps}; the log names "

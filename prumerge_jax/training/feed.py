@@ -3,6 +3,9 @@
 A global batch is a fixed number of samples. How many visual tokens they have is known only once
 their images are encoded; then they are packed into as many micro-batches of one shape as they need.
 The images of the next batch are encoded while the current step runs.
+
+Each process reads, encodes and packs the samples of its own data shards. All run the same number of
+micro-batches: those that need fewer go on with empty rows.
 """
 
 import dataclasses
@@ -11,11 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from prumerge_jax.data import packing
 from prumerge_jax.data.pipeline import Example
-from prumerge_jax.distributed.sharding import spec
+from prumerge_jax.distributed.processes import DataShards, gather, local_rows, place
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.training.next_token import RowBatch
 
@@ -25,8 +28,9 @@ class Prepared(NamedTuple):
 
     Attributes:
       batches: its micro-batches.
-      samples: samples used so far, this batch included: where a resumed run goes on.
-      counts: totals over the batch, for the record. `samples`, `images`; `visual_tokens` of all
+      samples: samples used so far over all processes, this batch included: where a resumed run
+        goes on.
+      counts: totals over all processes, for the record. `samples`, `images`; `visual_tokens` of all
         images after the reduction; `tokens`, real positions of all rows, and `positions`, computed
         ones; `truncated_samples`, cut to the row length; `mismatched_samples`, of which nothing is
         learned because their rounds did not add up.
@@ -74,25 +78,28 @@ class RowFeed:
         self._num_patches = num_patches
         self._shape = shape
         self._mesh = mesh
-        self._shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._shards = DataShards.of(mesh)
 
     def __call__(self, lists: Iterable[list[Example]], samples: int) -> Iterator[Prepared]:
         """Prepares global batches, encoding one ahead.
 
         Args:
-          lists: the samples of each global batch, B each.
-          samples: used before the first of them.
+          lists: this process's samples of each global batch.
+          samples: used before the first of them, over all processes.
         """
         waiting: tuple[list[Example], VisualTokens] | None = None
         for examples in lists:
             pixels = np.stack([example.pixels for example in examples])
             ahead = examples, self._encode(place(pixels, self._mesh))
             if waiting is not None:
-                samples += len(waiting[0])
+                samples += self._global(len(waiting[0]))
                 yield self._prepare(*waiting, samples)
             waiting = ahead
         if waiting is not None:
-            yield self._prepare(*waiting, samples + len(waiting[0]))
+            yield self._prepare(*waiting, samples + self._global(len(waiting[0])))
+
+    def _global(self, rows: int) -> int:
+        return rows * self._shards.total // len(self._shards.local)
 
     def _prepare(self, examples: Sequence[Example], visual: VisualTokens, samples: int) -> Prepared:
         layout = self._layout(examples, visual)
@@ -104,12 +111,13 @@ class RowFeed:
             request.token_ids.size < example.token_ids.size
             for request, example in zip(requests, examples, strict=True)
         )
+        shards = len(self._shards.local)
         windows = packing.pack_window(
             requests,
             layout,
             self._shape.length,
-            self._shape.rows,
-            shards=self._shards,
+            self._shape.rows // self._shards.total * shards,
+            shards=shards,
             position_ids=self._shape.position_ids,
         )
         has_image = np.array([example.has_image for example in examples])
@@ -118,11 +126,16 @@ class RowFeed:
             "images": int(has_image.sum()),
             "visual_tokens": int(layout.lengths[has_image].sum()),
             "tokens": sum(int((rows.segment_ids > 0).sum()) for rows in windows),
-            "positions": sum(rows.ids.size for rows in windows),
             "truncated_samples": int(truncated),
             "mismatched_samples": sum(bool(example.mismatch) for example in examples),
         }
-        batches = [self._place_rows(rows, visual.tokens) for rows in windows]
+        everyone = gather([len(windows), *counts.values()])
+        most, sums = int(everyone[:, 0].max()), everyone[list(self._shards.speakers), 1:].sum(0)
+        counts = dict(zip(counts, sums.tolist(), strict=True))
+        counts["positions"] = most * self._shape.rows * self._shape.length
+        windows += [_empty(windows[0])] * (most - len(windows))
+        image_rows = np.array(self._shards.rows(self._global(len(examples))))
+        batches = [self._place_rows(rows, visual.tokens, image_rows) for rows in windows]
         return Prepared(batches, samples, counts)
 
     def _layout(self, examples: Sequence[Example], visual: VisualTokens) -> packing.VisualLayout:
@@ -132,7 +145,7 @@ class RowFeed:
           FloatingPointError: the tower's attention is not finite for an image.
           ValueError: an image needs more visual tokens than the capacity.
         """
-        required = np.asarray(visual.required)
+        required = local_rows(visual.required)
         capacity = visual.tokens.shape[1]
         for example, needed in zip(examples, required, strict=True):
             if needed < 0:
@@ -147,13 +160,19 @@ class RowFeed:
                     "or to None for the most any image can need"
                 )
         return packing.VisualLayout(
-            np.asarray(visual.lengths), np.asarray(visual.patch_indices), self._num_patches
+            local_rows(visual.lengths), local_rows(visual.patch_indices), self._num_patches
         )
 
-    def _place_rows(self, rows: packing.Rows, visual_tokens: jax.Array) -> RowBatch:
+    def _place_rows(
+        self, rows: packing.Rows, visual_tokens: jax.Array, image_rows: np.ndarray
+    ) -> RowBatch:
+        # The plan numbers the images of this process, the arrays those of the global batch.
+        image, slot = np.divmod(rows.visual_index, visual_tokens.shape[1])
+        visual_index = image_rows[image] * visual_tokens.shape[1] + slot
+        visual_index = np.where(rows.visual_index < 0, -1, visual_index).astype(np.int32)
         return RowBatch(
             ids=place(rows.ids, self._mesh),
-            visual_index=place(rows.visual_index, self._mesh),
+            visual_index=place(visual_index, self._mesh),
             positions=place(rows.positions, self._mesh),
             segment_ids=place(rows.segment_ids, self._mesh),
             targets=place(rows.targets, self._mesh),
@@ -179,7 +198,17 @@ def fit_request(
     )
 
 
-def place(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """A host array on the devices, its leading axis over the mesh's batch axes."""
-    sharding = NamedSharding(mesh, spec("batch", *[None] * (array.ndim - 1)))
-    return jax.make_array_from_process_local_data(sharding, array)
+def _empty(rows: packing.Rows) -> packing.Rows:
+    """Rows of the same shape without a segment."""
+    none = np.zeros(0, np.int32)
+    return packing.Rows(
+        ids=np.zeros_like(rows.ids),
+        visual_index=np.full_like(rows.visual_index, -1),
+        positions=np.zeros_like(rows.positions),
+        segment_ids=np.zeros_like(rows.segment_ids),
+        targets=np.full_like(rows.targets, packing.IGNORE),
+        requests=none,
+        row_of=none,
+        start_of=none,
+        length_of=none,
+    )

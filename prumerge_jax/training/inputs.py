@@ -4,9 +4,12 @@ A place in the data is one number, the samples used so far over all hosts. The o
 seed alone, so a resumed run continues exactly where the saved one stood.
 """
 
+import dataclasses
+import fcntl
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import grain
@@ -33,11 +36,11 @@ class Inputs(NamedTuple):
     """The training samples of a run.
 
     Attributes:
-      lists: the global batches after a number of samples used; each a list.
+      lists: (samples used, rows) -> those rows of every global batch from there on; each a list.
       samples: how many samples an epoch has.
     """
 
-    lists: Callable[[int], Iterator[list[Any]]]
+    lists: Callable[[int, Collection[int]], Iterator[list[Any]]]
     samples: int
 
 
@@ -72,12 +75,12 @@ def conversations(
     if config.group_by_modality_length:
         order = ModalityOrder(_has_image(config.data), config.batch_size, config.seed)
 
-    def lists(used: int) -> Iterator[list[Example]]:
+    def lists(used: int, rows: Collection[int]) -> Iterator[list[Example]]:
         if order is None:
             ordered = pipeline.stream(dataset, seed=config.seed, start=used)
         else:
             ordered = grain.MapDataset.range(_FOREVER)[used:].map(order).map(dataset.__getitem__)
-        return read(pipeline.grouped(ordered, config.batch_size), config)
+        return read(rows_of_batches(ordered, config.batch_size, rows), config)
 
     return Inputs(lists, len(source) if order is None else order.epoch_size)
 
@@ -110,7 +113,29 @@ def record_source(data: ml_collections.ConfigDict) -> Sequence[dict[str, Any]]:
     else:
         raise ValueError(f"data.name is {data.name!r}; expected 'digits_vqa' or 'llava_json'")
     directory = pathlib.Path(data.directory).expanduser()
-    return samples.record_source(samples.prepare(builder, source, directory), "train")
+    with _locked(directory):
+        prepared = samples.prepare(builder, source, directory)
+    return samples.record_source(prepared, "train")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _RowsOfBatch:
+    """Picks `rows` out of every `size` elements of a data set."""
+
+    dataset: grain.MapDataset[Any]
+    size: int
+    rows: tuple[int, ...]
+
+    def __call__(self, batch: int) -> list[Any]:
+        return [self.dataset[batch * self.size + row] for row in self.rows]
+
+
+def rows_of_batches(
+    ordered: grain.MapDataset[Any], size: int, rows: Collection[int]
+) -> grain.MapDataset[list[Any]]:
+    """These rows of every batch of `size` elements; the other elements are never made."""
+    batches = grain.MapDataset.range(len(ordered) // size)
+    return batches.map(_RowsOfBatch(ordered, size, tuple(rows)))
 
 
 def read(dataset: grain.MapDataset[Any], config: ml_collections.ConfigDict) -> Iterator[Any]:
@@ -118,6 +143,15 @@ def read(dataset: grain.MapDataset[Any], config: ml_collections.ConfigDict) -> I
     return pipeline.read(
         dataset, num_threads=config.run.num_threads, num_workers=config.run.num_workers
     )
+
+
+@contextmanager
+def _locked(directory: pathlib.Path) -> Iterator[None]:
+    """Lets one process at a time prepare data below a directory; the next ones find it there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _has_image(data: ml_collections.ConfigDict) -> np.ndarray:

@@ -6,6 +6,9 @@ import math
 import os
 from collections.abc import Callable, Iterable
 
+import jax
+
+from prumerge_jax.distributed.processes import gather
 from prumerge_jax.training.checkpoint import Checkpoints
 from prumerge_jax.training.feed import Prepared
 from prumerge_jax.training.metrics import Recorder
@@ -63,7 +66,7 @@ def train(
       learning_rate: the first group's rate at a step counted from 0, for the record.
       checkpoints: where steps are saved.
       workdir: where the metrics go.
-      stop: looked at after every step.
+      stop: looked at before every step, which is then the last; that of any process stops all.
 
     Returns:
       The state and the number of steps done.
@@ -74,9 +77,11 @@ def train(
     total = config.total_steps
     if start == total:
         return state, start
-    recorder = Recorder(
-        workdir, start=start, total=total, every=config.log_every, learning_rate=learning_rate
-    )
+    recorder = None
+    if jax.process_index() == 0:
+        recorder = Recorder(
+            workdir, start=start, total=total, every=config.log_every, learning_rate=learning_rate
+        )
 
     def record(step: int, metrics: StepMetrics, counts: dict[str, int]) -> None:
         loss, norm, targets = (float(value) for value in metrics)
@@ -84,28 +89,25 @@ def train(
             raise TrainingError(
                 f"step {step}: loss {loss}, gradient norm {norm}; {_last_good(checkpoints)}"
             )
-        recorder.add(
-            step,
-            loss=loss,
-            targets=targets,
-            gradient_norm=norm,
-            counts=counts,
-        )
+        if recorder is not None:
+            recorder.add(step, loss=loss, targets=targets, gradient_norm=norm, counts=counts)
 
     done = start
     unread: tuple[int, StepMetrics, dict[str, int]] | None = None
     try:
         for prepared in feed:
+            # Asked before the step, while the devices wait anyway; all processes hear the same.
+            last = done + 1 == total or bool(gather([bool(stop)]).any())
             state, metrics = step_function(state, frozen, prepared.batches, done)
             done += 1
             if unread is not None:
                 record(*unread)
             unread = done, metrics, prepared.counts
-            if stop or done == total or done % config.save_every == 0:
+            if last or done % config.save_every == 0:
                 record(*unread)
                 unread = None
                 checkpoints.save(done, state, {"samples": prepared.samples})
-            if stop or done == total:
+            if last:
                 break
         else:
             raise TrainingError(
@@ -114,9 +116,11 @@ def train(
     except FloatingPointError as error:
         raise TrainingError(f"step {done + 1}: {error}; {_last_good(checkpoints)}") from error
     finally:
-        recorder.close()
-    if stop:
-        _logger.info("stopped by %s after step %d of %d", stop.reason, done, total)
+        if recorder is not None:
+            recorder.close()
+    if done < total:
+        reason = stop.reason or "another process"
+        _logger.info("stopped by %s after step %d of %d", reason, done, total)
     return state, done
 
 

@@ -12,6 +12,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
+from prumerge_jax.distributed.processes import DataShards
 from prumerge_jax.distributed.sharding import make_mesh, use_mesh
 from prumerge_jax.training import captions, inputs
 from prumerge_jax.training.base import Base, open_base
@@ -68,22 +69,12 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], stop
 
 
 def fitted_mesh(config: ml_collections.ConfigDict) -> Mesh:
-    """The mesh that `config.run.mesh` describes; a size of 0 takes all remaining devices.
+    """The mesh of all devices of this job that `config.run.mesh` describes.
 
     Raises:
       ValueError: two sizes are 0, the sizes do not fit the devices, or the batch does not divide.
     """
-    sizes = dict(config.run.mesh)
-    if free := [axis for axis, size in sizes.items() if size == 0]:
-        fixed = 1
-        for size in sizes.values():
-            fixed *= size or 1
-        if len(free) > 1 or jax.device_count() % fixed:
-            raise ValueError(
-                f"run.mesh {sizes} cannot be fitted to {jax.device_count()} devices; expected at "
-                "most one axis of size 0, and the others to divide the devices"
-            )
-        sizes[free[0]] = jax.device_count() // fixed
+    sizes = fitted_sizes(config, jax.device_count())
     shards = sizes["data"] * sizes["fsdp"]
     if config.batch_size % shards:
         raise ValueError(
@@ -91,6 +82,26 @@ def fitted_mesh(config: ml_collections.ConfigDict) -> Mesh:
             f"of mesh {sizes}"
         )
     return make_mesh(**sizes)
+
+
+def fitted_sizes(config: ml_collections.ConfigDict, devices: int) -> dict[str, int]:
+    """The sizes in `config.run.mesh`; a size of 0 takes all remaining devices.
+
+    Raises:
+      ValueError: two sizes are 0, or the sizes do not fit the devices.
+    """
+    sizes = dict(config.run.mesh)
+    if free := [axis for axis, size in sizes.items() if size == 0]:
+        fixed = 1
+        for size in sizes.values():
+            fixed *= size or 1
+        if len(free) > 1 or devices % fixed:
+            raise ValueError(
+                f"run.mesh {sizes} cannot be fitted to {devices} devices; expected at "
+                "most one axis of size 0, and the others to divide the devices"
+            )
+        sizes[free[0]] = devices // fixed
+    return sizes
 
 
 def _train(
@@ -127,13 +138,15 @@ def _train(
         start, state, samples = restored.step, restored.state, restored.position["samples"]
         _logger.info("resuming after step %d, %d samples", start, samples)
     feed = make_feed(config, base, frozen, mesh)
-    write_config(workdir, fields)
+    rows = DataShards.of(mesh).rows(config.batch_size)
+    if jax.process_index() == 0:
+        write_config(workdir, fields)
     rate = schedule(optimizer_config, total_steps)
     state, done = train(
         step_function,
         state,
         frozen,
-        feed(data.lists(samples), samples),
+        feed(data.lists(samples, rows), samples),
         start=start,
         config=LoopConfig(total_steps, config.run.save_every, config.run.log_every),
         learning_rate=lambda step: config.learning_rates[0][1] * rate(step),

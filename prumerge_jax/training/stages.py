@@ -153,7 +153,7 @@ class ImageEncoder:
     Args:
       config: of the run.
       vision: the tower's sizes.
-      weights: all weights of the run; those of the tower are used.
+      weights: all weights of the run, or their shapes; those of the tower are used.
       mesh: the devices; every image stays on its data shard.
     """
 
@@ -161,7 +161,7 @@ class ImageEncoder:
         self,
         config: ml_collections.ConfigDict,
         vision: VisionConfig,
-        weights: Weights,
+        weights: Weights | Shapes,
         mesh: Mesh,
     ) -> None:
         prefix = "vision."
@@ -182,6 +182,10 @@ class ImageEncoder:
     def __call__(self, pixels: jax.Array) -> prumerge.VisualTokens:
         """[B, S, S, 3] uint8 -> visual tokens, dispatched and not waited for."""
         return self._encode(self._weights, pixels)
+
+    def lower(self, pixels: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+        """The function for pixels of this shape, where the weights are shapes too."""
+        return self._encode.lower(self._weights, pixels)
 
 
 def _encode(

@@ -67,7 +67,8 @@ class TrainStep:
         self._seed = seed
         self._shardings = shardings
         whole = replicated(next(iter(shardings.trained.values())).mesh)
-        sums = Sums(shardings.trained, whole, whole)
+        self._whole = whole
+        self._sums = sums = Sums(shardings.trained, whole, whole)
         self.init = jax.jit(self._init, out_shardings=shardings)
         self.zeros = jax.jit(self._zeros, out_shardings=sums)
         self.accumulate = jax.jit(self._accumulate, donate_argnums=(0,), out_shardings=sums)
@@ -84,6 +85,25 @@ class TrainStep:
             jax.eval_shape(self._init, dict(trained)),
             self._shardings,
         )
+
+    def lower(self, trained: Shapes, frozen: Shapes, batch: Any) -> dict[str, jax.stages.Lowered]:
+        """`accumulate` and `update` for abstract arguments, to be compiled ahead of time.
+
+        Args:
+          trained, frozen: shapes of the weights; those of `frozen` with shardings.
+          batch: a micro-batch of shapes with shardings.
+        """
+        state = self.abstract_state(trained)
+        sums = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(self._zeros, dict(trained)),
+            self._sums,
+        )
+        when = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=self._whole)
+        return {
+            "accumulate": self.accumulate.lower(sums, state.trained, frozen, batch, when),
+            "update": self.update.lower(state, sums),
+        }
 
     def __call__(
         self, state: TrainState, frozen: Weights, batches: Sequence[Any], step: int

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import jax
+
 from prumerge_jax.models.config_json import load_json
 
 CONFIG = "config.json"
@@ -25,10 +27,15 @@ class WorkdirError(ValueError):
 def claim_workdir(workdir: str | os.PathLike[str]) -> Iterator[None]:
     """Creates a working directory if need be, and locks it against other runs.
 
+    Of several processes of a run the first one holds the lock.
+
     Raises:
       WorkdirError: another run uses it.
     """
     os.makedirs(workdir, exist_ok=True)
+    if jax.process_index() != 0:
+        yield
+        return
     lock = os.open(workdir, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,5 +1,8 @@
 """From examples to micro-batches: what fits, what is counted, what is refused."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,10 +28,10 @@ def encoder(required: dict[int, int] | None = None, log: list[str] | None = None
         for row, count in (required or {}).items():
             wanted[row] = count
         return VisualTokens(
-            tokens=np.ones((len(pixels), CAPACITY, WIDTH), np.float32),
-            lengths=np.clip(wanted, 0, CAPACITY).astype(np.int32),
-            patch_indices=np.full((len(pixels), CAPACITY), -1, np.int32),
-            required=wanted.astype(np.int32),
+            tokens=jnp.ones((len(pixels), CAPACITY, WIDTH)),
+            lengths=jnp.clip(wanted, 0, CAPACITY),
+            patch_indices=jnp.full((len(pixels), CAPACITY), -1),
+            required=jnp.array(wanted),
         )
 
     return encode
@@ -89,6 +92,32 @@ def test_too_many_samples_make_more_batches_and_long_ones_are_counted() -> None:
     assert {batch.ids.shape for batch in prepared.batches} == {(1, 14)}
     lengths = [e.token_ids.size + row % CAPACITY for row, e in enumerate(examples)]
     assert prepared.counts["truncated_samples"] == sum(length > 14 for length in lengths) > 0
+
+
+def test_a_process_that_needs_fewer_micro_batches_goes_on_with_empty_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    examples = make_examples(6, image_size=8, vocabulary=90)
+    own: list[int] = []
+
+    def gather(values: list[int]) -> np.ndarray:
+        """Of two processes; the other one needs two micro-batches more."""
+        own.extend(values)
+        return np.array([values, [values[0] + 2, *values[1:]]])
+
+    feed = make_feed(encoder())
+    feed._shards = dataclasses.replace(feed._shards, speakers=(0, 1))
+    monkeypatch.setattr("prumerge_jax.training.feed.gather", gather)
+    (prepared,) = feed([examples], 0)
+    needed = own[0]
+    assert len(prepared.batches) == needed + 2
+    assert all((batch.segment_ids > 0).any() for batch in prepared.batches[:needed])
+    for batch in prepared.batches[needed:]:
+        assert not (batch.segment_ids > 0).any()
+        assert (batch.targets == IGNORE).all()
+        assert (batch.visual_index == -1).all()
+    assert prepared.counts["samples"] == 12
+    assert prepared.counts["positions"] == (needed + 2) * 4 * 24
 
 
 def test_the_next_batch_is_encoded_before_the_current_one_is_stepped() -> None:

@@ -47,7 +47,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ml_collections.ConfigDic
 
 
 def first_batches(data: inputs.Inputs, used: int, count: int) -> list[list[str]]:
-    return [[e.id for e in batch] for batch, _ in zip(data.lists(used), range(count), strict=False)]
+    batches = data.lists(used, range(4))
+    return [[e.id for e in batch] for batch, _ in zip(batches, range(count), strict=False)]
 
 
 @pytest.mark.parametrize("grouped", [True, False])
@@ -72,7 +73,7 @@ def test_pictures_and_labels_are_those_of_the_file(
     config: ml_collections.ConfigDict, tokenizer: Tokenizer
 ) -> None:
     data = inputs.conversations(config, tokenizer, 8)
-    for batch, _ in zip(data.lists(0), range(5), strict=False):
+    for batch, _ in zip(data.lists(0, range(4)), range(5), strict=False):
         for example in batch:
             index = int(example.id[1:])
             assert example.has_image == (index < IMAGES)

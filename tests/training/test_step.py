@@ -1,93 +1,18 @@
-"""The step: packing, accumulation, what changes and what does not, on one device and on a mesh."""
+"""The step: packing, accumulation, what changes and what does not."""
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
-from configs import common
 from prumerge_jax.data import packing
 from prumerge_jax.data.packing import IGNORE
-from prumerge_jax.distributed.sharding import make_mesh, use_mesh
-from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
-from prumerge_jax.training.feed import RowFeed, RowShape, place
+from prumerge_jax.distributed.processes import place
+from prumerge_jax.distributed.sharding import use_mesh
 from prumerge_jax.training.next_token import RowBatch
-from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer
-from prumerge_jax.training.stages import ImageEncoder, make_stage
-from prumerge_jax.training.step import Sums, TrainState, TrainStep, state_shardings
-from tests.training.conftest import make_examples
-
-MODEL = LlavaConfig(
-    vision=VisionConfig(
-        image_size=48, patch_size=8, width=16, mlp_width=32, num_layers=2, num_heads=2
-    ),
-    text=TextConfig(
-        vocab_size=64, width=32, mlp_width=64, num_layers=2, num_heads=4, num_kv_heads=2,
-        head_dim=8, max_positions=256,
-    ),
-)  # fmt: skip
-EXAMPLES = make_examples(8, image_size=48, vocabulary=64, text_only=(2, 5))
-
-
-def lora_config(**changes: object) -> ml_collections.ConfigDict:
-    config = common.training()
-    config.learning_rates = (("decoder.*.lora_?", 1e-2), ("projector.*", 1e-3))
-    config.adapter = ml_collections.ConfigDict({"rank": 4, "alpha": 8.0, "dropout": 0.0})
-    config.reduction = "prumerge"
-    config.reduction_options.neighbours = 4
-    config.batch_size = len(EXAMPLES)
-    config.dtype = "float32"
-    config.max_length = 48
-    config.remat = "none"
-    config.seed = 1
-    config.update(changes)
-    return config
-
-
-@dataclasses.dataclass
-class Bench:
-    """A stage with weights on a mesh, stepped by hand."""
-
-    config: ml_collections.ConfigDict
-    sizes: tuple[int, int, int] = (1, 1, 1)
-
-    def __post_init__(self) -> None:
-        self.mesh = make_mesh(*self.sizes)
-        self.stage = make_stage(self.config, MODEL)
-        shardings = self.stage.template.shardings(self.mesh)
-        rng = np.random.default_rng(0)
-        weights = {}
-        for path, shape in sorted(self.stage.shapes().items()):
-            value = 0.2 * rng.normal(size=shape.shape) + path.endswith("scale")
-            weights[path] = jax.device_put(value.astype(np.float32), shardings[path])
-        self.trained = {p: w for p, w in weights.items() if p in self.stage.learning_rates}
-        self.frozen = {p: w for p, w in weights.items() if p not in self.stage.learning_rates}
-        optimizer = make_optimizer(OptimizerConfig(warmup_ratio=0.0), 10, self.stage.learning_rates)
-        self.shardings = state_shardings(optimizer, self.stage.trained(), shardings, self.mesh)
-        self.step = TrainStep(self.stage.loss, optimizer, seed=1, shardings=self.shardings)
-
-    def batches(self, rows: int) -> list[RowBatch]:
-        feed = RowFeed(
-            ImageEncoder(self.config, MODEL.vision, self.frozen, self.mesh),
-            num_patches=MODEL.vision.num_patches,
-            shape=RowShape(rows, self.config.max_length),
-            mesh=self.mesh,
-        )
-        (prepared,) = feed([EXAMPLES], 0)
-        return prepared.batches
-
-    def train(self, rows: int, steps: int) -> tuple[TrainState, list[float]]:
-        with use_mesh(self.mesh):
-            batches = self.batches(rows)
-            state, losses = self.step.init(self.trained), []
-            for step in range(steps):
-                state, metrics = self.step(state, self.frozen, batches, step)
-                losses.append(float(metrics.loss))
-        return state, losses
+from prumerge_jax.training.stages import ImageEncoder
+from prumerge_jax.training.step import Sums
+from tests.training.bench import EXAMPLES, MODEL, Bench, lora_config
 
 
 @pytest.fixture(scope="module")
@@ -178,26 +103,6 @@ def test_nan_in_padding_reaches_neither_loss_nor_gradient(bench: Bench) -> None:
     assert float(clean.loss) == float(dirty.loss)
     for path, gradient in clean.gradient.items():
         np.testing.assert_array_equal(dirty.gradient[path], gradient, err_msg=path)
-
-
-def test_mesh_equals_one_device_and_keeps_declared_shardings(bench: Bench) -> None:
-    alone, losses = bench.train(8, 3)
-    spread = Bench(lora_config(), sizes=(2, 2, 2))
-    state, same = spread.train(8, 3)
-    np.testing.assert_allclose(same, losses, rtol=1e-5)
-    for path, weight in alone.trained.items():
-        np.testing.assert_allclose(state.trained[path], weight, atol=1e-5, err_msg=path)
-    jax.tree.map(
-        lambda leaf, sharding: (
-            pytest.fail(f"{leaf.sharding} is not {sharding}") if leaf.sharding != sharding else None
-        ),
-        state,
-        spread.shardings,
-    )
-    path = "decoder.layers.self_attn.q_proj.lora_a"
-    expected = PartitionSpec(None, "fsdp", None)
-    assert state.trained[path].sharding.spec == expected
-    assert state.optimizer[0].mu[path].sharding.spec == expected
 
 
 def test_dropout_depends_on_seed_and_step_alone() -> None:

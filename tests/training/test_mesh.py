@@ -1,0 +1,128 @@
+"""Training on meshes: the numbers of one device, declared shardings, expected collectives."""
+
+import functools
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from prumerge_jax.distributed.hlo import program_cost
+from prumerge_jax.distributed.sharding import use_mesh
+from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
+from prumerge_jax.training.checkpoint import Checkpoints
+from prumerge_jax.training.step import TrainState
+from tests.training.bench import Bench, lora_config
+
+STEPS = 5
+# Every axis of every weight divides by eight.
+MODEL = LlavaConfig(
+    vision=VisionConfig(
+        image_size=48, patch_size=8, width=32, mlp_width=32, num_layers=2, num_heads=8
+    ),
+    text=TextConfig(
+        vocab_size=64, width=32, mlp_width=64, num_layers=2, num_heads=8, num_kv_heads=8,
+        head_dim=4, max_positions=256,
+    ),
+)  # fmt: skip
+MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)]
+
+mesh_cases = pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes)))
+
+
+@functools.cache
+def bench_on(sizes: tuple[int, int, int]) -> Bench:
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    return Bench(lora_config(), sizes=sizes, model=MODEL)
+
+
+@functools.cache
+def trained_on(sizes: tuple[int, int, int]) -> tuple[TrainState, list[float]]:
+    return bench_on(sizes).train(8, STEPS)
+
+
+def assert_placed(state: TrainState, declared: TrainState) -> None:
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(declared), strict=True):
+        assert leaf.sharding == sharding
+
+
+@mesh_cases
+def test_losses_and_weights_are_those_of_one_device(sizes: tuple[int, int, int]) -> None:
+    expected, losses = trained_on((1, 1, 1))
+    state, same = trained_on(sizes)
+    np.testing.assert_allclose(same, losses, rtol=1e-5)
+    for path, weight in expected.trained.items():
+        scale = np.abs(weight).max()
+        np.testing.assert_allclose(
+            state.trained[path], weight, rtol=0, atol=1e-5 * scale, err_msg=path
+        )
+    assert_placed(state, bench_on(sizes).shardings)
+    path = "decoder.layers.self_attn.q_proj.lora_a"
+    for array in (state.trained[path], state.optimizer[0].mu[path]):
+        assert array.sharding.spec == PartitionSpec(None, "fsdp", None)
+
+
+@mesh_cases
+def test_images_keep_their_tokens(sizes: tuple[int, int, int]) -> None:
+    plans = []
+    for bench in (bench_on((1, 1, 1)), bench_on(sizes)):
+        with use_mesh(bench.mesh):
+            batches = bench.batches(8)
+        plans.append(sum(int((batch.visual_index >= 0).sum()) for batch in batches))
+    assert plans[0] == plans[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "micro_batch", "update"),
+    [
+        # Weights lie whole on every device: sums of gradients and of the loss.
+        ((8, 1, 1), {"all-reduce"}, set()),
+        # Weights are gathered from their shards, and some activations change theirs. The update
+        # sums the squares of the gradient's shards for its norm.
+        ((2, 2, 2), {"all-gather", "all-reduce", "collective-permute"}, {"all-reduce"}),
+        ((1, 4, 2), {"all-gather", "all-reduce", "collective-permute"}, {"all-reduce"}),
+        # Partial sums of heads, of the MLP and of the vocabulary.
+        ((1, 1, 8), {"all-reduce"}, {"all-reduce"}),
+    ],
+    ids=["8x1x1", "2x2x2", "1x4x2", "1x1x8"],
+)
+def test_collectives_of_the_step(
+    sizes: tuple[int, int, int], micro_batch: set[str], update: set[str]
+) -> None:
+    bench = bench_on(sizes)
+    with use_mesh(bench.mesh):
+        batch, *_ = bench.batches(8)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            (bench.frozen, batch),
+        )
+        lowered = bench.step.lower(bench.stage.trained(), *shapes)
+        found = {
+            name: set(program_cost(program.compile().as_text()).collectives)
+            for name, program in lowered.items()
+        }
+    assert found == {"accumulate": micro_batch, "update": update}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    directory = tmp_path_factory.mktemp("run") / "checkpoints"
+    checkpoints = Checkpoints(directory, keep=1, metadata={})
+    checkpoints.save(STEPS, trained_on((8, 1, 1))[0], {"samples": 40})
+    checkpoints.close()
+    return directory
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (4, 1, 2)])
+def test_a_checkpoint_of_eight_devices_is_restored_on_others(
+    saved: pathlib.Path, sizes: tuple[int, int, int]
+) -> None:
+    bench = bench_on(sizes)
+    target = bench.step.abstract_state(bench.stage.trained())
+    restored = Checkpoints(saved, keep=1, metadata={}).restore(target)
+    assert restored is not None
+    assert (restored.step, restored.position) == (STEPS, {"samples": 40})
+    jax.tree.map(np.testing.assert_array_equal, restored.state, trained_on((8, 1, 1))[0])
+    assert_placed(restored.state, bench.shardings)
