@@ -1,7 +1,7 @@
 """The overlay, judged by its drawn pixels, and the command around it."""
 
-import pathlib
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
