@@ -11,7 +11,7 @@ from prumerge_jax.conversion import miniature
 from prumerge_jax.data import digits_questions
 from prumerge_jax.models.directory import verify
 
-SCENES = 30
+SCENES = 20
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ class InferencePlan:
       shapes: of the programs.
       programs: encode, read (scoring), prefill and decode, one run each.
       work: by program, what it computes on all chips together, by the cost model.
-      resident: bytes per chip of weights, KV slots and two windows of visual tokens.
+      resident: bytes per chip of weights, KV slots and four windows of visual tokens.
       rejected: why meshes that were tried before this one do not fit.
     """
 
