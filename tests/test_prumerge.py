@@ -184,6 +184,8 @@ def test_equals_the_loop_form(case) -> None:
     config, (hidden, keys, attention) = case
     got = prumerge.reduce_tokens(hidden, keys, jnp.asarray(attention), config)
     for image in range(IMAGES):
+        if config.selection == "iqr" and _is_on_the_threshold(attention[image], config):
+            continue  # float32 and float64 may disagree on which side it lies
         tokens, entries = reduce_one(hidden[image], keys[image], attention[image], config)
         assert int(got.required[image]) == len(tokens)
         indices = np.full(got.patch_indices.shape[1], -1)
@@ -192,6 +194,13 @@ def test_equals_the_loop_form(case) -> None:
         if config.similarity == "cosine" and _has_close_similarities(keys[image], config):
             continue  # float32 and float64 may rank a near-tie differently
         np.testing.assert_allclose(got.tokens[image, : len(tokens)], tokens, atol=2e-5)
+
+
+def _is_on_the_threshold(attention: np.ndarray, config: prumerge.PruMergeConfig) -> bool:
+    q1, q3 = np.percentile(attention.astype(np.float64), [25, 75])
+    threshold = q3 + config.iqr_factor * (q3 - q1)
+    near = np.abs(attention - threshold) < 1e-6 * max(threshold, 1e-6)
+    return bool(near.any()) and q1 < q3  # equal quartiles are exact in either precision
 
 
 def _has_close_similarities(keys: np.ndarray, config: prumerge.PruMergeConfig) -> bool:
