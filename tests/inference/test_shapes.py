@@ -144,8 +144,10 @@ def compiled() -> Iterator[collections.Counter[str]]:
     jax.monitoring.unregister_event_duration_listener(heard)
 
 
-@pytest.mark.parametrize("run", STAGES)
-@pytest.mark.parametrize(("kind", "width"), [("digits", 6), ("lognormal", 10)])
+@pytest.mark.parametrize(
+    ("run", "kind", "width"),
+    [(score, "digits", 6), (score, "lognormal", 10), (generate, "digits", 6)],
+)
 def test_two_thousand_images_compile_once_and_waste_less_than_a_twentieth(
     run: Callable[[Engine, list[Query]], Iterator[Result]],
     kind: str,
