@@ -1,6 +1,6 @@
 """Scores a model, or an answers file, on benchmarks.
 
-    python eval.py --workdir DIR --config.checkpoint=DIR
+    python eval.py --workdir DIR
     python eval.py --workdir DIR --config.checkpoint=DIR --config.benchmark=pope
         --config.questions=FILE --config.images=DIR --config.annotations=PATH
         --config.reduction="full prumerge+"
@@ -8,7 +8,7 @@
         --config.images=DIR --config.annotations=PATH --config.answers=FILE
     python eval.py --aot v5e:2x4 --config.checkpoint=llava-1.5-7b
 
-The first scores a model of the digits on pictures it draws. Every field of configs/eval.py is a
+The first scores the shipped miniature on its digits. Every field of configs/eval.py is a
 flag. A run that was interrupted goes on where it was. With `--aot` the engine's programs are
 compiled for a TPU slice and not run; the checkpoint is then the name of a published size. Exit
 status: 0 if every row was scored, 3 if some failed (errors.jsonl says why), 1 if it could not run.

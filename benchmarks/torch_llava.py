@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import transformers
 
+from prumerge_jax.conversion.outputs import hf_config
 from prumerge_jax.models.config import LlavaConfig
 
 IMAGE_TOKEN = 0  # no text of the benchmark holds it
@@ -59,36 +60,13 @@ def random_model(config: LlavaConfig, dtype: str, *, compiled: bool) -> Any:
       dtype: `float32` or `bfloat16`.
       compiled: whether to run the forward pass through `torch.compile`.
     """
-    vision, text = config.vision, config.text
-    hf_config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=vision.width,
-            intermediate_size=vision.mlp_width,
-            num_hidden_layers=vision.num_layers,
-            num_attention_heads=vision.num_heads,
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-            hidden_act=vision.activation,
-        ),
-        text_config=transformers.LlamaConfig(
-            vocab_size=text.vocab_size,
-            hidden_size=text.width,
-            intermediate_size=text.mlp_width,
-            num_hidden_layers=text.num_layers,
-            num_attention_heads=text.num_heads,
-            num_key_value_heads=text.num_kv_heads,
-            head_dim=text.head_dim,
-            max_position_embeddings=text.max_positions,
-            tie_word_embeddings=False,
-            eos_token_id=None,
-        ),
-        image_token_index=IMAGE_TOKEN,
-        vision_feature_layer=-2,
+    geometry = transformers.LlavaConfig(
+        **hf_config(dataclasses.replace(config, image_token_id=IMAGE_TOKEN))
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         model = transformers.LlavaForConditionalGeneration._from_config(
-            hf_config, attn_implementation="sdpa", dtype=getattr(torch, dtype)
+            geometry, attn_implementation="sdpa", dtype=getattr(torch, dtype)
         ).eval()
     model.generation_config.eos_token_id = None
     if compiled:

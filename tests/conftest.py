@@ -5,9 +5,13 @@ import pathlib
 
 import pytest
 
-# Set before jax is first imported: sharding is tested on eight virtual CPU devices.
+# Set before jax is first imported: sharding is tested on eight virtual CPU devices, and the tests
+# compile far more than they compute.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1",
+)
 
 
 def golden_dir() -> pathlib.Path | None:

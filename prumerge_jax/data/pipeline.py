@@ -117,41 +117,24 @@ def stream(
     seed: int,
     epochs: int | None = None,
     start: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> grain.MapDataset[Any]:
-    """This host's share of the elements of several epochs, each in its own random order.
-
-    The global order depends on the seed alone: element g of it goes to host
-    `(g - start) % process_count`. Equal batches on all hosts therefore use up the global order from
-    its front, whatever the number of hosts, and a run that has used `start` elements goes on with
-    another number of hosts by naming `start`.
-
-    All hosts get the same number of elements: at most `process_count - 1` elements at the end of
-    the last epoch are left out.
+    """The elements of several epochs, each in its own random order, which the seed decides.
 
     Args:
       dataset: the elements of one epoch; finite.
       seed: decides every epoch's order.
       epochs: how often each element comes; None for endless.
-      start: number of elements, over all hosts, that have been used already.
-      process_index: this host.
-      process_count: number of hosts.
+      start: number of elements that have been used already.
 
     Raises:
-      ValueError: nothing is left for the hosts, or `process_index` is out of range.
+      ValueError: nothing is left after `start`, or it is negative.
     """
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index is {process_index}; expected 0 to {process_count - 1}")
     ordered = dataset.shuffle(seed).repeat(epochs)
-    remaining = len(ordered) - start
-    if start < 0 or remaining < process_count:
+    if not 0 <= start < len(ordered):
         raise ValueError(
-            f"{remaining} of {len(ordered)} elements are left from start {start}; expected at "
-            f"least one for each of {process_count} hosts"
+            f"start is {start} of {len(ordered)} elements; expected 0 to {len(ordered) - 1}"
         )
-    stop = start + remaining // process_count * process_count
-    return ordered[start + process_index : stop : process_count]
+    return ordered[start:]
 
 
 def read(

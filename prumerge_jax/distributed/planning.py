@@ -7,15 +7,22 @@ rest; they leave out waiting, launches and the host.
 import dataclasses
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import jax
 
 from prumerge_jax.cost import Chip, Tpu
 from prumerge_jax.distributed.hlo import ProgramCost, program_cost
+from prumerge_jax.distributed.topology import Topology
 
 Sizes = Mapping[str, int]
 """Of a mesh: the number of devices along each of its axes."""
+CAVEAT = (
+    "(compiled, not run: XLA's cycle estimates, kernels and links at their peaks, "
+    "collectives overlapped)"
+)
+"""The last line of every plan."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +117,52 @@ def bytes_per_chip(tree: object) -> int:
     return total
 
 
+def peak_bytes(resident: int, programs: Iterable[Program]) -> int:
+    """Per chip: what stays, and the largest working set of a program."""
+    return resident + max(p.temporaries + p.outputs for p in programs)
+
+
+class Planned(Protocol):
+    """What a plan says of itself."""
+
+    @property
+    def memory(self) -> int:
+        """Peak bytes per chip."""
+
+
+Plan = TypeVar("Plan", bound=Planned)
+
+
+def first_that_fits(
+    meshes: Iterable[Sizes], plan: Callable[[Sizes], Plan], topology: Topology, advice: str
+) -> tuple[Plan, tuple[str, ...]]:
+    """The plan of the first mesh that has the memory, and why those before it were rejected.
+
+    Args:
+      meshes: in the order in which they are tried.
+      plan: compiles for one of them; raises DoesNotFit where it cannot be.
+      topology: the slice.
+      advice: ends "no mesh of this slice ..." where none fits.
+
+    Raises:
+      DoesNotFit: none fits.
+    """
+    available = tpu(topology.chip).memory
+    rejected: list[str] = []
+    for sizes in meshes:
+        try:
+            planned = plan(sizes)
+        except DoesNotFit as error:
+            rejected.append(f"{sizes}: {error}")
+            continue
+        if planned.memory <= available:
+            return planned, tuple(rejected)
+        rejected.append(
+            f"{sizes}: needs {planned.memory / 2**30:.2f} of {available / 2**30:.2f} GiB"
+        )
+    raise DoesNotFit(f"no mesh of {topology.name} {advice}. Tried: " + "; ".join(rejected))
+
+
 def candidates(sizes: Sizes) -> Iterator[dict[str, int]]:
     """A mesh, and then those of the same devices that split the weights further.
 
@@ -125,6 +178,14 @@ def candidates(sizes: Sizes) -> Iterator[dict[str, int]]:
         if shards % 2:
             return
         shards, tensor = shards // 2, tensor * 2
+
+
+def memory_line(memory: int, resident: int, chip: Chip) -> str:
+    """Peak bytes against what a chip has."""
+    return (
+        f"memory per chip {memory / 2**30:.2f} of {tpu(chip).memory / 2**30:.2f} GiB, "
+        f"{resident / 2**30:.2f} of it resident"
+    )
 
 
 def program_lines(programs: Sequence[tuple[Program, int]], chip: Chip) -> list[str]:

@@ -4,6 +4,7 @@ Without weights, images or a TPU. `decode` is one step of all slots: how many fo
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -16,12 +17,15 @@ from prumerge_jax import prumerge
 from prumerge_jax.cost import counts
 from prumerge_jax.cost.roofline import Operation
 from prumerge_jax.distributed.planning import (
-    DoesNotFit,
+    CAVEAT,
     Program,
+    Sizes,
     bytes_per_chip,
     compile_program,
+    first_that_fits,
+    memory_line,
+    peak_bytes,
     program_lines,
-    tpu,
 )
 from prumerge_jax.distributed.sharding import (
     mesh_on,
@@ -56,7 +60,7 @@ class InferencePlan:
     """
 
     topology: Topology
-    mesh: Mapping[str, int]
+    mesh: Sizes
     shapes: Shapes
     programs: tuple[Program, ...]
     work: Mapping[str, Operation]
@@ -66,7 +70,7 @@ class InferencePlan:
     @property
     def memory(self) -> int:
         """Peak bytes per chip: what stays, and the largest working set of a program."""
-        return self.resident + max(p.temporaries + p.outputs for p in self.programs)
+        return peak_bytes(self.resident, self.programs)
 
     def lines(self) -> list[str]:
         """The plan for people."""
@@ -80,8 +84,7 @@ class InferencePlan:
             *(f"  rejected: {reason}" for reason in self.rejected),
             f"{self.shapes.batch_size} images, {self.shapes.rows} rows of "
             f"{self.shapes.row_length}, {self.shapes.slots} slots of {self.shapes.cache_length}",
-            f"memory per chip {self.memory / 2**30:.2f} of {tpu(chip).memory / 2**30:.2f} GiB, "
-            f"{self.resident / 2**30:.2f} of it resident",
+            memory_line(self.memory, self.resident, chip),
             *program_lines([(program, 1) for program in self.programs], chip),
             "model TFLOP, roofline of these chips and the share of it that XLA's estimate reaches:",
         ]
@@ -92,11 +95,7 @@ class InferencePlan:
                 f"  {program.name}: {work.flops / 1e12:.2f} T, {1e3 * floor:.2f} ms "
                 f"({work.bound(chip)} bound), {100 * floor / program.seconds(chip):.0f} %"
             )
-        lines.append(
-            "(compiled, not run: XLA's cycle estimates, kernels and links at their peaks, "
-            "collectives overlapped)"
-        )
-        return lines
+        return [*lines, CAVEAT]
 
 
 def plan_inference(
@@ -104,7 +103,7 @@ def plan_inference(
     engine: EngineConfig,
     reduction: prumerge.PruMergeConfig,
     topology: Topology,
-    mesh: Mapping[str, int],
+    mesh: Sizes,
     dtype: jnp.dtype = jnp.bfloat16,
 ) -> InferencePlan:
     """Compiles an engine's programs for a slice, on this mesh or the next larger that fits.
@@ -135,24 +134,16 @@ def plan_inference(
         max_new_tokens=NEW_TOKENS,
         max_positions=model.text.max_positions,
     )
-    rejected: list[str] = []
-    for sizes in _larger(mesh, model, len(topology.devices)):
-        try:
-            plan = _plan(model, shapes, reduction, topology, sizes, jnp.dtype(dtype))
-        except DoesNotFit as error:
-            rejected.append(f"{sizes}: {error}")
-            continue
-        available = tpu(topology.chip).memory
-        if plan.memory <= available:
-            return dataclasses.replace(plan, rejected=tuple(rejected))
-        rejected.append(f"{sizes}: needs {plan.memory / 2**30:.2f} of {available / 2**30:.2f} GiB")
-    raise DoesNotFit(
-        f"no mesh of {topology.name} has the memory; make the engine's shapes smaller or take a "
-        "larger slice. Tried: " + "; ".join(rejected)
+    plan, rejected = first_that_fits(
+        _larger(mesh, model, len(topology.devices)),
+        functools.partial(_plan, model, shapes, reduction, topology, jnp.dtype(dtype)),
+        topology,
+        "has the memory; make the engine's shapes smaller or take a larger slice",
     )
+    return dataclasses.replace(plan, rejected=rejected)
 
 
-def _larger(mesh: Mapping[str, int], model: LlavaConfig, devices: int) -> Iterator[dict[str, int]]:
+def _larger(mesh: Sizes, model: LlavaConfig, devices: int) -> Iterator[dict[str, int]]:
     """This mesh, and those with 2, 4, ... times its tensor parallelism."""
     sizes = dict(mesh)
     yield dict(sizes)
@@ -169,8 +160,8 @@ def _plan(
     engine: Shapes,
     reduction: prumerge.PruMergeConfig,
     topology: Topology,
-    sizes: Mapping[str, int],
     dtype: jnp.dtype,
+    sizes: Sizes,
 ) -> InferencePlan:
     mesh = mesh_on(topology.devices, **sizes)
     graphdef, state = _abstract_state(model, mesh, dtype)

@@ -5,6 +5,7 @@ layout get the same window, so that they differ in their digits alone.
 """
 
 import dataclasses
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -181,6 +182,7 @@ class CaptionFeed:
         self._max_length = max_length
         self._mesh = mesh
         self._shards = DataShards.of(mesh)
+        self._length = functools.cache(self._longest)
 
     def __call__(self, lists: Iterator[list[Window]], samples: int) -> Iterator[Prepared]:
         """Prepares global batches of which `lists` holds this process's windows.
@@ -206,7 +208,7 @@ class CaptionFeed:
         )
         return jax.tree.map(lambda field: place(field, self._mesh), fields)
 
-    def _length(self, cells: int) -> int:
+    def _longest(self, cells: int) -> int:
         """T: tokens of the longest caption of a window of that side."""
         shown = min(cells * cells, digits.MAX_DIGITS)
         longest = max(

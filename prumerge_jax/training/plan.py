@@ -5,6 +5,7 @@ samples, which only the data can tell; a plan assumes their mean.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,13 +17,17 @@ from jax.sharding import Mesh, NamedSharding
 
 from prumerge_jax.cost import counts
 from prumerge_jax.distributed.planning import (
+    CAVEAT,
     DoesNotFit,
     Program,
+    Sizes,
     bytes_per_chip,
     candidates,
     compile_program,
+    first_that_fits,
+    memory_line,
+    peak_bytes,
     program_lines,
-    tpu,
 )
 from prumerge_jax.distributed.sharding import mesh_on, spec, use_mesh
 from prumerge_jax.distributed.topology import Topology
@@ -88,7 +93,7 @@ class TrainingPlan:
 
     topology: Topology
     model: LlavaConfig
-    mesh: Mapping[str, int]
+    mesh: Sizes
     samples: Samples
     row_positions: int
     lora_rank: int
@@ -112,7 +117,7 @@ class TrainingPlan:
     @property
     def memory(self) -> int:
         """Peak bytes per chip: what stays, and the largest working set of a program."""
-        return self.resident + max(p.temporaries + p.outputs for p, _ in self.programs)
+        return peak_bytes(self.resident, (program for program, _ in self.programs))
 
     @property
     def model_flops(self) -> Mapping[str, float]:
@@ -138,7 +143,6 @@ class TrainingPlan:
     def lines(self) -> list[str]:
         """The plan for people."""
         chip, samples = self.topology.chip, self.samples
-        gib, available = self.memory / 2**30, tpu(chip).memory / 2**30
         flops = {name: value / 1e12 for name, value in self.model_flops.items()}
         return [
             f"{self.topology.name}: {len(self.topology.devices)} chips, mesh "
@@ -147,15 +151,13 @@ class TrainingPlan:
             f"global batch {samples.count}, assumed {samples.visual_tokens:g} visual and "
             f"{samples.text_tokens:g} text tokens per sample, packed at {PACKING}: "
             f"{self.micro_batches} micro-batches of {self.row_positions} positions",
-            f"memory per chip {gib:.2f} of {available:.2f} GiB, "
-            f"{self.resident / 2**30:.2f} of it resident",
+            memory_line(self.memory, self.resident, chip),
             *program_lines(self.programs, chip),
             f"model FLOPs of a step {sum(flops.values()):.0f} T: "
             + ", ".join(f"{name} {value:.0f}" for name, value in flops.items()),
             f"estimated step {1e3 * self.seconds:.0f} ms, {samples.count / self.seconds:.1f} "
             f"samples/s, model FLOPs utilisation {100 * self.utilisation:.0f} %",
-            "(compiled, not run: XLA's cycle estimates, kernels and links at their peaks, "
-            "collectives overlapped)",
+            CAVEAT,
         ]
 
 
@@ -179,24 +181,14 @@ def plan_training(
     model = model_config(config.model)
     if samples is None:
         samples = Samples(config.batch_size, mean_visual_tokens(config, model), TEXT_TOKENS)
-    rejected: list[str] = []
-    for sizes in candidates(fitted_sizes(config, len(topology.devices))):
-        if reason := _indivisible(config, model, sizes):
-            rejected.append(f"{sizes}: {reason}")
-            continue
-        try:
-            plan = _plan(config, model, topology, sizes, samples, tuple(rejected))
-        except DoesNotFit as error:
-            rejected.append(f"{sizes}: {error}")
-            continue
-        available = tpu(topology.chip).memory
-        if plan.memory <= available:
-            return plan
-        rejected.append(f"{sizes}: needs {plan.memory / 2**30:.2f} of {available / 2**30:.2f} GiB")
-    raise DoesNotFit(
-        f"no mesh of {topology.name} takes this configuration; lower run.rows_per_shard, change "
-        "batch_size or take another slice. Tried: " + "; ".join(rejected)
+    plan, rejected = first_that_fits(
+        candidates(fitted_sizes(config, len(topology.devices))),
+        functools.partial(_plan, config, model, topology, samples),
+        topology,
+        "takes this configuration; lower run.rows_per_shard, change batch_size or take another "
+        "slice",
     )
+    return dataclasses.replace(plan, rejected=rejected)
 
 
 def mean_visual_tokens(config: ml_collections.ConfigDict, model: LlavaConfig) -> float:
@@ -206,26 +198,14 @@ def mean_visual_tokens(config: ml_collections.ConfigDict, model: LlavaConfig) ->
     return MEAN_VISUAL_TOKENS.get(config.reduction, visual_capacity(config, model.vision))
 
 
-def _indivisible(
-    config: ml_collections.ConfigDict, model: LlavaConfig, sizes: Mapping[str, int]
-) -> str | None:
-    """What does not divide over a mesh; None if everything does."""
-    shards, tensor = sizes["data"] * sizes["fsdp"], sizes["tensor"]
-    if config.batch_size % shards:
-        return f"batch_size {config.batch_size} is no multiple of its {shards} data shards"
-    if model.text.num_kv_heads % tensor:
-        return f"{model.text.num_kv_heads} heads do not divide by {tensor}"
-    return None
-
-
 def _plan(
     config: ml_collections.ConfigDict,
     model: LlavaConfig,
     topology: Topology,
-    sizes: Mapping[str, int],
     samples: Samples,
-    rejected: tuple[str, ...],
+    sizes: Sizes,
 ) -> TrainingPlan:
+    _check_divides(config, model, sizes)
     mesh = mesh_on(topology.devices, **sizes)
     with use_mesh(mesh):
         stage = make_stage(config, model)
@@ -257,8 +237,17 @@ def _plan(
         accumulate=accumulate,
         update=update,
         resident=resident,
-        rejected=rejected,
     )
+
+
+def _check_divides(config: ml_collections.ConfigDict, model: LlavaConfig, sizes: Sizes) -> None:
+    shards, tensor = sizes["data"] * sizes["fsdp"], sizes["tensor"]
+    if config.batch_size % shards:
+        raise DoesNotFit(
+            f"batch_size {config.batch_size} is no multiple of its {shards} data shards"
+        )
+    if model.text.num_kv_heads % tensor:
+        raise DoesNotFit(f"{model.text.num_kv_heads} heads do not divide by {tensor}")
 
 
 def _abstract_step(

@@ -35,13 +35,14 @@ from tests.conversion.checkpoints import (
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Runs all cases in one process that has no network, and says what became of each.
 PROGRAM = """
-import json, pathlib, resource, socket, sys
+import json, pathlib, socket, sys
 def no_network(*_, **__):
     raise AssertionError("a socket was opened")
 socket.socket.connect = socket.getaddrinfo = no_network
 from prumerge_jax.conversion.convert import convert
 from prumerge_jax.conversion.inputs import Sources, open_model
 from prumerge_jax.conversion.source import CheckpointError
+from benchmarks.measuring import peak_resident_gb
 outcomes = {}
 for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     parts = {name: folder / name for name in ("vision_tower", "adapter", "projector")}
@@ -56,13 +57,7 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
         outcomes[folder.name] = "accepted"
     except CheckpointError as error:
         outcomes[folder.name] = str(error)
-# Not by getrusage: on Linux its peak is at least the size of the process that started this one.
-status = pathlib.Path("/proc/self/status")
-if status.exists():
-    (peak,) = (line.split()[1] for line in status.read_text().splitlines() if "VmHWM" in line)
-else:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([int(peak) * 1024, outcomes]))
+print(json.dumps([peak_resident_gb(), outcomes]))
 """
 
 Case = Callable[[pathlib.Path], None]
@@ -394,7 +389,7 @@ def another_family(folder: pathlib.Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, str]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, dict[str, str]]:
     root = tmp_path_factory.mktemp("hostile")
     for name, (build, _) in CASES.items():
         (root / name).mkdir()
@@ -406,15 +401,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, s
         capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    peak, outcomes = json.loads(done.stdout.splitlines()[-1])
+    peak_gb, outcomes = json.loads(done.stdout.splitlines()[-1])
     assert not (ROOT / "canary").exists()
     left = [path for name in CASES for path in (root / name).glob("out*")]
     assert not left
-    return peak, outcomes
+    return peak_gb, outcomes
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_is_refused_in_one_line(outcomes: tuple[int, dict[str, str]], name: str) -> None:
+def test_each_is_refused_in_one_line(outcomes: tuple[float, dict[str, str]], name: str) -> None:
     import re
 
     message = outcomes[1][name]
@@ -423,9 +418,9 @@ def test_each_is_refused_in_one_line(outcomes: tuple[int, dict[str, str]], name:
     assert len(message) < 800
 
 
-def test_the_corpus_is_what_it_claims(outcomes: tuple[int, dict[str, str]]) -> None:
-    peak, by_name = outcomes
+def test_the_corpus_is_what_it_claims(outcomes: tuple[float, dict[str, str]]) -> None:
+    peak_gb, by_name = outcomes
     assert len(CASES) >= 20
     assert by_name["sound"] == "accepted"  # so that each case is refused for its own fault
-    assert peak < 1e9
+    assert peak_gb < 1
     assert TINY.text.num_layers == 2  # the layer numbers above rely on it

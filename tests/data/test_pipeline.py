@@ -1,8 +1,6 @@
-"""Reading samples: decoding and labelling, order, shares of hosts, resuming."""
+"""Reading samples: decoding and labelling, order, resuming."""
 
-import collections
 import io
-import itertools
 
 import grain
 import numpy as np
@@ -126,33 +124,16 @@ def test_errors_name_the_sample(preprocess) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_hosts_share_the_stream_whatever_their_number(data) -> None:
+def test_a_stream_goes_on_from_any_start(data) -> None:
     size = data.draw(st.integers(1, 40), "size")
     epochs = data.draw(st.integers(1, 4), "epochs")
-    hosts = data.draw(st.integers(1, min(5, size)), "hosts")
     seed = data.draw(st.integers(0, 2**32 - 1), "seed")
-    start = data.draw(st.integers(0, size * epochs - hosts), "start")
+    start = data.draw(st.integers(0, size * epochs - 1), "start")
     dataset = grain.MapDataset.range(size)
     whole = list(pipeline.stream(dataset, seed=seed, epochs=epochs))
     for epoch in np.split(np.array(whole), epochs):
         assert sorted(epoch) == list(range(size))
-    shares = [
-        list(
-            pipeline.stream(
-                dataset,
-                seed=seed,
-                epochs=epochs,
-                start=start,
-                process_index=host,
-                process_count=hosts,
-            )
-        )
-        for host in range(hosts)
-    ]
-    assert len({len(share) for share in shares}) == 1
-    interleaved = list(itertools.chain.from_iterable(zip(*shares, strict=True)))
-    assert interleaved == whole[start : start + len(interleaved)]
-    assert 0 <= len(whole) - start - len(interleaved) < hosts
+    assert list(pipeline.stream(dataset, seed=seed, epochs=epochs, start=start)) == whole[start:]
 
 
 def test_every_epoch_has_an_order_of_its_own() -> None:
@@ -164,18 +145,10 @@ def test_every_epoch_has_an_order_of_its_own() -> None:
     assert tuple(other[place] for place in range(50)) != epochs[0]
 
 
-@pytest.mark.parametrize(
-    ("share", "message"),
-    [
-        ({"start": 20}, "0 of 20 elements are left from start 20"),
-        ({"start": 18, "process_count": 3}, "2 of 20 .* each of 3 hosts"),
-        ({"start": -1}, "start -1"),
-        ({"process_index": 2, "process_count": 2}, "process_index is 2; expected 0 to 1"),
-    ],
-)
-def test_an_impossible_share_is_refused(share, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        pipeline.stream(grain.MapDataset.range(10), seed=0, epochs=2, **share)
+@pytest.mark.parametrize("start", [-1, 20])
+def test_an_impossible_start_is_refused(start) -> None:
+    with pytest.raises(ValueError, match=f"start is {start} of 20 elements"):
+        pipeline.stream(grain.MapDataset.range(10), seed=0, epochs=2, start=start)
 
 
 def test_scenes_of_one_layout_stay_together_when_grouped_first(source, preprocess) -> None:
@@ -200,19 +173,3 @@ def test_reading_goes_on_where_the_state_was_taken(source, preprocess, num_worke
     second = pipeline.read(batches, num_workers=num_workers)
     second.set_state(first.get_state())
     assert taken + [_ids([batch]) for batch in second] == straight
-
-
-def test_another_number_of_hosts_goes_on_without_gap_or_repeat(source, preprocess) -> None:
-    dataset = pipeline.examples(source, preprocess)
-
-    def batches(host: int, hosts: int, size: int, start: int) -> list[list[str]]:
-        share = pipeline.stream(
-            dataset, seed=1, epochs=1, start=start, process_index=host, process_count=hosts
-        )
-        return [_ids([batch]) for batch in pipeline.read(pipeline.grouped(share, size))]
-
-    # Two hosts take three steps of 2 x 2 examples; then one host goes on.
-    before = [batches(host, 2, 2, start=0)[:3] for host in range(2)]
-    after = batches(0, 1, 4, start=12)
-    seen = collections.Counter(itertools.chain.from_iterable([*sum(before, []), *after]))
-    assert seen == {f"train_{number:06d}": 1 for number in range(24)}

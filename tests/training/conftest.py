@@ -6,8 +6,17 @@ import jax
 import numpy as np
 import pytest
 
+from prumerge_jax.data import digits_tokenizer
 from prumerge_jax.data.packing import IGNORE, IMAGE_TOKEN
 from prumerge_jax.data.pipeline import Example
+from prumerge_jax.data.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="package")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    file.write_bytes(digits_tokenizer.build_for_digits())
+    return Tokenizer(file)
 
 
 @pytest.fixture(scope="package", autouse=True)

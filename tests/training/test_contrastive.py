@@ -8,8 +8,7 @@ import pytest
 
 from configs.digits import contrastive as stage_config
 from prumerge_jax import prumerge
-from prumerge_jax.data import digits, digits_tokenizer, digits_vqa, images, samples
-from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.data import digits, digits_vqa, images, samples
 from prumerge_jax.distributed.sharding import make_mesh
 from prumerge_jax.models.config import TextConfig, VisionConfig
 from prumerge_jax.models.llava import normalize_pixels
@@ -39,13 +38,6 @@ def weights() -> dict[str, jax.Array]:
         path: jnp.asarray(0.3 * rng.normal(size=shape.shape), jnp.float32)
         for path, shape in sorted(shapes.items())
     }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    file.write_bytes(digits_tokenizer.build_for_digits())
-    return Tokenizer(file)
 
 
 @pytest.fixture(scope="module")

@@ -8,18 +8,10 @@ import pytest
 from PIL import Image
 
 from configs import common
-from prumerge_jax.data import digits_tokenizer
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.training import inputs
 
 IMAGES, TEXTS = 13, 9
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    file.write_bytes(digits_tokenizer.build_for_digits())
-    return Tokenizer(file)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ torch = pytest.importorskip("torch", reason="PyTorch is the oracle of these test
 peft = pytest.importorskip("peft", reason="PEFT is the oracle of these tests")
 
 from configs import common  # noqa: E402
-from prumerge_jax.data import digits_tokenizer  # noqa: E402
 from prumerge_jax.data.conversation import TEMPLATES  # noqa: E402
 from prumerge_jax.data.packing import IMAGE_TOKEN  # noqa: E402
 from prumerge_jax.data.pipeline import Example, Preprocessor  # noqa: E402
@@ -41,11 +40,9 @@ RANK, ALPHA = 4, 8.0
 
 
 @pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
+def examples(tokenizer: Tokenizer) -> list[Example]:
     """One turn, several turns, and text alone."""
-    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    file.write_bytes(digits_tokenizer.build_for_digits())
-    preprocess = Preprocessor(Tokenizer(file), TEMPLATES["v1"], MODEL.vision.image_size)
+    preprocess = Preprocessor(tokenizer, TEMPLATES["v1"], MODEL.vision.image_size)
     rng = np.random.default_rng(0)
 
     def turns(*texts: str) -> list[dict[str, str]]:
