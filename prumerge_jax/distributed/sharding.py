@@ -21,6 +21,12 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "heads": "tensor",  # attention heads, side by side
     "mlp": "tensor",  # the inner width of an MLP
     "vocab": "tensor",  # vocabulary rows of the embedding and columns of the head
+    # The wide axis of an adapter's factor, beside the kernel's axis of that name. Its other axis
+    # is the rank, which lies on no mesh axis, so the wide one takes both: with their gradients and
+    # moments, replicated adapters would take more of a small chip than the sharded model.
+    "adapter_embed": ("fsdp", "tensor"),
+    "adapter_heads": ("tensor", "fsdp"),
+    "adapter_mlp": ("tensor", "fsdp"),
 }
 
 

@@ -72,8 +72,9 @@ class Linear(nnx.Module):
         self.adapter = adapter
         if adapter is not None:
             a = _kaiming(rngs.params(), (d_in, adapter.rank))
-            self.lora_a = LoRAParam(a, out_sharding=(axes[0], None))
-            self.lora_b = LoRAParam(jnp.zeros((adapter.rank, d_out)), out_sharding=(None, axes[1]))
+            b = jnp.zeros((adapter.rank, d_out))
+            self.lora_a = LoRAParam(a, out_sharding=(f"adapter_{axes[0]}", None))
+            self.lora_b = LoRAParam(b, out_sharding=(None, f"adapter_{axes[1]}"))
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """[..., d_in] -> [..., d_out] in the dtype of `x`."""
