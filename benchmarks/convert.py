@@ -1,20 +1,24 @@
-"""Peak memory and speed of a conversion.
+"""Peak memory and speed of a conversion, and of loading onto eight devices.
 
-Writes a random bfloat16 checkpoint in llava-hf's layout, sharded, and converts it, and back if
-asked, each in a process of its own:
+Writes a random bfloat16 checkpoint in llava-hf's layout, sharded, converts it, loads what came out
+onto a mesh of eight CPU devices, and converts back if asked, each in a process of its own:
 
     python benchmarks/convert.py --model llava-1.5-7b --layers 6 --export
+
+The devices are parts of the host's memory: all shards together are as large as the checkpoint.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from measuring import peak_resident_gb
@@ -27,7 +31,12 @@ from prumerge_jax.conversion.keys import Dialect
 from prumerge_jax.conversion.outputs import hf_config
 from prumerge_jax.conversion.safetensors_io import ShardedWriter
 from prumerge_jax.conversion.source import TensorInfo
+from prumerge_jax.distributed.sharding import make_mesh
+from prumerge_jax.models import directory
 from prumerge_jax.models.config import LlavaConfig, published
+from prumerge_jax.training.stages import llava_template
+
+DEVICES = 8
 
 
 def write_random_checkpoint(config: LlavaConfig, folder: pathlib.Path) -> int:
@@ -49,17 +58,39 @@ def write_random_checkpoint(config: LlavaConfig, folder: pathlib.Path) -> int:
     return sum(info.nbytes for info in infos.values())
 
 
+def to_ours(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Checkpoint -> our directory."""
+    convert(open_model(Sources(source)), target)
+
+
+def to_devices(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Our directory -> 8 devices. Weights are split as in training; `target` is not used."""
+    template = llava_template(directory.read_config(source), None)
+    shardings = template.shardings(make_mesh(fsdp=DEVICES))
+    targets = {
+        path: jax.ShapeDtypeStruct(shape.shape, jnp.bfloat16, sharding=shardings[path])
+        for path, shape in template.shapes().items()
+    }
+    jax.block_until_ready(directory.load_arrays(source, targets))
+
+
+def to_hf(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Our directory -> checkpoint."""
+    export_model(source, target, Dialect.HF)
+
+
+STEPS = {step.__name__: step for step in (to_ours, to_devices, to_hf)}
+
+
 def timed(step: str, source: str, target: str, nbytes: int) -> None:
     """Runs one step and prints what it took; alone in its process."""
+    run, before = STEPS[step], peak_resident_gb()
     start = time.perf_counter()
-    if step == "checkpoint -> our directory":
-        convert(open_model(Sources(pathlib.Path(source))), target)
-    else:
-        export_model(pathlib.Path(source), pathlib.Path(target), Dialect.HF)
+    run(pathlib.Path(source), pathlib.Path(target))
     seconds = time.perf_counter() - start
     print(
-        f"{step}: peak resident memory {peak_resident_gb():.2f} GB, {seconds:.1f} s, "
-        f"{nbytes / 1e9 / seconds:.2f} GB/s"
+        f"{str(run.__doc__).split('.')[0]}: peak resident memory {peak_resident_gb():.2f} GB, "
+        f"{before:.2f} of it imports; {seconds:.1f} s, {nbytes / 1e9 / seconds:.2f} GB/s"
     )
 
 
@@ -80,16 +111,18 @@ def main() -> None:
         nbytes = write_random_checkpoint(config, pathlib.Path(checkpoint))
         stack = max(2 * int(np.prod(weight.shape)) for weight in keys.weights(config))
         print(f"checkpoint {nbytes / 1e9:.2f} GB, largest stacked weight {stack / 1e9:.2f} GB")
-        steps = [("checkpoint -> our directory", checkpoint, ours)]
+        steps = [("to_ours", checkpoint, ours), ("to_devices", ours, back)]
         if arguments.export:
-            steps.append(("our directory -> checkpoint", ours, back))
+            steps.append(("to_hf", ours, back))
+        flags = f"--xla_force_host_platform_device_count={DEVICES}"
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         for step in steps:
             program = (
-                "import sys; from benchmarks.convert import timed; "
-                "timed(*sys.argv[1:4], int(sys.argv[4]))"
+                "import sys; from convert import timed; timed(*sys.argv[1:4], int(sys.argv[4]))"
             )
             command = [sys.executable, "-c", program, *step, str(nbytes)]
-            subprocess.run(command, check=True, cwd=pathlib.Path(__file__).parents[1])
+            folder = pathlib.Path(__file__).parent
+            subprocess.run(command, check=True, cwd=folder, env=environment)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def training() -> ConfigDict:
 
     config.reduction = "full"  # None: no images at all
     config.reduction_options = ConfigDict()  # fields of PruMergeConfig to override
+    config.patch_dropout = None  # pictures, least: see training/patch_dropout.py
     config.position_ids = "compact"
     config.max_length = 2048
 

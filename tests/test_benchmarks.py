@@ -4,6 +4,9 @@ import importlib
 import json
 import math
 import pathlib
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -61,6 +64,15 @@ def test_reports_finite_figures(
             assert isinstance(value, str) or math.isfinite(value), key
     table = capsys.readouterr().out
     assert all(key in table for key in KEYS[name])
+
+
+def test_a_conversion_is_measured_step_by_step() -> None:
+    command = [sys.executable, "convert.py", "--model", "tiny", "--export"]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    steps = re.findall(r"^(.*): peak resident memory ([\d.]+) GB, ([\d.]+)", done.stdout, re.M)
+    names = ["Checkpoint -> our directory", "Our directory -> 8 devices"]
+    assert [name for name, _, _ in steps] == [*names, "Our directory -> checkpoint"]
+    assert all(0 < float(before) <= float(peak) < 2 for _, peak, before in steps)
 
 
 def test_the_loop_and_our_step_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:

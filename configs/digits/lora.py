@@ -1,4 +1,4 @@
-"""Stage 4 of the miniature: adapters learn to read reduced visual tokens."""
+"""Stage 5 of the miniature: adapters learn to read reduced visual tokens."""
 
 from configs import common
 from configs.digits import miniature
@@ -7,7 +7,7 @@ from configs.digits import miniature
 def get_config(mode: str = "") -> common.ConfigDict:
     """PruMerge's fine-tuning: adapters and projector train, the reduction is on."""
     config = miniature.training()
-    config.weights = "runs/digits/finetune/model"
+    config.weights = "runs/digits/refine/model"
     config.learning_rates = (("decoder.*.lora_?", 2e-3), ("projector.*", 5e-4))
     config.adapter = common.ConfigDict({"rank": 16, "alpha": 32.0, "dropout": 0.05})
     config.reduction = "prumerge"

@@ -30,6 +30,7 @@ from prumerge_jax.training.contrastive import (
 )
 from prumerge_jax.training.next_token import RowBatch, next_token_loss
 from prumerge_jax.training.parameters import Shapes, Template, Weights, trained_paths
+from prumerge_jax.training.patch_dropout import PatchDropout, drop_patches
 from prumerge_jax.training.step import Loss
 
 
@@ -78,6 +79,11 @@ def adapter_config(config: ml_collections.ConfigDict) -> AdapterConfig | None:
 def reduction_config(config: ml_collections.ConfigDict) -> prumerge.PruMergeConfig:
     """The token reduction of a run: a preset with single parameters overridden."""
     return prumerge.preset(config.reduction, **config.reduction_options)
+
+
+def patch_dropout(config: ml_collections.ConfigDict) -> PatchDropout | None:
+    """The patch dropout of a run, if it has one."""
+    return None if config.patch_dropout is None else PatchDropout(**config.patch_dropout)
 
 
 def llava_template(model: LlavaConfig, adapter: AdapterConfig | None) -> Template[LlavaModel]:
@@ -175,6 +181,7 @@ class ImageEncoder:
                 reduction=reduction_config(config),
                 dtype=dtype,
                 implementation=default_implementation(dtype, vision.width // vision.num_heads),
+                dropout=patch_dropout(config),
             ),
             out_shardings=NamedSharding(mesh, spec("batch")),
         )
@@ -196,9 +203,11 @@ def _encode(
     reduction: prumerge.PruMergeConfig,
     dtype: jnp.dtype,
     implementation: str,
+    dropout: PatchDropout | None,
 ) -> prumerge.VisualTokens:
     vision = template.merge(weights)
-    return encode_images(vision, pixels, reduction, dtype=dtype, implementation=implementation)
+    visual = encode_images(vision, pixels, reduction, dtype=dtype, implementation=implementation)
+    return visual if dropout is None else drop_patches(visual, pixels, dropout)
 
 
 class NoImages:

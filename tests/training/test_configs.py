@@ -155,4 +155,4 @@ def test_every_configuration_is_covered_here() -> None:
     training = {name for name in names if "lora" in name or "pretrain" in name}
     assert training == covered
     stages = {m.name for m in pkgutil.iter_modules(configs.digits.__path__)} - {"miniature"}
-    assert stages >= {"contrastive", "language", "align", "finetune", "lora"}
+    assert stages >= {"contrastive", "language", "align", "finetune", "refine", "lora"}
