@@ -24,6 +24,7 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+import tensorstore
 from orbax.checkpoint import v1 as ocp
 
 from prumerge_jax.models.config import LlavaConfig
@@ -246,10 +247,21 @@ def load_arrays(
 def load_array(
     directory: str | os.PathLike[str], path: str, target: jax.ShapeDtypeStruct
 ) -> jax.Array:
-    """Reads one weight straight into its shards; see `load_arrays`."""
+    """Reads one weight straight into its shards; see `load_arrays`.
+
+    The host holds the weight once, beside its shards, until it is on the devices.
+    """
     sharding = target.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     folder = pathlib.Path(directory).resolve() / PARAMS / path
-    array = _restore(folder, target.shape, sharding)
+    places = sharding.addressable_devices_indices_map(target.shape)
+    # Shards share pieces: with a cache each is read from disk once.
+    cache = {"cache_pool": {"total_bytes_limit": 1 << 40}} if len(places) > 1 else {}
+    stored = _open(folder, target.shape, cache)
+    shards = [
+        jax.device_put(_read(stored, folder, index), device) for device, index in places.items()
+    ]
+    array = jax.make_array_from_single_device_arrays(target.shape, sharding, shards)
+    array.block_until_ready()
     if array.dtype == target.dtype:
         return array
     cast = jax.jit(lambda x: x.astype(target.dtype), out_shardings=sharding)
@@ -265,7 +277,8 @@ def read_array(directory: str | os.PathLike[str], path: str) -> np.ndarray:
     stored = read_manifest(directory).arrays.get(path)
     if stored is None:
         raise DirectoryError(f"{directory} lacks the weight {path}")
-    return _restore(pathlib.Path(directory).resolve() / PARAMS / path, stored.shape, None)
+    folder = pathlib.Path(directory).resolve() / PARAMS / path
+    return _read(_open(folder, stored.shape, {}), folder, ())
 
 
 def _save(folder: pathlib.Path, array: np.ndarray | jax.Array) -> None:
@@ -286,21 +299,31 @@ def _save(folder: pathlib.Path, array: np.ndarray | jax.Array) -> None:
         ocp.save(folder.resolve(), {"value": array})
 
 
-def _restore(
-    folder: pathlib.Path, shape: tuple[int, ...], sharding: jax.sharding.Sharding | None
-) -> Any:
-    """A `jax.Array` of this sharding; a numpy array where there is none."""
+def _open(
+    folder: pathlib.Path, shape: tuple[int, ...], context: Mapping[str, Any]
+) -> tensorstore.TensorStore:
+    """The array that `_save` wrote. Not through Orbax, which holds a weight on the host twice."""
     try:
-        with _quiet():
-            # Orbax would cast to whatever dtype it is asked for: ask for the one on disk.
-            dtype = ocp.metadata(folder).metadata["value"].dtype
-            if sharding is None:
-                wanted: Any = np.broadcast_to(np.zeros((), dtype), shape)  # shape without memory
-            else:
-                wanted = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-            return ocp.load(folder, {"value": wanted})["value"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        (header,) = folder.rglob(".zarray")
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": str(header.parent)},
+            "fill_missing_data_reads": False,
+            "context": context,
+        }
+        stored = tensorstore.open(spec, open=True, read=True).result()
+        if stored.shape != shape:
+            raise ValueError(f"its shape is {stored.shape}")
+    except (ValueError, OSError) as error:
         raise DirectoryError(f"{folder} cannot be read as {shape}: {error}") from error
+    return stored
+
+
+def _read(stored: tensorstore.TensorStore, folder: pathlib.Path, index: Any) -> np.ndarray:
+    try:
+        return stored[index].read().result()
+    except (ValueError, OSError) as error:
+        raise DirectoryError(f"{folder} cannot be read: {error}") from error
 
 
 @contextlib.contextmanager
