@@ -35,12 +35,13 @@ def topology(name: str) -> Topology:
         raise ModuleNotFoundError(
             "compiling for a TPU needs libtpu: pip install 'prumerge_jax[tpu]'"
         )
-    # libtpu would ask a metadata server which TPU this machine is.
+    # libtpu would ask a metadata server which TPU this machine is, and refuse a second process.
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_MIN_LOG_LEVEL": "3",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }.items():
         os.environ.setdefault(variable, value)
     try:

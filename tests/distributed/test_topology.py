@@ -55,7 +55,7 @@ def test_attention_is_that_of_the_mesh_and_not_of_this_machine() -> None:
         assert default_implementation(jnp.bfloat16, 128) == "splash"
         assert default_implementation(jnp.bfloat16, 64) == "xla"
     assert jax.default_backend() == "cpu"
-    assert default_implementation(jnp.bfloat16, 128) == "xla"
+    assert default_implementation(jnp.bfloat16, 128) == "blocks"
 
 
 def test_candidate_meshes_use_all_devices_and_split_ever_further() -> None:

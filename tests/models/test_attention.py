@@ -1,4 +1,4 @@
-"""One seam, three backends: equal where this machine can run them, lowered where it cannot."""
+"""One seam, four backends: equal where this machine can run them, lowered where it cannot."""
 
 import functools
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from prumerge_jax.distributed import sharding
+from prumerge_jax.models.attention import MOST_BLOCKS as BLOCKS
 from prumerge_jax.models.attention import attend, attend_to_cache
 
 
@@ -44,18 +45,25 @@ def naive(q, k, v, segment_ids, causal: bool) -> np.ndarray:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("segmented", [True, False])
-def test_xla_equals_loops(causal: bool, segmented: bool) -> None:
-    q, k, v = random_qkv(length=24)
-    ids = segments(24) if segmented else None
-    got = attend(q, k, v, segment_ids=ids, causal=causal)
+@pytest.mark.parametrize(
+    ("implementation", "length"), [("xla", 24), ("blocks", 24), ("blocks", 150)]
+)
+def test_equals_loops(implementation: str, length: int, causal: bool, segmented: bool) -> None:
+    q, k, v = random_qkv(length=length)
+    ids = segments(length) if segmented else None
+    got = attend(q, k, v, segment_ids=ids, causal=causal, implementation=implementation)
     np.testing.assert_allclose(got, naive(q, k, v, ids, causal), atol=2e-6)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_splash_equals_xla_forward_and_backward(causal: bool) -> None:
-    """The TPU kernel in interpret mode, grouped heads and segments included."""
-    q, k, v = random_qkv(length=256)
-    ids = segments(256)
+@pytest.mark.parametrize(
+    ("implementation", "length"),
+    [("splash", 256), ("blocks", 256), ("blocks", BLOCKS * 128 + 40)],  # whole, and larger ones
+)
+def test_equals_xla_forward_and_backward(implementation: str, length: int, causal: bool) -> None:
+    """Grouped heads and segments included; the TPU kernel in interpret mode."""
+    q, k, v = random_qkv(length=length)
+    ids = segments(length)
     probe = jnp.cos(jnp.arange(q.size)).reshape(q.shape) * (ids > 0)[..., None, None]
 
     def loss(implementation: str, q, k, v) -> jax.Array:
@@ -63,7 +71,7 @@ def test_splash_equals_xla_forward_and_backward(causal: bool) -> None:
         return (out * probe).sum()
 
     run = jax.value_and_grad(loss, argnums=(1, 2, 3))
-    (got, got_gradients), (value, gradients) = run("splash", q, k, v), run("xla", q, k, v)
+    (got, got_gradients), (value, gradients) = run(implementation, q, k, v), run("xla", q, k, v)
     assert float(got) == pytest.approx(float(value), abs=1e-3)
     for mine, reference in zip(got_gradients, gradients, strict=True):
         np.testing.assert_allclose(mine, reference, atol=2e-5)
