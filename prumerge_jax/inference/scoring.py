@@ -12,7 +12,7 @@ from prumerge_jax.data import packing
 from prumerge_jax.inference import programs
 from prumerge_jax.inference.engine import Engine, Query, Result, Window
 
-HEAD_POSITIONS = 256
+HEAD_POSITIONS = 64
 """Positions that one call of the scoring head takes."""
 
 
