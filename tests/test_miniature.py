@@ -51,9 +51,12 @@ def test_it_is_unpacked_once_and_is_intact(directory: pathlib.Path) -> None:
     assert miniature.model_directory(directory) == directory
 
 
-def test_it_reads_digits_and_prumerge_plus_keeps_most_of_it(model: Llava) -> None:
+def test_it_reads_digits_and_prumerge_keeps_most_of_it(model: Llava) -> None:
     full = accuracy(model, "full")
     assert full["read"] > 0.85
     assert min(full["presence"], full["count"]) > 0.75
-    plus, fewest = (accuracy(model, name)["read"] for name in ("prumerge+", "prumerge"))
-    assert full["read"] >= plus > fewest + 0.2
+    plus, fewest, random = (
+        accuracy(model, name)["read"] for name in ("prumerge+", "prumerge", "random")
+    )
+    assert full["read"] >= plus >= 0.7
+    assert fewest > random
