@@ -284,7 +284,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8 if on_cpu else 64, help="of encoding")
     parser.add_argument("--window", type=int, default=64 if on_cpu else 1024)
     parser.add_argument("--full_window", type=int, default=8 if on_cpu else 256)
-    # Short rows on CPUs: XLA computes attention of a row to all of itself there, at no small price.
+    # Short rows on CPUs: XLA computes attention of a row to all before it there, at no small price.
     parser.add_argument("--row_length", type=int, default=512 if on_cpu else None)
     parser.add_argument("--full_row_length", type=int, help="of the arm `full`; default: fitted")
     parser.add_argument("--rows", type=int, default=2 if on_cpu else 32, help="rows per prefill")
