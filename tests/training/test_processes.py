@@ -91,7 +91,8 @@ def launch(
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+        # The last one counts; the others round this process and those alike.
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES}",
     }
     processes: list[subprocess.Popen] = []
     try:
