@@ -178,7 +178,7 @@ def settings_and_images(draw: st.DrawFn):
     return prumerge.preset(name, **overrides), images
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(settings_and_images())
 def test_equals_the_loop_form(case) -> None:
     config, (hidden, keys, attention) = case

@@ -29,7 +29,7 @@ TENSORS = st.dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TENSORS, st.integers(1, 200), st.integers(0, 2**32 - 1))
 def test_what_is_written_is_read_by_both(
     tmp_path_factory: pytest.TempPathFactory,

@@ -129,7 +129,7 @@ def test_image_in_two_turns_is_refused():
 # ---- labels ----
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(question=words, answer=words, image=st.booleans())
 def test_answer_and_end_are_supervised(small_model, question, answer, image):
     sample = conversation(("<image>\n" if image else "") + question, answer, image=image)
@@ -145,7 +145,7 @@ def test_answer_and_end_are_supervised(small_model, question, answer, image):
         assert np.count_nonzero(ids == IMAGE_TOKEN) == image
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rounds=st.lists(st.tuples(words, words), min_size=1, max_size=4))
 def test_every_answer_of_a_long_conversation_is_supervised(golden, rounds):
     turns = [text for pair in rounds for text in pair]

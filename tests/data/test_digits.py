@@ -49,7 +49,7 @@ def test_an_unknown_split_is_refused() -> None:
         digits.draw_scene("dev", 0, seed=0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(scenes)
 def test_a_scene_shows_the_named_digits_at_the_named_places(scene: digits.Scene) -> None:
     split = scene.id.split("_")[0]
@@ -102,7 +102,7 @@ def test_scenes_of_one_layout_share_places_and_differ_in_digits() -> None:
     assert len({group[0].places for group in layouts}) > 3
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(scenes, st.integers(0, 2**31), st.integers(1, 3))
 def test_every_answer_is_right(scene: digits.Scene, seed: int, per_family: int) -> None:
     shown = dict(zip(scene.places, scene.digits, strict=True))

@@ -94,7 +94,7 @@ def test_every_grey_level_has_bits_of_its_own():
     assert np.all(np.diff(levels, axis=0) > 0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     width=st.integers(1, 90),
     height=st.integers(1, 90),
@@ -283,7 +283,7 @@ def test_bad_file_is_refused_by_name(tmp_path, name):
         load_image(content, name="image 17")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(8, len(PNG) - 1))
 def test_no_flipped_byte_changes_a_png_silently(position):
     try:

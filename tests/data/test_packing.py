@@ -91,7 +91,7 @@ def assert_filled_by_hand(batches, requests, layout, position_ids):
         assert (rows.targets[padding] == packing.IGNORE).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     count=st.integers(0, 40),
@@ -130,7 +130,7 @@ def test_packed_window_holds_every_token_once_on_its_shard(
             np.testing.assert_array_equal(values, getattr(same, field), err_msg=field)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(0, 5))
 def test_one_per_row_puts_request_i_at_the_start_of_row_i(seed, count):
     rng = np.random.default_rng(seed)
@@ -143,7 +143,7 @@ def test_one_per_row_puts_request_i_at_the_start_of_row_i(seed, count):
     assert (rows.segment_ids[count:] == 0).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     lengths=st.lists(st.integers(1, 50), max_size=60),
     slack=st.integers(0, 20),

@@ -122,7 +122,7 @@ def test_errors_name_the_sample(preprocess) -> None:
         preprocess({**sample, "conversations": [{"from": "human", "value": "Is there a 3?"}]})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_a_stream_goes_on_from_any_start(data) -> None:
     size = data.draw(st.integers(1, 40), "size")

@@ -95,7 +95,7 @@ def test_llama_special_ids(llama):
 # ---- properties, on a model trained here ----
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=ordinary_text)
 def test_text_survives_the_round_trip(small, text):
     for tokenizer in small.values():
@@ -104,7 +104,7 @@ def test_text_survives_the_round_trip(small, text):
         assert tokenizer.decode(ids) == text.replace("\u2581", " ").strip()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(first=ordinary_text, special=st.sampled_from(SPECIALS), second=ordinary_text)
 def test_a_special_splits_the_text(small, first, special, second):
     tokenizer = small["4.37"]
@@ -119,7 +119,7 @@ def test_a_special_splits_the_text(small, first, special, second):
     assert tail == "." + second.replace("\u2581", " ").rstrip()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(chunks=st.lists(ordinary_text, min_size=1, max_size=4), style=st.sampled_from(STYLES))
 def test_prompt_chunks_are_encoded_apart(small, chunks, style):
     tokenizer = small[style]

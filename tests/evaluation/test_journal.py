@@ -44,9 +44,7 @@ def test_results_are_in_input_order(straight) -> None:
     ]
 
 
-@settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_prefix_of_the_journal_resumes_to_the_same_bytes(straight, tmp_path, data) -> None:
     whole = (straight / "journal.jsonl").read_bytes()

@@ -261,7 +261,6 @@ def test_contradictory_input_is_refused(make, message) -> None:
         make()
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 4000), min_size=2, max_size=60, unique=True))
 def test_histogram_bars_count_every_value_once(values) -> None:
     svg = charts.histogram(np.array(values), x_label="x", y_label="y", description="d")
@@ -273,7 +272,7 @@ def test_histogram_bars_count_every_value_once(values) -> None:
     assert sum(int(count) for *_, count in bars) == len(values)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(st.floats(0, 600), st.floats(0, 100), st.floats(0, 5)), min_size=1, max_size=8

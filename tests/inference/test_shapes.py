@@ -55,7 +55,7 @@ def test_lengths_fit_the_published_model() -> None:
     assert fitted("full", LLAVA_PATCHES, np.zeros(0, np.int64)).row_length == 640
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     lengths=st.lists(st.integers(1, 1500), min_size=1, max_size=40),
     capacity=st.sampled_from([None, 3]),

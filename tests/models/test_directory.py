@@ -254,7 +254,7 @@ def test_configs_are_parsed_by_whitelist(change: dict[str, object], message: str
         config_json.from_json(LlavaConfig, json.loads(json.dumps(values)), "config.json")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 512), st.floats(1, 1e6), st.sampled_from([None, 0, 31999]), st.integers(1, 8))
 def test_configs_round_trip(width: int, theta: float, image: int | None, layers: int) -> None:
     text = dataclasses.replace(TINY.text, width=width, rope_theta=theta, num_layers=layers)

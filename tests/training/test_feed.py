@@ -41,7 +41,7 @@ def make_feed(encode, rows: int = 4, length: int = 24) -> RowFeed:
     return RowFeed(encode, num_patches=16, shape=RowShape(rows, length), mesh=make_mesh())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     before=st.integers(0, 12), after=st.integers(1, 12), visual=st.integers(0, 9),
     length=st.integers(1, 24),

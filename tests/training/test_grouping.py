@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from prumerge_jax.training.grouping import ModalityOrder
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     images=st.integers(0, 60), texts=st.integers(0, 60), batch=st.integers(1, 9),
     seed=st.integers(0, 99),

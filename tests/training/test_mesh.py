@@ -1,5 +1,6 @@
 """Training on meshes: the numbers of one device, declared shardings, expected collectives."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -10,22 +11,18 @@ from jax.sharding import PartitionSpec
 
 from prumerge_jax.distributed.hlo import program_cost
 from prumerge_jax.distributed.sharding import use_mesh
-from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
+from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.training.checkpoint import Checkpoints
 from prumerge_jax.training.step import TrainState
+from tests.training.bench import MODEL as BENCH_MODEL
 from tests.training.bench import Bench, lora_config
 
 STEPS = 5
 # Every axis of every weight divides by eight.
 MODEL = LlavaConfig(
-    vision=VisionConfig(
-        image_size=48, patch_size=8, width=32, mlp_width=32, num_layers=2, num_heads=8
-    ),
-    text=TextConfig(
-        vocab_size=64, width=32, mlp_width=64, num_layers=2, num_heads=8, num_kv_heads=8,
-        head_dim=4, max_positions=256,
-    ),
-)  # fmt: skip
+    vision=dataclasses.replace(BENCH_MODEL.vision, width=32, num_heads=8),
+    text=dataclasses.replace(BENCH_MODEL.text, num_heads=8, num_kv_heads=8, head_dim=4),
+)
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)]
 
 mesh_cases = pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes)))
