@@ -47,7 +47,6 @@ def plan(model: str, name: str, samples_per_chip: int, text_tokens: int) -> Trai
     config = RECIPES[model].get_config()
     config.reduction = REDUCTION
     config.batch_size = samples_per_chip * len(where.devices)
-    config.run.rows_per_shard = 1
     samples = Samples(config.batch_size, MEAN_VISUAL_TOKENS[REDUCTION], text_tokens)
     return plan_training(config, where, samples)
 

@@ -109,6 +109,11 @@ class TrainingPlan:
         return math.ceil(PACKING * self.samples.tokens / self.row_positions)
 
     @property
+    def filled(self) -> float:
+        """Share of a step's positions that hold a token; what is empty is computed too."""
+        return self.samples.tokens / (self.micro_batches * self.row_positions)
+
+    @property
     def programs(self) -> list[tuple[Program, int]]:
         """The programs of a step and how often each runs."""
         encode = [] if self.encode is None else [(self.encode, 1)]
@@ -150,7 +155,8 @@ class TrainingPlan:
             *(f"  rejected: {reason}" for reason in self.rejected),
             f"global batch {samples.count}, assumed {samples.visual_tokens:g} visual and "
             f"{samples.text_tokens:g} text tokens per sample, packed at {PACKING}: "
-            f"{self.micro_batches} micro-batches of {self.row_positions} positions",
+            f"{self.micro_batches} micro-batches of {self.row_positions} positions, "
+            f"{100 * self.filled:.0f} % of them real",
             memory_line(self.memory, self.resident, chip),
             *program_lines(self.programs, chip),
             f"model FLOPs of a step {sum(flops.values()):.0f} T: "

@@ -74,6 +74,7 @@ def test_the_printed_plan_says_what_it_assumes_and_that_nothing_ran() -> None:
     assert "8 chips, mesh data=1 fsdp=8 tensor=1" in text
     assert "rejected: data=1: too large" in text
     assert "144 visual and 200 text tokens" in text
+    assert "3 micro-batches of 16384 positions, 90 % of them real" in text
     assert "8.25 of 15.75 GiB" in text
     assert "accumulate: 3 all-gather 300.00 GB" in text
     assert "compiled, not run" in text
@@ -90,7 +91,6 @@ def tiny_config(**changes: object) -> ml_collections.ConfigDict:
     config.adapter = ml_collections.ConfigDict({"rank": 8, "alpha": 16.0, "dropout": 0.0})
     config.reduction = None
     config.max_length = 128
-    config.run.rows_per_shard = 1
     config.batch_size = 8
     config.update(changes)
     return config
