@@ -2,13 +2,16 @@
 
     python benchmarks/scoring.py
     python benchmarks/scoring.py --output_tokens 8 --means 40 144
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 python benchmarks/scoring.py --data 2
 
 Every request is one image (uint8, resized) with `--text_tokens` of text. With one output token the
 engine scores a continuation of one token, with more it decodes greedily. Tower, PruMerge step,
 packing, prefill and decoding all run; but random weights say nothing about how many tokens an image
 needs, so the counts are drawn from a lognormal distribution and put in place of the measured ones
 before the window is planned. `full` is the same engine with all patches, `transformers` is
-`LlavaForConditionalGeneration` in PyTorch at its best batch size.
+`LlavaForConditionalGeneration` in PyTorch at its best batch size. `--data` splits the engine's rows
+over so many devices; on a CPU that gives every core rows of its own (XLA runs the small products of
+attention on one core per device), at the price of a copy of the weights for each.
 
 Columns: `efficiency` is real over computed row tokens; `speedup` is against `full`, and
 `flop_ratio` what the FLOPs allow; `floor_share` is images per second over the cost model's floor at
@@ -17,6 +20,7 @@ Columns: `efficiency` is real over computed row tokens; `speedup` is against `fu
 """
 
 import argparse
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from measuring import (
     Compilations,
     add_rate_arguments,
@@ -39,6 +44,7 @@ from models import add_geometry_argument, geometry, random_llava
 from prumerge_jax import prumerge
 from prumerge_jax.cost import Chip, Workload, images_per_second, operations
 from prumerge_jax.data import packing
+from prumerge_jax.distributed.sharding import make_mesh, replicated, use_mesh
 from prumerge_jax.inference.engine import Encoding, Engine, Images, Query
 from prumerge_jax.inference.scoring import score
 from prumerge_jax.inference.shapes import EngineConfig, fit
@@ -114,6 +120,7 @@ def engine_arm(
     counts: np.ndarray,
     queries: list[Query],
     shapes: EngineConfig,
+    mesh: Mesh | None,
 ) -> Arm:
     """The engine with these counts; lengths that `shapes` leaves open are fitted."""
     text_tokens = [query.text_tokens + len(query.continuation) for query in queries]
@@ -132,12 +139,14 @@ def engine_arm(
         fitted,
         dtype=dtype,
         implementation=default_implementation(dtype, config.text.head_dim),
+        mesh=mesh,
     )
     engine.counts = counts
 
     def run() -> None:
         decoding = queries[0].max_new_tokens > 0
-        results = list(generate(engine, queries) if decoding else score(engine, queries))
+        with contextlib.nullcontext() if mesh is None else use_mesh(mesh):
+            results = list(generate(engine, queries) if decoding else score(engine, queries))
         if failed := [result for result in results if result.error is not None]:
             raise ValueError(f"request {failed[0].key}: {failed[0].error}")
 
@@ -185,7 +194,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     chip = peak_rates(arguments.chip, dtype)
-    model = random_llava(config, dtype)
+    graphdef, state = random_llava(config, dtype)
+    mesh = make_mesh(data=arguments.data) if arguments.data > 1 else None
+    model = graphdef, state if mesh is None else jax.device_put(state, replicated(mesh))
     patches = config.vision.num_patches
     queries = requests(config, arguments.requests, arguments.text_tokens, arguments.output_tokens)
     fewer = queries[: arguments.full_requests]
@@ -203,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arms = {
         FULL: engine_arm(
             model, config, dtype, prumerge.preset("full"),
-            np.full(len(fewer), patches), fewer, full_shapes,
+            np.full(len(fewer), patches), fewer, full_shapes, mesh,
         )
     }  # fmt: skip
     for mean in arguments.means:
@@ -211,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         most = reduction.capacity_for(patches)
         counts = drawn_counts(len(queries), mean, most, seed=1)
         arms[f"prumerge {mean:g}"] = engine_arm(
-            model, config, dtype, reduction, counts, queries, shapes
+            model, config, dtype, reduction, counts, queries, shapes, mesh
         )
     notes = []
     if arguments.peer:
@@ -288,6 +299,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--row_length", type=int, default=512 if on_cpu else None)
     parser.add_argument("--full_row_length", type=int, help="of the arm `full`; default: fitted")
     parser.add_argument("--rows", type=int, default=2 if on_cpu else 32, help="rows per prefill")
+    parser.add_argument("--data", type=int, default=1, help="devices that share the rows")
     parser.add_argument("--slots", type=int, default=16 if on_cpu else 256)
     parser.add_argument("--repeats", type=int, default=3 if on_cpu else 10)
     parser.add_argument("--floor_batch", type=int, default=32)

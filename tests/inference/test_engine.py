@@ -34,7 +34,7 @@ def model() -> LlavaModel:
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         # Larger than the initial weights, so that different prompts give different answers.
         if path[-1] == "kernel":
-            variable[...] = variable[...] * 6
+            variable[...] = variable[...] * 4
     return model
 
 
@@ -106,8 +106,7 @@ def test_scores_equal_one_at_a_time(model: LlavaModel) -> None:
         logits = naive_logits(model, query, tokens, "prumerge")
         ahead = jax.nn.log_softmax(logits)[-len(query.continuation) - 1 : -1]
         expected = ahead[jnp.arange(len(query.continuation)), query.continuation].sum()
-        # 1e-4, or the rounding of a float32 sum of this size (16 units in its last place).
-        assert got[query.key].log_likelihood == pytest.approx(float(expected), abs=1e-4, rel=2e-6)
+        assert got[query.key].log_likelihood == pytest.approx(float(expected), abs=1e-4)
         assert (got[query.key].visual_tokens == 0) == (query.pixels is None)
 
 
