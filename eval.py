@@ -29,7 +29,9 @@ from prumerge_jax.inference.plan import plan_inference
 from prumerge_jax.inference.shapes import EngineConfig
 from prumerge_jax.models.config import published
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/eval.py", "what to score")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", str(pathlib.Path(__file__).parent / "configs" / "eval.py"), "what to score"
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; new, or to go on with")
 _AOT = flags.DEFINE_string(
     "aot", None, "a TPU slice, as v5e:2x4: print the plan of the engine on it, and run nothing"

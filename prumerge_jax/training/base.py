@@ -14,6 +14,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
+from prumerge_jax.conversion.convert import REPORT
 from prumerge_jax.conversion.miniature import model_directory
 from prumerge_jax.data import digits_tokenizer
 from prumerge_jax.data.tokenizer import Style, Tokenizer
@@ -153,10 +154,10 @@ class Base:
         return directories.load_array(self.directory, path, target)
 
     def _files(self) -> dict[str, bytes | pathlib.Path]:
-        """Tokenizer and processor files, passed through."""
+        """Tokenizer and processor files, passed through; a report tells of other weights."""
         if self.directory is None:
             return {TOKENIZER: digits_tokenizer.build_for_digits()}
-        own = (directories.CONFIG, MANIFEST)
+        own = (directories.CONFIG, MANIFEST, REPORT)
         plain = (file for file in self.directory.iterdir() if file.is_file())
         return {file.name: file for file in plain if file.name not in own}
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs import common
+from prumerge_jax.conversion.convert import REPORT
 from prumerge_jax.distributed.sharding import make_mesh
 from prumerge_jax.models import directory as directories
 from prumerge_jax.models.config import TextConfig, VisionConfig
@@ -40,6 +41,7 @@ def directory(weights, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path
             writer.write_array(path, weight)
         writer.write_file("tokenizer.model", b"pieces")
         writer.write_file("preprocessor.json", b"{}")
+        writer.write_file(REPORT, b"{}")
     return directory
 
 
@@ -87,6 +89,7 @@ def test_frozen_weights_are_rounded_for_the_run_and_exported_as_they_were(
         assert np.asarray(got).tobytes() == np.asarray(expected).tobytes(), path
     for name in ("tokenizer.model", "preprocessor.json"):
         assert (tmp_path / "out" / name).exists()
+    assert not (tmp_path / "out" / REPORT).exists()
 
     # Adapters go on only as adapters of the same kind.
     config.weights = str(tmp_path / "out")
