@@ -290,7 +290,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_tokens", type=int, default=1)
     parser.add_argument("--text_tokens", type=int, default=60)
     parser.add_argument("--means", type=float, nargs="*", default=[40.0], help="visual tokens")
-    parser.add_argument("--requests", type=int, default=64 if on_cpu else 4096)
+    parser.add_argument("--requests", type=int, default=256 if on_cpu else 4096)
     parser.add_argument("--full_requests", type=int, default=8 if on_cpu else 1024)
     parser.add_argument("--batch_size", type=int, default=8 if on_cpu else 64, help="of encoding")
     parser.add_argument("--window", type=int, default=64 if on_cpu else 1024)
@@ -298,7 +298,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     # Short rows on CPUs: XLA computes attention of a row to all before it there, at no small price.
     parser.add_argument("--row_length", type=int, default=512 if on_cpu else None)
     parser.add_argument("--full_row_length", type=int, help="of the arm `full`; default: fitted")
-    parser.add_argument("--rows", type=int, default=2 if on_cpu else 32, help="rows per prefill")
+    parser.add_argument("--rows", type=int, default=4 if on_cpu else 32, help="rows per prefill")
     parser.add_argument("--data", type=int, default=1, help="devices that share the rows")
     parser.add_argument("--slots", type=int, default=16 if on_cpu else 256)
     parser.add_argument("--repeats", type=int, default=3 if on_cpu else 10)

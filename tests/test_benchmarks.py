@@ -24,7 +24,7 @@ COMMANDS = {
     "prefill": f"{ROWS} --visual 3",
     "decode": "--geometry=tiny --slots 2 --context=5 --steps=2 --repeats=2",
     "lora_training": f"{ROWS} --visual 3 --rank=2",
-    "scoring": f"{ROWS} --full_row_length=32 --requests=8 --full_requests=2 --window=4 "
+    "scoring": f"{ROWS} --full_row_length=32 --requests=8 --full_requests=2 --window=4 --data=2 "
     "--full_window=2 --batch_size=2 --means 2 --slots=2 --peer_batches 2 --output_tokens=3",
 }
 KEYS = {
