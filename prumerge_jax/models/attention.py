@@ -59,9 +59,7 @@ def attend(
     mask = None
     if segment_ids is not None:
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=causal, implementation=_XLA_OR_CUDNN[implementation]
-    )
+    return _xla_or_cudnn(q, k, v, mask, causal=causal, implementation=implementation)
 
 
 def attend_to_cache(
@@ -80,13 +78,9 @@ def attend_to_cache(
       [B, 1, H, D].
     """
     valid = jnp.arange(k.shape[1]) < lengths[:, None]
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=valid[:, None, None, :],
-        implementation=_XLA_OR_CUDNN.get(implementation, "xla"),
-    )
+    implementation = implementation if implementation in _XLA_OR_CUDNN else "xla"
+    mask = valid[:, None, None, :]
+    return _xla_or_cudnn(q, k, v, mask, causal=False, implementation=implementation)
 
 
 def default_implementation(dtype: jnp.dtype, head_dim: int) -> str:
@@ -104,6 +98,25 @@ def _platform() -> str:
     """Of the current mesh, whose devices may only be compiled for; without one, the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def _xla_or_cudnn(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    *,
+    causal: bool,
+    implementation: str,
+) -> jax.Array:
+    dtype = q.dtype
+    if dtype == jnp.float16 and _platform() == "cpu":
+        # XLA has no product of float16 numbers there whose sum is float32.
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    seen = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=causal, implementation=_XLA_OR_CUDNN[implementation]
+    )
+    return seen.astype(dtype)
 
 
 def _by_blocks(

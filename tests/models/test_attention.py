@@ -55,6 +55,19 @@ def test_equals_loops(implementation: str, length: int, causal: bool, segmented:
     np.testing.assert_allclose(got, naive(q, k, v, ids, causal), atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("implementation", ["xla", "blocks"])
+def test_half_precision_rounds_and_no_more(implementation: str, dtype) -> None:
+    q, k, v = (x.astype(dtype) for x in random_qkv(length=24))
+    got = attend(q, k, v, causal=True, implementation=implementation)
+    last = attend_to_cache(q[:, -1:], k, v, jnp.array([24, 24]), implementation=implementation)
+    expected = naive(q, k, v, None, causal=True)
+    assert got.dtype == last.dtype == dtype
+    tolerance = 4 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=tolerance)
+    np.testing.assert_allclose(last.astype(jnp.float32), expected[:, -1:], atol=tolerance)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     ("implementation", "length"),
