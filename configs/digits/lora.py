@@ -15,5 +15,5 @@ def get_config(mode: str = "") -> common.ConfigDict:
     config.position_ids = "original"
     config.max_length = 216
     config.batch_size = 32
-    config.steps = 300
+    config.steps = 200
     return miniature.at_scale(config, mode)
