@@ -209,7 +209,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         slots=arguments.slots,
     )
     full_shapes = dataclasses.replace(
-        shapes, row_length=arguments.full_row_length, window=arguments.full_window
+        shapes,
+        row_length=arguments.full_row_length,
+        rows=arguments.full_rows,
+        window=arguments.full_window,
     )
     arms = {
         FULL: engine_arm(
@@ -293,12 +296,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=256 if on_cpu else 4096)
     parser.add_argument("--full_requests", type=int, default=8 if on_cpu else 1024)
     parser.add_argument("--batch_size", type=int, default=8 if on_cpu else 64, help="of encoding")
-    parser.add_argument("--window", type=int, default=64 if on_cpu else 1024)
+    parser.add_argument("--window", type=int, default=256 if on_cpu else 1024)
     parser.add_argument("--full_window", type=int, default=8 if on_cpu else 256)
     # Short rows on CPUs: XLA computes attention of a row to all before it there, at no small price.
     parser.add_argument("--row_length", type=int, default=512 if on_cpu else None)
     parser.add_argument("--full_row_length", type=int, help="of the arm `full`; default: fitted")
-    parser.add_argument("--rows", type=int, default=4 if on_cpu else 32, help="rows per prefill")
+    parser.add_argument("--rows", type=int, default=2 if on_cpu else 32, help="rows per prefill")
+    parser.add_argument("--full_rows", type=int, default=4 if on_cpu else 32)
     parser.add_argument("--data", type=int, default=1, help="devices that share the rows")
     parser.add_argument("--slots", type=int, default=16 if on_cpu else 256)
     parser.add_argument("--repeats", type=int, default=3 if on_cpu else 10)
