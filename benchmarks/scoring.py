@@ -20,7 +20,6 @@ Columns: `efficiency` is real over computed row tokens; `speedup` is against `fu
 """
 
 import argparse
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -145,7 +144,7 @@ def engine_arm(
 
     def run() -> None:
         decoding = queries[0].max_new_tokens > 0
-        with contextlib.nullcontext() if mesh is None else use_mesh(mesh):
+        with use_mesh(mesh):
             results = list(generate(engine, queries) if decoding else score(engine, queries))
         if failed := [result for result in results if result.error is not None]:
             raise ValueError(f"request {failed[0].key}: {failed[0].error}")

@@ -86,8 +86,14 @@ def pin(x: jax.Array, *logical: str | None) -> jax.Array:
 
 
 @contextmanager
-def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Makes `mesh` the current mesh, under which `pin` and logical weight axes take effect."""
+def use_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """Makes `mesh` the current mesh, under which `pin` and logical weight axes take effect.
+
+    None changes nothing: everything stays on one device.
+    """
+    if mesh is None:
+        yield
+        return
     with jax.set_mesh(mesh), nnx.logical_axis_rules(list(RULES.items())):
         yield
 

@@ -287,8 +287,6 @@ class Llava:
 
     def placed(self) -> contextlib.AbstractContextManager[None]:
         """The context in which an engine of this model runs: its mesh, if it has one."""
-        if self._mesh is None:
-            return contextlib.nullcontext()
         return sharding.use_mesh(self._mesh)
 
     def _queries(

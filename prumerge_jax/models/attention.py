@@ -59,7 +59,7 @@ def attend(
     mask = None
     if segment_ids is not None:
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    return _xla_or_cudnn(q, k, v, mask, causal=causal, implementation=implementation)
+    return _dot_product(q, k, v, mask, causal=causal, backend=_XLA_OR_CUDNN[implementation])
 
 
 def attend_to_cache(
@@ -78,9 +78,8 @@ def attend_to_cache(
       [B, 1, H, D].
     """
     valid = jnp.arange(k.shape[1]) < lengths[:, None]
-    implementation = implementation if implementation in _XLA_OR_CUDNN else "xla"
-    mask = valid[:, None, None, :]
-    return _xla_or_cudnn(q, k, v, mask, causal=False, implementation=implementation)
+    backend = _XLA_OR_CUDNN.get(implementation, "xla")
+    return _dot_product(q, k, v, valid[:, None, None, :], causal=False, backend=backend)
 
 
 def default_implementation(dtype: jnp.dtype, head_dim: int) -> str:
@@ -100,21 +99,21 @@ def _platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def _xla_or_cudnn(
+def _dot_product(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     mask: jax.Array | None,
     *,
     causal: bool,
-    implementation: str,
+    backend: Literal["xla", "cudnn"],
 ) -> jax.Array:
     dtype = q.dtype
-    if dtype == jnp.float16 and _platform() == "cpu":
+    if dtype == jnp.float16 and backend == "xla" and _platform() == "cpu":
         # XLA has no product of float16 numbers there whose sum is float32.
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     seen = jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=causal, implementation=_XLA_OR_CUDNN[implementation]
+        q, k, v, mask=mask, is_causal=causal, implementation=backend
     )
     return seen.astype(dtype)
 
