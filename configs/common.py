@@ -54,7 +54,7 @@ def training() -> ConfigDict:
     config.run = ConfigDict(
         {
             "mesh": {"data": 1, "fsdp": 0, "tensor": 1},  # 0: all remaining devices
-            "rows_per_shard": 1,  # of a micro-batch; where samples fill more, more may be faster
+            "rows_per_shard": 1,  # of a micro-batch; more take more memory, and want filling
             "num_threads": 2,
             "num_workers": 4,
             "log_every": 10,

@@ -59,4 +59,4 @@ def test_it_reads_digits_and_prumerge_keeps_most_of_it(model: Llava) -> None:
         accuracy(model, name)["read"] for name in ("prumerge+", "prumerge", "random")
     )
     assert full["read"] >= plus >= 0.7
-    assert fewest > random
+    assert plus >= fewest > random

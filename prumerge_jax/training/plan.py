@@ -191,8 +191,8 @@ def plan_training(
         candidates(fitted_sizes(config, len(topology.devices))),
         functools.partial(_plan, config, model, topology, samples),
         topology,
-        "takes this configuration; lower run.rows_per_shard, change batch_size or take another "
-        "slice",
+        "takes this configuration; lower run.rows_per_shard or max_length, change batch_size or "
+        "take another slice",
     )
     return dataclasses.replace(plan, rejected=rejected)
 
