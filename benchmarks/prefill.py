@@ -51,8 +51,8 @@ def arms(
     segments = programs.Segments(*map(jnp.asarray, integers))
 
     def read() -> jax.Array:
-        hidden = programs.read(*model, tokens, device, implementation=attention)
-        return programs.log_likelihoods(*model, hidden, index, targets)
+        unfinished = programs.read(*model, tokens, device, implementation=attention)
+        return programs.log_likelihoods(*model, unfinished, index, targets)
 
     def prefill() -> tuple[jax.Array, object]:
         hidden, cache = programs.prefill(*model, tokens, device, implementation=attention)

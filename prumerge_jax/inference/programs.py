@@ -14,7 +14,7 @@ from flax import nnx
 
 from prumerge_jax import prumerge
 from prumerge_jax.distributed.sharding import pin
-from prumerge_jax.models.llama import KVCache, empty_cache
+from prumerge_jax.models.llama import KVCache, Unfinished, empty_cache
 from prumerge_jax.models.llava import encode_images
 
 
@@ -119,18 +119,18 @@ def read(
     rows: Rows,
     *,
     implementation: str,
-) -> jax.Array:
-    """`prefill` for scoring: the hidden states alone, no cache is kept."""
+) -> Unfinished:
+    """`prefill` for scoring: no cache is kept, and `log_likelihoods` finishes what it needs."""
     model = nnx.merge(graphdef, state)
     x = pin(model.embed_rows(rows.ids, visual_tokens, rows.visual_index), "batch", None, None)
-    return model.decoder(x, rows.positions, rows.segment_ids, implementation=implementation)
+    return model.decoder.read(x, rows.positions, rows.segment_ids, implementation=implementation)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))
 def log_likelihoods(
     graphdef: nnx.GraphDef,
     state: nnx.State,
-    hidden: jax.Array,
+    unfinished: Unfinished,
     index: jax.Array,
     targets: jax.Array,
 ) -> jax.Array:
@@ -138,7 +138,7 @@ def log_likelihoods(
 
     Args:
       graphdef, state: the model.
-      hidden: [rows, T, D].
+      unfinished: rows from `read`.
       index: [M] int32 into the flattened rows.
       targets: [M] int32 token ids.
 
@@ -146,7 +146,7 @@ def log_likelihoods(
       [M] float32, natural logarithm.
     """
     decoder = nnx.merge(graphdef, state).decoder
-    logits = decoder.logits(hidden.reshape(-1, hidden.shape[-1])[index])
+    logits = decoder.logits(decoder.finish(unfinished, index))
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 

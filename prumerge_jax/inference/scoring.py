@@ -11,6 +11,7 @@ import numpy as np
 from prumerge_jax.data import packing
 from prumerge_jax.inference import programs
 from prumerge_jax.inference.engine import Engine, Query, Result, Window
+from prumerge_jax.models.llama import Unfinished
 
 HEAD_POSITIONS = 64
 """Positions that one call of the scoring head takes."""
@@ -22,14 +23,14 @@ def score(engine: Engine, queries: Iterable[Query]) -> Iterator[Result]:
     for window in engine.windows(queries):
         yield from window.failed
         for rows in window.batches:
-            hidden = programs.read(
+            unfinished = programs.read(
                 engine.graphdef,
                 engine.state,
                 window.pool,
                 engine.put_rows(rows),
                 implementation=engine.implementation,
             )
-            unread.append(_Scores(window, rows, _log_likelihoods(engine, hidden, rows)))
+            unread.append(_Scores(window, rows, _log_likelihoods(engine, unfinished, rows)))
             if len(unread) > 1:
                 yield from unread.popleft().results()
     for scores in unread:
@@ -57,7 +58,7 @@ class _Scores(NamedTuple):
             yield Result(query.key, [], float(total), visual_tokens, query.text_tokens)
 
 
-def _log_likelihoods(engine: Engine, hidden: jax.Array, rows: packing.Rows) -> list[jax.Array]:
+def _log_likelihoods(engine: Engine, unfinished: Unfinished, rows: packing.Rows) -> list[jax.Array]:
     """log p of every target of the rows, in calls of `HEAD_POSITIONS` each."""
     flat = rows.targets.reshape(-1)
     positions = np.flatnonzero(flat != packing.IGNORE)
@@ -69,7 +70,7 @@ def _log_likelihoods(engine: Engine, hidden: jax.Array, rows: packing.Rows) -> l
         targets = np.maximum(flat[index], 0)  # the filler's target may be no token
         parts.append(
             programs.log_likelihoods(
-                engine.graphdef, engine.state, hidden, jnp.asarray(index), jnp.asarray(targets)
+                engine.graphdef, engine.state, unfinished, jnp.asarray(index), jnp.asarray(targets)
             )
         )
     return parts

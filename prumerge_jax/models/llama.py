@@ -1,8 +1,8 @@
 """The LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Two ways through the same layers. Rows (`__call__`, `prefill`) hold one or several packed segments,
-each position sees the earlier ones of its own segment. Slots (`decode`) hold one growing sequence
-each, whose keys and values live in a `KVCache`.
+Two ways through the same layers. Rows (`__call__`, `read`, `prefill`) hold one or several packed
+segments, each position sees the earlier ones of its own segment. Slots (`decode`) hold one growing
+sequence each, whose keys and values live in a `KVCache`.
 """
 
 from typing import NamedTuple
@@ -22,6 +22,18 @@ class KVCache(NamedTuple):
 
     k: jax.Array
     v: jax.Array
+
+
+class Unfinished(NamedTuple):
+    """Rows in the last layer, behind its attention.
+
+    Attributes:
+      x: [B, T, D], the layer's input.
+      attended: [B, T, H, Dh], what its attention returned.
+    """
+
+    x: jax.Array
+    attended: jax.Array
 
 
 def empty_cache(config: TextConfig, slots: int, length: int, dtype: jnp.dtype) -> KVCache:
@@ -93,15 +105,43 @@ class Llama(nnx.Module):
             weights, key = scanned
             layer = nnx.merge(graphdef, weights)
             drop = split_key(key, 3)
-            q, k, v = layer.qkv(x, rope, drop[0])
-            seen = attend(
-                q, k, v, segment_ids=segment_ids, causal=True, implementation=implementation
-            )
+            seen, _ = layer.attend(x, rope, segment_ids, implementation, drop[0])
             x = layer.mix(x, seen, drop[1])
             return pin(layer.feed_forward(x, drop[2]), "batch", None, None), None
 
         x, _ = jax.lax.scan(rematerialise(body, remat), x, (weights, keys))
         return self.norm(x)
+
+    def read(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        *,
+        implementation: str = "xla",
+    ) -> Unfinished:
+        """`__call__` as far as positions need each other; `finish` does the rest for some of them.
+
+        Most of the last layer is its feed-forward part, and scoring asks for few positions.
+        """
+        rope = rotary(positions, self.config)
+        x = without_padding(x, segment_ids)
+
+        def body(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+            layer = self._layer(index)
+            seen, _ = layer.attend(x, rope, segment_ids, implementation)
+            return pin(layer.feed_forward(layer.mix(x, seen)), "batch", None, None), None
+
+        last = self.config.num_layers - 1
+        x, _ = jax.lax.scan(body, x, jnp.arange(last))
+        seen, _ = self._layer(last).attend(x, rope, segment_ids, implementation)
+        return Unfinished(x, seen)
+
+    def finish(self, rows: Unfinished, index: jax.Array) -> jax.Array:
+        """Final hidden states [M, D] of the positions index [M] int32 into the flattened rows."""
+        x, attended = (part.reshape(-1, *part.shape[2:])[index][None] for part in rows)
+        layer = self._layer(self.config.num_layers - 1)
+        return self.norm(layer.feed_forward(layer.mix(x, attended))[0])
 
     def prefill(
         self,
@@ -118,12 +158,8 @@ class Llama(nnx.Module):
 
         def body(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, KVCache]:
             layer = nnx.merge(graphdef, weights)
-            q, k, v = layer.qkv(x, rope)
-            seen = attend(
-                q, k, v, segment_ids=segment_ids, causal=True, implementation=implementation
-            )
-            x = pin(layer.feed_forward(layer.mix(x, seen)), "batch", None, None)
-            return x, KVCache(k, v)
+            seen, cache = layer.attend(x, rope, segment_ids, implementation)
+            return pin(layer.feed_forward(layer.mix(x, seen)), "batch", None, None), cache
 
         x, cache = jax.lax.scan(body, x, weights)
         return self.norm(x), cache
@@ -173,9 +209,14 @@ class Llama(nnx.Module):
         (x, k, v), _ = jax.lax.scan(body, (x, cache.k, cache.v), (layer_index, weights))
         return self.norm(x), KVCache(k, v)
 
+    def _layer(self, index: jax.Array | int) -> "DecoderLayer":
+        """One layer out of the stack."""
+        graphdef, weights = nnx.split(self.layers)
+        return nnx.merge(graphdef, jax.tree.map(lambda stacked: stacked[index], weights))
+
 
 class DecoderLayer(nnx.Module):
-    """A pre-norm block, in the three pieces between which attention happens."""
+    """A pre-norm block, in the pieces between which attention happens."""
 
     def __init__(
         self, config: TextConfig, *, adapter: AdapterConfig | None, rngs: nnx.Rngs
@@ -194,6 +235,20 @@ class DecoderLayer(nnx.Module):
         """[B, T, D] -> q [B, T, H, Dh], k and v [B, T, K, Dh]; q and k rotated."""
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), dropout_key)
         return rotate(q, rope), rotate(k, rope), v
+
+    def attend(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        segment_ids: jax.Array,
+        implementation: str,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Rows [B, T, D] -> what each position sees of its segment [B, T, H, Dh], and keys and
+        values [B, T, K, Dh]."""
+        q, k, v = self.qkv(x, rope, dropout_key)
+        seen = attend(q, k, v, segment_ids=segment_ids, causal=True, implementation=implementation)
+        return seen, KVCache(k, v)
 
     def mix(
         self, x: jax.Array, attended: jax.Array, dropout_key: jax.Array | None = None
