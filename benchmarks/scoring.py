@@ -2,7 +2,6 @@
 
     python benchmarks/scoring.py
     python benchmarks/scoring.py --output_tokens 8 --means 40 144
-    XLA_FLAGS=--xla_force_host_platform_device_count=2 python benchmarks/scoring.py --data 2
 
 Every request is one image (uint8, resized) with `--text_tokens` of text. With one output token the
 engine scores a continuation of one token, with more it decodes greedily. Tower, PruMerge step,
@@ -10,12 +9,14 @@ packing, prefill and decoding all run; but random weights say nothing about how 
 needs, so the counts are drawn from a lognormal distribution and put in place of the measured ones
 before the window is planned. `full` is the same engine with all patches, `transformers` is
 `LlavaForConditionalGeneration` in PyTorch at its best batch size. `--data` splits the engine's rows
-over so many devices; on a CPU that gives every core rows of its own (XLA runs the small products of
-attention on one core per device), at the price of a copy of the weights for each.
+over so many devices. A CPU is taken as two devices, so that each half of its cores has rows of its
+own (XLA runs the small products of attention on one core per device), at the price of a copy of the
+weights for each.
 
 Columns: `efficiency` is real over computed row tokens; `speedup` is against `full`, and
 `flop_ratio` what the FLOPs allow; `floor_share` is images per second over the cost model's floor at
-`--floor_batch` images; `memory_gb` the peak during the arm, weights of all arms included;
+`--floor_batch` images (which counts the last layer whole, where scoring computes most of it for the
+scored positions alone); `memory_gb` the peak during the arm, weights of all arms included;
 `compilations` counts programs compiled in the timed part.
 """
 
@@ -51,6 +52,7 @@ from prumerge_jax.inference.slots import generate
 from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.config import LlavaConfig
 
+CPU_DEVICES = 2
 SIGMA = 0.45  # of the logarithm of the counts
 FULL, PEER = "full", "transformers"
 
@@ -292,17 +294,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_tokens", type=int, default=1)
     parser.add_argument("--text_tokens", type=int, default=60)
     parser.add_argument("--means", type=float, nargs="*", default=[40.0], help="visual tokens")
-    parser.add_argument("--requests", type=int, default=256 if on_cpu else 4096)
-    parser.add_argument("--full_requests", type=int, default=8 if on_cpu else 1024)
+    parser.add_argument("--requests", type=int, default=512 if on_cpu else 4096)
+    parser.add_argument("--full_requests", type=int, default=16 if on_cpu else 1024)
     parser.add_argument("--batch_size", type=int, default=8 if on_cpu else 64, help="of encoding")
     parser.add_argument("--window", type=int, default=256 if on_cpu else 1024)
-    parser.add_argument("--full_window", type=int, default=8 if on_cpu else 256)
+    parser.add_argument("--full_window", type=int, default=16 if on_cpu else 256)
     # Short rows on CPUs: XLA computes attention of a row to all before it there, at no small price.
     parser.add_argument("--row_length", type=int, default=512 if on_cpu else None)
     parser.add_argument("--full_row_length", type=int, help="of the arm `full`; default: fitted")
-    parser.add_argument("--rows", type=int, default=2 if on_cpu else 32, help="rows per prefill")
-    parser.add_argument("--full_rows", type=int, default=4 if on_cpu else 32)
-    parser.add_argument("--data", type=int, default=1, help="devices that share the rows")
+    parser.add_argument("--rows", type=int, default=4 if on_cpu else 32, help="rows per prefill")
+    parser.add_argument("--full_rows", type=int, default=8 if on_cpu else 32)
+    parser.add_argument(
+        "--data",
+        type=int,
+        default=CPU_DEVICES if on_cpu else 1,
+        help="devices that share the rows (default here: %(default)s)",
+    )
     parser.add_argument("--slots", type=int, default=16 if on_cpu else 256)
     parser.add_argument("--repeats", type=int, default=3 if on_cpu else 10)
     parser.add_argument("--floor_batch", type=int, default=32)
@@ -316,4 +323,5 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
     main()
