@@ -104,10 +104,8 @@ class Llama(nnx.Module):
         ) -> tuple[jax.Array, None]:
             weights, key = scanned
             layer = nnx.merge(graphdef, weights)
-            drop = split_key(key, 3)
-            seen, _ = layer.attend(x, rope, segment_ids, implementation, drop[0])
-            x = layer.mix(x, seen, drop[1])
-            return pin(layer.feed_forward(x, drop[2]), "batch", None, None), None
+            x, _ = layer(x, rope, segment_ids, implementation, key)
+            return x, None
 
         x, _ = jax.lax.scan(rematerialise(body, remat), x, (weights, keys))
         return self.norm(x)
@@ -128,9 +126,8 @@ class Llama(nnx.Module):
         x = without_padding(x, segment_ids)
 
         def body(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-            layer = self._layer(index)
-            seen, _ = layer.attend(x, rope, segment_ids, implementation)
-            return pin(layer.feed_forward(layer.mix(x, seen)), "batch", None, None), None
+            x, _ = self._layer(index)(x, rope, segment_ids, implementation)
+            return x, None
 
         last = self.config.num_layers - 1
         x, _ = jax.lax.scan(body, x, jnp.arange(last))
@@ -157,9 +154,7 @@ class Llama(nnx.Module):
         x = without_padding(x, segment_ids)
 
         def body(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, KVCache]:
-            layer = nnx.merge(graphdef, weights)
-            seen, cache = layer.attend(x, rope, segment_ids, implementation)
-            return pin(layer.feed_forward(layer.mix(x, seen)), "batch", None, None), cache
+            return nnx.merge(graphdef, weights)(x, rope, segment_ids, implementation)
 
         x, cache = jax.lax.scan(body, x, weights)
         return self.norm(x), cache
@@ -216,7 +211,7 @@ class Llama(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """A pre-norm block, in the pieces between which attention happens."""
+    """A pre-norm block: whole for rows, and in the pieces between which attention happens."""
 
     def __init__(
         self, config: TextConfig, *, adapter: AdapterConfig | None, rngs: nnx.Rngs
@@ -225,6 +220,20 @@ class DecoderLayer(nnx.Module):
         self.self_attn = Projections(config, adapter=adapter, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.width, config.rms_norm_eps)
         self.mlp = SwiGLU(config, adapter=adapter, rngs=rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        segment_ids: jax.Array,
+        implementation: str,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Rows [B, T, D] -> [B, T, D], and their keys and values [B, T, K, Dh]."""
+        drop = split_key(dropout_key, 3)
+        seen, cache = self.attend(x, rope, segment_ids, implementation, drop[0])
+        x = self.feed_forward(self.mix(x, seen, drop[1]), drop[2])
+        return pin(x, "batch", None, None), cache
 
     def qkv(
         self,
