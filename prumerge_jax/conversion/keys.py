@@ -28,7 +28,7 @@ class Dialect(enum.Enum):
 class Transform(enum.Enum):
     """How a checkpoint's tensor becomes ours."""
 
-    KEEP = ()
+    KEEP = None  # an empty tuple would not survive the enum of Python 3.11.0 to 3.11.2
     TRANSPOSE = (1, 0)  # a linear layer: [out, in] -> [in, out]
     CONVOLUTION = (2, 3, 1, 0)  # [out, in, h, w] -> [h, w, in, out]
 
