@@ -9,7 +9,7 @@ def get_config(mode: str = "") -> common.ConfigDict:
     config = miniature.training()
     config.weights = "runs/digits/align/model"
     config.learning_rates = (("decoder.*", 1e-3), ("projector.*", 1e-3))
-    config.max_length = 320
+    config.max_length = 464
     config.batch_size = 16
     config.steps = 2500
     return miniature.at_scale(config, mode)

@@ -16,7 +16,7 @@ def get_config(mode: str = "") -> common.ConfigDict:
     config.learning_rates = (("decoder.*", 1e-3),)
     config.data.form = "text"
     config.reduction = None
-    config.max_length = 168
+    config.max_length = 336
     config.batch_size = 16
     config.steps = 400
     return miniature.at_scale(config, mode)

@@ -7,13 +7,15 @@ from configs.digits import miniature
 def get_config(mode: str = "") -> common.ConfigDict:
     """PruMerge's fine-tuning: adapters and projector train, the reduction is on."""
     config = miniature.training()
-    config.weights = "runs/digits/refine/model"
+    config.weights = "runs/digits/finetune/model"
     config.learning_rates = (("decoder.*.lora_?", 2e-3), ("projector.*", 5e-4))
     config.adapter = common.ConfigDict({"rank": 16, "alpha": 32.0, "dropout": 0.05})
     config.reduction = "prumerge"
     config.reduction_options.neighbours = 8
     config.position_ids = "original"
-    config.max_length = 216
+    config.data.train_scenes = 12_800
+    config.data.questions_per_family = 1
+    config.max_length = 376
     config.batch_size = 32
-    config.steps = 200
+    config.steps = 400
     return miniature.at_scale(config, mode)

@@ -9,6 +9,5 @@ def get_config(mode: str = "") -> common.ConfigDict:
     config = finetune.get_config(mode)
     if mode != "tiny":
         config.weights = "runs/digits/finetune/model"
-        config.steps = 3000
     config.patch_dropout = {"pictures": 0.5, "least": 0.12}
     return config

@@ -3,9 +3,14 @@
 Four families mirror the benchmarks of LLaVA: `read` (TextVQA: what is written there), `presence`
 (POPE: is it there, yes or no), `count` (GQA) and `compare` (ScienceQA: multiple choice by letter).
 Answers are balanced, so that a model that does not look gets little: see `ask`.
+
+Where an answer takes more than one look, the response shows its work first, as ScienceQA's
+solutions do: `north 7, south 3. A`. A decoder of three layers spends them on looking one digit up
+and has none left to compare two; with the work before it, the conclusion is about words nearby.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,11 +23,32 @@ CAPTION_REQUEST = "Describe the picture."
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question about a scene, without the `<image>` mark, and its one right answer."""
+    """A question about a scene, without the `<image>` mark.
+
+    Attributes:
+      family: one of `FAMILIES`.
+      text: the question.
+      answer: its one right answer.
+      work: what has to be looked at for it, up to a full stop; empty where that is the answer.
+    """
 
     family: str
     text: str
     answer: str
+    work: str = ""
+
+    @property
+    def response(self) -> str:
+        """What a model learns to say, the work first: `north 7, south 3. A`."""
+        return f"{self.work} {self.answer}" if self.work else self.answer
+
+
+_WORK = re.compile(rf"^(?:{'|'.join(digits.PLACES)})\b[^.]*\. ")
+
+
+def conclusion(response: str) -> str:
+    """The answer of a response: what follows the work, if it begins with any, else all of it."""
+    return _WORK.sub("", response.strip())
 
 
 def caption(scene: digits.Scene) -> str:
@@ -116,12 +142,16 @@ def _ask_read(scene: digits.Scene, random: np.random.RandomState) -> Question:
 def _ask_presence(scene: digits.Scene, random: np.random.RandomState) -> Question:
     present = random.rand() < 0.5
     digit = _pick([d for d in range(10) if (d in scene.digits) == present], random)
-    return Question("presence", _presence_text(digit), "yes" if present else "no")
+    return Question(
+        "presence", _presence_text(digit), "yes" if present else "no", _checked(scene, digit)
+    )
 
 
 def _ask_count(scene: digits.Scene, random: np.random.RandomState) -> Question:
     if random.rand() < 0.5:
-        return Question("count", _COUNT_ALL_TEXT, str(len(scene.digits)))
+        return Question(
+            "count", _COUNT_ALL_TEXT, str(len(scene.digits)), ", ".join(scene.places) + "."
+        )
     counts = [scene.digits.count(digit) for digit in range(10)]
     repeated = [digit for digit in range(10) if counts[digit] > 1]
     if repeated and random.rand() < 0.7:
@@ -129,7 +159,7 @@ def _ask_count(scene: digits.Scene, random: np.random.RandomState) -> Question:
     else:
         wanted = random.randint(2) if 1 in counts else 0
         digit = _pick([digit for digit in range(10) if counts[digit] == wanted], random)
-    return Question("count", _count_text(digit), str(counts[digit]))
+    return Question("count", _count_text(digit), str(counts[digit]), _checked(scene, digit))
 
 
 def _ask_compare(scene: digits.Scene, random: np.random.RandomState) -> Question | None:
@@ -138,8 +168,21 @@ def _ask_compare(scene: digits.Scene, random: np.random.RandomState) -> Question
     first, second = random.permutation(len(scene.digits))[:2]
     while scene.digits[first] == scene.digits[second]:
         first, second = random.permutation(len(scene.digits))[:2]
-    text = _compare_text(scene.places[first], scene.places[second])
-    return Question("compare", text, "A" if scene.digits[first] > scene.digits[second] else "B")
+    places = scene.places[first], scene.places[second]
+    shown = scene.digits[first], scene.digits[second]
+    letter = "A" if shown[0] > shown[1] else "B"
+    return Question("compare", _compare_text(*places), letter, caption_of(places, shown))
+
+
+def _checked(scene: digits.Scene, wanted: int) -> str:
+    """Each digit, the wanted one, and whether they are the same: `south 3 7 no, west 7 7 yes.`
+
+    The wanted digit is said again each time, so that what is compared stands side by side. Without
+    it (`north 3 no`) small decoders have to find it among the digits of earlier answers.
+    """
+    marks = ("yes" if digit == wanted else "no" for digit in scene.digits)
+    shown = zip(scene.places, scene.digits, marks, strict=True)
+    return ", ".join(f"{place} {digit} {wanted} {mark}" for place, digit, mark in shown) + "."
 
 
 def _pick(choices: list[int], random: np.random.RandomState) -> int:

@@ -58,7 +58,7 @@ class DigitsVqaConfig(tfds.core.BuilderConfig):
 class DigitsVqa(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of `digits_vqa`; nothing is downloaded."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
     BUILDER_CONFIGS = [DigitsVqaConfig()]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -125,7 +125,7 @@ def text_sample(record: Mapping[str, Any]) -> Sample:
 
 def _record(scene: digits.Scene, questions: Sequence[digits_questions.Question]) -> dict[str, Any]:
     caption = digits_questions.caption(scene)
-    exchanges = [(question.text, question.answer) for question in questions]
+    exchanges = [(question.text, question.response) for question in questions]
     exchanges.append((digits_questions.CAPTION_REQUEST, caption))
     first_question, first_answer = exchanges[0]
     exchanges[0] = (f"{IMAGE_PLACEHOLDER}\n{first_question}", first_answer)

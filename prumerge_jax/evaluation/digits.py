@@ -1,6 +1,7 @@
 """The miniature benchmark: `digits_vqa` in the files and by the rules of the real benchmarks.
 
-Each family of questions is scored as the benchmark that it mirrors scores an answer.
+Each family of questions is scored as the benchmark that it mirrors scores an answer. A response
+may show its work first; its conclusion counts.
 """
 
 import pathlib
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prumerge_jax.data.digits_questions import FAMILIES, draw_with_questions
+from prumerge_jax.data.digits_questions import FAMILIES, conclusion, draw_with_questions
 from prumerge_jax.evaluation import jsonfiles
 from prumerge_jax.evaluation.answers import Answers
 from prumerge_jax.evaluation.benchmark import Benchmark, Question
@@ -50,7 +51,7 @@ class Digits(Benchmark[Annotations]):
 
     name = "digits"
     headline = "accuracy_mean"
-    max_new_tokens = 8
+    max_new_tokens = 32
 
     def read_annotations(self, path: pathlib.Path) -> Annotations:
         """Reads `{question_id, answer, places, digits}` lines."""
@@ -81,7 +82,7 @@ class Digits(Benchmark[Annotations]):
                     f"question {key!r} of category {family!r}: expected one of {FAMILIES} and a "
                     "row of the annotations; use the two files that were written together"
                 )
-            right[family].append(_IS_RIGHT[family](row["text"], truths[key].answer))
+            right[family].append(_IS_RIGHT[family](conclusion(row["text"]), truths[key].answer))
         values = {
             f"accuracy_{family}": np.array(hits, np.float64)
             for family, hits in right.items()

@@ -51,7 +51,7 @@ def test_digits_vqa_records_are_conversations_that_end_in_the_caption(digits_bui
     texts = [turn["value"] for turn in turns]
     assert texts[0] == f"<image>\n{questions[0].text}"
     assert texts[2:-2:2] == [question.text for question in questions[1:]]
-    assert texts[1:-2:2] == [question.answer for question in questions]
+    assert texts[1:-2:2] == [question.response for question in questions]
     assert texts[-1] == record["caption"].decode()
 
 

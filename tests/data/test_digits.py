@@ -113,22 +113,35 @@ def test_every_answer_is_right(scene: digits.Scene, seed: int, per_family: int) 
     assert max(counts.values()) <= per_family
     assert ("compare" in counts) == (len(set(scene.digits)) > 1)
     for question in questions:
-        assert question.answer == _solve(question.text, shown)
+        work, answer = _solve(question.text, shown)
+        assert (question.work, question.answer) == (work, answer)
+        assert question.response == (f"{work} {answer}" if work else answer)
+        assert digits_questions.conclusion(question.response) == answer
 
 
-def _solve(text: str, shown: dict[str, int]) -> str:
-    """Answers a question by its text alone, from place to digit."""
+def _solve(text: str, shown: dict[str, int]) -> tuple[str, str]:
+    """Work and answer of a question by its text alone, from place to digit."""
     values = list(shown.values())
     if match := re.fullmatch(r"Which digit is in the (\w+)\?", text):
-        return str(shown[match[1]])
+        return "", str(shown[match[1]])
     if match := re.fullmatch(r"Is there a (\d)\?", text):
-        return "yes" if int(match[1]) in values else "no"
+        return _checked(shown, match[1]), "yes" if int(match[1]) in values else "no"
     if text == "How many digits are there?":
-        return str(len(values))
+        return ", ".join(shown) + ".", str(len(values))
     if match := re.fullmatch(r"How many of the digits are (\d)\?", text):
-        return str(values.count(int(match[1])))
+        return _checked(shown, match[1]), str(values.count(int(match[1])))
     match = re.fullmatch(r"Which digit is larger\?\nA. (\w+)\nB. (\w+)", text)
-    return "A" if shown[match[1]] > shown[match[2]] else "B"
+    first, second = match.groups()
+    letter = "A" if shown[first] > shown[second] else "B"
+    return f"{first} {shown[first]}, {second} {shown[second]}.", letter
+
+
+def _checked(shown: dict[str, int], wanted: str) -> str:
+    looks = [
+        f"{place} {digit} {wanted} {'yes' if str(digit) == wanted else 'no'}"
+        for place, digit in shown.items()
+    ]
+    return ", ".join(looks) + "."
 
 
 # What a model gets that never looks: the best fixed answer, and the best answer to each wording.

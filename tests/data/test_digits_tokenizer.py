@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from prumerge_jax.data import digits, digits_questions, digits_tokenizer
 from prumerge_jax.data.conversation import TEMPLATES, evaluation_prompt, label_mask
 from prumerge_jax.data.tokenizer import IMAGE_TOKEN, Tokenizer
+from prumerge_jax.evaluation.digits import Digits
 
 BYTE_PIECES = range(3, 3 + 256)
 NEWLINE = BYTE_PIECES[ord("\n")]
@@ -38,6 +39,16 @@ def test_answers_and_places_are_one_token_each(tokenizer) -> None:
     ids = [tokenizer.encode(word) for word in words]
     assert [len(word_ids) for word_ids in ids] == [1] * len(words)
     assert len({word_ids[0] for word_ids in ids}) == len(words)
+
+
+def test_the_benchmark_lets_a_response_end(tokenizer) -> None:
+    responses = [
+        question.response
+        for index in range(200)
+        for question in digits_questions.draw_with_questions("test", index, seed=0)[1]
+    ]
+    longest = max(len(tokenizer.encode(response)) for response in responses)
+    assert longest + 1 == Digits.max_new_tokens  # and the token that ends it
 
 
 def test_prompts_are_one_token_per_word_and_mark(tokenizer) -> None:

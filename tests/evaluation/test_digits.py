@@ -72,7 +72,17 @@ def test_right_answers_score_100_and_unreadable_ones_what_pope_gives(questions, 
 
 @pytest.mark.parametrize(
     ("family", "template"),
-    [("read", " {}. "), ("presence", "{}, there is"), ("count", "{}."), ("compare", "{}. north")],
+    [
+        ("read", " {}. "),
+        ("presence", "north 3 7 no, south 7 7 yes. {}"),
+        ("presence", "{}, there is"),
+        ("presence", "{}. The north is not empty."),
+        ("count", "northwest. {}"),
+        ("count", "{}."),
+        ("compare", "north 7, south 3. {}"),
+        ("compare", "{}. north"),
+        ("compare", "north 7, south 3. The answer is {}."),
+    ],
 )
 def test_answers_are_read_as_by_the_mirrored_benchmark(questions, truths, family, template) -> None:
     texts = [template.format(truths[question.question_id].answer) for question in questions]
