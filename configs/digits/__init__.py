@@ -1,1 +1,1 @@
-"""The stages of the miniature, in their order: contrastive, align, finetune, lora; an ablation."""
+"""The stages of the miniature, in order: contrastive, align, finetune, lora; two ablations."""

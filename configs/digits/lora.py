@@ -1,4 +1,4 @@
-"""Stage 5 of the miniature: adapters learn to read reduced visual tokens."""
+"""Stage 4 of the miniature: adapters learn to read reduced visual tokens."""
 
 from configs import common
 from configs.digits import miniature

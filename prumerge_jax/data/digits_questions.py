@@ -11,7 +11,7 @@ and has none left to compare two; with the work before it, the conclusion is abo
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -58,7 +58,11 @@ def caption(scene: digits.Scene) -> str:
 
 def caption_of(places: Sequence[str], shown: Sequence[int]) -> str:
     """The same of digits in places."""
-    return ", ".join(f"{place} {digit}" for place, digit in zip(places, shown, strict=True)) + "."
+    return _listed(f"{place} {digit}" for place, digit in zip(places, shown, strict=True))
+
+
+def _listed(looks: Iterable[str]) -> str:
+    return ", ".join(looks) + "."
 
 
 def ask(
@@ -149,9 +153,7 @@ def _ask_presence(scene: digits.Scene, random: np.random.RandomState) -> Questio
 
 def _ask_count(scene: digits.Scene, random: np.random.RandomState) -> Question:
     if random.rand() < 0.5:
-        return Question(
-            "count", _COUNT_ALL_TEXT, str(len(scene.digits)), ", ".join(scene.places) + "."
-        )
+        return Question("count", _COUNT_ALL_TEXT, str(len(scene.digits)), _listed(scene.places))
     counts = [scene.digits.count(digit) for digit in range(10)]
     repeated = [digit for digit in range(10) if counts[digit] > 1]
     if repeated and random.rand() < 0.7:
@@ -182,7 +184,7 @@ def _checked(scene: digits.Scene, wanted: int) -> str:
     """
     marks = ("yes" if digit == wanted else "no" for digit in scene.digits)
     shown = zip(scene.places, scene.digits, marks, strict=True)
-    return ", ".join(f"{place} {digit} {wanted} {mark}" for place, digit, mark in shown) + "."
+    return _listed(f"{place} {digit} {wanted} {mark}" for place, digit, mark in shown)
 
 
 def _pick(choices: list[int], random: np.random.RandomState) -> int:
