@@ -49,13 +49,14 @@ def arms(
     index, targets = jnp.asarray(last), jnp.ones(len(last), jnp.int32)
     integers = (rows.row_of, rows.start_of, rows.length_of, rows.length_of, rows.length_of)
     segments = programs.Segments(*map(jnp.asarray, integers))
+    static = {"longest": int(rows.length_of.max()), "implementation": attention}
 
     def read() -> jax.Array:
-        unfinished = programs.read(*model, tokens, device, implementation=attention)
+        unfinished = programs.read(*model, tokens, device, **static)
         return programs.log_likelihoods(*model, unfinished, index, targets)
 
     def prefill() -> tuple[jax.Array, object]:
-        hidden, cache = programs.prefill(*model, tokens, device, implementation=attention)
+        hidden, cache = programs.prefill(*model, tokens, device, **static)
         greedy = programs.Sampling()
         return programs.first_tokens(*model, hidden, segments, sampling=greedy), cache
 

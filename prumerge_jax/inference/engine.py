@@ -364,11 +364,11 @@ class Engine:
             return "the image's CLS attention is not finite; check the image and the weights"
         length = query.text_tokens + visual_tokens + len(query.continuation)
         max_positions = self.model_config.text.max_positions
-        if length > min(self.config.row_length, max_positions):
+        if length > min(self.config.longest_prompt, max_positions):
             return (
-                f"the prompt has {length} tokens ({visual_tokens} of them visual); a row holds "
-                f"{self.config.row_length}, the model takes {max_positions}. Nothing is truncated: "
-                "shorten it, or raise row_length if the model allows"
+                f"the prompt has {length} tokens ({visual_tokens} of them visual); the engine "
+                f"takes {self.config.longest_prompt}, the model {max_positions}. Nothing is "
+                "truncated: shorten it, or raise row_length if the model allows"
             )
         limit = min(self.config.cache_length, max_positions)
         if query.max_new_tokens and length + query.max_new_tokens > limit:

@@ -178,13 +178,13 @@ def _plan(
         attention = default_implementation(dtype, model.text.head_dim)
         kernel = 0.0
         if attention == "splash":
-            pairs = engine.rows * engine.row_length**2 / 2
-            kernel = counts.attention_flops(model.text, pairs) / mesh.size
+            kernel = counts.attention_flops(model.text, _pairs(engine)) / mesh.size
         encode = programs.encode.lower(
             graphdef, state, pixels, reduction=reduction, dtype=dtype, implementation=attention
         )
-        read = programs.read.lower(graphdef, state, pool, rows, implementation=attention)
-        prefill = programs.prefill.lower(graphdef, state, pool, rows, implementation=attention)
+        static = {"longest": engine.longest_prompt, "implementation": attention}
+        read = programs.read.lower(graphdef, state, pool, rows, **static)
+        prefill = programs.prefill.lower(graphdef, state, pool, rows, **static)
         decode = programs.decode.lower(
             graphdef,
             state,
@@ -245,13 +245,19 @@ def _abstract_slots(
     )
 
 
+def _pairs(engine: Shapes) -> float:
+    """Queries and the keys before them that are near enough to be of the same prompt."""
+    length, longest = engine.row_length, engine.longest_prompt
+    return engine.rows * (length - longest / 2) * longest
+
+
 def _work(model: LlavaConfig, engine: Shapes) -> dict[str, Operation]:
     """What each program has to compute and to read, by the cost model; rows count as full."""
     sizes, text = counts.parameters(model), model.text
     width = counts.ACTIVATION_BYTES
     positions = engine.rows * engine.row_length
     flops: float = 2 * counts.block_parameters(text) * positions
-    flops += counts.attention_flops(text, engine.rows * engine.row_length**2 / 2)
+    flops += counts.attention_flops(text, _pairs(engine))
     rows = Operation(flops, width * sizes.blocks)
     context = engine.cache_length
     return {

@@ -96,34 +96,44 @@ def join(batches: list[jax.Array]) -> jax.Array:
     return pin(stacked.reshape(-1, *stacked.shape[2:]), "batch", None, None)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "implementation"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "longest", "implementation"))
 def prefill(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     visual_tokens: jax.Array,
     rows: Rows,
     *,
+    longest: int,
     implementation: str,
 ) -> tuple[jax.Array, KVCache]:
-    """Runs packed rows. Returns hidden states [rows, T, D] and the rows' keys and values."""
+    """Runs packed rows, whose segments have at most `longest` tokens.
+
+    Returns:
+      Hidden states [rows, T, D] and the rows' keys and values.
+    """
     model = nnx.merge(graphdef, state)
     x = pin(model.embed_rows(rows.ids, visual_tokens, rows.visual_index), "batch", None, None)
-    return model.decoder.prefill(x, rows.positions, rows.segment_ids, implementation=implementation)
+    return model.decoder.prefill(
+        x, rows.positions, rows.segment_ids, longest=longest, implementation=implementation
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "implementation"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "longest", "implementation"))
 def read(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     visual_tokens: jax.Array,
     rows: Rows,
     *,
+    longest: int,
     implementation: str,
 ) -> Unfinished:
     """`prefill` for scoring: no cache is kept, and `log_likelihoods` finishes what it needs."""
     model = nnx.merge(graphdef, state)
     x = pin(model.embed_rows(rows.ids, visual_tokens, rows.visual_index), "batch", None, None)
-    return model.decoder.read(x, rows.positions, rows.segment_ids, implementation=implementation)
+    return model.decoder.read(
+        x, rows.positions, rows.segment_ids, longest=longest, implementation=implementation
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))

@@ -28,6 +28,7 @@ def score(engine: Engine, queries: Iterable[Query]) -> Iterator[Result]:
                 engine.state,
                 window.pool,
                 engine.put_rows(rows),
+                longest=engine.config.longest_prompt,
                 implementation=engine.implementation,
             )
             unread.append(_Scores(window, rows, _log_likelihoods(engine, unfinished, rows)))

@@ -20,8 +20,8 @@ class EngineConfig:
     Attributes:
       batch_size: images per encode step.
       window: queries that are planned together, a multiple of `batch_size`.
-      row_length: tokens per packed row; the longest prompt, visual tokens included, that can run.
-        None lets `fit` choose it for the requests.
+      row_length: tokens per packed row; no prompt, visual tokens included, can be longer. None
+        lets `fit` choose it for the requests.
       rows: rows per prefill.
       slots: sequences decoded at once.
       cache_length: the longest sequence, generated tokens included, that can be decoded. None lets
@@ -50,9 +50,15 @@ class EngineConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shapes(EngineConfig):
-    """An `EngineConfig` that leaves no length open."""
+    """An `EngineConfig` that leaves no length open.
+
+    Attributes:
+      longest_prompt: the longest prompt, visual tokens included, that can run. Attention in long
+        rows of short prompts costs as little as this is small.
+    """
 
     row_length: int
+    longest_prompt: int
     cache_length: int
 
 
@@ -89,8 +95,14 @@ def fit(
         row_length = roomy_row_length(lengths) if varying else tight_row_length(lengths)
     if cache_length is None:
         cache_length = _round_up(min(int(lengths.max()) + max_new_tokens, max_positions))
-    open_lengths = {"row_length": row_length, "cache_length": cache_length}
-    return Shapes(**{**vars(config), **open_lengths})
+    return Shapes(
+        **{
+            **vars(config),
+            "row_length": row_length,
+            "longest_prompt": min(_round_up(int(lengths.max())), row_length),
+            "cache_length": cache_length,
+        }
+    )
 
 
 def roomy_row_length(longest: np.ndarray) -> int:

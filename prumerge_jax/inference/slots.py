@@ -62,6 +62,7 @@ class SlotDecoder:
             engine.state,
             window.pool,
             placed,
+            longest=engine.config.longest_prompt,
             implementation=engine.implementation,
         )
         for segments, sequences in self._segments(window, rows):

@@ -3,12 +3,13 @@
 Backends, by name:
 
 * `xla`: plain XLA, every platform, the reference for the others.
-* `blocks`: XLA on CPUs, block after block of queries.
+* `blocks`: XLA on CPUs, block after block of queries; rows and heads divide over the mesh.
 * `cudnn`: NVIDIA GPUs; float16 or bfloat16. Asked for by name, because `None` means XLA to JAX.
 * `splash`: TPU; the Pallas kernel, query and key lengths multiples of its block.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -20,8 +21,8 @@ from prumerge_jax.distributed import sharding
 
 SPLASH_BLOCK = 128
 _XLA_OR_CUDNN: dict[str, Literal["xla", "cudnn"]] = {"xla": "xla", "cudnn": "cudnn"}
-QUERY_BLOCK, MOST_BLOCKS = 128, 8
-"""Of `blocks`: queries are taken in blocks of at least so many, and in at most so many blocks."""
+QUERY_BLOCK = 128
+"""Queries that `blocks` takes at a time."""
 
 
 def attend(
@@ -31,6 +32,7 @@ def attend(
     *,
     segment_ids: jax.Array | None = None,
     causal: bool = False,
+    longest: int | None = None,
     implementation: str = "xla",
 ) -> jax.Array:
     """Softmax attention of a sequence with itself, scale 1/sqrt(head width).
@@ -40,6 +42,8 @@ def attend(
       k, v: [B, T, K, D]; K divides H (grouped-query attention).
       segment_ids: [B, T] int32; a query sees only keys of its own segment.
       causal: a query sees only keys at its own index or before.
+      longest: the promise that no segment has more tokens. `blocks` and `splash` then leave out
+        keys that are too far away to be seen; the others do not look at it.
       implementation: `xla`, `blocks`, `cudnn` or `splash`.
 
     Returns:
@@ -49,9 +53,9 @@ def attend(
       ValueError: an unknown implementation, or one that cannot run these shapes.
     """
     if implementation == "splash":
-        return _splash(q, k, v, segment_ids, causal=causal)
+        return _splash(q, k, v, segment_ids, causal=causal, longest=longest)
     if implementation == "blocks":
-        return _by_blocks(q, k, v, segment_ids, causal=causal)
+        return _by_blocks(q, k, v, segment_ids, causal=causal, longest=longest)
     if implementation not in _XLA_OR_CUDNN:
         raise ValueError(
             f"unknown attention {implementation!r}; expected 'xla', 'blocks', 'cudnn' or 'splash'"
@@ -125,45 +129,93 @@ def _by_blocks(
     segment_ids: jax.Array | None,
     *,
     causal: bool,
+    longest: int | None,
 ) -> jax.Array:
-    """Block after block of queries, so that the scores of one stay in the processor's cache.
+    """Head after head and block after block of queries.
 
-    Where attention is causal, the keys behind a block are not even multiplied: nearly half of all.
+    The scores of one block stay in the processor's cache, forward and (computed again) backward,
+    and keys that no query of a block sees are not even multiplied.
     """
-    batch, length, heads, head_dim = q.shape
+    run = functools.partial(_blocks_of_rows, causal=causal, longest=longest)
+    if not jax.sharding.get_abstract_mesh().empty:
+        heads = sharding.spec("batch", None, "heads", None)
+        run = jax.shard_map(
+            run, in_specs=(heads, heads, heads, sharding.spec("batch", None)), out_specs=heads
+        )
+    return run(q, k, v, segment_ids)
+
+
+def _blocks_of_rows(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    causal: bool,
+    longest: int | None,
+) -> jax.Array:
+    """`_by_blocks` on one device's share."""
+    length, heads, head_dim = q.shape[1:]
     kv_heads = k.shape[2]
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    q = q.transpose(0, 2, 3, 1, 4)  # [B, K, G, T, D]
-    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))  # [B, K, T, D]
-    size = max(QUERY_BLOCK, -(-length // MOST_BLOCKS))
-    blocks = []
-    for start in range(0, length, size):
-        end = min(start + size, length)
-        seen = end if causal else length
-        mask = jnp.ones((1, end - start, seen), bool)
-        if causal:
-            mask = (jnp.arange(seen) <= jnp.arange(start, end)[:, None])[None]
-        if segment_ids is not None:
-            mask = mask & (segment_ids[:, start:end, None] == segment_ids[:, None, :seen])
-        scores = jnp.einsum(
-            "bkgtd,bksd->bkgts",
-            q[..., start:end, :],
-            k[:, :, :seen],
-            preferred_element_type=jnp.float32,
-        )
-        # Every query sees itself, so that no row is masked throughout.
-        scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, -jnp.inf)
-        highest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-        weights = jnp.exp(scores - highest)
-        mixed = jnp.einsum(
-            "bkgts,bksd->bkgtd",
-            weights.astype(v.dtype),
-            v[:, :, :seen],
-            preferred_element_type=jnp.float32,
-        )
-        blocks.append((mixed / weights.sum(-1, keepdims=True)).astype(q.dtype))
-    mixed = jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(batch, length, heads, head_dim)
+    blocks = list(_seen_keys(length, causal, longest))
+
+    def row(
+        arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None],
+    ) -> jax.Array:
+        q, k, v, segment_ids = arrays  # [T, H, D], twice [T, K, D], [T]
+        masks = [_mask(queries, keys, segment_ids, causal) for queries, keys in blocks]
+
+        @jax.checkpoint
+        def head(arrays: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            q, k, v = arrays  # [G, T, D], twice [T, D]
+            mixed = [
+                _one_block(q[:, queries], k[keys], v[keys], mask)
+                for (queries, keys), mask in zip(blocks, masks, strict=True)
+            ]
+            return jnp.concatenate(mixed, axis=1)
+
+        grouped = q.reshape(length, kv_heads, heads // kv_heads, head_dim).transpose(1, 2, 0, 3)
+        mixed = jax.lax.map(head, (grouped, k.swapaxes(0, 1), v.swapaxes(0, 1)))
+        return mixed.reshape(heads, length, head_dim).swapaxes(0, 1)
+
+    return jax.lax.map(row, (q, k, v, segment_ids))
+
+
+def _seen_keys(length: int, causal: bool, longest: int | None) -> Iterator[tuple[slice, slice]]:
+    """Blocks of queries, each with the range of keys that its queries can see."""
+    reach = length if longest is None else longest - 1
+    for start in range(0, length, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, length)
+        last = end if causal else min(end + reach, length)
+        yield slice(start, end), slice(max(start - reach, 0), last)
+
+
+def _mask(
+    queries: slice, keys: slice, segment_ids: jax.Array | None, causal: bool
+) -> jax.Array | None:
+    """Who sees whom, bool [queries, keys]; None is everyone everyone."""
+    mask = None
+    if causal:
+        at = jnp.arange(queries.start, queries.stop)
+        mask = jnp.arange(keys.start, keys.stop) <= at[:, None]
+    if segment_ids is not None:
+        same = segment_ids[queries, None] == segment_ids[None, keys]
+        mask = same if mask is None else mask & same
+    return mask
+
+
+def _one_block(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """q [G, T, D], k and v [S, D], mask [T, S] -> [G, T, D]; every query sees a key."""
+    scores = jnp.einsum("gtd,sd->gts", q, k, preferred_element_type=jnp.float32)
+    scores = scores * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = jnp.where(mask, scores, -jnp.inf)
+    highest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp(scores - highest)
+    mixed = jnp.einsum(
+        "gts,sd->gtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return (mixed / weights.sum(-1, keepdims=True)).astype(q.dtype)
 
 
 def _splash(
@@ -173,6 +225,7 @@ def _splash(
     segment_ids: jax.Array | None,
     *,
     causal: bool,
+    longest: int | None,
 ) -> jax.Array:
     batch, length, heads, head_dim = q.shape
     if length % SPLASH_BLOCK:
@@ -184,7 +237,9 @@ def _splash(
         k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
     if segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)
-    run = functools.partial(splash_heads, causal=causal, interpret=_platform() != "tpu")
+    run = functools.partial(
+        splash_heads, causal=causal, longest=longest, interpret=_platform() != "tpu"
+    )
     if not jax.sharding.get_abstract_mesh().empty:
         heads_spec = sharding.spec("batch", None, "heads", None)
         run = jax.shard_map(
@@ -203,15 +258,19 @@ def splash_heads(
     segment_ids: jax.Array,
     *,
     causal: bool,
+    longest: int | None,
     interpret: bool,
 ) -> jax.Array:
     """The splash kernel on one device's share; `q` is scaled already, shapes as in `attend`."""
     length, heads = q.shape[1:3]
-    one_head = (
-        splash_mask.CausalMask((length, length))
-        if causal
-        else splash_mask.FullMask((length, length))
-    )
+    one_head: splash_mask.Mask
+    if longest is not None and longest < length:
+        window = (longest - 1, 0 if causal else longest - 1)
+        one_head = splash_mask.LocalMask((length, length), window, offset=0)
+    elif causal:
+        one_head = splash_mask.CausalMask((length, length))
+    else:
+        one_head = splash_mask.FullMask((length, length))
     kernel = splash.make_splash_mha(
         splash_mask.MultiHeadMask([one_head] * heads),
         block_sizes=splash.BlockSizes(

@@ -104,7 +104,7 @@ class Llama(nnx.Module):
         ) -> tuple[jax.Array, None]:
             weights, key = scanned
             layer = nnx.merge(graphdef, weights)
-            x, _ = layer(x, rope, segment_ids, implementation, key)
+            x, _ = layer(x, rope, segment_ids, implementation, dropout_key=key)
             return x, None
 
         x, _ = jax.lax.scan(rematerialise(body, remat), x, (weights, keys))
@@ -116,22 +116,24 @@ class Llama(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         *,
+        longest: int | None = None,
         implementation: str = "xla",
     ) -> Unfinished:
         """`__call__` as far as positions need each other; `finish` does the rest for some of them.
 
-        Most of the last layer is its feed-forward part, and scoring asks for few positions.
+        Most of the last layer is its feed-forward part, and scoring asks for few positions. See
+        `attention.attend` for `longest`.
         """
         rope = rotary(positions, self.config)
         x = without_padding(x, segment_ids)
 
         def body(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-            x, _ = self._layer(index)(x, rope, segment_ids, implementation)
+            x, _ = self._layer(index)(x, rope, segment_ids, implementation, longest)
             return x, None
 
         last = self.config.num_layers - 1
         x, _ = jax.lax.scan(body, x, jnp.arange(last))
-        seen, _ = self._layer(last).attend(x, rope, segment_ids, implementation)
+        seen, _ = self._layer(last).attend(x, rope, segment_ids, implementation, longest)
         return Unfinished(x, seen)
 
     def finish(self, rows: Unfinished, index: jax.Array) -> jax.Array:
@@ -146,15 +148,19 @@ class Llama(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         *,
+        longest: int | None = None,
         implementation: str = "xla",
     ) -> tuple[jax.Array, KVCache]:
-        """`__call__` that also returns the rows' keys and values, [L, B, T, K, D] each."""
+        """`__call__` that also returns the rows' keys and values, [L, B, T, K, D] each.
+
+        See `attention.attend` for `longest`.
+        """
         graphdef, weights = nnx.split(self.layers)
         rope = rotary(positions, self.config)
         x = without_padding(x, segment_ids)
 
         def body(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, KVCache]:
-            return nnx.merge(graphdef, weights)(x, rope, segment_ids, implementation)
+            return nnx.merge(graphdef, weights)(x, rope, segment_ids, implementation, longest)
 
         x, cache = jax.lax.scan(body, x, weights)
         return self.norm(x), cache
@@ -227,11 +233,12 @@ class DecoderLayer(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         segment_ids: jax.Array,
         implementation: str,
+        longest: int | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Rows [B, T, D] -> [B, T, D], and their keys and values [B, T, K, Dh]."""
         drop = split_key(dropout_key, 3)
-        seen, cache = self.attend(x, rope, segment_ids, implementation, drop[0])
+        seen, cache = self.attend(x, rope, segment_ids, implementation, longest, drop[0])
         x = self.feed_forward(self.mix(x, seen, drop[1]), drop[2])
         return pin(x, "batch", None, None), cache
 
@@ -251,12 +258,21 @@ class DecoderLayer(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         segment_ids: jax.Array,
         implementation: str,
+        longest: int | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Rows [B, T, D] -> what each position sees of its segment [B, T, H, Dh], and keys and
         values [B, T, K, Dh]."""
         q, k, v = self.qkv(x, rope, dropout_key)
-        seen = attend(q, k, v, segment_ids=segment_ids, causal=True, implementation=implementation)
+        seen = attend(
+            q,
+            k,
+            v,
+            segment_ids=segment_ids,
+            causal=True,
+            longest=longest,
+            implementation=implementation,
+        )
         return seen, KVCache(k, v)
 
     def mix(

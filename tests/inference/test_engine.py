@@ -18,7 +18,16 @@ from prumerge_jax.inference.slots import generate
 from prumerge_jax.models.config import TextConfig, published
 from prumerge_jax.models.llava import LlavaModel, random_model
 
-SMALL = Shapes(batch_size=2, window=4, row_length=96, rows=2, slots=2, cache_length=64, chunk=3)
+SMALL = Shapes(
+    batch_size=2,
+    window=4,
+    row_length=96,
+    longest_prompt=96,
+    rows=2,
+    slots=2,
+    cache_length=64,
+    chunk=3,
+)
 CONFIG = dataclasses.replace(
     published("tiny"),
     text=TextConfig(
@@ -39,7 +48,11 @@ def model() -> LlavaModel:
 
 
 def make_engine(
-    model: LlavaModel, config: Shapes = SMALL, reduction: str = "prumerge", **overrides: int
+    model: LlavaModel,
+    config: Shapes = SMALL,
+    reduction: str = "prumerge",
+    implementation: str = "xla",
+    **overrides: int,
 ) -> Engine:
     graphdef, state = nnx.split(model)
     return Engine(
@@ -49,6 +62,7 @@ def make_engine(
         prumerge.preset(reduction, **overrides),
         config,
         dtype=jnp.float32,
+        implementation=implementation,
     )
 
 
@@ -131,13 +145,13 @@ def test_generation_equals_one_at_a_time_recomputation(model: LlavaModel) -> Non
     "shapes",
     [
         dict(batch_size=4, window=4, row_length=64, rows=1, slots=1, cache_length=64, chunk=1),
-        dict(batch_size=1, window=16, row_length=128, rows=4, slots=8, cache_length=96, chunk=32),
+        dict(batch_size=1, window=16, row_length=256, rows=4, slots=8, cache_length=96, chunk=32),
     ],
 )
 def test_shapes_and_arrival_order_change_nothing(model: LlavaModel, shapes: dict[str, int]) -> None:
     queries = make_queries(13, seed=2, max_new_tokens=7)
     order = np.random.default_rng(0).permutation(len(queries))
-    other = make_engine(model, Shapes(**shapes))
+    other = make_engine(model, Shapes(longest_prompt=64, **shapes), implementation="blocks")
     expected = by_key(list(generate(make_engine(model), queries)))
     got = by_key(list(generate(other, [queries[i] for i in order])))
     assert {k: r.token_ids for k, r in got.items()} == {k: r.token_ids for k, r in expected.items()}
@@ -152,7 +166,7 @@ def test_sampling_depends_on_the_query_alone(model: LlavaModel) -> None:
     queries = [q._replace(seed=7 + q.key) for q in make_queries(6, seed=2, max_new_tokens=6)]
     sampling = programs.Sampling(temperature=1.0, top_p=0.9)
     first = by_key(list(generate(make_engine(model), queries, sampling)))
-    wide = Shapes(batch_size=4, window=8, row_length=96, rows=1, slots=4, cache_length=64)
+    wide = dataclasses.replace(SMALL, batch_size=4, window=8, rows=1, slots=4, chunk=16)
     second = by_key(list(generate(make_engine(model, wide), queries[::-1], sampling)))
     assert {k: r.token_ids for k, r in first.items()} == {k: r.token_ids for k, r in second.items()}
     reseeded = [q._replace(seed=1000 + q.key) for q in queries]
@@ -260,9 +274,7 @@ def test_mesh_equals_one_device(model: LlavaModel, sizes: tuple[int, int, int]) 
 
     if jax.device_count() < 8:
         pytest.skip("needs eight devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
-    config = Shapes(
-        batch_size=8, window=8, row_length=96, rows=8, slots=8, cache_length=64, chunk=3
-    )
+    config = dataclasses.replace(SMALL, batch_size=8, window=8, rows=8, slots=8)
     queries = make_queries(11, seed=10, max_new_tokens=6)
     plain = make_engine(model, config)
     mesh = sharding.make_mesh(*sizes)

@@ -32,7 +32,8 @@ def program(name: str, cycles: int, open_loops: int = 0) -> Program:
 
 
 def test_the_printed_plan_compares_with_the_floor_of_its_chips() -> None:
-    shapes = Shapes(**{**vars(SMALL), "row_length": 128, "cache_length": 128})
+    lengths = {"row_length": 128, "longest_prompt": 128, "cache_length": 128}
+    shapes = Shapes(**{**vars(SMALL), **lengths})
     plan = InferencePlan(
         topology=Topology("v5e:2x4", CHIPS["tpu-v5e"], (None,) * 8),  # type: ignore[arg-type]
         mesh=ONE | {"tensor": 2},

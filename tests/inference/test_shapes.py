@@ -47,7 +47,7 @@ def test_lengths_fit_the_published_model() -> None:
     full = fitted("full", LLAVA_PATCHES, text)
     assert (full.row_length, full.cache_length) == (640, 640)
     ours = fitted("prumerge", LLAVA_PATCHES, text)
-    assert (ours.row_length, ours.cache_length) == (1024, 256)
+    assert (ours.row_length, ours.longest_prompt, ours.cache_length) == (1024, 256, 256)
     assert fitted("prumerge+", LLAVA_PATCHES, text).row_length == 1024
     given_length = fitted("full", LLAVA_PATCHES, text, row_length=2000)
     assert (given_length.row_length, given_length.cache_length) == (2000, 640)
@@ -68,7 +68,8 @@ def test_every_sequence_has_room_and_no_length_of_the_choice_pads_less(
         reduction = prumerge.preset(name, capacity=capacity)
         most = prumerge.preset(name).capacity_for(DIGITS_PATCHES)
         shapes = fit(EngineConfig(), reduction, DIGITS_PATCHES, text, max_positions=4096)
-        assert shapes.row_length >= text.max() + most <= shapes.cache_length
+        assert text.max() + most <= shapes.longest_prompt <= shapes.row_length
+        assert text.max() + most <= shapes.cache_length
         assert shapes.row_length % 128 == 0
 
     def computed(row_length: int) -> int:

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from prumerge_jax.distributed import sharding
-from prumerge_jax.models.attention import MOST_BLOCKS as BLOCKS
-from prumerge_jax.models.attention import attend, attend_to_cache
+from prumerge_jax.models.attention import QUERY_BLOCK, attend, attend_to_cache
 
 
 def random_qkv(heads: int = 4, kv_heads: int = 2, length: int = 128, width: int = 16):
@@ -23,6 +22,13 @@ def segments(length: int) -> jax.Array:
     ids = np.ones((2, length), np.int32)
     ids[0, length // 3 :] = 2
     ids[0, -length // 8 :] = 0
+    return jnp.asarray(ids)
+
+
+def short_segments(length: int, longest: int) -> jax.Array:
+    """Rows whose first segment has `longest` tokens and whose last is padding."""
+    ids = np.zeros((2, length), np.int32)
+    ids[:, :longest], ids[0, longest : longest + 40], ids[1, longest : 2 * longest] = 1, 2, 2
     return jnp.asarray(ids)
 
 
@@ -69,18 +75,29 @@ def test_half_precision_rounds_and_no_more(implementation: str, dtype) -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("longest", [None, 150])
 @pytest.mark.parametrize(
     ("implementation", "length"),
-    [("splash", 256), ("blocks", 256), ("blocks", BLOCKS * 128 + 40)],  # whole, and larger ones
+    [("splash", 384), ("blocks", 384), ("blocks", 3 * QUERY_BLOCK + 40)],  # whole, and one ragged
 )
-def test_equals_xla_forward_and_backward(implementation: str, length: int, causal: bool) -> None:
+def test_equals_xla_forward_and_backward(
+    implementation: str, length: int, longest: int | None, causal: bool
+) -> None:
     """Grouped heads and segments included; the TPU kernel in interpret mode."""
     q, k, v = random_qkv(length=length)
-    ids = segments(length)
+    ids = segments(length) if longest is None else short_segments(length, longest)
     probe = jnp.cos(jnp.arange(q.size)).reshape(q.shape) * (ids > 0)[..., None, None]
 
     def loss(implementation: str, q, k, v) -> jax.Array:
-        out = attend(q, k, v, segment_ids=ids, causal=causal, implementation=implementation)
+        out = attend(
+            q,
+            k,
+            v,
+            segment_ids=ids,
+            causal=causal,
+            longest=longest,
+            implementation=implementation,
+        )
         return (out * probe).sum()
 
     run = jax.value_and_grad(loss, argnums=(1, 2, 3))
@@ -90,13 +107,14 @@ def test_equals_xla_forward_and_backward(implementation: str, length: int, causa
         np.testing.assert_allclose(mine, reference, atol=2e-5)
 
 
-def test_splash_on_a_mesh() -> None:
+@pytest.mark.parametrize("implementation", ["splash", "blocks"])
+def test_shards_of_a_mesh(implementation: str) -> None:
     if jax.device_count() < 8:
         pytest.skip("needs eight devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
     q, k, v = random_qkv(heads=4, kv_heads=4, length=128)
     expected = attend(q, k, v, segment_ids=segments(128), causal=True)
     with sharding.use_mesh(sharding.make_mesh(1, 2, 2)):
-        run = jax.jit(functools.partial(attend, causal=True, implementation="splash"))
+        run = jax.jit(functools.partial(attend, causal=True, implementation=implementation))
         got = run(q, k, v, segment_ids=segments(128))
     np.testing.assert_allclose(got, expected, atol=2e-6)
 
