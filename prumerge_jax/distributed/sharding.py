@@ -5,6 +5,7 @@ to the mesh axes `data`, `fsdp` and `tensor`. Changing how the model is laid out
 this table and nothing else.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -71,6 +72,20 @@ def spec(*logical: str | None) -> PartitionSpec:
       KeyError: a name that `RULES` does not know.
     """
     return PartitionSpec(*(None if name is None else RULES[name] for name in logical))
+
+
+def even_spec(shape: Sequence[int], *logical: str | None) -> PartitionSpec:
+    """`spec` on the current mesh, whole along axes of `shape` that its devices do not divide.
+
+    `jax.shard_map` takes even shards only, where `jax.jit` pads uneven ones.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    entries = []
+    for length, entry in zip(shape, spec(*logical), strict=True):
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        shards = math.prod(sizes[axis] for axis in axes)
+        entries.append(None if length % shards else entry)
+    return PartitionSpec(*entries)
 
 
 def pin(x: jax.Array, *logical: str | None) -> jax.Array:

@@ -3,7 +3,7 @@
 Backends, by name:
 
 * `xla`: plain XLA, every platform, the reference for the others.
-* `blocks`: XLA on CPUs, block after block of queries; rows and heads divide over the mesh.
+* `blocks`: XLA on CPUs, block after block of queries.
 * `cudnn`: NVIDIA GPUs; float16 or bfloat16. Asked for by name, because `None` means XLA to JAX.
 * `splash`: TPU; the Pallas kernel, query and key lengths multiples of its block.
 """
@@ -138,10 +138,10 @@ def _by_blocks(
     """
     run = functools.partial(_blocks_of_rows, causal=causal, longest=longest)
     if not jax.sharding.get_abstract_mesh().empty:
-        heads = sharding.spec("batch", None, "heads", None)
-        run = jax.shard_map(
-            run, in_specs=(heads, heads, heads, sharding.spec("batch", None)), out_specs=heads
-        )
+        # Of the keys: query heads divide where theirs do.
+        heads = sharding.even_spec(k.shape, "batch", None, "heads", None)
+        rows = sharding.even_spec(k.shape[:2], "batch", None)
+        run = jax.shard_map(run, in_specs=(heads, heads, heads, rows), out_specs=heads)
     return run(q, k, v, segment_ids)
 
 
@@ -241,10 +241,11 @@ def _splash(
         splash_heads, causal=causal, longest=longest, interpret=_platform() != "tpu"
     )
     if not jax.sharding.get_abstract_mesh().empty:
-        heads_spec = sharding.spec("batch", None, "heads", None)
+        heads_spec = sharding.even_spec(k.shape, "batch", None, "heads", None)
+        rows = sharding.even_spec(k.shape[:2], "batch", None)
         run = jax.shard_map(
             run,
-            in_specs=(heads_spec, heads_spec, heads_spec, sharding.spec("batch", None)),
+            in_specs=(heads_spec, heads_spec, heads_spec, rows),
             out_specs=heads_spec,
             check_vma=False,  # the kernel does not declare its varying axes
         )

@@ -107,11 +107,12 @@ def test_equals_xla_forward_and_backward(
         np.testing.assert_allclose(mine, reference, atol=2e-5)
 
 
+@pytest.mark.parametrize("heads", [4, 3])  # 3 do not divide over 2 devices
 @pytest.mark.parametrize("implementation", ["splash", "blocks"])
-def test_shards_of_a_mesh(implementation: str) -> None:
+def test_shards_of_a_mesh(implementation: str, heads: int) -> None:
     if jax.device_count() < 8:
         pytest.skip("needs eight devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
-    q, k, v = random_qkv(heads=4, kv_heads=4, length=128)
+    q, k, v = random_qkv(heads=heads, kv_heads=heads, length=128)
     expected = attend(q, k, v, segment_ids=segments(128), causal=True)
     with sharding.use_mesh(sharding.make_mesh(1, 2, 2)):
         run = jax.jit(functools.partial(attend, causal=True, implementation=implementation))
