@@ -9,7 +9,7 @@ Backends, by name:
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import jax
@@ -55,7 +55,8 @@ def attend(
     if implementation == "splash":
         return _splash(q, k, v, segment_ids, causal=causal, longest=longest)
     if implementation == "blocks":
-        return _by_blocks(q, k, v, segment_ids, causal=causal, longest=longest)
+        by_blocks = functools.partial(_by_blocks, causal=causal, longest=longest)
+        return _on_shards(by_blocks, q, k, v, segment_ids)
     if implementation not in _XLA_OR_CUDNN:
         raise ValueError(
             f"unknown attention {implementation!r}; expected 'xla', 'blocks', 'cudnn' or 'splash'"
@@ -122,6 +123,26 @@ def _dot_product(
     return seen.astype(dtype)
 
 
+def _on_shards(
+    run: Callable[..., jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    check_vma: bool = True,
+) -> jax.Array:
+    """`run(q, k, v, segment_ids)`, on a mesh by every device on its own rows and heads."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        # Of the keys: query heads divide where theirs do.
+        heads = sharding.even_spec(k.shape, "batch", None, "heads", None)
+        rows = sharding.even_spec(k.shape[:2], "batch", None)
+        run = jax.shard_map(
+            run, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=check_vma
+        )
+    return run(q, k, v, segment_ids)
+
+
 def _by_blocks(
     q: jax.Array,
     k: jax.Array,
@@ -131,30 +152,11 @@ def _by_blocks(
     causal: bool,
     longest: int | None,
 ) -> jax.Array:
-    """Head after head and block after block of queries.
+    """Head after head and block after block of queries, on one device.
 
     The scores of one block stay in the processor's cache, forward and (computed again) backward,
     and keys that no query of a block sees are not even multiplied.
     """
-    run = functools.partial(_blocks_of_rows, causal=causal, longest=longest)
-    if not jax.sharding.get_abstract_mesh().empty:
-        # Of the keys: query heads divide where theirs do.
-        heads = sharding.even_spec(k.shape, "batch", None, "heads", None)
-        rows = sharding.even_spec(k.shape[:2], "batch", None)
-        run = jax.shard_map(run, in_specs=(heads, heads, heads, rows), out_specs=heads)
-    return run(q, k, v, segment_ids)
-
-
-def _blocks_of_rows(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array | None,
-    *,
-    causal: bool,
-    longest: int | None,
-) -> jax.Array:
-    """`_by_blocks` on one device's share."""
     length, heads, head_dim = q.shape[1:]
     kv_heads = k.shape[2]
     blocks = list(_seen_keys(length, causal, longest))
@@ -240,16 +242,8 @@ def _splash(
     run = functools.partial(
         splash_heads, causal=causal, longest=longest, interpret=_platform() != "tpu"
     )
-    if not jax.sharding.get_abstract_mesh().empty:
-        heads_spec = sharding.even_spec(k.shape, "batch", None, "heads", None)
-        rows = sharding.even_spec(k.shape[:2], "batch", None)
-        run = jax.shard_map(
-            run,
-            in_specs=(heads_spec, heads_spec, heads_spec, rows),
-            out_specs=heads_spec,
-            check_vma=False,  # the kernel does not declare its varying axes
-        )
-    return run(q * head_dim**-0.5, k, v, segment_ids)
+    # The kernel does not declare its varying axes.
+    return _on_shards(run, q * head_dim**-0.5, k, v, segment_ids, check_vma=False)
 
 
 def splash_heads(
