@@ -1,8 +1,8 @@
 """Plans that turn sequences of many lengths into rows of one length.
 
 PruMerge leaves every image with its own number of visual tokens. Padding all sequences to the
-longest would compute several times the real tokens; packing them first-fit-decreasing into rows of
-a fixed length computes next to none more, at one compiled shape. The planner needs lengths and text
+longest would compute several times the real tokens; packing them into rows of a fixed length (see
+`fill_rows`) computes next to none more, at one compiled shape. The planner needs lengths and text
 alone, never the visual tokens themselves, so it runs on the host (NumPy) while the device encodes.
 
 `pack_window`, `pack` and `one_per_row` differ only in which request goes to which row; the rows
@@ -135,18 +135,21 @@ def sequence_lengths(requests: Sequence[Request], layout: VisualLayout) -> np.nd
     return lengths
 
 
-def first_fit_decreasing(
+def fill_rows(
     lengths: Sequence[int] | np.ndarray, row_length: int, *, urgent: int = 0
 ) -> list[list[int]]:
-    """Bin packing: longest first, each into the first row that still has room.
+    """Bin packing, row after row: the longest that waits, and those that fill the row most with it.
 
-    Deterministic: equal lengths keep their input order. At most 11/9 of the optimal number of rows,
-    plus one (Johnson 1973).
+    This is the minimum bin slack heuristic (Gupta and Ho 1999). First-fit-decreasing leaves half of
+    a short sequence over in every row, here 3 %; this one next to nothing before the last rows.
+    Nothing that waits fits in what a row leaves over, so any two rows hold more than one has room
+    for. Deterministic: of equal lengths the first in the input comes first.
 
     Args:
       lengths: to be packed.
       row_length: room in a row.
-      urgent: so many of the first lengths are packed before all others, into the first rows.
+      urgent: so many of the first lengths are packed first-fit-decreasing before all others, into
+        the first rows.
 
     Returns:
       For each row the indices into `lengths`, in the order in which they stand in the row.
@@ -156,17 +159,46 @@ def first_fit_decreasing(
     """
     lengths = np.asarray(lengths, np.int64)
     _check_fits(lengths, row_length)
-    free = np.full(lengths.size, row_length, np.int64)
+    size = lengths.tolist()
+    order = np.argsort(-lengths, kind="stable").tolist()
+    hurried = [index for index in order if index < urgent]
+    waiting = [index for index in order if index >= urgent]
     rows: list[list[int]] = []
-    later = np.arange(lengths.size) >= urgent
-    for index in np.lexsort((-lengths, later)).tolist():
-        # The row after the last open one is empty, so some row always fits.
-        row = int(np.argmax(free[: len(rows) + 1] >= lengths[index]))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(index)
-        free[row] -= lengths[index]
+    while hurried or waiting:
+        row: list[int] = []
+        free = row_length
+        for index in hurried:
+            if size[index] <= free:
+                row.append(index)
+                free -= size[index]
+        longest = next((index for index in waiting if size[index] <= free), None)
+        if longest is not None:
+            others = [index for index in waiting if index != longest]
+            chosen = _fullest([size[index] for index in others], free - size[longest])
+            row += [longest, *(others[place] for place in chosen)]
+        rows.append(row)
+        hurried = [index for index in hurried if index not in row]
+        waiting = [index for index in waiting if index not in row]
     return rows
+
+
+def _fullest(lengths: Sequence[int], room: int) -> list[int]:
+    """Which of the lengths have together the largest sum up to `room`; the first where it can be.
+
+    Subset sum by dynamic programming. Bit s of `sums[i]` says that some of the first i add up to s.
+    """
+    sums = [1]
+    for length in lengths:
+        if sums[-1] >> room:
+            break
+        sums.append((sums[-1] | sums[-1] << length) & ((2 << room) - 1))
+    total = sums[-1].bit_length() - 1
+    chosen = []
+    for place in reversed(range(len(sums) - 1)):
+        if not sums[place] >> total & 1:
+            chosen.append(place)
+            total -= lengths[place]
+    return chosen[::-1]
 
 
 def pack_window(
@@ -295,7 +327,7 @@ def _plan(
     rows_of_shard = []
     for shard in range(shards):
         members = np.flatnonzero(shard_of == shard)
-        packed = first_fit_decreasing(
+        packed = fill_rows(
             lengths[members], row_length, urgent=int(np.count_nonzero(members < urgent))
         )
         rows_of_shard.append([members[row].tolist() for row in packed])

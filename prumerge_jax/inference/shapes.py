@@ -132,7 +132,7 @@ def tight_row_length(lengths: np.ndarray) -> int:
     most = int(lengths.max())
     sample = np.sort(lengths)[::-1][:: -(-len(lengths) // SAMPLE)]
     computed = {
-        row_length: row_length * len(packing.first_fit_decreasing(sample, row_length))
+        row_length: row_length * len(packing.fill_rows(sample, row_length))
         for row_length in range(_round_up(most), _round_up(2 * most) + 1, MULTIPLE)
     }
     return min(computed, key=lambda row_length: (computed[row_length], row_length))

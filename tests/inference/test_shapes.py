@@ -73,7 +73,7 @@ def test_every_sequence_has_room_and_no_length_of_the_choice_pads_less(
         assert shapes.row_length % 128 == 0
 
     def computed(row_length: int) -> int:
-        return row_length * len(packing.first_fit_decreasing(lengths, row_length))
+        return row_length * len(packing.fill_rows(lengths, row_length))
 
     chosen = tight_row_length(text)
     for row_length in range(-(-text.max() // 128) * 128, 2 * text.max(), 128):
