@@ -10,7 +10,7 @@ Backends, by name:
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,9 @@ def attend(
       k, v: [B, T, K, D]; K divides H (grouped-query attention).
       segment_ids: [B, T] int32; a query sees only keys of its own segment.
       causal: a query sees only keys at its own index or before.
-      longest: the promise that no segment has more tokens. `blocks` and `splash` then leave out
-        keys that are too far away to be seen; the others do not look at it.
+      longest: the promise that no segment has more tokens and that each stands in one piece.
+        `blocks` and `splash` then leave out keys that are too far away to be seen; the others do
+        not look at it.
       implementation: `xla`, `blocks`, `cudnn` or `splash`.
 
     Returns:
@@ -155,7 +156,8 @@ def _by_blocks(
     """Head after head and block after block of queries, on one device.
 
     The scores of one block stay in the processor's cache, forward and (computed again) backward,
-    and keys that no query of a block sees are not even multiplied.
+    and keys that no query of a block sees are not even multiplied: those out of reach by `longest`,
+    and in a causal row those that `_far_keys` finds out of reach of its own segments.
     """
     length, heads, head_dim = q.shape[1:]
     kv_heads = k.shape[2]
@@ -166,13 +168,15 @@ def _by_blocks(
     ) -> jax.Array:
         q, k, v, segment_ids = arrays  # [T, H, D], twice [T, K, D], [T]
         masks = [_mask(queries, keys, segment_ids, causal) for queries, keys in blocks]
+        ids = segment_ids if causal and longest is not None else None
+        far = [_far_keys(queries, keys, ids) for queries, keys in blocks]
 
         @jax.checkpoint
         def head(arrays: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             q, k, v = arrays  # [G, T, D], twice [T, D]
             mixed = [
-                _one_block(q[:, queries], k[keys], v[keys], mask)
-                for (queries, keys), mask in zip(blocks, masks, strict=True)
+                _seen_block(q[:, queries], k[keys], v[keys], mask, far_keys)
+                for (queries, keys), mask, far_keys in zip(blocks, masks, far, strict=True)
             ]
             return jnp.concatenate(mixed, axis=1)
 
@@ -192,6 +196,30 @@ def _seen_keys(length: int, causal: bool, longest: int | None) -> Iterator[tuple
         yield slice(start, end), slice(max(start - reach, 0), last)
 
 
+class _Far(NamedTuple):
+    """The first keys of a block, a block of queries and more away.
+
+    Attributes:
+      number: of such keys.
+      seen: bool [], whether a query of the block sees one of them.
+    """
+
+    number: int
+    seen: jax.Array
+
+
+def _far_keys(queries: slice, keys: slice, segment_ids: jax.Array | None) -> _Far | None:
+    """Those of a causal block, by the segments of its row [T]; None where there are none.
+
+    Segments in one piece reach back from the block's first query through all keys in between.
+    """
+    nearest = queries.start - QUERY_BLOCK
+    if segment_ids is None or nearest <= keys.start:
+        return None
+    seen = segment_ids[nearest - 1] == segment_ids[queries.start]
+    return _Far(nearest - keys.start, seen)
+
+
 def _mask(
     queries: slice, keys: slice, segment_ids: jax.Array | None, causal: bool
 ) -> jax.Array | None:
@@ -204,6 +232,21 @@ def _mask(
         same = segment_ids[queries, None] == segment_ids[None, keys]
         mask = same if mask is None else mask & same
     return mask
+
+
+def _seen_block(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, far: _Far | None
+) -> jax.Array:
+    """`_one_block` over all its keys, or without the far ones where none is seen."""
+    if far is None:
+        return _one_block(q, k, v, mask)
+    assert mask is not None  # far keys are known by segments, which are in the mask
+    near = slice(far.number, None)
+    return jax.lax.cond(
+        far.seen,
+        lambda: _one_block(q, k, v, mask),
+        lambda: _one_block(q, k[near], v[near], mask[:, near]),
+    )
 
 
 def _one_block(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -26,9 +26,10 @@ def segments(length: int) -> jax.Array:
 
 
 def short_segments(length: int, longest: int) -> jax.Array:
-    """Rows whose first segment has `longest` tokens and whose last is padding."""
+    """Rows with padding at the end. In the second, the third block sees the first one's end."""
     ids = np.zeros((2, length), np.int32)
-    ids[:, :longest], ids[0, longest : longest + 40], ids[1, longest : 2 * longest] = 1, 2, 2
+    ids[0, :longest], ids[0, longest : longest + 40] = 1, 2
+    ids[1, : QUERY_BLOCK - 18], ids[1, QUERY_BLOCK - 18 : QUERY_BLOCK - 18 + longest] = 1, 2
     return jnp.asarray(ids)
 
 
@@ -105,6 +106,17 @@ def test_equals_xla_forward_and_backward(
     assert float(got) == pytest.approx(float(value), abs=1e-3)
     for mine, reference in zip(got_gradients, gradients, strict=True):
         np.testing.assert_allclose(mine, reference, atol=2e-5)
+
+
+def test_far_keys_of_other_segments_are_not_read_in_a_causal_row() -> None:
+    length = 3 * QUERY_BLOCK
+    ids = jnp.asarray(np.repeat(np.arange(1, 13), length // 12)[None].repeat(2, axis=0), jnp.int32)
+    q, k, v = random_qkv(length=length)
+    expected = naive(q, k, v, ids, causal=True)
+    # Read and masked, it would be zero times NaN.
+    v = v.at[:, :QUERY_BLOCK].set(jnp.nan)
+    got = attend(q, k, v, segment_ids=ids, causal=True, longest=length, implementation="blocks")
+    np.testing.assert_allclose(got[:, 2 * QUERY_BLOCK :], expected[:, 2 * QUERY_BLOCK :], atol=2e-6)
 
 
 @pytest.mark.parametrize("heads", [4, 3])  # 3 do not divide over 2 devices
