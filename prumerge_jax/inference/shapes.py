@@ -109,9 +109,9 @@ def roomy_row_length(longest: np.ndarray) -> int:
     """For counts that vary from image to image: room for six of the longest sequences, but no more
     than 1024 tokens unless one alone is longer.
 
-    What is left over at the end of a row is about half of a short sequence: so many must fill the
-    row that this is less than a twentieth. Longer rows gain little, and attention that does not
-    leave out keys by `longest_prompt` computes the square of every row.
+    Among so many there are some that fill a row up, see `packing.fill_rows`. Longer rows gain
+    little, and attention that does not leave out keys by `longest_prompt` computes the square of
+    every row.
 
     Args:
       longest: int [requests], the most tokens that each can have.
