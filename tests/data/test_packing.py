@@ -143,12 +143,15 @@ def test_one_per_row_puts_request_i_at_the_start_of_row_i(seed, count):
     assert (rows.segment_ids[count:] == 0).all()
 
 
-@settings(max_examples=100)
-@given(
+any_lengths = given(
     lengths=st.lists(st.integers(1, 50), max_size=60),
     slack=st.integers(0, 20),
     urgent=st.integers(0, 60),
 )
+
+
+@settings(max_examples=100)
+@any_lengths
 def test_rows_hold_all_once_and_as_much_beside_the_longest_as_there_is(lengths, slack, urgent):
     row_length = max(lengths, default=1) + slack
     rows = packing.fill_rows(lengths, row_length, urgent=urgent)
@@ -174,11 +177,7 @@ def test_rows_hold_all_once_and_as_much_beside_the_longest_as_there_is(lengths, 
 
 
 @settings(max_examples=100)
-@given(
-    lengths=st.lists(st.integers(1, 50), max_size=60),
-    slack=st.integers(0, 20),
-    urgent=st.integers(0, 60),
-)
+@any_lengths
 def test_urgent_ones_stand_where_they_would_among_themselves(lengths, slack, urgent):
     """First-fit-decreasing of the urgent ones alone, as in the textbook."""
     row_length = max(lengths, default=1) + slack
