@@ -18,6 +18,7 @@ def get_config(mode: str = "") -> common.ConfigDict:
             "group": 8,
             "width": 64,
             "temperature": 0.07,
+            "pooling_temperature": 2.0,  # of PruMerge's attention, see contrastive.sharpened
             # side of the window in cells, share of the steps, windows per scene
             "curriculum": ((1, 0.35, 4), (2, 0.3, 1), (3, 0.35, 1)),
             "text": {

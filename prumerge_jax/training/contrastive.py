@@ -4,7 +4,8 @@ PruMerge reads which patches matter off the attention of the CLS token in the to
 Here the image embedding is pooled by that very attention, so the loss teaches it to look at what
 the caption speaks of, and it becomes sparse. The loss is CLIP's (arXiv 2103.00020), over groups of
 pictures that are told apart by the detail to be learned; equal captions are positives of each
-other. The text tower and the two output layers are needed only here and are not exported.
+other. The text tower and the two output layers are needed only here and are not exported; the
+vision tower leaves with its attention sharpened.
 
 Axes: B pictures, G groups, K pictures per group, N patches of a window, T caption tokens.
 """
@@ -25,6 +26,7 @@ from prumerge_jax.models.llava import normalize_pixels
 from prumerge_jax.training.parameters import Leaf, Template, Weights
 
 _POSITIONS = "vision.position_embedding"
+_QUERIES = ("vision.last.q_proj.kernel", "vision.last.q_proj.bias")
 
 
 class CaptionBatch(NamedTuple):
@@ -121,6 +123,24 @@ def contrastive_loss(
     same = (captions[:, :, None] == captions[:, None]).all(-1)
     loss = _info_nce(logits, same) + _info_nce(logits.swapaxes(1, 2), same)
     return loss.sum() / 2, jnp.float32(len(batch.pixels))
+
+
+def sharpened(weights: Weights, pooling_temperature: float) -> Weights:
+    """The weights with the logits of the CLS attention multiplied by `pooling_temperature`.
+
+    Seen from these weights, pictures were pooled by a softmax at this temperature. The loss likes
+    attention on all patches that show a detail. Where details cover more than a quarter of a
+    picture, the third quartile then lies among them, and PruMerge keeps few patches of each. LLaVA
+    takes its features from the block before the last, so nothing else depends on these queries.
+
+    Args:
+      weights: of a `ContrastiveModel`, or some of them.
+      pooling_temperature: 1 leaves them as they are.
+    """
+    return {
+        path: weight * pooling_temperature if path in _QUERIES else weight
+        for path, weight in weights.items()
+    }
 
 
 def _info_nce(logits: jax.Array, positive: jax.Array) -> jax.Array:

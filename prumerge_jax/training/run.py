@@ -27,7 +27,7 @@ from prumerge_jax.training.stages import (
     adapter_config,
     make_stage,
 )
-from prumerge_jax.training.step import TrainState, TrainStep, state_shardings
+from prumerge_jax.training.step import TrainStep, state_shardings
 from prumerge_jax.training.stop import StopFlag
 from prumerge_jax.training.workdir import CHECKPOINTS, check_config, claim_workdir, write_config
 
@@ -60,11 +60,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], stop
         base = open_base(config)
         mesh = fitted_mesh(config)
         with use_mesh(mesh):
-            state, finished = _train(config, fields, workdir, base, mesh, stop)
-            if finished:
+            trained = _train(config, fields, workdir, base, mesh, stop)
+            if trained is not None:
                 source = {"training": fields, "base_weights": base.hash()}
                 adapter = adapter_config(config)
-                base.export(workdir / MODEL, state.trained, adapter, mesh, source)
+                base.export(workdir / MODEL, trained, adapter, mesh, source)
                 _logger.info("wrote the model to %s", workdir / MODEL)
 
 
@@ -111,8 +111,8 @@ def _train(
     base: Base,
     mesh: Mesh,
     stop: StopFlag,
-) -> tuple[TrainState, bool]:
-    """Restores or starts, and runs the loop. Returns the state and whether it is the last one."""
+) -> Weights | None:
+    """Restores or starts, and runs the loop. Returns what trained, None if it was stopped."""
     stage = make_stage(config, base.model)
     data, total_steps = open_data(config, base)
     optimizer_config = OptimizerConfig(**config.optimizer)
@@ -155,7 +155,7 @@ def _train(
         stop=stop,
     )
     checkpoints.close()
-    return state, done == total_steps
+    return stage.finished(state.trained) if done == total_steps else None
 
 
 def open_data(config: ml_collections.ConfigDict, base: Base) -> tuple[inputs.Inputs, int]:

@@ -6,7 +6,7 @@ be checked and compiled ahead of time.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from prumerge_jax.training.contrastive import (
     ContrastiveConfig,
     contrastive_loss,
     contrastive_template,
+    sharpened,
 )
 from prumerge_jax.training.next_token import RowBatch, next_token_loss
 from prumerge_jax.training.parameters import Shapes, Template, Weights, trained_paths
@@ -43,12 +44,14 @@ class Stage:
       loss: of one micro-batch.
       learning_rates: peak rate of every trained weight, by path.
       dtype: what the stage computes in; also the dtype of the frozen weights.
+      finished: the trained weights as the stage leaves them to the next one.
     """
 
     template: Template[Any]
     loss: Loss
     learning_rates: Mapping[str, float]
     dtype: jnp.dtype
+    finished: Callable[[Weights], Weights]
 
     def shapes(self) -> Shapes:
         """All weights as the run holds them: trained ones float32, frozen ones in `dtype`."""
@@ -128,7 +131,7 @@ def _next_token(config: ml_collections.ConfigDict, model: LlavaConfig) -> Stage:
         )
 
     rates = trained_paths(template.variables, config.learning_rates)
-    return Stage(template, loss, rates, dtype)
+    return Stage(template, loss, rates, dtype, finished=lambda trained: trained)
 
 
 def abstract_rows(config: ml_collections.ConfigDict, model: LlavaConfig, shards: int) -> RowBatch:
@@ -237,7 +240,10 @@ def _contrastive(config: ml_collections.ConfigDict, model: LlavaConfig) -> Stage
         return contrastive_loss(weights, batch, vision=model.vision, config=options)
 
     rates = trained_paths(template.variables, config.learning_rates)
-    return Stage(template, loss, rates, jnp.dtype(jnp.float32))
+    finished = functools.partial(
+        sharpened, pooling_temperature=config.contrastive.pooling_temperature
+    )
+    return Stage(template, loss, rates, jnp.dtype(jnp.float32), finished)
 
 
 def contrastive_config(config: ml_collections.ConfigDict, model: LlavaConfig) -> ContrastiveConfig:

@@ -18,6 +18,7 @@ from prumerge_jax.training.contrastive import (
     ContrastiveConfig,
     contrastive_loss,
     contrastive_template,
+    sharpened,
 )
 
 VISION = VisionConfig(
@@ -108,6 +109,28 @@ def test_image_embedding_is_pooled_by_prumerges_attention(weights) -> None:
         return model.embed_images(pixels)[0], pooled / jnp.linalg.norm(pooled)
 
     np.testing.assert_allclose(*run(weights, pixels), atol=1e-5)
+
+
+def test_a_sharpened_tower_attends_as_a_power_and_sees_the_same(weights) -> None:
+    pixels = np.random.default_rng(4).integers(0, 256, (2, 96, 96, 3), np.uint8)
+
+    @jax.jit
+    def run(weights, pixels):
+        model = contrastive_template(VISION, CONFIG).merge(weights)
+        features = model.vision(normalize_pixels(pixels, VISION))
+        return features.hidden, prumerge.cls_attention(features.query_cls, features.keys)
+
+    hidden, attention = map(np.asarray, run(weights, pixels))
+    changed = sharpened(weights, 3.0)
+    hidden_sharp, sharp = map(np.asarray, run(changed, pixels))
+    np.testing.assert_array_equal(hidden_sharp, hidden)
+    everything = np.column_stack([attention, 1 - attention.sum(1)]).astype(np.float64) ** 3
+    expected = everything / everything.sum(1, keepdims=True)
+    np.testing.assert_allclose(sharp, expected[:, :-1], rtol=1e-4)
+    assert {path for path in weights if changed[path] is not weights[path]} == {
+        "vision.last.q_proj.kernel",
+        "vision.last.q_proj.bias",
+    }
 
 
 @pytest.mark.parametrize(("cells", "count"), [(1, 4), (2, 1), (3, 1)])

@@ -39,13 +39,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def base(folder: pathlib.Path) -> pathlib.Path:
-    """The model that the tiny contrastive stage leaves behind."""
+def first(folder: pathlib.Path) -> ml_collections.ConfigDict:
+    """The tiny contrastive stage."""
     config = contrastive.get_config("tiny")
     config.data.directory = str(folder / "data")
     config.steps = 2
     config.contrastive.curriculum = ((1, 1.0, 1),)
-    run(config, folder / "contrastive", StopFlag())
+    return config
+
+
+@pytest.fixture(scope="module")
+def base(first: ml_collections.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
+    """The model that the first stage leaves behind."""
+    run(first, folder / "contrastive", StopFlag())
     return folder / "contrastive" / "model"
 
 
@@ -110,6 +116,25 @@ def interrupt(
     assert not (workdir / "model").exists(), "the run had ended before the signal"
     assert process.returncode in (0, -number), errors.decode()
     return process.returncode
+
+
+def test_the_contrastive_stage_leaves_its_tower_sharpened(
+    first: ml_collections.ConfigDict, base: pathlib.Path
+) -> None:
+    tower = {
+        path: weight
+        for path, weight in trained_weights(first, base.parent, 2).items()
+        if path.startswith("vision.")
+    }
+    factors = dict.fromkeys(tower, 1.0) | {
+        f"vision.last.q_proj.{name}": first.contrastive.pooling_temperature
+        for name in ("kernel", "bias")
+    }
+    assert first.contrastive.pooling_temperature != 1
+    for path, weight in tower.items():
+        np.testing.assert_array_equal(
+            directories.read_array(base, path), weight * np.float32(factors[path]), path
+        )
 
 
 def test_a_terminated_and_then_killed_run_ends_bit_identical(
