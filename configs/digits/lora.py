@@ -13,9 +13,9 @@ def get_config(mode: str = "") -> common.ConfigDict:
     config.reduction = "prumerge"
     config.reduction_options.neighbours = 8
     config.position_ids = "original"
-    config.data.train_scenes = 12_800
+    config.data.train_scenes = 14_400
     config.data.questions_per_family = 1
     config.max_length = 376
     config.batch_size = 32
-    config.steps = 400
+    config.steps = 450
     return miniature.at_scale(config, mode)
