@@ -5,7 +5,8 @@ Backends, by name:
 * `xla`: plain XLA, every platform, the reference for the others.
 * `blocks`: XLA on CPUs, block after block of queries.
 * `cudnn`: NVIDIA GPUs; float16 or bfloat16. Asked for by name, because `None` means XLA to JAX.
-* `splash`: TPU; the Pallas kernel, query and key lengths multiples of its block.
+* `splash`: TPU; the Pallas kernel, query and key lengths multiples of its block; plain XLA for
+  the cache.
 """
 
 import functools
@@ -23,6 +24,8 @@ SPLASH_BLOCK = 128
 _XLA_OR_CUDNN: dict[str, Literal["xla", "cudnn"]] = {"xla": "xla", "cudnn": "cudnn"}
 QUERY_BLOCK = 128
 """Queries that `blocks` takes at a time."""
+CACHE_HEADS = 8
+"""Key heads of the cache that `splash` takes at a time: a tile of a TPU's memory holds as many."""
 
 
 def attend(
@@ -69,23 +72,34 @@ def attend(
 
 
 def attend_to_cache(
-    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *, implementation: str = "xla"
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layer: jax.Array,
+    lengths: jax.Array,
+    *,
+    implementation: str = "xla",
 ) -> jax.Array:
     """Attention of one new token per sequence to its cache.
 
     Args:
       q: [B, 1, H, D].
-      k, v: [B, S, K, D], the cache with the new token's entries already written.
+      k, v: [L, B, S, K, D], the cache with the new token's entries already written.
+      layer: int32 [], the one whose entries are seen.
       lengths: [B] int32, the number of valid entries. Entries beyond it are never seen, but must
         be finite: masking here would read the whole cache once more at every step.
-      implementation: as in `attend`; `blocks` and `splash` have no decode form and fall to `xla`.
+      implementation: as in `attend`; `blocks` has no decode form and falls to `xla`, the one of
+        `splash` is plain XLA in products that a TPU's matrix unit takes.
 
     Returns:
       [B, 1, H, D].
     """
-    valid = jnp.arange(k.shape[1]) < lengths[:, None]
+    valid = jnp.arange(k.shape[2]) < lengths[:, None]
+    if implementation == "splash":
+        return _to_cache_by_products(q, k, v, layer, valid)
     backend = _XLA_OR_CUDNN.get(implementation, "xla")
-    return _dot_product(q, k, v, valid[:, None, None, :], causal=False, backend=backend)
+    mask = valid[:, None, None, :]
+    return _dot_product(q, k[layer], v[layer], mask, causal=False, backend=backend)
 
 
 def default_implementation(dtype: jnp.dtype, head_dim: int) -> str:
@@ -261,6 +275,61 @@ def _one_block(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None)
         "gts,sd->gtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
     return (mixed / weights.sum(-1, keepdims=True)).astype(q.dtype)
+
+
+def _to_cache_by_products(
+    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, valid: jax.Array
+) -> jax.Array:
+    """`attend_to_cache` for the entries valid [B, S], by every device on its own rows and heads.
+
+    A matrix unit has no use for single queries. So the heads of a few are one sequence of keys,
+    position after position as the cache lies in memory, and each of their queries is multiplied
+    with all of it and sees what is of its own head. Every few heads read their part of the cache
+    themselves; of a whole layer XLA would first make a copy.
+    """
+
+    def run(
+        q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, valid: jax.Array
+    ) -> jax.Array:
+        group = q.shape[2] // k.shape[3]
+        mixed = []
+        for first in range(0, k.shape[3], CACHE_HEADS):
+            heads = slice(first, min(first + CACHE_HEADS, k.shape[3]))
+            queries = q[:, 0, heads.start * group : heads.stop * group]
+            keys, values = (_part_of_cache(cache, layer, heads) for cache in (k, v))
+            mixed.append(_own_heads(queries, keys, values, valid))
+        return jnp.concatenate(mixed, axis=1)[:, None]
+
+    if not jax.sharding.get_abstract_mesh().empty:
+        heads = sharding.even_spec(k.shape[1:], "batch", None, "heads", None)
+        cache = jax.sharding.PartitionSpec(None, *heads)
+        rows = sharding.even_spec(valid.shape, "batch", None)
+        whole = jax.sharding.PartitionSpec()
+        run = jax.shard_map(run, in_specs=(heads, cache, cache, whole, rows), out_specs=heads)
+    return run(q, k, v, layer, valid)
+
+
+def _part_of_cache(cache: jax.Array, layer: jax.Array, heads: slice) -> jax.Array:
+    """[L, B, S, K, D] -> [B, S, heads, D]."""
+    _, batch, length, _, head_dim = cache.shape
+    sizes = (1, batch, length, heads.stop - heads.start, head_dim)
+    return jax.lax.dynamic_slice(cache, (layer, 0, 0, heads.start, 0), sizes)[0]
+
+
+def _own_heads(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array) -> jax.Array:
+    """q [B, H, D], k and v [B, S, K, D], valid [B, S] -> [B, H, D]."""
+    batch, length, kv_heads, head_dim = k.shape
+    flat = (batch, length * kv_heads, head_dim)
+    scores = jnp.einsum("bhd,btd->bht", q, k.reshape(flat), preferred_element_type=jnp.float32)
+    head_of_key = jnp.arange(length * kv_heads) % kv_heads
+    head_of_query = jnp.arange(q.shape[1]) // (q.shape[1] // kv_heads)
+    own = head_of_query[:, None] == head_of_key
+    seen = own & jnp.repeat(valid, kv_heads, axis=1)[:, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores * head_dim**-0.5, -jnp.inf), axis=-1)
+    mixed = jnp.einsum(
+        "bht,btd->bhd", weights.astype(v.dtype), v.reshape(flat), preferred_element_type=jnp.float32
+    )
+    return mixed.astype(q.dtype)
 
 
 def _splash(

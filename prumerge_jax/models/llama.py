@@ -198,11 +198,14 @@ class Llama(nnx.Module):
             x, cache_k, cache_v = carry
             index, weights = scanned
             layer = nnx.merge(graphdef, weights)
-            q, k, v = layer.qkv(x, rope)
+            # Seen through, the heads would be part of the products, and XLA for TPUs would copy the
+            # projections' weights into another layout.
+            projected = jax.lax.optimization_barrier(layer.project(x))
+            q, k, v = layer.heads(projected, rope)
             cache_k = cache_k.at[index, slots, lengths].set(k[:, 0].astype(cache_k.dtype))
             cache_v = cache_v.at[index, slots, lengths].set(v[:, 0].astype(cache_v.dtype))
             seen = attend_to_cache(
-                q, cache_k[index], cache_v[index], lengths + 1, implementation=implementation
+                q, cache_k, cache_v, index, lengths + 1, implementation=implementation
             )
             return (layer.feed_forward(layer.mix(x, seen)), cache_k, cache_v), None
 
@@ -242,14 +245,20 @@ class DecoderLayer(nnx.Module):
         x = self.feed_forward(self.mix(x, seen, drop[1]), drop[2])
         return pin(x, "batch", None, None), cache
 
-    def qkv(
-        self,
-        x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        dropout_key: jax.Array | None = None,
+    def project(
+        self, x: jax.Array, dropout_key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, T, D] -> q [B, T, H, Dh], k and v [B, T, K, Dh]; q and k rotated."""
-        q, k, v = self.self_attn.qkv(self.input_layernorm(x), dropout_key)
+        """[B, T, D] -> q [B, T, H * Dh], k and v [B, T, K * Dh]."""
+        return self.self_attn.qkv(self.input_layernorm(x), dropout_key)
+
+    def heads(
+        self,
+        projected: tuple[jax.Array, jax.Array, jax.Array],
+        rope: tuple[jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What `project` returned -> q [B, T, H, Dh], k and v [B, T, K, Dh]; q and k rotated."""
+        split = (*projected[0].shape[:2], -1, self.self_attn.head_dim)
+        q, k, v = (x.reshape(split) for x in projected)
         return rotate(q, rope), rotate(k, rope), v
 
     def attend(
@@ -263,7 +272,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[jax.Array, KVCache]:
         """Rows [B, T, D] -> what each position sees of its segment [B, T, H, Dh], and keys and
         values [B, T, K, Dh]."""
-        q, k, v = self.qkv(x, rope, dropout_key)
+        q, k, v = self.heads(self.project(x, dropout_key), rope)
         seen = attend(
             q,
             k,
@@ -305,14 +314,9 @@ class Projections(nnx.Module):
     def qkv(
         self, x: jax.Array, dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, T, D] -> [B, T, H, Dh] and twice [B, T, K, Dh]."""
+        """[B, T, D] -> [B, T, H * Dh] and twice [B, T, K * Dh]."""
         keys = split_key(dropout_key, 3)
-        split = (*x.shape[:2], -1, self.head_dim)
-        return (
-            self.q_proj(x, keys[0]).reshape(split),
-            self.k_proj(x, keys[1]).reshape(split),
-            self.v_proj(x, keys[2]).reshape(split),
-        )
+        return self.q_proj(x, keys[0]), self.k_proj(x, keys[1]), self.v_proj(x, keys[2])
 
 
 class SwiGLU(nnx.Module):

@@ -67,7 +67,8 @@ def test_equals_loops(implementation: str, length: int, causal: bool, segmented:
 def test_half_precision_rounds_and_no_more(implementation: str, dtype) -> None:
     q, k, v = (x.astype(dtype) for x in random_qkv(length=24))
     got = attend(q, k, v, causal=True, implementation=implementation)
-    last = attend_to_cache(q[:, -1:], k, v, jnp.array([24, 24]), implementation=implementation)
+    lengths = jnp.array([24, 24])
+    last = attend_to_cache(q[:, -1:], k[None], v[None], 0, lengths, implementation=implementation)
     expected = naive(q, k, v, None, causal=True)
     assert got.dtype == last.dtype == dtype
     tolerance = 4 * float(jnp.finfo(dtype).eps)
@@ -148,18 +149,46 @@ def test_cudnn_lowers_for_gpus(segmented: bool, monkeypatch: pytest.MonkeyPatch)
     assert "cudnn$fmha" in text
 
 
-@pytest.mark.parametrize("implementation", ["xla", "splash"])
-def test_cache_attention_sees_valid_entries_only(implementation: str) -> None:
-    q, k, v = random_qkv(length=32)
+def second_layer(x: jax.Array) -> jax.Array:
+    """Of two; the first must not be read."""
+    return jnp.stack([jnp.full_like(x, jnp.nan), x])
+
+
+@pytest.mark.parametrize(
+    ("implementation", "heads", "kv_heads"),
+    [("xla", 4, 2), ("splash", 4, 2), ("splash", 24, 12)],  # 12 are not taken at once
+)
+def test_cache_attention_sees_valid_entries_only(
+    implementation: str, heads: int, kv_heads: int
+) -> None:
+    q, k, v = random_qkv(heads, kv_heads, length=32)
     lengths = jnp.array([5, 32])
-    got = attend_to_cache(q[:, :1], k, v, lengths, implementation=implementation)
+
+    def run(k: jax.Array, v: jax.Array) -> jax.Array:
+        cache = second_layer(k), second_layer(v)
+        return attend_to_cache(q[:, :1], *cache, 1, lengths, implementation=implementation)
+
+    got = run(k, v)
     for row, length in enumerate([5, 32]):
         alone = [x[row : row + 1, :length] for x in (k, v)]
         query = jnp.repeat(q[row : row + 1, :1], length, axis=1)
         expected = naive(query, *alone, None, False)[:, :1]
         np.testing.assert_allclose(got[row : row + 1], expected, atol=2e-6)
-    other = attend_to_cache(q[:, :1], k.at[0, 5:].set(1e9), v.at[0, 5:].set(-1e9), lengths)
+    other = run(k.at[0, 5:].set(1e9), v.at[0, 5:].set(-1e9))
     np.testing.assert_array_equal(other[0], got[0])
+
+
+@pytest.mark.parametrize("heads", [4, 3])  # 3 do not divide over 2 devices
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_shards_of_a_mesh_attend_to_their_cache(implementation: str, heads: int) -> None:
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    q, k, v = random_qkv(heads=heads, kv_heads=heads, length=32)
+    arguments = q[:, :1], second_layer(k), second_layer(v), 1, jnp.array([5, 32])
+    expected = attend_to_cache(*arguments)
+    with sharding.use_mesh(sharding.make_mesh(1, 2, 2)):
+        got = jax.jit(functools.partial(attend_to_cache, implementation=implementation))(*arguments)
+    np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
 def test_wrong_requests_are_refused() -> None:
