@@ -10,18 +10,24 @@ Backends, by name:
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import PartitionSpec
 
 from prumerge_jax.distributed import sharding
 
 SPLASH_BLOCK = 128
 _XLA_OR_CUDNN: dict[str, Literal["xla", "cudnn"]] = {"xla": "xla", "cudnn": "cudnn"}
+Axes = tuple[str | None, ...]
+"""Logical names of an array's axes, as in `sharding.RULES`."""
+_HEADS: Axes = ("batch", None, "heads", None)
+_ROWS: tuple[Axes, ...] = (_HEADS, _HEADS, _HEADS, ("batch", None))
+"""Queries, keys, values and segment ids of rows."""
 QUERY_BLOCK = 128
 """Queries that `blocks` takes at a time."""
 CACHE_HEADS = 8
@@ -60,7 +66,7 @@ def attend(
         return _splash(q, k, v, segment_ids, causal=causal, longest=longest)
     if implementation == "blocks":
         by_blocks = functools.partial(_by_blocks, causal=causal, longest=longest)
-        return _on_shards(by_blocks, q, k, v, segment_ids)
+        return _on_shards(by_blocks, (q, k, v, segment_ids), _ROWS)
     if implementation not in _XLA_OR_CUDNN:
         raise ValueError(
             f"unknown attention {implementation!r}; expected 'xla', 'blocks', 'cudnn' or 'splash'"
@@ -96,7 +102,8 @@ def attend_to_cache(
     """
     valid = jnp.arange(k.shape[2]) < lengths[:, None]
     if implementation == "splash":
-        return _to_cache_by_products(q, k, v, layer, valid)
+        axes = (_HEADS, (None, *_HEADS), (None, *_HEADS), (), ("batch", None))
+        return _on_shards(_to_cache_by_products, (q, k, v, layer, valid), axes)
     backend = _XLA_OR_CUDNN.get(implementation, "xla")
     mask = valid[:, None, None, :]
     return _dot_product(q, k[layer], v[layer], mask, causal=False, backend=backend)
@@ -140,22 +147,27 @@ def _dot_product(
 
 def _on_shards(
     run: Callable[..., jax.Array],
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array | None,
+    arrays: Sequence[jax.Array | None],
+    axes: Sequence[Axes],
     *,
     check_vma: bool = True,
 ) -> jax.Array:
-    """`run(q, k, v, segment_ids)`, on a mesh by every device on its own rows and heads."""
+    """`run(*arrays)`, on a mesh by every device on its own rows and heads.
+
+    Args:
+      run: takes queries, keys and more, returns what lies as its queries.
+      arrays: the arguments, whole.
+      axes: of each argument.
+      check_vma: whether `run` declares its varying axes.
+    """
     if not jax.sharding.get_abstract_mesh().empty:
         # Of the keys: query heads divide where theirs do.
-        heads = sharding.even_spec(k.shape, "batch", None, "heads", None)
-        rows = sharding.even_spec(k.shape[:2], "batch", None)
-        run = jax.shard_map(
-            run, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=check_vma
-        )
-    return run(q, k, v, segment_ids)
+        keys = arrays[1]
+        assert keys is not None
+        entries = dict(zip(axes[1], sharding.even_spec(keys.shape, *axes[1]), strict=True))
+        specs = tuple(PartitionSpec(*(entries[axis] for axis in names)) for names in axes)
+        run = jax.shard_map(run, in_specs=specs, out_specs=specs[0], check_vma=check_vma)
+    return run(*arrays)
 
 
 def _by_blocks(
@@ -280,33 +292,22 @@ def _one_block(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None)
 def _to_cache_by_products(
     q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, valid: jax.Array
 ) -> jax.Array:
-    """`attend_to_cache` for the entries valid [B, S], by every device on its own rows and heads.
+    """`attend_to_cache` on one device, for the entries valid [B, S].
 
-    A matrix unit has no use for single queries. So the heads of a few are one sequence of keys,
-    position after position as the cache lies in memory, and each of their queries is multiplied
+    A matrix unit has no use for single queries. So a few heads at a time share one sequence of
+    keys, position after position as the cache lies in memory: each of their queries is multiplied
     with all of it and sees what is of its own head. Every few heads read their part of the cache
     themselves; of a whole layer XLA would first make a copy.
     """
-
-    def run(
-        q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, valid: jax.Array
-    ) -> jax.Array:
-        group = q.shape[2] // k.shape[3]
-        mixed = []
-        for first in range(0, k.shape[3], CACHE_HEADS):
-            heads = slice(first, min(first + CACHE_HEADS, k.shape[3]))
-            queries = q[:, 0, heads.start * group : heads.stop * group]
-            keys, values = (_part_of_cache(cache, layer, heads) for cache in (k, v))
-            mixed.append(_own_heads(queries, keys, values, valid))
-        return jnp.concatenate(mixed, axis=1)[:, None]
-
-    if not jax.sharding.get_abstract_mesh().empty:
-        heads = sharding.even_spec(k.shape[1:], "batch", None, "heads", None)
-        cache = jax.sharding.PartitionSpec(None, *heads)
-        rows = sharding.even_spec(valid.shape, "batch", None)
-        whole = jax.sharding.PartitionSpec()
-        run = jax.shard_map(run, in_specs=(heads, cache, cache, whole, rows), out_specs=heads)
-    return run(q, k, v, layer, valid)
+    kv_heads = k.shape[3]
+    group = q.shape[2] // kv_heads
+    mixed = []
+    for first in range(0, kv_heads, CACHE_HEADS):
+        heads = slice(first, min(first + CACHE_HEADS, kv_heads))
+        queries = q[:, 0, heads.start * group : heads.stop * group]
+        keys, values = (_part_of_cache(cache, layer, heads) for cache in (k, v))
+        mixed.append(_own_heads(queries, keys, values, valid))
+    return jnp.concatenate(mixed, axis=1)[:, None]
 
 
 def _part_of_cache(cache: jax.Array, layer: jax.Array, heads: slice) -> jax.Array:
@@ -355,7 +356,8 @@ def _splash(
         splash_heads, causal=causal, longest=longest, interpret=_platform() != "tpu"
     )
     # The kernel does not declare its varying axes.
-    return _on_shards(run, q * head_dim**-0.5, k, v, segment_ids, check_vma=False)
+    arrays = (q * head_dim**-0.5, k, v, segment_ids)
+    return _on_shards(run, arrays, _ROWS, check_vma=False)
 
 
 def splash_heads(
