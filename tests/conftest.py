@@ -26,6 +26,14 @@ def golden_dir() -> pathlib.Path | None:
     return folder if folder.is_dir() else None
 
 
+def require_eight_devices() -> None:
+    """Skips the test where the caller's own XLA_FLAGS leave fewer."""
+    import jax  # here, because it reads the variables above when it is first imported
+
+    if jax.device_count() < 8:
+        pytest.skip("needs eight devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+
+
 @pytest.fixture(scope="session")
 def golden() -> pathlib.Path:
     folder = golden_dir()

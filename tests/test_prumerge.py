@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 
 from prumerge_jax import prumerge
 from prumerge_jax.distributed import sharding
+from tests.conftest import require_eight_devices
 from tests.prumerge_oracle import reduce_one
 
 PRESETS = ["prumerge", "prumerge+", "prumerge-fixed", "prumerge+fixed", "paper", "paper+",
@@ -361,8 +362,7 @@ def test_merge_targets_partition_the_image() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_sharded_over_the_batch_without_collective_or_sort(name: str) -> None:
-    if jax.device_count() < 8:
-        pytest.skip("needs eight devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    require_eight_devices()
     mesh = sharding.make_mesh(data=4, fsdp=2)
     images = random_batch(8, 64, 16, seed=13)
     placed = [jax.device_put(x, NamedSharding(mesh, sharding.spec("batch"))) for x in images]

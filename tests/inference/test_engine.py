@@ -17,6 +17,7 @@ from prumerge_jax.inference.shapes import Shapes
 from prumerge_jax.inference.slots import generate
 from prumerge_jax.models.config import TextConfig, published
 from prumerge_jax.models.llava import LlavaModel, random_model
+from tests.conftest import require_eight_devices
 
 SMALL = Shapes(
     batch_size=2,
@@ -272,8 +273,7 @@ def test_mesh_equals_one_device(model: LlavaModel, sizes: tuple[int, int, int]) 
     from prumerge_jax.distributed import sharding
     from prumerge_jax.models.llava import abstract_model
 
-    if jax.device_count() < 8:
-        pytest.skip("needs eight devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    require_eight_devices()
     config = dataclasses.replace(SMALL, batch_size=8, window=8, rows=8, slots=8)
     queries = make_queries(11, seed=10, max_new_tokens=6)
     plain = make_engine(model, config)

@@ -15,6 +15,7 @@ from prumerge_jax.data.images import ImageError
 from prumerge_jax.distributed import sharding
 from prumerge_jax.inference.shapes import EngineConfig
 from prumerge_jax.models.directory import DirectoryError
+from tests.conftest import require_eight_devices
 from tests.tiny_llava import CONFIG, write_tiny_llava
 
 ENGINE = EngineConfig(
@@ -127,8 +128,7 @@ def test_bfloat16(tmp_path: pathlib.Path, images: list[np.ndarray]) -> None:
 def test_sharded_model_scores_the_same(
     directory: pathlib.Path, model: prumerge_jax.Llava, images: list[np.ndarray]
 ) -> None:
-    if jax.device_count() < 8:
-        pytest.skip("needs eight devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    require_eight_devices()
     mesh = sharding.make_mesh(2, 2, 2)
     sharded = prumerge_jax.Llava.load(
         directory,

@@ -9,6 +9,7 @@ import pytest
 
 from prumerge_jax.distributed import sharding
 from prumerge_jax.models.attention import QUERY_BLOCK, attend, attend_to_cache
+from tests.conftest import require_eight_devices
 
 
 def random_qkv(heads: int = 4, kv_heads: int = 2, length: int = 128, width: int = 16):
@@ -123,8 +124,7 @@ def test_far_keys_of_other_segments_are_not_read_in_a_causal_row() -> None:
 @pytest.mark.parametrize("heads", [4, 3])  # 3 do not divide over 2 devices
 @pytest.mark.parametrize("implementation", ["splash", "blocks"])
 def test_shards_of_a_mesh(implementation: str, heads: int) -> None:
-    if jax.device_count() < 8:
-        pytest.skip("needs eight devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    require_eight_devices()
     q, k, v = random_qkv(heads=heads, kv_heads=heads, length=128)
     expected = attend(q, k, v, segment_ids=segments(128), causal=True)
     with sharding.use_mesh(sharding.make_mesh(1, 2, 2)):
@@ -181,8 +181,7 @@ def test_cache_attention_sees_valid_entries_only(
 @pytest.mark.parametrize("heads", [4, 3])  # 3 do not divide over 2 devices
 @pytest.mark.parametrize("implementation", ["xla", "splash"])
 def test_shards_of_a_mesh_attend_to_their_cache(implementation: str, heads: int) -> None:
-    if jax.device_count() < 8:
-        pytest.skip("needs eight devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    require_eight_devices()
     q, k, v = random_qkv(heads=heads, kv_heads=heads, length=32)
     arguments = q[:, :1], second_layer(k), second_layer(v), 1, jnp.array([5, 32])
     expected = attend_to_cache(*arguments)

@@ -14,6 +14,7 @@ from prumerge_jax.distributed.sharding import use_mesh
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.training.checkpoint import Checkpoints
 from prumerge_jax.training.step import TrainState
+from tests.conftest import require_eight_devices
 from tests.training.bench import MODEL as BENCH_MODEL
 from tests.training.bench import Bench, lora_config
 
@@ -30,8 +31,7 @@ mesh_cases = pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join
 
 @functools.cache
 def bench_on(sizes: tuple[int, int, int]) -> Bench:
-    if jax.device_count() < 8:
-        pytest.skip("needs eight devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    require_eight_devices()
     return Bench(lora_config(), sizes=sizes, model=MODEL)
 
 
