@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prumerge_jax.models.dropout import kept
+
 Axes = tuple[str | None, ...]
 
 # By the fan-in: at LLaMA's widths the usual 0.02, but a small model would hardly start with that.
@@ -85,9 +87,7 @@ class Linear(nnx.Module):
             return y
         if dropout_key is not None and self.adapter.dropout:
             keep = 1 - self.adapter.dropout
-            kept = jax.random.bernoulli(dropout_key, keep, x.shape)
-            # Drawn once: fused into the matrix products, XLA would draw it again for every tile.
-            x = jnp.where(jax.lax.optimization_barrier(kept), x / keep, 0)
+            x = jnp.where(kept(dropout_key, keep, x.shape), x / keep, 0)
         delta = (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
         return y + self.adapter.scale * delta
 
