@@ -106,6 +106,11 @@ def tower_flops(vision: VisionConfig) -> int:
     return blocks + patch_embedding_flops(vision) + cls_attention
 
 
+def tower_attention_flops(vision: VisionConfig, pairs: float) -> float:
+    """Scores and weighted sum over this many (query, key) pairs per head of the tower's blocks."""
+    return 4 * pairs * vision.width * (vision.num_layers - 1)
+
+
 def merge_flops(vision: VisionConfig) -> int:
     """Key similarity and merge over all N rows: an upper bound, R of them suffice."""
     return 2 * (2 * vision.num_patches**2 * vision.width)

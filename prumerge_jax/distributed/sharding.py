@@ -17,7 +17,10 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 # logical axis -> mesh axis (or axes). `None` in an annotation means "not sharded".
 RULES: dict[str, str | tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),  # images, rows, slots
+    "batch": ("data", "fsdp"),  # rows, slots, visual tokens
+    # Images in the tower. It is small: every device has it whole but for `embed`, and images of its
+    # own, where a part of each layer would cost two all-reduces per layer.
+    "images": ("data", "fsdp", "tensor"),
     "embed": "fsdp",  # the model width D of a weight
     "heads": "tensor",  # attention heads, side by side
     "mlp": "tensor",  # the inner width of an MLP
@@ -75,7 +78,7 @@ def spec(*logical: str | None) -> PartitionSpec:
 
 
 def even_spec(shape: Sequence[int], *logical: str | None) -> PartitionSpec:
-    """`spec` on the current mesh, whole along axes of `shape` that its devices do not divide.
+    """`spec` on the current mesh, with as many of an axis' mesh axes as divide its length.
 
     `jax.shard_map` takes even shards only, where `jax.jit` pads uneven ones.
     """
@@ -83,8 +86,9 @@ def even_spec(shape: Sequence[int], *logical: str | None) -> PartitionSpec:
     entries = []
     for length, entry in zip(shape, spec(*logical), strict=True):
         axes = (entry,) if isinstance(entry, str) else entry or ()
-        shards = math.prod(sizes[axis] for axis in axes)
-        entries.append(None if length % shards else entry)
+        while length % math.prod(sizes[axis] for axis in axes):
+            axes = axes[:-1]
+        entries.append(axes or None)
     return PartitionSpec(*entries)
 
 

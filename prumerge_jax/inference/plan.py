@@ -37,7 +37,7 @@ from prumerge_jax.distributed.sharding import (
 from prumerge_jax.distributed.topology import Topology
 from prumerge_jax.inference import programs
 from prumerge_jax.inference.shapes import EngineConfig, Shapes, fit
-from prumerge_jax.models.attention import default_implementation
+from prumerge_jax.models.attention import default_implementation, splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import abstract_model
 
@@ -176,9 +176,9 @@ def _plan(
     slots = _abstract_slots(graphdef, state, engine, mesh, dtype)
     with use_mesh(mesh):
         attention = default_implementation(dtype, model.text.head_dim)
-        kernel = 0.0
+        of_tower, of_rows = 0.0, 0.0
         if attention == "splash":
-            kernel = counts.attention_flops(model.text, _pairs(engine)) / mesh.size
+            of_tower, of_rows = (flops / mesh.size for flops in _splash_flops(model, engine))
         encode = programs.encode.lower(
             graphdef, state, pixels, reduction=reduction, dtype=dtype, implementation=attention
         )
@@ -195,9 +195,9 @@ def _plan(
             implementation=attention,
         )
         compiled = (
-            compile_program("encode", encode),
-            compile_program("read", read, kernel),
-            compile_program("prefill", prefill, kernel),
+            compile_program("encode", encode, of_tower),
+            compile_program("read", read, of_rows),
+            compile_program("prefill", prefill, of_rows),
             compile_program("decode", decode),
         )
     return InferencePlan(
@@ -242,6 +242,16 @@ def _abstract_slots(
             leaf.shape, leaf.dtype, sharding=cache if leaf.ndim == 5 else whole
         ),
         shapes,
+    )
+
+
+def _splash_flops(model: LlavaConfig, engine: Shapes) -> tuple[float, float]:
+    """Of the attention kernel, for a batch of images and for rows."""
+    of_image = splash_pairs(model.vision.num_patches + 1, causal=False)
+    of_row = splash_pairs(engine.row_length, causal=True, longest=engine.longest_prompt)
+    return (
+        counts.tower_attention_flops(model.vision, engine.batch_size * of_image),
+        counts.attention_flops(model.text, engine.rows * of_row),
     )
 
 

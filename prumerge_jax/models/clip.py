@@ -56,17 +56,16 @@ class ClipVision(nnx.Module):
         Args:
           pixels: [B, S, S, 3] in the compute dtype. S is `config.image_size`; for a smaller image
             the position embedding is shrunk bilinearly, the usual way to run a ViT at another size.
-          implementation: attention backend, see `attention.attend`; `splash` cannot run the tower's
-            odd number of tokens and falls to `xla`.
+          implementation: attention backend, see `attention.attend`.
         """
-        implementation = "xla" if implementation == "splash" else implementation
+        pixels = pin(pixels, "images", None, None, None)
         patches = self.patch_embedding(pixels)
         cls = jnp.broadcast_to(
             self.class_embedding[...].astype(pixels.dtype), (len(pixels), 1, self.config.width)
         )
         x = jnp.concatenate([cls, patches], axis=1)
         x = x + self._positions(patches.shape[1]).astype(pixels.dtype)
-        x = pin(self.pre_layernorm(x), "batch", None, None)
+        x = pin(self.pre_layernorm(x), "images", None, None)
         graphdef, weights = nnx.split(self.layers)
 
         def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
@@ -124,16 +123,17 @@ class VisionAttention(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
         width = config.width
         self.num_heads = config.num_heads
-        self.q_proj = Linear(width, width, ("embed", "heads"), bias=True, rngs=rngs)
-        self.k_proj = Linear(width, width, ("embed", "heads"), bias=True, rngs=rngs)
-        self.v_proj = Linear(width, width, ("embed", "heads"), bias=True, rngs=rngs)
-        self.out_proj = Linear(width, width, ("heads", "embed"), bias=True, rngs=rngs)
+        self.q_proj = Linear(width, width, ("embed", None), bias=True, rngs=rngs)
+        self.k_proj = Linear(width, width, ("embed", None), bias=True, rngs=rngs)
+        self.v_proj = Linear(width, width, ("embed", None), bias=True, rngs=rngs)
+        self.out_proj = Linear(width, width, (None, "embed"), bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, implementation: str) -> jax.Array:
         """[B, N+1, D] -> [B, N+1, D]."""
         split = (*x.shape[:2], self.num_heads, -1)
         q, k, v = (proj(x).reshape(split) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attend(q, k, v, implementation=implementation).reshape(x.shape))
+        seen = attend(q, k, v, axes=("images", None, None, None), implementation=implementation)
+        return self.out_proj(seen.reshape(x.shape))
 
 
 class VisionMLP(nnx.Module):
@@ -141,8 +141,8 @@ class VisionMLP(nnx.Module):
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
         self.activation = _activation(config.activation)
-        self.fc1 = Linear(config.width, config.mlp_width, ("embed", "mlp"), bias=True, rngs=rngs)
-        self.fc2 = Linear(config.mlp_width, config.width, ("mlp", "embed"), bias=True, rngs=rngs)
+        self.fc1 = Linear(config.width, config.mlp_width, ("embed", None), bias=True, rngs=rngs)
+        self.fc2 = Linear(config.mlp_width, config.width, (None, "embed"), bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N+1, D] -> [B, N+1, D]."""
@@ -155,8 +155,8 @@ class LastBlock(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
         width = config.width
         self.layer_norm1 = LayerNorm(width, config.layer_norm_eps)
-        self.q_proj = Linear(width, width, ("embed", "heads"), bias=True, rngs=rngs)
-        self.k_proj = Linear(width, width, ("embed", "heads"), bias=True, rngs=rngs)
+        self.q_proj = Linear(width, width, ("embed", None), bias=True, rngs=rngs)
+        self.k_proj = Linear(width, width, ("embed", None), bias=True, rngs=rngs)
 
     def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[B, N+1, D] -> CLS query [B, D] and keys [B, N+1, D], both float32.

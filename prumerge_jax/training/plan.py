@@ -31,7 +31,7 @@ from prumerge_jax.distributed.planning import (
 )
 from prumerge_jax.distributed.sharding import mesh_on, spec, use_mesh
 from prumerge_jax.distributed.topology import Topology
-from prumerge_jax.models.attention import default_implementation
+from prumerge_jax.models.attention import default_implementation, splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer
 from prumerge_jax.training.parameters import Shapes
@@ -228,7 +228,12 @@ def _plan(
             side = model.vision.image_size
             pixels = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)
             encoder = ImageEncoder(config, model.vision, frozen, mesh)
-            encode = compile_program("encode", encoder.lower(_placed(pixels, mesh)))
+            of_tower = 0.0
+            if attention == "splash":
+                of_image = splash_pairs(model.vision.num_patches + 1, causal=False)
+                images = config.batch_size / mesh.size
+                of_tower = counts.tower_attention_flops(model.vision, images * of_image)
+            encode = compile_program("encode", encoder.lower(_placed(pixels, mesh)), of_tower)
     # The gradient sums are as large as the trained weights; the tokens of two batches are there.
     visual = rows.visual_tokens
     resident = bytes_per_chip((state, state.trained, frozen, visual, visual))
@@ -283,6 +288,6 @@ def _placed(tree: Any, mesh: Mesh) -> Any:
 
 def _splash_flops(config: ml_collections.ConfigDict, model: LlavaConfig, tensor: int) -> float:
     """Of one micro-batch on one chip: 2 matrix products forward, 3 for dq, 4 for dk and dv."""
-    pairs = config.run.rows_per_shard * config.max_length**2 / 2
+    pairs = config.run.rows_per_shard * splash_pairs(config.max_length, causal=True)
     forward = counts.attention_flops(model.text, pairs) / tensor
     return forward * (4.5 if config.remat == "none" else 5.5)

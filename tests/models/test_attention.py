@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from prumerge_jax.distributed import sharding
+from prumerge_jax.models import attention
 from prumerge_jax.models.attention import QUERY_BLOCK, attend, attend_to_cache
 from tests.conftest import require_eight_devices
 
@@ -80,14 +81,25 @@ def test_half_precision_rounds_and_no_more(implementation: str, dtype) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("longest", [None, 150])
 @pytest.mark.parametrize(
-    ("implementation", "length"),
-    [("splash", 384), ("blocks", 384), ("blocks", 3 * QUERY_BLOCK + 40)],  # whole, and one ragged
+    ("implementation", "length", "width"),
+    [
+        ("splash", 300, 16),  # behind it padding, up to three blocks
+        ("splash", 384, 128),
+        ("blocks", 384, 16),
+        ("blocks", 3 * QUERY_BLOCK + 40, 16),
+    ],
 )
 def test_equals_xla_forward_and_backward(
-    implementation: str, length: int, longest: int | None, causal: bool
+    monkeypatch: pytest.MonkeyPatch,
+    implementation: str,
+    length: int,
+    width: int,
+    longest: int | None,
+    causal: bool,
 ) -> None:
     """Grouped heads and segments included; the TPU kernel in interpret mode."""
-    q, k, v = random_qkv(length=length)
+    monkeypatch.setattr(attention, "SPLASH_BLOCK", 128)
+    q, k, v = random_qkv(length=length, width=width)
     ids = segments(length) if longest is None else short_segments(length, longest)
     probe = jnp.cos(jnp.arange(q.size)).reshape(q.shape) * (ids > 0)[..., None, None]
 
@@ -110,6 +122,30 @@ def test_equals_xla_forward_and_backward(
         np.testing.assert_allclose(mine, reference, atol=2e-5)
 
 
+@pytest.mark.parametrize("length", [60, 200])
+def test_a_row_without_segments_sees_no_padding_behind_it(length: int) -> None:
+    q, k, v = random_qkv(length=length)
+    got = attend(q, k, v, implementation="splash")
+    np.testing.assert_allclose(got, naive(q, k, v, None, causal=False), atol=2e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_pairs_of_the_kernel_are_those_of_the_blocks_that_its_mask_touches(causal: bool) -> None:
+    for length in (1, 128, 577, 640, 641, 1024, 1664, 2048):
+        block, padded = attention._splash_block(length)
+        assert block % 128 == 0
+        assert block <= attention.SPLASH_BLOCK
+        assert length <= padded < length + 128 * (padded // block)
+        for longest in (None, 1, 2, 130, 513, 4096):
+            at = np.arange(padded)
+            behind = at[:, None] - at
+            reach = padded if longest is None else longest - 1
+            seen = (behind <= reach) & (behind >= (0 if causal else -reach))
+            blocks = seen.reshape(padded // block, block, -1, block).any(axis=(1, 3))
+            got = attention.splash_pairs(length, causal=causal, longest=longest)
+            assert got == blocks.sum() * block**2, (length, longest)
+
+
 def test_far_keys_of_other_segments_are_not_read_in_a_causal_row() -> None:
     length = 3 * QUERY_BLOCK
     ids = jnp.asarray(np.repeat(np.arange(1, 13), length // 12)[None].repeat(2, axis=0), jnp.int32)
@@ -121,15 +157,22 @@ def test_far_keys_of_other_segments_are_not_read_in_a_causal_row() -> None:
     np.testing.assert_allclose(got[:, 2 * QUERY_BLOCK :], expected[:, 2 * QUERY_BLOCK :], atol=2e-6)
 
 
-@pytest.mark.parametrize("heads", [4, 3])  # 3 do not divide over 2 devices
+ROWS = ("batch", None, "heads", None)
+IMAGES = ("images", None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("heads", "axes"),
+    [(4, ROWS), (3, ROWS), (4, IMAGES)],  # 3 heads and 2 images do not divide over the devices
+)
 @pytest.mark.parametrize("implementation", ["splash", "blocks"])
-def test_shards_of_a_mesh(implementation: str, heads: int) -> None:
+def test_shards_of_a_mesh(implementation: str, heads: int, axes: attention.Axes) -> None:
     require_eight_devices()
     q, k, v = random_qkv(heads=heads, kv_heads=heads, length=128)
     expected = attend(q, k, v, segment_ids=segments(128), causal=True)
     with sharding.use_mesh(sharding.make_mesh(1, 2, 2)):
-        run = jax.jit(functools.partial(attend, causal=True, implementation=implementation))
-        got = run(q, k, v, segment_ids=segments(128))
+        run = functools.partial(attend, causal=True, axes=axes, implementation=implementation)
+        got = jax.jit(run)(q, k, v, segment_ids=segments(128))
     np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
@@ -194,5 +237,3 @@ def test_wrong_requests_are_refused() -> None:
     q, k, v = random_qkv(length=100)
     with pytest.raises(ValueError, match="unknown attention 'flash'"):
         attend(q, k, v, implementation="flash")
-    with pytest.raises(ValueError, match="multiple of 128, got 100"):
-        attend(q, k, v, implementation="splash")

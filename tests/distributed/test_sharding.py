@@ -1,0 +1,58 @@
+"""What lies where on a mesh."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from prumerge_jax import prumerge
+from prumerge_jax.distributed import sharding
+from prumerge_jax.inference import programs
+from prumerge_jax.models.config import published
+from prumerge_jax.models.llava import abstract_model, random_model
+from tests.conftest import require_eight_devices
+
+
+@pytest.mark.parametrize(
+    ("images", "axes"),
+    [(8, ("data", "fsdp", "tensor")), (4, ("data", "fsdp")), (2, ("data",)), (3, None)],
+)
+def test_even_spec_takes_as_many_mesh_axes_as_divide(
+    images: int, axes: tuple[str, ...] | None
+) -> None:
+    require_eight_devices()
+    with sharding.use_mesh(sharding.make_mesh(2, 2, 2)):
+        got = sharding.even_spec((images, 577), "images", None)
+    assert got == PartitionSpec(axes, None)
+
+
+@pytest.mark.parametrize("batch", [8, 6])  # 6 images leave two devices without
+def test_images_lie_over_all_devices_and_need_no_collective(batch: int) -> None:
+    require_eight_devices()
+    config = published("tiny")
+    graphdef, state = nnx.split(random_model(config, seed=0))
+    side = config.vision.image_size
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, size=(batch, side, side, 3), dtype=np.uint8)
+    options = {
+        "reduction": prumerge.preset("prumerge"),
+        "dtype": jnp.dtype(jnp.float32),
+        "implementation": "blocks",
+    }
+    expected = programs.encode(graphdef, state, pixels, **options)
+    mesh = sharding.make_mesh(2, 1, 4)
+    placed = jax.device_put(state, sharding.weight_shardings(abstract_model(config)[1], mesh))
+    on_data = jax.device_put(pixels, NamedSharding(mesh, sharding.spec("batch")))
+    with sharding.use_mesh(mesh):
+        compiled = programs.encode.lower(graphdef, placed, on_data, **options).compile()
+    if batch == 8:
+        assert not re.findall(
+            r"all-gather|all-reduce|all-to-all|collective-permute", compiled.as_text()
+        )
+    got = compiled(placed, on_data)
+    np.testing.assert_array_equal(got.patch_indices, expected.patch_indices)
+    np.testing.assert_allclose(got.tokens, expected.tokens, atol=1e-5)
