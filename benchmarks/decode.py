@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms, report
-from models import add_geometry_argument, geometry, random_llava
+from models import add_geometry_argument, geometry, random_llava_for_inference
 
 from prumerge_jax.cost import Workload, operations
 from prumerge_jax.inference import programs
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     chip = peak_rates(arguments.chip, dtype)
-    model = random_llava(config, dtype)
+    model = random_llava_for_inference(config, dtype)
     attention = default_implementation(dtype, config.text.head_dim)
     context, steps = arguments.context, arguments.steps
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig, published
 from prumerge_jax.models.layers import AdapterConfig
-from prumerge_jax.models.llava import LlavaModel
+from prumerge_jax.models.llava import LlavaModel, inference_layout
 
 GEOMETRIES = {
     "tiny": published("tiny"),
@@ -46,6 +46,13 @@ def random_llava(
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """A `LlavaModel` with random weights."""
     return random_weights(lambda rngs: LlavaModel(config, adapter=adapter, rngs=rngs), dtype)
+
+
+def random_llava_for_inference(
+    config: LlavaConfig, dtype: jnp.dtype
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """`random_llava` as `Llava.load` lays out its weights."""
+    return inference_layout(*random_llava(config, dtype))
 
 
 def random_weights(

@@ -39,7 +39,7 @@ from measuring import (
     report,
     reset_peak_memory,
 )
-from models import add_geometry_argument, geometry, random_llava
+from models import add_geometry_argument, geometry, random_llava_for_inference
 
 from prumerge_jax import prumerge
 from prumerge_jax.cost import Chip, Workload, images_per_second, operations
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     chip = peak_rates(arguments.chip, dtype)
-    graphdef, state = random_llava(config, dtype)
+    graphdef, state = random_llava_for_inference(config, dtype)
     mesh = make_mesh(data=arguments.data) if arguments.data > 1 else None
     model = graphdef, state if mesh is None else jax.device_put(state, replicated(mesh))
     patches = config.vision.num_patches

@@ -117,6 +117,12 @@ def use_mesh(mesh: Mesh | None) -> Iterator[None]:
         yield
 
 
+def platform() -> str:
+    """Of the current mesh, whose devices may only be compiled for; without one, the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def weight_shardings(abstract: nnx.State, mesh: Mesh) -> nnx.State:
     """The declared `NamedSharding` of every variable of an `nnx.eval_shape` state."""
     with use_mesh(mesh):

@@ -28,7 +28,7 @@ from prumerge_jax.inference.slots import generate
 from prumerge_jax.models import directory as directories
 from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.config import LlavaConfig
-from prumerge_jax.models.llava import abstract_model, normalize_pixels
+from prumerge_jax.models.llava import abstract_model, inference_layout, normalize_pixels
 
 TOKENIZER = "tokenizer.model"
 
@@ -120,6 +120,8 @@ class Llava:
         state = nnx.from_flat_state(
             {path: leaf.replace(arrays[".".join(map(str, path))]) for path, leaf in leaves.items()}
         )
+        with sharding.use_mesh(mesh):
+            graphdef, state = inference_layout(graphdef, state)
         return cls(config, graphdef, state, tokenizer, dtype=compute, engine=engine, mesh=mesh)
 
     def generate(

@@ -5,7 +5,9 @@ Backends, by name:
 * `xla`: plain XLA, every platform, the reference for the others.
 * `blocks`: XLA on CPUs, block after block of queries.
 * `cudnn`: NVIDIA GPUs; float16 or bfloat16. Asked for by name, because `None` means XLA to JAX.
-* `splash`: TPU; the Pallas kernel; plain XLA for the cache.
+* `splash`: TPU; the Pallas kernel.
+
+The cache is for plain XLA everywhere, with products of its own under `splash`.
 """
 
 import functools
@@ -19,6 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 
 from prumerge_jax.distributed import sharding
+from prumerge_jax.distributed.sharding import platform
 
 SPLASH_BLOCK = 640
 """Queries, and keys, that `splash` takes at a time, at most."""
@@ -86,7 +89,7 @@ def attend_to_cache(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    layer: jax.Array,
+    layer: jax.Array | int,
     lengths: jax.Array,
     *,
     implementation: str = "xla",
@@ -99,8 +102,9 @@ def attend_to_cache(
       layer: int32 [], the one whose entries are seen.
       lengths: [B] int32, the number of valid entries. Entries beyond it are never seen, but must
         be finite: masking here would read the whole cache once more at every step.
-      implementation: as in `attend`; `blocks` has no decode form and falls to `xla`, the one of
-        `splash` is plain XLA in products that a TPU's matrix unit takes.
+      implementation: as in `attend`. The form of `splash` is plain XLA in products that a TPU's
+        matrix unit takes. The others are `xla`: cuDNN's kernel takes whole arrays, and XLA would
+        copy the layer out of the cache for it.
 
     Returns:
       [B, 1, H, D].
@@ -108,27 +112,19 @@ def attend_to_cache(
     valid = jnp.arange(k.shape[2]) < lengths[:, None]
     if implementation == "splash":
         axes = (_HEADS, (None, *_HEADS), (None, *_HEADS), (), ("batch", None))
-        return _on_shards(_to_cache_by_products, (q, k, v, layer, valid), axes)
-    backend = _XLA_OR_CUDNN.get(implementation, "xla")
+        return _on_shards(_to_cache_by_products, (q, k, v, jnp.asarray(layer), valid), axes)
     mask = valid[:, None, None, :]
-    return _dot_product(q, k[layer], v[layer], mask, causal=False, backend=backend)
+    return _dot_product(q, k[layer], v[layer], mask, causal=False, backend="xla")
 
 
 def default_implementation(dtype: jnp.dtype, head_dim: int) -> str:
     """The fastest backend of the current mesh's platform for heads of this width and dtype."""
-    platform = _platform()
     half = dtype in (jnp.bfloat16, jnp.float16)
-    if platform == "gpu" and half and head_dim <= 128 and head_dim % 8 == 0:
+    if platform() == "gpu" and half and head_dim <= 128 and head_dim % 8 == 0:
         return "cudnn"
-    if platform == "tpu" and head_dim % 64 == 0:
+    if platform() == "tpu" and head_dim % 64 == 0:
         return "splash"
-    return "blocks" if platform == "cpu" else "xla"
-
-
-def _platform() -> str:
-    """Of the current mesh, whose devices may only be compiled for; without one, the default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    return "blocks" if platform() == "cpu" else "xla"
 
 
 def _dot_product(
@@ -141,7 +137,7 @@ def _dot_product(
     backend: Literal["xla", "cudnn"],
 ) -> jax.Array:
     dtype = q.dtype
-    if dtype == jnp.float16 and backend == "xla" and _platform() == "cpu":
+    if dtype == jnp.float16 and backend == "xla" and platform() == "cpu":
         # XLA has no product of float16 numbers there whose sum is float32.
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     seen = jax.nn.dot_product_attention(
@@ -379,7 +375,7 @@ def _splash(
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
-        interpret=_platform() != "tpu",
+        interpret=platform() != "tpu",
     )
 
     def one(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ def kept(key: jax.Array, probability: float, shape: tuple[int, ...]) -> jax.Arra
     Returns:
       bool of that shape.
     """
-    first, second = jax.random.key_data(key).astype(jnp.uint32)
+    first, second = jax.random.key_data(key)[:2]  # four words of some generators say it twice
     *leading, width = shape
     rows = _hashed(_indices(leading) ^ first) ^ second
     columns = _hashed(_indices([width]) ^ second) ^ first

@@ -5,7 +5,8 @@ segments, each position sees the earlier ones of its own segment. Slots (`decode
 sequence each, whose keys and values live in a `KVCache`.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from prumerge_jax.distributed.sharding import pin
 from prumerge_jax.models.attention import attend, attend_to_cache
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, rematerialise, stack
+
+Index = jax.Array | int
+"""The number of a layer."""
 
 
 class KVCache(NamedTuple):
@@ -44,7 +48,13 @@ def empty_cache(config: TextConfig, slots: int, length: int, dtype: jnp.dtype) -
 
 
 class Llama(nnx.Module):
-    """A LLaMA language model (transformers `modeling_llama.py`)."""
+    """A LLaMA language model (transformers `modeling_llama.py`).
+
+    Attributes:
+      layers: one layer whose weights carry a leading axis L, or a list (`inference_layout`).
+    """
+
+    layers: "DecoderLayer | nnx.List[DecoderLayer]"
 
     def __init__(
         self, config: TextConfig, *, adapter: AdapterConfig | None = None, rngs: nnx.Rngs
@@ -79,7 +89,7 @@ class Llama(nnx.Module):
         remat: str = "none",
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Runs rows through all layers and the final norm.
+        """Runs rows through all layers, which must be stacked, and the final norm.
 
         Args:
           x: [B, T, D] embeddings in the compute dtype.
@@ -127,12 +137,12 @@ class Llama(nnx.Module):
         rope = rotary(positions, self.config)
         x = without_padding(x, segment_ids)
 
-        def body(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+        def body(x: jax.Array, index: Index) -> tuple[jax.Array, None]:
             x, _ = self._layer(index)(x, rope, segment_ids, implementation, longest)
             return x, None
 
         last = self.config.num_layers - 1
-        x, _ = jax.lax.scan(body, x, jnp.arange(last))
+        x, _ = self._through_layers(body, x, last)
         seen, _ = self._layer(last).attend(x, rope, segment_ids, implementation, longest)
         return Unfinished(x, seen)
 
@@ -155,14 +165,13 @@ class Llama(nnx.Module):
 
         See `attention.attend` for `longest`.
         """
-        graphdef, weights = nnx.split(self.layers)
         rope = rotary(positions, self.config)
         x = without_padding(x, segment_ids)
 
-        def body(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, KVCache]:
-            return nnx.merge(graphdef, weights)(x, rope, segment_ids, implementation, longest)
+        def body(x: jax.Array, index: Index) -> tuple[jax.Array, KVCache]:
+            return self._layer(index)(x, rope, segment_ids, implementation, longest)
 
-        x, cache = jax.lax.scan(body, x, weights)
+        x, cache = self._through_layers(body, x, self.config.num_layers)
         return self.norm(x), cache
 
     def decode(
@@ -186,18 +195,16 @@ class Llama(nnx.Module):
         Returns:
           [B, 1, D] after the final norm, and the cache with one entry more per slot.
         """
-        graphdef, weights = nnx.split(self.layers)
         rope = rotary(positions[:, None], self.config)
         slots = jnp.arange(len(lengths))
 
         # The cache travels in the carry and is written in place; as a scanned input and output
         # it would be copied whole at every step.
         def body(
-            carry: tuple[jax.Array, jax.Array, jax.Array], scanned: tuple[jax.Array, nnx.State]
+            carry: tuple[jax.Array, jax.Array, jax.Array], index: Index
         ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
             x, cache_k, cache_v = carry
-            index, weights = scanned
-            layer = nnx.merge(graphdef, weights)
+            layer = self._layer(index)
             # Seen through, the heads would be part of the products, and XLA for TPUs would copy the
             # projections' weights into another layout.
             projected = jax.lax.optimization_barrier(layer.project(x))
@@ -209,12 +216,26 @@ class Llama(nnx.Module):
             )
             return (layer.feed_forward(layer.mix(x, seen)), cache_k, cache_v), None
 
-        layer_index = jnp.arange(self.config.num_layers)
-        (x, k, v), _ = jax.lax.scan(body, (x, cache.k, cache.v), (layer_index, weights))
+        carry = (x, cache.k, cache.v)
+        (x, k, v), _ = self._through_layers(body, carry, self.config.num_layers)
         return self.norm(x), KVCache(k, v)
 
-    def _layer(self, index: jax.Array | int) -> "DecoderLayer":
-        """One layer out of the stack."""
+    def _through_layers(
+        self, body: Callable[[Any, Index], tuple[Any, Any]], carry: Any, count: int
+    ) -> tuple[Any, Any]:
+        """`jax.lax.scan` over the first `count` layers; one after another where they are a list."""
+        if not isinstance(self.layers, nnx.List):
+            return jax.lax.scan(body, carry, jnp.arange(count))
+        outputs = []
+        for index in range(count):
+            carry, output = body(carry, index)
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+
+    def _layer(self, index: Index) -> "DecoderLayer":
+        """One of the layers."""
+        if isinstance(self.layers, nnx.List):
+            return self.layers[int(index)]
         graphdef, weights = nnx.split(self.layers)
         return nnx.merge(graphdef, jax.tree.map(lambda stacked: stacked[index], weights))
 

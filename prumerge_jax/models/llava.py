@@ -5,6 +5,7 @@ projector, and packing between the projector and the decoder; both live outside 
 """
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,33 @@ def abstract_model(
     with nnx.use_eager_sharding(False):
         model = nnx.eval_shape(lambda: LlavaModel(config, adapter=adapter, rngs=nnx.Rngs(0)))
     return nnx.split(model)
+
+
+def inference_layout(graphdef: nnx.GraphDef, state: nnx.State) -> tuple[nnx.GraphDef, nnx.State]:
+    """The same model with its weights as inference reads them fastest on the current platform.
+
+    A TPU reads a layer's weights where they lie in the stack. On CPUs and GPUs XLA copies them out
+    of it, at every step of decoding, which does little else than read weights: there the decoder's
+    layers become a list.
+
+    Args:
+      graphdef, state: of a `LlavaModel`; stacked weights that are taken apart are deleted, one
+        after the other.
+    """
+    if sharding.platform() == "tpu":
+        return graphdef, state
+    model = nnx.merge(graphdef, state)
+    layer, stacked = nnx.split(model.decoder.layers)
+    apart: list[dict[Any, Any]] = [{} for _ in range(model.decoder.config.num_layers)]
+    for path, weight in nnx.to_flat_state(stacked):
+        for index, weights in enumerate(apart):
+            weights[path] = weight.replace(weight[...][index])
+        jax.block_until_ready([weights[path][...] for weights in apart])
+        weight[...].delete()
+    with nnx.use_eager_sharding(False):
+        merged = [nnx.merge(layer, nnx.from_flat_state(weights)) for weights in apart]
+        model.decoder.layers = nnx.List(merged)
+        return nnx.split(model)
 
 
 def random_model(

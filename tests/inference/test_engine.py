@@ -16,7 +16,7 @@ from prumerge_jax.inference.scoring import score
 from prumerge_jax.inference.shapes import Shapes
 from prumerge_jax.inference.slots import generate
 from prumerge_jax.models.config import TextConfig, published
-from prumerge_jax.models.llava import LlavaModel, random_model
+from prumerge_jax.models.llava import LlavaModel, inference_layout, random_model
 from tests.conftest import require_eight_devices
 
 SMALL = Shapes(
@@ -159,6 +159,19 @@ def test_shapes_and_arrival_order_change_nothing(model: LlavaModel, shapes: dict
     expected = by_key(list(score(make_engine(model), queries)))
     for key, result in by_key(list(score(other, [queries[i] for i in order]))).items():
         assert result.log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-4)
+
+
+def test_layers_apart_compute_what_a_stack_does(model: LlavaModel) -> None:
+    copy = jax.tree.map(jnp.copy, nnx.state(model))
+    separate = nnx.merge(*inference_layout(nnx.graphdef(model), copy))
+    assert len(separate.decoder.layers) == CONFIG.text.num_layers
+    apart, stack = make_engine(separate), make_engine(model)
+    queries = make_queries(9, seed=12, max_new_tokens=5)
+    scores, expected = (by_key(list(score(engine, queries))) for engine in (apart, stack))
+    answers, others = (by_key(list(generate(engine, queries))) for engine in (apart, stack))
+    for key in expected:
+        assert scores[key].log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-5)
+        assert answers[key].token_ids == others[key].token_ids
 
 
 def test_sampling_depends_on_the_query_alone(model: LlavaModel) -> None:

@@ -135,8 +135,8 @@ def test_sharded_model_scores_the_same(
         mesh=mesh,
         engine=EngineConfig(batch_size=4, window=8, row_length=256, rows=4, slots=4),
     )
-    kernel = sharded._state["decoder"]["layers"]["mlp"]["up_proj"]["kernel"][...]
-    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+    kernel = sharded._state["decoder"]["layers"][0]["mlp"]["up_proj"]["kernel"][...]
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
     texts = ["a cat"] * 3
     np.testing.assert_allclose(
         sharded.score(images, PROMPTS, texts), model.score(images, PROMPTS, texts), atol=1e-4
