@@ -239,33 +239,35 @@ def insert(
     capacity = slots.cache.k.shape[2]
     offsets = jnp.arange(capacity)
 
-    def move(slots: Slots, g: jax.Array) -> Slots:
+    def move(g: jax.Array, slots: Slots) -> Slots:
         row, start, length = segments.row[g], segments.start[g], segments.length[g]
         source = jnp.minimum(start + offsets, rows.ids.shape[1] - 1)
         inside = (offsets < length)[:, None, None]
+        # A segment that stays goes behind the last slot, where writes are dropped. A `jax.lax.cond`
+        # in its place makes XLA copy the whole cache, on GPUs for every segment.
+        at = jnp.where(slot_of[g] >= 0, slot_of[g], len(slots.lengths))
 
         def place(cache: jax.Array, packed: jax.Array) -> jax.Array:
             # Zero behind the prompt: the slot may have held NaN, and 0 * NaN is NaN.
             segment = jnp.where(inside, packed[:, row][:, source], 0).astype(cache.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(cache, segment[:, None], slot_of[g], axis=1)
+            return cache.at[:, at].set(segment, mode="drop")
 
-        at = slot_of[g]
+        def put(values: jax.Array, value: jax.Array | int) -> jax.Array:
+            return values.at[at].set(value, mode="drop")
+
         remaining = jnp.where(first[g] == eos, 0, segments.max_new_tokens[g] - 1)
         position = rows.positions[row, start + length - 1] + 1
         return Slots(
             cache=KVCache(place(slots.cache.k, rows_cache.k), place(slots.cache.v, rows_cache.v)),
-            lengths=slots.lengths.at[at].set(length),
-            positions=slots.positions.at[at].set(position),
-            token=slots.token.at[at].set(first[g]),
-            remaining=slots.remaining.at[at].set(remaining),
-            seeds=slots.seeds.at[at].set(segments.seed[g]),
-            drawn=slots.drawn.at[at].set(1),
+            lengths=put(slots.lengths, length),
+            positions=put(slots.positions, position),
+            token=put(slots.token, first[g]),
+            remaining=put(slots.remaining, remaining),
+            seeds=put(slots.seeds, segments.seed[g]),
+            drawn=put(slots.drawn, 1),
         )
 
-    def body(g: jax.Array, slots: Slots) -> Slots:
-        return jax.lax.cond(slot_of[g] >= 0, move, lambda slots, _: slots, slots, g)
-
-    return jax.lax.fori_loop(0, len(slot_of), body, slots)
+    return jax.lax.fori_loop(0, len(slot_of), move, slots)
 
 
 @functools.partial(

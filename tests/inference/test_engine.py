@@ -16,6 +16,7 @@ from prumerge_jax.inference.scoring import score
 from prumerge_jax.inference.shapes import Shapes
 from prumerge_jax.inference.slots import generate
 from prumerge_jax.models.config import TextConfig, published
+from prumerge_jax.models.llama import KVCache
 from prumerge_jax.models.llava import LlavaModel, inference_layout, random_model
 from tests.conftest import require_eight_devices
 
@@ -172,6 +173,22 @@ def test_layers_apart_compute_what_a_stack_does(model: LlavaModel) -> None:
     for key in expected:
         assert scores[key].log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-5)
         assert answers[key].token_ids == others[key].token_ids
+
+
+def test_segments_move_into_the_cache_where_it_lies(model: LlavaModel) -> None:
+    graphdef, state = nnx.split(model)
+    shapes = {"slots": 64, "length": 64, "dtype": jnp.dtype(jnp.float32)}
+    slots = programs.empty_slots(graphdef, state, **shapes)
+    row, each = jnp.zeros((2, 64), jnp.int32), jnp.zeros((2,), jnp.int32)
+    segments = programs.Segments(each, each, each, each, each.astype(jnp.uint32))
+    packed = KVCache(*(part[:, :2] for part in slots.cache))
+    insert = programs.insert.lower(
+        slots, packed, programs.Rows(row, row, row, row), segments, each, each, eos=2
+    )
+    memory = insert.compile().memory_analysis()
+    both = slots.cache.k.nbytes + slots.cache.v.nbytes
+    assert memory.alias_size_in_bytes >= both
+    assert memory.temp_size_in_bytes < both / 8
 
 
 def test_sampling_depends_on_the_query_alone(model: LlavaModel) -> None:
