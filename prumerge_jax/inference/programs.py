@@ -84,7 +84,6 @@ def encode(
 ) -> prumerge.VisualTokens:
     """[B, S, S, 3] uint8 -> reduced visual tokens of capacity R."""
     vision = nnx.merge(graphdef, state).vision
-    pixels = pin(pixels, "batch", None, None, None)
     return encode_images(vision, pixels, reduction, dtype=dtype, implementation=implementation)
 
 
@@ -250,21 +249,18 @@ def insert(
         def place(cache: jax.Array, packed: jax.Array) -> jax.Array:
             # Zero behind the prompt: the slot may have held NaN, and 0 * NaN is NaN.
             segment = jnp.where(inside, packed[:, row][:, source], 0).astype(cache.dtype)
-            return cache.at[:, at].set(segment, mode="drop")
-
-        def put(values: jax.Array, value: jax.Array | int) -> jax.Array:
-            return values.at[at].set(value, mode="drop")
+            return cache.at[:, at].set(segment)
 
         remaining = jnp.where(first[g] == eos, 0, segments.max_new_tokens[g] - 1)
         position = rows.positions[row, start + length - 1] + 1
         return Slots(
             cache=KVCache(place(slots.cache.k, rows_cache.k), place(slots.cache.v, rows_cache.v)),
-            lengths=put(slots.lengths, length),
-            positions=put(slots.positions, position),
-            token=put(slots.token, first[g]),
-            remaining=put(slots.remaining, remaining),
-            seeds=put(slots.seeds, segments.seed[g]),
-            drawn=put(slots.drawn, 1),
+            lengths=slots.lengths.at[at].set(length),
+            positions=slots.positions.at[at].set(position),
+            token=slots.token.at[at].set(first[g]),
+            remaining=slots.remaining.at[at].set(remaining),
+            seeds=slots.seeds.at[at].set(segments.seed[g]),
+            drawn=slots.drawn.at[at].set(1),
         )
 
     return jax.lax.fori_loop(0, len(slot_of), move, slots)
