@@ -6,6 +6,8 @@ that XLA fuses into whatever reads it, and an element depends on the key and its
 so that a mesh and one device drop the same.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -26,18 +28,11 @@ def kept(key: jax.Array, probability: float, shape: tuple[int, ...]) -> jax.Arra
     """
     first, second = jax.random.key_data(key)[:2]  # four words of some generators say it twice
     *leading, width = shape
-    rows = _hashed(_indices(leading) ^ first) ^ second
-    columns = _hashed(_indices([width]) ^ second) ^ first
+    row = jax.lax.iota(jnp.uint32, math.prod(leading)).reshape(leading)
+    rows = _hashed(row ^ first) ^ second
+    columns = _hashed(jax.lax.iota(jnp.uint32, width) ^ second) ^ first
     bits = _hashed(_hashed(rows)[..., None] ^ _hashed(columns))
     return bits < jnp.uint32(min(round(probability * 2**32), 2**32 - 1))
-
-
-def _indices(shape: list[int]) -> jax.Array:
-    """Of every element, uint32 in row-major order."""
-    index = jnp.zeros(shape, jnp.uint32)
-    for axis, length in enumerate(shape):
-        index = index * length + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return index
 
 
 def _hashed(x: jax.Array) -> jax.Array:
