@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prumerge_jax.distributed.sharding import gathered
 from prumerge_jax.models.dropout import kept
 
 Axes = tuple[str | None, ...]
@@ -71,6 +72,7 @@ class Linear(nnx.Module):
     ) -> None:
         self.kernel = nnx.Param(_fan_in(rngs.params(), (d_in, d_out)), out_sharding=axes)
         self.bias = nnx.Param(jnp.zeros((d_out,)), out_sharding=axes[1:]) if bias else None
+        self.axes = axes
         self.adapter = adapter
         if adapter is not None:
             a = _kaiming(rngs.params(), (d_in, adapter.rank))
@@ -80,7 +82,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """[..., d_in] -> [..., d_out] in the dtype of `x`."""
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = x @ gathered(self.kernel[...].astype(x.dtype), *self.axes)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.adapter is None:
@@ -88,8 +90,9 @@ class Linear(nnx.Module):
         if dropout_key is not None and self.adapter.dropout:
             keep = 1 - self.adapter.dropout
             x = jnp.where(kept(dropout_key, keep, x.shape), x / keep, 0)
-        delta = (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
-        return y + self.adapter.scale * delta
+        a = gathered(self.lora_a[...].astype(x.dtype), self.axes[0], None)
+        b = gathered(self.lora_b[...].astype(x.dtype), None, self.axes[1])
+        return y + self.adapter.scale * (x @ a @ b)
 
 
 class RMSNorm(nnx.Module):

@@ -11,8 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from prumerge_jax import prumerge
 from prumerge_jax.distributed import sharding
+from prumerge_jax.distributed.hlo import program_cost
 from prumerge_jax.inference import programs
 from prumerge_jax.models.config import published
+from prumerge_jax.models.layers import AdapterConfig, Linear
 from prumerge_jax.models.llava import abstract_model, random_model
 from tests.conftest import require_eight_devices
 
@@ -56,3 +58,21 @@ def test_images_lie_over_all_devices_and_need_no_collective(batch: int) -> None:
     got = compiled(placed, on_data)
     np.testing.assert_array_equal(got.patch_indices, expected.patch_indices)
     np.testing.assert_allclose(got.tokens, expected.tokens, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [("embed", "heads"), ("mlp", "embed")])
+def test_a_product_gathers_its_weights_and_leaves_its_rows(axes: tuple[str, str]) -> None:
+    require_eight_devices()
+    with nnx.use_eager_sharding(False):
+        linear = Linear(64, 32, axes, adapter=AdapterConfig(rank=8), rngs=nnx.Rngs(0))
+    linear.lora_b[...] = jax.random.normal(jax.random.key(1), linear.lora_b.shape)
+    x = jax.random.normal(jax.random.key(2), (8, 64))
+    graphdef, state = nnx.split(linear)
+    mesh = sharding.make_mesh(1, 8, 1)
+    placed = jax.device_put(state, sharding.weight_shardings(state, mesh))
+    rows = jax.device_put(x, NamedSharding(mesh, sharding.spec("batch")))
+    with sharding.use_mesh(mesh):
+        apply = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+        compiled = apply.lower(placed, rows).compile()
+    assert set(program_cost(compiled.as_text()).collectives) == {"all-gather"}
+    np.testing.assert_allclose(compiled(placed, rows), linear(x), rtol=1e-5, atol=1e-5)
