@@ -53,7 +53,7 @@ def training() -> ConfigDict:
     # How it is executed; may change when a run is resumed.
     config.run = ConfigDict(
         {
-            "mesh": {"data": 1, "fsdp": 0, "tensor": 1},  # 0: all remaining devices
+            "mesh": {"data": 0, "fsdp": 0, "tensor": 1},  # 0: the devices that remain
             "rows_per_shard": 1,  # of a micro-batch; more take more memory, and want filling
             "num_threads": 2,
             "num_workers": 4,

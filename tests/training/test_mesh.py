@@ -2,17 +2,21 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
+import types
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from configs import prumerge_7b_lora, prumerge_13b_lora
 from prumerge_jax.distributed.hlo import program_cost
 from prumerge_jax.distributed.sharding import use_mesh
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.training.checkpoint import Checkpoints
+from prumerge_jax.training.run import fitted_sizes
 from prumerge_jax.training.step import TrainState
 from tests.conftest import require_eight_devices
 from tests.training.bench import MODEL as BENCH_MODEL
@@ -43,6 +47,29 @@ def trained_on(sizes: tuple[int, int, int]) -> tuple[TrainState, list[float]]:
 def assert_placed(state: TrainState, declared: TrainState) -> None:
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(declared), strict=True):
         assert leaf.sharding == sharding
+
+
+@pytest.mark.parametrize("recipe", [prumerge_7b_lora, prumerge_13b_lora])
+def test_no_device_stays_idle_and_shards_are_whole_tiles(recipe: types.ModuleType) -> None:
+    config = recipe.get_config()
+    for devices in (1, 3, 8, 48, 64, 256, 512):
+        sizes = fitted_sizes(config, devices)
+        assert math.prod(sizes.values()) == devices
+        assert config.model.vision.width % (16 * sizes["fsdp"]) == 0
+        assert config.model.text.width % (16 * sizes["fsdp"]) == 0
+    assert fitted_sizes(config, 256) == {"data": 4, "fsdp": 64, "tensor": 1}
+    config.run.mesh.tensor = 2
+    assert fitted_sizes(config, 16) == {"data": 1, "fsdp": 8, "tensor": 2}
+    config.run.mesh.fsdp = 4
+    assert fitted_sizes(config, 16) == {"data": 2, "fsdp": 4, "tensor": 2}
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 0), (0, 0, 0), (0, 3, 1), (0, 8, 2)])
+def test_sizes_that_eight_devices_do_not_fit_are_refused(sizes: tuple[int, int, int]) -> None:
+    config = prumerge_7b_lora.get_config()
+    config.run.mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    with pytest.raises(ValueError, match="cannot be fitted to 8 devices"):
+        fitted_sizes(config, 8)
 
 
 @mesh_cases
