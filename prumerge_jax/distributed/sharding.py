@@ -6,11 +6,14 @@ this table and nothing else.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -48,11 +51,10 @@ def mesh_on(
 ) -> Mesh:
     """`make_mesh` on the first of these devices.
 
-    Axis types are Auto: `jax.make_mesh` would default to Explicit, under which a lookup in an
-    `fsdp`-sharded embedding is an error.
+    Axis types are Auto: under Explicit a lookup in an `fsdp`-sharded embedding is an error.
 
     Raises:
-      ValueError: fewer devices than the mesh needs.
+      ValueError: fewer devices than the mesh needs, or slices that it cannot be laid over.
     """
     needed = data * fsdp * tensor
     if needed > len(devices):
@@ -60,11 +62,36 @@ def mesh_on(
             f"a mesh of data={data} fsdp={fsdp} tensor={tensor} needs {needed} devices; "
             f"there are {len(devices)}"
         )
-    return jax.make_mesh(
-        (data, fsdp, tensor),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices[:needed],
+    arranged = arrange(devices[:needed], (data, fsdp, tensor))
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def arrange(devices: Sequence[jax.Device], sizes: tuple[int, int, int]) -> np.ndarray:
+    """Devices in the shape of a mesh, those with fast links between them side by side.
+
+    `jax.make_mesh` splits no axis of a TPU's torus except v5e's, and takes one slice only (of TPUs,
+    or the GPUs of one node). Here several lie along `data`, and along `fsdp` where that is shorter.
+
+    Raises:
+      ValueError: the slices are not equal, or more than `data` and `fsdp` can be split into.
+    """
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    data, fsdp, tensor = sizes
+    of_data = math.gcd(data, len(slices))
+    of_fsdp = len(slices) // of_data
+    if fsdp % of_fsdp or len(set(slices.values())) > 1:
+        raise ValueError(
+            f"a mesh of data={data} fsdp={fsdp} tensor={tensor} cannot be laid over slices (or "
+            f"nodes) of {sorted(slices.values())} devices; expected equal ones, whose number "
+            "divides data, fsdp or their product"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // of_data, fsdp // of_fsdp, tensor),
+        (of_data, of_fsdp, 1),
+        devices,
+        allow_split_physical_axes=True,
     )
 
 

@@ -1,6 +1,8 @@
 """What lies where on a mesh."""
 
+import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,48 @@ from prumerge_jax.models.config import published
 from prumerge_jax.models.layers import AdapterConfig, Linear
 from prumerge_jax.models.llava import abstract_model, random_model
 from tests.conftest import require_eight_devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """As much of a device as its place in a mesh depends on."""
+
+    id: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+
+
+def gpus(*nodes: int) -> list[Any]:
+    """Of nodes that have so many each."""
+    node_of = [node for node, count in enumerate(nodes) for _ in range(count)]
+    return [Gpu(i, node) for i, node in enumerate(node_of)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "nodes_of_a_data_shard"),
+    [((4, 8, 1), 1), ((8, 1, 4), 1), ((2, 8, 2), 2), ((1, 32, 1), 4), ((1, 4, 8), 4)],
+)
+def test_nodes_lie_along_data_then_fsdp_and_never_along_tensor(
+    sizes: tuple[int, int, int], nodes_of_a_data_shard: int
+) -> None:
+    devices = gpus(8, 8, 8, 8)
+    got = sharding.arrange(devices, sizes)
+    assert got.shape == sizes
+    assert {device.id for device in got.flat} == {device.id for device in devices}
+    node_of = np.vectorize(lambda device: device.slice_index)(got)
+    assert (node_of == node_of[..., :1]).all()
+    assert {len(set(shard.flat)) for shard in node_of} == {nodes_of_a_data_shard}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "sizes"), [((8, 8), (1, 1, 16)), ((8, 8, 8), (1, 8, 3)), ((8, 4), (12, 1, 1))]
+)
+def test_nodes_that_a_mesh_cannot_be_laid_over_are_named(
+    nodes: tuple[int, ...], sizes: tuple[int, int, int]
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(str(sorted(nodes)))):
+        sharding.arrange(gpus(*nodes), sizes)
 
 
 @pytest.mark.parametrize(

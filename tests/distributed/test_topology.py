@@ -49,11 +49,22 @@ def test_without_libtpu_the_error_says_what_to_install(monkeypatch: pytest.Monke
 
 
 @needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("v6e:16x16", (4, 64, 1)), ("v6e:8x8", (1, 32, 2)), ("v5p:4x4x4", (1, 32, 2))],
+)
+def test_a_mesh_may_split_the_axes_of_a_torus(name: str, sizes: tuple[int, int, int]) -> None:
+    devices = topology(name).devices
+    assert set(mesh_on(devices, *sizes).devices.flat) == set(devices)
+
+
+@needs_libtpu
 def test_attention_is_that_of_the_mesh_and_not_of_this_machine() -> None:
     mesh = mesh_on(topology("v5e:2x2").devices, fsdp=4)
     with use_mesh(mesh):
         assert default_implementation(jnp.bfloat16, 128) == "splash"
-        assert default_implementation(jnp.bfloat16, 64) == "xla"
+        assert default_implementation(jnp.bfloat16, 64) == "splash"
+        assert default_implementation(jnp.bfloat16, 80) == "xla"
     assert jax.default_backend() == "cpu"
     assert default_implementation(jnp.bfloat16, 128) == "blocks"
 
