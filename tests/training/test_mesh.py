@@ -50,14 +50,14 @@ def assert_placed(state: TrainState, declared: TrainState) -> None:
 
 
 @pytest.mark.parametrize("recipe", [prumerge_7b_lora, prumerge_13b_lora])
-def test_no_device_stays_idle_and_shards_are_whole_tiles(recipe: types.ModuleType) -> None:
+def test_no_device_stays_idle_and_no_shard_is_thin(recipe: types.ModuleType) -> None:
     config = recipe.get_config()
     for devices in (1, 3, 8, 48, 64, 256, 512):
         sizes = fitted_sizes(config, devices)
         assert math.prod(sizes.values()) == devices
-        assert config.model.vision.width % (16 * sizes["fsdp"]) == 0
-        assert config.model.text.width % (16 * sizes["fsdp"]) == 0
-    assert fitted_sizes(config, 256) == {"data": 4, "fsdp": 64, "tensor": 1}
+        assert config.model.vision.width % (32 * sizes["fsdp"]) == 0
+        assert config.model.text.width % (32 * sizes["fsdp"]) == 0
+    assert fitted_sizes(config, 256) == {"data": 8, "fsdp": 32, "tensor": 1}
     config.run.mesh.tensor = 2
     assert fitted_sizes(config, 16) == {"data": 1, "fsdp": 8, "tensor": 2}
     config.run.mesh.fsdp = 4
