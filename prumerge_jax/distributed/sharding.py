@@ -73,20 +73,20 @@ def arrange(devices: Sequence[jax.Device], sizes: tuple[int, int, int]) -> np.nd
     or the GPUs of one node). Here several lie along `data`, and along `fsdp` where that is shorter.
 
     Raises:
-      ValueError: the slices are not equal, or more than `data` and `fsdp` can be split into.
+      ValueError: the slices are not equal, or their number does not divide `data` times `fsdp`.
     """
     slices = Counter(getattr(device, "slice_index", 0) for device in devices)
     if len(slices) == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     data, fsdp, tensor = sizes
-    of_data = math.gcd(data, len(slices))
-    of_fsdp = len(slices) // of_data
-    if fsdp % of_fsdp or len(set(slices.values())) > 1:
+    if data * fsdp % len(slices) or len(set(slices.values())) > 1:
         raise ValueError(
             f"a mesh of data={data} fsdp={fsdp} tensor={tensor} cannot be laid over slices (or "
             f"nodes) of {sorted(slices.values())} devices; expected equal ones, whose number "
-            "divides data, fsdp or their product"
+            "divides data times fsdp"
         )
+    of_data = math.gcd(data, len(slices))
+    of_fsdp = len(slices) // of_data
     return mesh_utils.create_hybrid_device_mesh(
         (data // of_data, fsdp // of_fsdp, tensor),
         (of_data, of_fsdp, 1),
