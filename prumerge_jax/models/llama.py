@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prumerge_jax.distributed.sharding import pin
+from prumerge_jax.distributed.sharding import pin, platform
 from prumerge_jax.models.attention import attend, attend_to_cache
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, rematerialise, stack
@@ -114,8 +114,7 @@ class Llama(nnx.Module):
         ) -> tuple[jax.Array, None]:
             weights, key = scanned
             layer = nnx.merge(graphdef, weights)
-            x, _ = layer(x, rope, segment_ids, implementation, dropout_key=key)
-            return x, None
+            return layer(x, rope, segment_ids, implementation, key), None
 
         x, _ = jax.lax.scan(rematerialise(body, remat), x, (weights, keys))
         return self.norm(x)
@@ -138,12 +137,14 @@ class Llama(nnx.Module):
         x = without_padding(x, segment_ids)
 
         def body(x: jax.Array, index: Index) -> tuple[jax.Array, None]:
-            x, _ = self._layer(index)(x, rope, segment_ids, implementation, longest)
-            return x, None
+            layer = self._layer(index)
+            seen, _ = layer.attend(_projected(layer, x), rope, segment_ids, implementation, longest)
+            return layer.rest(x, seen), None
 
         last = self.config.num_layers - 1
         x, _ = self._through_layers(body, x, last)
-        seen, _ = self._layer(last).attend(x, rope, segment_ids, implementation, longest)
+        layer = self._layer(last)
+        seen, _ = layer.attend(_projected(layer, x), rope, segment_ids, implementation, longest)
         return Unfinished(x, seen)
 
     def finish(self, rows: Unfinished, index: jax.Array) -> jax.Array:
@@ -169,7 +170,11 @@ class Llama(nnx.Module):
         x = without_padding(x, segment_ids)
 
         def body(x: jax.Array, index: Index) -> tuple[jax.Array, KVCache]:
-            return self._layer(index)(x, rope, segment_ids, implementation, longest)
+            layer = self._layer(index)
+            seen, cache = layer.attend(
+                _projected(layer, x), rope, segment_ids, implementation, longest
+            )
+            return layer.rest(x, seen), cache
 
         x, cache = self._through_layers(body, x, self.config.num_layers)
         return self.norm(x), cache
@@ -205,10 +210,7 @@ class Llama(nnx.Module):
         ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
             x, cache_k, cache_v = carry
             layer = self._layer(index)
-            # Seen through, the heads would be part of the products, and XLA for TPUs would copy the
-            # projections' weights into another layout.
-            projected = jax.lax.optimization_barrier(layer.project(x))
-            q, k, v = layer.heads(projected, rope)
+            q, k, v = layer.heads(_projected(layer, x), rope)
             cache_k = cache_k.at[index, slots, lengths].set(k[:, 0].astype(cache_k.dtype))
             cache_v = cache_v.at[index, slots, lengths].set(v[:, 0].astype(cache_v.dtype))
             seen = attend_to_cache(
@@ -240,6 +242,15 @@ class Llama(nnx.Module):
         return nnx.merge(graphdef, jax.tree.map(lambda stacked: stacked[index], weights))
 
 
+def _projected(layer: "DecoderLayer", x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`layer.project(x)`, whose products stay apart from what is done to their heads.
+
+    XLA for TPUs would copy the projections' weights into another layout. Training does without: its
+    weights are gathered into the layout that suits, and backward a barrier costs copies of its own.
+    """
+    return jax.lax.optimization_barrier(layer.project(x))
+
+
 class DecoderLayer(nnx.Module):
     """A pre-norm block: whole for rows, and in the pieces between which attention happens."""
 
@@ -257,14 +268,12 @@ class DecoderLayer(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         segment_ids: jax.Array,
         implementation: str,
-        longest: int | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache]:
-        """Rows [B, T, D] -> [B, T, D], and their keys and values [B, T, K, Dh]."""
+        dropout_key: jax.Array | None,
+    ) -> jax.Array:
+        """Rows [B, T, D] -> [B, T, D]."""
         drop = split_key(dropout_key, 3)
-        seen, cache = self.attend(x, rope, segment_ids, implementation, longest, drop[0])
-        x = self.feed_forward(self.mix(x, seen, drop[1]), drop[2])
-        return pin(x, "batch", None, None), cache
+        seen, _ = self.attend(self.project(x, drop[0]), rope, segment_ids, implementation)
+        return self.rest(x, seen, drop[1], drop[2])
 
     def project(
         self, x: jax.Array, dropout_key: jax.Array | None = None
@@ -284,16 +293,15 @@ class DecoderLayer(nnx.Module):
 
     def attend(
         self,
-        x: jax.Array,
+        projected: tuple[jax.Array, jax.Array, jax.Array],
         rope: tuple[jax.Array, jax.Array],
         segment_ids: jax.Array,
         implementation: str,
         longest: int | None = None,
-        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Rows [B, T, D] -> what each position sees of its segment [B, T, H, Dh], and keys and
-        values [B, T, K, Dh]."""
-        q, k, v = self.heads(self.project(x, dropout_key), rope)
+        """What `project` returned for rows -> what each position sees of its segment [B, T, H, Dh],
+        and keys and values [B, T, K, Dh]."""
+        q, k, v = self.heads(projected, rope)
         seen = attend(
             q,
             k,
@@ -304,6 +312,17 @@ class DecoderLayer(nnx.Module):
             implementation=implementation,
         )
         return seen, KVCache(k, v)
+
+    def rest(
+        self,
+        x: jax.Array,
+        attended: jax.Array,
+        mix_key: jax.Array | None = None,
+        feed_forward_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Rows behind attention: [B, T, D] and attention's result [B, T, H, Dh] -> [B, T, D]."""
+        x = self.feed_forward(self.mix(x, attended, mix_key), feed_forward_key)
+        return pin(x, "batch", None, None)
 
     def mix(
         self, x: jax.Array, attended: jax.Array, dropout_key: jax.Array | None = None
@@ -370,16 +389,28 @@ def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
 
 
 def rotary(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotary embedding for positions [B, T], each [B, T, Dh/2] float32."""
+    """Cosines and sines of the rotary embedding for positions [B, T], each [B, T, Dh] float32.
+
+    Both halves of the last axis have the same angles; in the first one sines have the other sign.
+    """
     half = config.head_dim // 2
     frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates heads [B, T, H, Dh], pairing dimension i with i + Dh/2 (HF's layout)."""
     cos, sin = (part[:, :, None, :] for part in rope)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    return (x.astype(jnp.float32) * cos + swapped(x) * sin).astype(x.dtype)
+
+
+def swapped(x: jax.Array) -> jax.Array:
+    """[B, T, H, Dh] -> float32, the two halves of the last axis in each other's place."""
+    half = x.shape[-1] // 2
+    if platform() != "tpu":
+        return jnp.roll(x.astype(jnp.float32), half, axis=-1)
+    # The matrix unit moves lanes faster than the vector unit does, and as exactly.
+    order = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=-1)
+    return jnp.einsum("bthd,de->bthe", x, order, precision="highest").astype(jnp.float32)
