@@ -1,4 +1,4 @@
-"""The models that the benchmarks run: sizes by name, random weights."""
+"""What the benchmarks run: sizes by name, random weights, attention with outliers."""
 
 import argparse
 import dataclasses
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig, published
@@ -67,3 +68,15 @@ def random_weights(
     with nnx.use_eager_sharding(False):
         graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
         return graphdef, jax.jit(create)()
+
+
+def outlier_attention(batch: int, patches: int, kept: int, seed: int) -> np.ndarray:
+    """[B, N] float32 attention of which `kept` entries per image are outliers.
+
+    The others are uniform, a distribution without outliers; the tail above them is heavy.
+    """
+    rng = np.random.default_rng(seed)
+    attention = rng.uniform(1, 2, (batch, patches))
+    for row in attention:
+        row[rng.choice(patches, kept, replace=False)] = 4 + rng.exponential(8, kept)
+    return (0.9 * attention / attention.sum(-1, keepdims=True)).astype(np.float32)

@@ -23,25 +23,13 @@ import torch
 import torch_prumerge
 from flax import nnx
 from measuring import add_rate_arguments, interleaved, peak_rates, report
-from models import GEOMETRIES, random_weights
+from models import GEOMETRIES, outlier_attention, random_weights
 
 from prumerge_jax import prumerge
 from prumerge_jax.cost import Operation, Workload, operations
 from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.clip import ClipVision, VisionFeatures
 from prumerge_jax.models.config import VisionConfig
-
-
-def outlier_attention(batch: int, patches: int, kept: int, seed: int) -> np.ndarray:
-    """[B, N] float32 attention of which `kept` entries per image are outliers.
-
-    The others are uniform, a distribution without outliers; the tail above them is heavy.
-    """
-    rng = np.random.default_rng(seed)
-    attention = rng.uniform(1, 2, (batch, patches))
-    for row in attention:
-        row[rng.choice(patches, kept, replace=False)] = 4 + rng.exponential(8, kept)
-    return (0.9 * attention / attention.sum(-1, keepdims=True)).astype(np.float32)
 
 
 def check_equal(

@@ -24,6 +24,7 @@ COMMANDS = {
     "prefill": f"{ROWS} --visual 3",
     "decode": "--geometry=tiny --slots 2 --context=5 --steps=2 --repeats=2",
     "lora_training": f"{ROWS} --visual 3 --rank=2",
+    "numerics": "--geometry=tiny --kept=3 --dtype=bfloat16",
     "scoring": f"{ROWS} --full_row_length=32 --requests=8 --full_requests=2 --window=4 --data=2 "
     "--full_window=2 --batch_size=2 --means 2 --slots=2 --peer_batches 2 --output_tokens=3",
 }
@@ -35,6 +36,7 @@ KEYS = {
     "prefill": {"ms", "segments_per_s", "efficiency", "floor_share", "utilisation"},
     "decode": {"ms", "tokens_per_s", "bound", "floor_share", "utilisation"},
     "lora_training": {"ms", "samples_per_s", "speedup", "utilisation_4n", "utilisation"},
+    "numerics": {"check", "figure", "limit", "passed"},
     "scoring": {"images_per_s", "visual_mean", "efficiency", "speedup", "flop_ratio_share",
                 "floor_share", "memory_gb"},
 }  # fmt: skip
@@ -89,6 +91,26 @@ def test_the_loop_and_our_step_are_compared(monkeypatch: pytest.MonkeyPatch) -> 
     )
     with pytest.raises(ValueError, match="tokens differ by"):
         prumerge_step.main(COMMANDS["prumerge_step"].split())
+
+
+def test_other_numbers_than_the_cpus_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Logits a tenth too large on the side that is checked."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    numerics = importlib.import_module("numerics")
+    right = numerics.logits
+
+    def wrong(*arguments: object) -> np.ndarray:
+        return (1.0 if arguments[-1] == "xla" else 1.1) * right(*arguments)
+
+    monkeypatch.setattr(numerics, "logits", wrong)
+    monkeypatch.setattr(numerics, "company", lambda *_: [])
+    with pytest.raises(SystemExit) as stopped:
+        numerics.main(["--geometry=tiny", "--kept=3"])
+    assert stopped.value.code == 1
+    passed = re.findall(r"^ *(\w+) .* (yes|NO) ", capsys.readouterr().out, re.M)
+    assert dict(passed) == {"selection": "yes", "merged": "yes", "logits": "NO"}
 
 
 def test_drawn_counts_reach_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
