@@ -221,13 +221,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cases", type=pathlib.Path, help="an .npz of a tower's outputs")
     add_arguments(parser)
     arguments = parser.parse_args(argv)
-    config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
-    model = random_llava_for_inference(config, dtype)
-    attention = default_implementation(dtype, config.text.head_dim)
     try:
         cpu = jax.devices("cpu")[0]
     except RuntimeError as error:
         parser.error(f"no CPU to compare with ({error}); set JAX_PLATFORMS=cuda,cpu or tpu,cpu")
+    config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
+    model = random_llava_for_inference(config, dtype)
+    attention = default_implementation(dtype, config.text.head_dim)
 
     results = selection(config, arguments.kept, arguments.cases, cpu)
     results.append(compare_logits(config, model, dtype, attention, mesh_on([cpu])))
