@@ -15,15 +15,15 @@ import jax
 import tqdm
 from absl import app, flags
 
+from prumerge_jax.conversion.checkpoint_reader import Sources, open_model
 from prumerge_jax.conversion.convert import convert
 from prumerge_jax.conversion.detect import Kind, detect
 from prumerge_jax.conversion.download import download
 from prumerge_jax.conversion.export import export_adapter, export_model
-from prumerge_jax.conversion.inputs import Sources, open_model
 from prumerge_jax.conversion.keys import Dialect
-from prumerge_jax.conversion.source import CheckpointError
+from prumerge_jax.conversion.tensor_files import CheckpointError
 from prumerge_jax.conversion.verify import compare_with_torch
-from prumerge_jax.models.manifest import DirectoryError
+from prumerge_jax.store.manifest import DirectoryError
 
 _INPUT = flags.DEFINE_string("input", None, "Directory of the model, or of its language model.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write; must not exist.", required=True)

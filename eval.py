@@ -22,11 +22,11 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from prumerge_jax import prumerge
-from prumerge_jax.distributed.planning import DoesNotFit
-from prumerge_jax.distributed.topology import topology
-from prumerge_jax.evaluation.suite import evaluate
-from prumerge_jax.inference.plan import plan_inference
-from prumerge_jax.inference.shapes import EngineConfig
+from prumerge_jax.aot.compile import DoesNotFit
+from prumerge_jax.aot.inference import plan_inference
+from prumerge_jax.aot.topology import topology
+from prumerge_jax.engine.shapes import EngineConfig
+from prumerge_jax.evaluation.run import evaluate
 from prumerge_jax.models.config import published
 
 _CONFIG = config_flags.DEFINE_config_file(

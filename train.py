@@ -18,13 +18,13 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from prumerge_jax.distributed.planning import DoesNotFit
-from prumerge_jax.distributed.startup import joined
-from prumerge_jax.distributed.topology import topology
-from prumerge_jax.models.manifest import DirectoryError
+from prumerge_jax.aot.compile import DoesNotFit
+from prumerge_jax.aot.topology import topology
+from prumerge_jax.aot.training import plan_training
+from prumerge_jax.sharding.startup import distributed_session
+from prumerge_jax.store.manifest import DirectoryError
 from prumerge_jax.training.checkpoint import CheckpointError
 from prumerge_jax.training.loop import TrainingError
-from prumerge_jax.training.plan import plan_training
 from prumerge_jax.training.run import run
 from prumerge_jax.training.stop import stop_on_signals
 from prumerge_jax.training.workdir import WorkdirError
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
         return _plan(_AOT.value)
     assert _WORKDIR.value is not None  # one of the two flags is given
     absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax speaks of every file
-    processes = joined(
+    processes = distributed_session(
         _COORDINATOR.value,
         _NUM_PROCESSES.value,
         _PROCESS_ID.value,

@@ -24,16 +24,17 @@ import numpy as np
 from measuring import peak_resident_gb
 
 from prumerge_jax.conversion import keys
+from prumerge_jax.conversion.checkpoint_reader import Sources, open_model
 from prumerge_jax.conversion.convert import convert
 from prumerge_jax.conversion.export import export_model
-from prumerge_jax.conversion.inputs import Sources, open_model
+from prumerge_jax.conversion.hf_files import hf_config
 from prumerge_jax.conversion.keys import Dialect
-from prumerge_jax.conversion.outputs import hf_config
 from prumerge_jax.conversion.safetensors_io import ShardedWriter
-from prumerge_jax.conversion.source import TensorInfo
-from prumerge_jax.distributed.sharding import make_mesh
-from prumerge_jax.models import directory
+from prumerge_jax.conversion.tensor_files import TensorInfo
+from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig, published
+from prumerge_jax.sharding.mesh import make_mesh
+from prumerge_jax.store import model_directory as directory
 from prumerge_jax.training.stages import llava_template
 
 DEVICES = 8
@@ -65,7 +66,7 @@ def to_ours(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def to_devices(source: pathlib.Path, target: pathlib.Path) -> None:
     """Our directory -> 8 devices. Weights are split as in training; `target` is not used."""
-    template = llava_template(directory.read_config(source), None)
+    template = llava_template(config_json.read_config(source), None)
     shardings = template.shardings(make_mesh(fsdp=DEVICES))
     targets = {
         path: jax.ShapeDtypeStruct(shape.shape, jnp.bfloat16, sharding=shardings[path])

@@ -18,7 +18,7 @@ from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms,
 from models import add_geometry_argument, geometry, random_llava_for_inference
 
 from prumerge_jax.cost import Workload, operations
-from prumerge_jax.inference import programs
+from prumerge_jax.engine import programs
 from prumerge_jax.models.attention import default_implementation
 
 

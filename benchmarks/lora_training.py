@@ -23,11 +23,10 @@ from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms,
 from models import add_geometry_argument, geometry, random_llava
 from prefill import packed_rows
 
-from prumerge_jax import prumerge
+from prumerge_jax import prumerge, sharding
 from prumerge_jax.cost import training_flops
 from prumerge_jax.data import packing
-from prumerge_jax.distributed import sharding
-from prumerge_jax.inference import programs
+from prumerge_jax.engine import programs
 from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.layers import AdapterConfig

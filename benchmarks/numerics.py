@@ -41,14 +41,14 @@ from prefill import packed_rows
 from scoring import requests
 
 from prumerge_jax import prumerge
-from prumerge_jax.distributed.sharding import mesh_on, replicated, use_mesh
-from prumerge_jax.inference import programs
-from prumerge_jax.inference.engine import Engine, Query
-from prumerge_jax.inference.scoring import score
-from prumerge_jax.inference.shapes import EngineConfig, fit
-from prumerge_jax.inference.slots import generate
+from prumerge_jax.engine import programs
+from prumerge_jax.engine.decoding import generate
+from prumerge_jax.engine.engine import Engine, Query
+from prumerge_jax.engine.scoring import score
+from prumerge_jax.engine.shapes import EngineConfig, fit
 from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.sharding.mesh import mesh_on, replicated, use_mesh
 
 Model = tuple[nnx.GraphDef, nnx.State]
 REDUCTIONS = ("prumerge", "prumerge+")
@@ -110,7 +110,9 @@ def logits(model: Model, rows: programs.Rows, tokens: jax.Array, attention: str)
     """[M, V] float32 at every eighth position."""
     graphdef, state = model
     longest = rows.ids.shape[1]
-    hidden, _ = programs.prefill(*model, tokens, rows, longest=longest, implementation=attention)
+    hidden, _ = programs.prefill(
+        *model, tokens, rows, max_segment_length=longest, implementation=attention
+    )
     flat = hidden.reshape(-1, hidden.shape[-1])[::8]
     head = jax.jit(lambda state, x: nnx.merge(graphdef, state).decoder.logits(x))
     return np.asarray(head(state, flat))

@@ -21,7 +21,7 @@ from models import add_geometry_argument, geometry, random_llava_for_inference
 
 from prumerge_jax.cost import Workload, floor_seconds, operations
 from prumerge_jax.data import packing
-from prumerge_jax.inference import programs
+from prumerge_jax.engine import programs
 from prumerge_jax.models.attention import default_implementation
 
 
@@ -49,7 +49,7 @@ def arms(
     index, targets = jnp.asarray(last), jnp.ones(len(last), jnp.int32)
     integers = (rows.row_of, rows.start_of, rows.length_of, rows.length_of, rows.length_of)
     segments = programs.Segments(*map(jnp.asarray, integers))
-    static = {"longest": int(rows.length_of.max()), "implementation": attention}
+    static = {"max_segment_length": int(rows.length_of.max()), "implementation": attention}
 
     def read() -> jax.Array:
         unfinished = programs.read(*model, tokens, device, **static)

@@ -44,13 +44,13 @@ from models import add_geometry_argument, geometry, random_llava_for_inference
 from prumerge_jax import prumerge
 from prumerge_jax.cost import Chip, Workload, images_per_second, operations
 from prumerge_jax.data import packing
-from prumerge_jax.distributed.sharding import make_mesh, replicated, use_mesh
-from prumerge_jax.inference.engine import Encoding, Engine, Images, Query
-from prumerge_jax.inference.scoring import score
-from prumerge_jax.inference.shapes import EngineConfig, fit
-from prumerge_jax.inference.slots import generate
+from prumerge_jax.engine.decoding import generate
+from prumerge_jax.engine.engine import Encoding, Engine, Images, Query
+from prumerge_jax.engine.scoring import score
+from prumerge_jax.engine.shapes import EngineConfig, fit
 from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.sharding.mesh import make_mesh, replicated, use_mesh
 
 CPU_DEVICES = 2
 SIGMA = 0.45  # of the logarithm of the counts

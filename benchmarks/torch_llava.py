@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 
-from prumerge_jax.conversion.outputs import hf_config
+from prumerge_jax.conversion.hf_files import hf_config
 from prumerge_jax.models.config import LlavaConfig
 
 IMAGE_TOKEN = 0  # no text of the benchmark holds it

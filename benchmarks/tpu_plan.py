@@ -18,9 +18,9 @@ from typing import Any
 import jax
 
 from configs import prumerge_7b_lora, prumerge_13b_lora
-from prumerge_jax.distributed.planning import DoesNotFit, tpu
-from prumerge_jax.distributed.topology import topology
-from prumerge_jax.training.plan import (
+from prumerge_jax.aot.compile import DoesNotFit, tpu
+from prumerge_jax.aot.topology import topology
+from prumerge_jax.aot.training import (
     MEAN_VISUAL_TOKENS,
     TEXT_TOKENS,
     Samples,

@@ -20,7 +20,7 @@ from models import add_geometry_argument, geometry, random_llava
 
 from prumerge_jax import prumerge
 from prumerge_jax.cost import Workload, floor_seconds, operations
-from prumerge_jax.inference import programs
+from prumerge_jax.engine import programs
 from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.clip import VisionFeatures
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from prumerge_jax.cost import Chip
-from prumerge_jax.inference.shapes import Shapes
+from prumerge_jax.engine.shapes import Shapes
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 ROWS = "--geometry=tiny --text_tokens=6 --row_length=32 --repeats=2"

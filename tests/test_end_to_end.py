@@ -15,7 +15,7 @@ from PIL import Image  # noqa: E402
 import prumerge_jax  # noqa: E402
 from prumerge_jax.data import conversation  # noqa: E402
 from prumerge_jax.data.images import normalize, preprocess  # noqa: E402
-from prumerge_jax.inference.shapes import EngineConfig  # noqa: E402
+from prumerge_jax.engine.shapes import EngineConfig  # noqa: E402
 from prumerge_jax.models.config import LlavaConfig, TextConfig, published  # noqa: E402
 from tests.models.torch_llava import random_torch_llava  # noqa: E402
 from tests.tiny_llava import tokenizer_model  # noqa: E402

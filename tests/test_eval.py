@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from prumerge_jax.evaluation import digits
+from prumerge_jax.digits import benchmark as digits
 from tests.tiny_llava import write_tiny_llava
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

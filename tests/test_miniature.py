@@ -8,10 +8,10 @@ import pytest
 
 from prumerge_jax import Llava
 from prumerge_jax.conversion import miniature
-from prumerge_jax.data import digits_questions
-from prumerge_jax.evaluation.digits import Digits
-from prumerge_jax.models.directory import verify
+from prumerge_jax.digits import questions as digits_questions
+from prumerge_jax.digits.benchmark import Digits
 from prumerge_jax.prumerge import PruMergeConfig, preset
+from prumerge_jax.store.model_directory import verify
 
 SCENES = 100
 

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
-from prumerge_jax import prumerge
-from prumerge_jax.distributed import sharding
+from prumerge_jax import prumerge, sharding
 from tests.conftest import require_eight_devices
 from tests.prumerge_oracle import reduce_one
 
@@ -365,7 +364,9 @@ def test_sharded_over_the_batch_without_collective_or_sort(name: str) -> None:
     require_eight_devices()
     mesh = sharding.make_mesh(data=4, fsdp=2)
     images = random_batch(8, 64, 16, seed=13)
-    placed = [jax.device_put(x, NamedSharding(mesh, sharding.spec("batch"))) for x in images]
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, sharding.logical_spec("batch"))) for x in images
+    ]
     program = jax.jit(functools.partial(prumerge.reduce_tokens, config=prumerge.preset(name)))
     compiled = program.lower(*placed).compile()
     text = compiled.as_text()
@@ -373,7 +374,7 @@ def test_sharded_over_the_batch_without_collective_or_sort(name: str) -> None:
         r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|\bsort\(|TopK", text
     )
     got, expected = compiled(*placed), program(*images)
-    assert got.tokens.sharding.spec[0] == sharding.spec("batch")[0]
+    assert got.tokens.sharding.spec[0] == sharding.logical_spec("batch")[0]
     np.testing.assert_array_equal(got.patch_indices, expected.patch_indices)
     np.testing.assert_allclose(got.tokens, expected.tokens, atol=1e-6)
 

@@ -9,8 +9,8 @@ import sentencepiece
 from flax import nnx
 
 from prumerge_jax.models.config import LlavaConfig, TextConfig, published
-from prumerge_jax.models.directory import DirectoryWriter
 from prumerge_jax.models.llava import random_model
+from prumerge_jax.store.model_directory import DirectoryWriter
 
 CONFIG = dataclasses.replace(
     published("tiny"),

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from prumerge_jax.conversion import keys
-from prumerge_jax.conversion.inputs import OpenedModel
+from prumerge_jax.conversion.checkpoint_reader import OpenedModel
 from prumerge_jax.conversion.keys import Weight
 from prumerge_jax.conversion.report import Report
 from prumerge_jax.conversion.safetensors_io import encode
-from prumerge_jax.conversion.source import CheckpointError, Tensor, is_finite
-from prumerge_jax.models.directory import DirectoryWriter
-from prumerge_jax.models.manifest import size_and_sha256
+from prumerge_jax.conversion.tensor_files import CheckpointError, Tensor, is_finite
+from prumerge_jax.store.manifest import size_and_sha256
+from prumerge_jax.store.model_directory import DirectoryWriter
 
 PASSTHROUGH = "passthrough.safetensors"
 REPORT = "conversion_report.json"

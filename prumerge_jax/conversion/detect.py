@@ -5,8 +5,8 @@ import enum
 import pathlib
 from typing import Any
 
-from prumerge_jax.conversion.source import CheckpointError, load_object
-from prumerge_jax.models.manifest import FORMAT, MANIFEST
+from prumerge_jax.conversion.tensor_files import CheckpointError, load_object
+from prumerge_jax.store.manifest import FORMAT, MANIFEST
 
 
 class Kind(enum.Enum):

@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from prumerge_jax.conversion.source import CheckpointError
+from prumerge_jax.conversion.tensor_files import CheckpointError
 
 _FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja"]
 

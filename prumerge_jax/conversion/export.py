@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from prumerge_jax.conversion import keys, outputs
+from prumerge_jax.conversion import hf_files as outputs
+from prumerge_jax.conversion import keys
+from prumerge_jax.conversion.checkpoint_reader import TEXT_FILES
 from prumerge_jax.conversion.convert import PASSTHROUGH, REPORT, cast, copy_blocked
-from prumerge_jax.conversion.inputs import TEXT_FILES
 from prumerge_jax.conversion.keys import Dialect, Weight
 from prumerge_jax.conversion.peft import merged
 from prumerge_jax.conversion.safetensors_io import SafetensorsFile, ShardedWriter
-from prumerge_jax.conversion.source import CheckpointError, TensorInfo
+from prumerge_jax.conversion.tensor_files import CheckpointError, TensorInfo
 from prumerge_jax.conversion.torch_bin import encode
-from prumerge_jax.models import directory as directories
+from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig
-from prumerge_jax.models.staging import StagedDirectory
+from prumerge_jax.store import model_directory as directories
+from prumerge_jax.store.staging import StagedDirectory
 
 Progress = Callable[[int], None]
 
@@ -41,8 +43,8 @@ class StoredModel:
         """
         directories.verify(folder)
         self.folder = folder
-        self.config = directories.read_config(folder)
-        self.adapter = directories.read_adapter(folder)
+        self.config = config_json.read_config(folder)
+        self.adapter = config_json.read_adapter(folder)
         self.manifest = directories.read_manifest(folder)
 
     def dtype(self, weight: Weight) -> np.dtype:

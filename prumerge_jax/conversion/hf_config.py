@@ -8,10 +8,11 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from prumerge_jax.conversion.source import CheckpointError, load_object
+from prumerge_jax.conversion.tensor_files import CheckpointError, load_object
 from prumerge_jax.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig, TextConfig, VisionConfig
-from prumerge_jax.models.config_json import from_json, to_json
+from prumerge_jax.models.config_json import from_json
 from prumerge_jax.models.llava import projector_depth
+from prumerge_jax.store.strict_json import to_json
 
 _ABSENT = object()
 _VISION_ACTIVATIONS = ("quick_gelu", "gelu")

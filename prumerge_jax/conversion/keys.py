@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from prumerge_jax.conversion.source import CheckpointError, TensorInfo, listing
+from prumerge_jax.conversion.tensor_files import CheckpointError, TensorInfo, listing
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 from prumerge_jax.models.llava import projector_depth
 

@@ -9,10 +9,10 @@ import pathlib
 
 import numpy as np
 
+from prumerge_jax.conversion.checkpoint_reader import Sources, open_model
 from prumerge_jax.conversion.convert import convert
-from prumerge_jax.conversion.inputs import Sources, open_model
-from prumerge_jax.models.directory import DirectoryError
-from prumerge_jax.models.manifest import MANIFEST, size_and_sha256
+from prumerge_jax.store.manifest import MANIFEST, size_and_sha256
+from prumerge_jax.store.model_directory import DirectoryError
 
 NAME = "miniature"
 

@@ -10,7 +10,7 @@ import numpy as np
 from prumerge_jax.conversion import keys
 from prumerge_jax.conversion.hf_config import Section
 from prumerge_jax.conversion.keys import Dialect
-from prumerge_jax.conversion.source import (
+from prumerge_jax.conversion.tensor_files import (
     Checkpoint,
     CheckpointError,
     StoredTensor,

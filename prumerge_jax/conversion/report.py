@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from prumerge_jax.conversion.inputs import OpenedModel
+from prumerge_jax.conversion.checkpoint_reader import OpenedModel
 from prumerge_jax.conversion.keys import Weight
-from prumerge_jax.conversion.source import Tensor
+from prumerge_jax.conversion.tensor_files import Tensor
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from prumerge_jax.conversion.source import (
+from prumerge_jax.conversion.tensor_files import (
     Checkpoint,
     CheckpointError,
     TensorInfo,
@@ -22,7 +22,7 @@ from prumerge_jax.conversion.source import (
     open_indexed,
     read_exactly,
 )
-from prumerge_jax.models.config_json import parse_json
+from prumerge_jax.store.strict_json import parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

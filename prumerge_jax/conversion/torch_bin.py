@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from prumerge_jax.conversion.source import CheckpointError, TensorInfo, read_exactly
+from prumerge_jax.conversion.tensor_files import CheckpointError, TensorInfo, read_exactly
 from prumerge_jax.conversion.torch_pickle import TensorRef, interpret, write_pickle
 
 _MAX_PICKLE_BYTES = 8 << 20  # a 13B model's has 0.1 MB

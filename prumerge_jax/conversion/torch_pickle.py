@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from prumerge_jax.conversion.source import CheckpointError
+from prumerge_jax.conversion.tensor_files import CheckpointError
 
 _STORAGES = {
     "FloatStorage": np.float32,

@@ -10,13 +10,14 @@ import numpy as np
 from flax import nnx
 
 from prumerge_jax.conversion import keys, peft
-from prumerge_jax.conversion.inputs import OpenedModel
+from prumerge_jax.conversion.checkpoint_reader import OpenedModel
+from prumerge_jax.conversion.hf_files import hf_config
 from prumerge_jax.conversion.keys import Dialect
-from prumerge_jax.conversion.outputs import hf_config
-from prumerge_jax.conversion.source import CheckpointError
-from prumerge_jax.models import directory as directories
+from prumerge_jax.conversion.tensor_files import CheckpointError
+from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import LlavaModel, abstract_model, normalize_pixels
+from prumerge_jax.store import model_directory as directories
 
 _ROWS = 2
 _TEXT = 24  # tokens of text, half of them before the image
@@ -115,7 +116,7 @@ def _torch_logits(model: OpenedModel, pixels: np.ndarray, ids: np.ndarray) -> np
 
 
 def _our_logits(directory: pathlib.Path, pixels: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    config, adapter = directories.read_config(directory), directories.read_adapter(directory)
+    config, adapter = config_json.read_config(directory), config_json.read_adapter(directory)
     graphdef, abstract = abstract_model(config, adapter)
     leaves = dict(nnx.to_flat_state(abstract))
     arrays = directories.load_arrays(

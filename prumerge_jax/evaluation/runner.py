@@ -20,16 +20,16 @@ from prumerge_jax.data import conversation as conversations
 from prumerge_jax.data.images import ImageError
 from prumerge_jax.data.loading import stream_pixels
 from prumerge_jax.data.packing import IMAGE_TOKEN, PositionIds
+from prumerge_jax.engine.decoding import generate, warm_up
+from prumerge_jax.engine.engine import Engine, Query, Result
+from prumerge_jax.engine.programs import Sampling
 from prumerge_jax.evaluation import jsonfiles
 from prumerge_jax.evaluation.answers import Answers, complete_row
-from prumerge_jax.evaluation.benchmark import Benchmark, Question
+from prumerge_jax.evaluation.benchmarks.base import Benchmark, Question
 from prumerge_jax.evaluation.journal import Journal, Outcome
 from prumerge_jax.evaluation.reductions import Reduction
-from prumerge_jax.inference.engine import Engine, Query, Result
-from prumerge_jax.inference.llava import Llava
-from prumerge_jax.inference.programs import Sampling
-from prumerge_jax.inference.slots import generate, warm_up
-from prumerge_jax.models.manifest import MANIFEST
+from prumerge_jax.llava import Llava
+from prumerge_jax.store.manifest import MANIFEST
 
 RUN_FIGURES = frozenset(
     {"rows_failed", "images_per_second", "token_efficiency"}

@@ -20,8 +20,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import PartitionSpec
 
-from prumerge_jax.distributed import sharding
-from prumerge_jax.distributed.sharding import platform
+from prumerge_jax import sharding
+from prumerge_jax.sharding.mesh import platform
 
 SPLASH_BLOCK = 640
 """Queries, and keys, that `splash` takes at a time, at most."""
@@ -44,7 +44,7 @@ def attend(
     *,
     segment_ids: jax.Array | None = None,
     causal: bool = False,
-    longest: int | None = None,
+    max_segment_length: int | None = None,
     axes: Axes = _HEADS,
     implementation: str = "xla",
 ) -> jax.Array:
@@ -55,9 +55,9 @@ def attend(
       k, v: [B, T, K, D]; K divides H (grouped-query attention).
       segment_ids: [B, T] int32; a query sees only keys of its own segment.
       causal: a query sees only keys at its own index or before.
-      longest: the promise that no segment has more tokens and that each stands in one piece.
-        `blocks` and `splash` then leave out keys that are too far away to be seen; the others do
-        not look at it.
+      max_segment_length: the promise that no segment has more tokens and that each stands in one
+        piece. `blocks` and `splash` then leave out keys that are too far away to be seen; the
+        others do not look at it.
       axes: logical names of the axes of `q`, `k` and `v`, which say how they lie on a mesh.
       implementation: `xla`, `blocks`, `cudnn` or `splash`.
 
@@ -69,11 +69,11 @@ def attend(
     """
     all_axes = (axes, axes, axes, axes[:2])
     if implementation == "splash":
-        run = functools.partial(_splash, causal=causal, longest=longest)
+        run = functools.partial(_splash, causal=causal, max_segment_length=max_segment_length)
         # The kernel does not declare its varying axes.
         return _on_shards(run, (q, k, v, segment_ids), all_axes, check_vma=False)
     if implementation == "blocks":
-        run = functools.partial(_by_blocks, causal=causal, longest=longest)
+        run = functools.partial(_by_blocks, causal=causal, max_segment_length=max_segment_length)
         return _on_shards(run, (q, k, v, segment_ids), all_axes)
     if implementation not in _XLA_OR_CUDNN:
         raise ValueError(
@@ -165,7 +165,7 @@ def _on_shards(
         # Of the keys: query heads divide where theirs do.
         keys = arrays[1]
         assert keys is not None
-        entries = dict(zip(axes[1], sharding.even_spec(keys.shape, *axes[1]), strict=True))
+        entries = dict(zip(axes[1], sharding.divisible_spec(keys.shape, *axes[1]), strict=True))
         specs = tuple(PartitionSpec(*(entries[axis] for axis in names)) for names in axes)
         run = jax.shard_map(run, in_specs=specs, out_specs=specs[0], check_vma=check_vma)
     return run(*arrays)
@@ -178,24 +178,25 @@ def _by_blocks(
     segment_ids: jax.Array | None,
     *,
     causal: bool,
-    longest: int | None,
+    max_segment_length: int | None,
 ) -> jax.Array:
     """Head after head and block after block of queries, on one device.
 
     The scores of one block stay in the processor's cache, forward and (computed again) backward,
-    and keys that no query of a block sees are not even multiplied: those out of reach by `longest`,
-    and in a causal row those that `_far_keys` finds out of reach of its own segments.
+    and keys that no query of a block sees are not even multiplied: those out of reach by
+    `max_segment_length`, and in a causal row those that `_far_keys` finds to belong to earlier
+    segments.
     """
     length, heads, head_dim = q.shape[1:]
     kv_heads = k.shape[2]
-    blocks = list(_seen_keys(length, causal, longest))
+    blocks = list(_seen_keys(length, causal, max_segment_length))
 
     def row(
         arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None],
     ) -> jax.Array:
         q, k, v, segment_ids = arrays  # [T, H, D], twice [T, K, D], [T]
         masks = [_mask(queries, keys, segment_ids, causal) for queries, keys in blocks]
-        ids = segment_ids if causal and longest is not None else None
+        ids = segment_ids if causal and max_segment_length is not None else None
         far = [_far_keys(queries, keys, ids) for queries, keys in blocks]
 
         @jax.checkpoint
@@ -214,9 +215,11 @@ def _by_blocks(
     return jax.lax.map(row, (q, k, v, segment_ids))
 
 
-def _seen_keys(length: int, causal: bool, longest: int | None) -> Iterator[tuple[slice, slice]]:
+def _seen_keys(
+    length: int, causal: bool, max_segment_length: int | None
+) -> Iterator[tuple[slice, slice]]:
     """Blocks of queries, each with the range of keys that its queries can see."""
-    reach = length if longest is None else longest - 1
+    reach = length if max_segment_length is None else max_segment_length - 1
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)
         last = end if causal else min(end + reach, length)
@@ -341,7 +344,7 @@ def _splash(
     segment_ids: jax.Array | None,
     *,
     causal: bool,
-    longest: int | None,
+    max_segment_length: int | None,
 ) -> jax.Array:
     """The kernel on one device's share, with padding behind rows that are no whole blocks."""
     batch, length, heads, head_dim = q.shape
@@ -371,7 +374,7 @@ def _splash(
         v_layout=layout,
     )
     kernel = splash.make_splash_mha(
-        splash_mask.MultiHeadMask([_splash_mask(padded, causal, longest)] * heads),
+        splash_mask.MultiHeadMask([_splash_mask(padded, causal, max_segment_length)] * heads),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
@@ -396,22 +399,22 @@ def _splash_block(length: int) -> tuple[int, int]:
     return block, count * block
 
 
-def splash_pairs(length: int, *, causal: bool, longest: int | None = None) -> int:
+def splash_pairs(length: int, *, causal: bool, max_segment_length: int | None = None) -> int:
     """The pairs of query and key that `splash` multiplies, per row of this length and head.
 
     They are those of whole blocks, where one query may see one key.
     """
     block, padded = _splash_block(length)
     count = padded // block
-    reach = count if longest is None else (longest + block - 2) // block
+    reach = count if max_segment_length is None else (max_segment_length + block - 2) // block
     before = sum(min(index, reach) for index in range(count))
     return (count + (before if causal else 2 * before)) * block**2
 
 
-def _splash_mask(length: int, causal: bool, longest: int | None) -> splash_mask.Mask:
+def _splash_mask(length: int, causal: bool, max_segment_length: int | None) -> splash_mask.Mask:
     """Who may see whom in a row of this length, whatever its segments."""
-    if longest is not None and longest < length:
-        window = (longest - 1, 0 if causal else longest - 1)
+    if max_segment_length is not None and max_segment_length < length:
+        window = (max_segment_length - 1, 0 if causal else max_segment_length - 1)
         return splash_mask.LocalMask((length, length), window, offset=0)
     if causal:
         return splash_mask.CausalMask((length, length))

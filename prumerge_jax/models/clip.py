@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prumerge_jax.distributed.sharding import pin
 from prumerge_jax.models.attention import attend
 from prumerge_jax.models.config import VisionConfig
 from prumerge_jax.models.layers import LayerNorm, Linear, stack
+from prumerge_jax.sharding.mesh import constrain
 
 
 class VisionFeatures(NamedTuple):
@@ -58,14 +58,14 @@ class ClipVision(nnx.Module):
             the position embedding is shrunk bilinearly, the usual way to run a ViT at another size.
           implementation: attention backend, see `attention.attend`.
         """
-        pixels = pin(pixels, "images", None, None, None)
+        pixels = constrain(pixels, "images", None, None, None)
         patches = self.patch_embedding(pixels)
         cls = jnp.broadcast_to(
             self.class_embedding[...].astype(pixels.dtype), (len(pixels), 1, self.config.width)
         )
         x = jnp.concatenate([cls, patches], axis=1)
         x = x + self._positions(patches.shape[1]).astype(pixels.dtype)
-        x = pin(self.pre_layernorm(x), "images", None, None)
+        x = constrain(self.pre_layernorm(x), "images", None, None)
         graphdef, weights = nnx.split(self.layers)
 
         def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:

@@ -4,14 +4,16 @@ A `config.json` is untrusted input. No key of it is ever used as a name to impor
 integers are bounded before any shape is built from them.
 """
 
-import collections
 import dataclasses
-import json
-import pathlib
+import os
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
+
+from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.models.layers import AdapterConfig
+from prumerge_jax.store.model_directory import CONFIG, read_sections
 
 # Inclusive bounds of every number in a configuration, by field name.
 _BOUNDS: dict[str, tuple[float, float]] = {
@@ -39,41 +41,30 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "dropout": (0, 1),
 }
 _MAX_STRING = 64
-_MAX_JSON_BYTES = 16 << 20
 
 Config = TypeVar("Config")
 
 
-def load_json(path: pathlib.Path, max_bytes: int = _MAX_JSON_BYTES) -> Any:
-    """Reads one JSON file strictly.
+def read_config(directory: str | os.PathLike[str]) -> LlavaConfig:
+    """The sizes of the model in a directory.
 
     Raises:
-      ValueError: the file is larger than `max_bytes`, is not UTF-8, is not JSON, holds NaN or
-        Infinity, or repeats a key within one object; the message names the file.
-      OSError: it cannot be read.
+      DirectoryError: no finished model directory, or its `config.json` was altered.
+      ValueError: `config.json` is malformed or out of bounds.
     """
-    with open(path, "rb") as file:
-        raw = file.read(max_bytes + 1)
-    if len(raw) > max_bytes:
-        raise ValueError(f"{path}: larger than {max_bytes} bytes, which no such file needs")
-    return parse_json(raw, str(path))
+    return from_json(LlavaConfig, read_sections(directory)["model"], f"{directory}/{CONFIG}: model")
 
 
-def parse_json(raw: bytes, where: str) -> Any:
-    """Parses JSON as strictly as `load_json`; `where` names the text in errors."""
-    try:
-        return json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
-        )
-    except RecursionError:
-        raise ValueError(f"{where}: nested too deeply for a configuration") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
+def read_adapter(directory: str | os.PathLike[str]) -> AdapterConfig | None:
+    """The configuration of the adapters in a directory, None where it holds none.
 
-
-def to_json(config: Any) -> dict[str, Any]:
-    """A configuration dataclass as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False))
+    Raises:
+      ValueError: as `read_config`.
+    """
+    adapter = read_sections(directory)["adapter"]
+    if adapter is None:
+        return None
+    return from_json(AdapterConfig, adapter, f"{directory}/{CONFIG}: adapter")
 
 
 def from_json(kind: type[Config], values: Any, where: str) -> Config:
@@ -131,16 +122,3 @@ def _number(name: str, annotation: Any, value: Any, where: str) -> int | float:
     if not low <= value <= high:  # also refuses NaN
         raise ValueError(f"{where}: {value!r:.80} is outside {low} to {high}")
     return annotation(value)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        counts = collections.Counter(key for key, _ in pairs)
-        repeated = sorted(key for key, count in counts.items() if count > 1)
-        raise ValueError(f"repeated keys {repeated[:5]}")
-    return values
-
-
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not allowed")

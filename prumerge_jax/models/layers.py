@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prumerge_jax.distributed.sharding import gathered
 from prumerge_jax.models.dropout import kept
+from prumerge_jax.sharding.mesh import unshard_embed
 
 Axes = tuple[str | None, ...]
 
@@ -82,7 +82,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """[..., d_in] -> [..., d_out] in the dtype of `x`."""
-        y = x @ gathered(self.kernel[...].astype(x.dtype), *self.axes)
+        y = x @ unshard_embed(self.kernel[...].astype(x.dtype), *self.axes)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.adapter is None:
@@ -90,8 +90,8 @@ class Linear(nnx.Module):
         if dropout_key is not None and self.adapter.dropout:
             keep = 1 - self.adapter.dropout
             x = jnp.where(kept(dropout_key, keep, x.shape), x / keep, 0)
-        a = gathered(self.lora_a[...].astype(x.dtype), self.axes[0], None)
-        b = gathered(self.lora_b[...].astype(x.dtype), None, self.axes[1])
+        a = unshard_embed(self.lora_a[...].astype(x.dtype), self.axes[0], None)
+        b = unshard_embed(self.lora_b[...].astype(x.dtype), None, self.axes[1])
         return y + self.adapter.scale * (x @ a @ b)
 
 

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prumerge_jax.distributed.sharding import pin, platform
 from prumerge_jax.models.attention import attend, attend_to_cache
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, rematerialise, stack
+from prumerge_jax.sharding.mesh import constrain, platform
 
 Index = jax.Array | int
 """The number of a layer."""
@@ -44,7 +44,9 @@ def empty_cache(config: TextConfig, slots: int, length: int, dtype: jnp.dtype) -
     """A cache of zeros: `slots` sequences of up to `length` tokens."""
     shape = (config.num_layers, slots, length, config.num_kv_heads, config.head_dim)
     axes = (None, "batch", None, "heads", None)
-    return KVCache(pin(jnp.zeros(shape, dtype), *axes), pin(jnp.zeros(shape, dtype), *axes))
+    return KVCache(
+        constrain(jnp.zeros(shape, dtype), *axes), constrain(jnp.zeros(shape, dtype), *axes)
+    )
 
 
 class Llama(nnx.Module):
@@ -73,7 +75,7 @@ class Llama(nnx.Module):
 
     def embed(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Token ids [B, T] int32 -> embeddings [B, T, D] in the compute dtype."""
-        return pin(self.embed_tokens[...][ids].astype(dtype), "batch", None, None)
+        return constrain(self.embed_tokens[...][ids].astype(dtype), "batch", None, None)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final hidden states [..., D] -> next-token logits [..., V] float32."""
@@ -125,26 +127,30 @@ class Llama(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         *,
-        longest: int | None = None,
+        max_segment_length: int | None = None,
         implementation: str = "xla",
     ) -> Unfinished:
         """`__call__` as far as positions need each other; `finish` does the rest for some of them.
 
         Most of the last layer is its feed-forward part, and scoring asks for few positions. See
-        `attention.attend` for `longest`.
+        `attention.attend` for `max_segment_length`.
         """
         rope = rotary(positions, self.config)
         x = without_padding(x, segment_ids)
 
         def body(x: jax.Array, index: Index) -> tuple[jax.Array, None]:
             layer = self._layer(index)
-            seen, _ = layer.attend(_projected(layer, x), rope, segment_ids, implementation, longest)
+            seen, _ = layer.attend(
+                _projected(layer, x), rope, segment_ids, implementation, max_segment_length
+            )
             return layer.rest(x, seen), None
 
         last = self.config.num_layers - 1
         x, _ = self._through_layers(body, x, last)
         layer = self._layer(last)
-        seen, _ = layer.attend(_projected(layer, x), rope, segment_ids, implementation, longest)
+        seen, _ = layer.attend(
+            _projected(layer, x), rope, segment_ids, implementation, max_segment_length
+        )
         return Unfinished(x, seen)
 
     def finish(self, rows: Unfinished, index: jax.Array) -> jax.Array:
@@ -159,12 +165,12 @@ class Llama(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         *,
-        longest: int | None = None,
+        max_segment_length: int | None = None,
         implementation: str = "xla",
     ) -> tuple[jax.Array, KVCache]:
         """`__call__` that also returns the rows' keys and values, [L, B, T, K, D] each.
 
-        See `attention.attend` for `longest`.
+        See `attention.attend` for `max_segment_length`.
         """
         rope = rotary(positions, self.config)
         x = without_padding(x, segment_ids)
@@ -172,7 +178,7 @@ class Llama(nnx.Module):
         def body(x: jax.Array, index: Index) -> tuple[jax.Array, KVCache]:
             layer = self._layer(index)
             seen, cache = layer.attend(
-                _projected(layer, x), rope, segment_ids, implementation, longest
+                _projected(layer, x), rope, segment_ids, implementation, max_segment_length
             )
             return layer.rest(x, seen), cache
 
@@ -297,7 +303,7 @@ class DecoderLayer(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         segment_ids: jax.Array,
         implementation: str,
-        longest: int | None = None,
+        max_segment_length: int | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """What `project` returned for rows -> what each position sees of its segment [B, T, H, Dh],
         and keys and values [B, T, K, Dh]."""
@@ -308,7 +314,7 @@ class DecoderLayer(nnx.Module):
             v,
             segment_ids=segment_ids,
             causal=True,
-            longest=longest,
+            max_segment_length=max_segment_length,
             implementation=implementation,
         )
         return seen, KVCache(k, v)
@@ -322,7 +328,7 @@ class DecoderLayer(nnx.Module):
     ) -> jax.Array:
         """Rows behind attention: [B, T, D] and attention's result [B, T, H, Dh] -> [B, T, D]."""
         x = self.feed_forward(self.mix(x, attended, mix_key), feed_forward_key)
-        return pin(x, "batch", None, None)
+        return constrain(x, "batch", None, None)
 
     def mix(
         self, x: jax.Array, attended: jax.Array, dropout_key: jax.Array | None = None

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from prumerge_jax import prumerge
-from prumerge_jax.distributed import sharding
+from prumerge_jax import prumerge, sharding
 from prumerge_jax.models.clip import ClipVision, gelu
 from prumerge_jax.models.config import LlavaConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear
@@ -100,7 +99,7 @@ def gather_visual_tokens(visual_tokens: jax.Array, visual_index: jax.Array) -> j
         first = jax.lax.axis_index(axes) * visual_tokens.shape[0] * visual_tokens.shape[1]
         return _gather_on_shard(visual_tokens, visual_index, first)
 
-    spec = sharding.spec("batch")
+    spec = sharding.logical_spec("batch")
     return jax.shard_map(on_shard, in_specs=(spec, spec), out_specs=spec)(
         visual_tokens, visual_index
     )

@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 
 from prumerge_jax.conversion.convert import REPORT
 from prumerge_jax.conversion.miniature import model_directory
-from prumerge_jax.data import digits_tokenizer
 from prumerge_jax.data.tokenizer import Style, Tokenizer
-from prumerge_jax.models import directory as directories
+from prumerge_jax.digits import tokenizer as digits_tokenizer
+from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig
-from prumerge_jax.models.config_json import to_json
 from prumerge_jax.models.layers import AdapterConfig
-from prumerge_jax.models.manifest import MANIFEST, StoredArray, size_and_sha256
+from prumerge_jax.store import model_directory as directories
+from prumerge_jax.store.manifest import MANIFEST, StoredArray, size_and_sha256
+from prumerge_jax.store.strict_json import to_json
 from prumerge_jax.training.parameters import Template, Weights
 from prumerge_jax.training.stages import Stage, adapter_config, llava_template, model_config
 
@@ -174,7 +175,7 @@ def open_base(config: ml_collections.ConfigDict) -> Base:
         return Base(expected, None, {}, config.seed)
     directory = model_directory(config.weights)
     directories.verify(directory, hashes=config.run.verify_weights)
-    found, adapter = directories.read_config(directory), directories.read_adapter(directory)
+    found, adapter = config_json.read_config(directory), config_json.read_adapter(directory)
     if _sizes(found) != _sizes(expected):
         raise directories.DirectoryError(
             f"{directory} holds a model with {_sizes(found)}; config.model says {_sizes(expected)}"

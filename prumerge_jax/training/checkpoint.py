@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from prumerge_jax.distributed.processes import gather
-from prumerge_jax.models.config_json import load_json
-from prumerge_jax.models.manifest import size_and_sha256
+from prumerge_jax.sharding.processes import allgather_ints
+from prumerge_jax.store.manifest import size_and_sha256
+from prumerge_jax.store.strict_json import load_json
 from prumerge_jax.training.parameters import Shapes, Weights
 from prumerge_jax.training.step import TrainState
 
@@ -147,7 +147,7 @@ class Checkpoints:
         """
         # One process looks and all load the same: directories and files change under their eyes.
         newest = self._newest_intact() if self._is_writer else None
-        step = int(gather([newest or 0])[0, 0])
+        step = int(allgather_ints([newest or 0])[0, 0])
         return self._load(self._path(step), step, target) if step else None
 
     def _newest_intact(self) -> int | None:

@@ -17,10 +17,11 @@ import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 
-from prumerge_jax.data import digits_vqa, llava_json, pipeline, samples
+from prumerge_jax.data import llava_json, pipeline, samples
 from prumerge_jax.data.conversation import TEMPLATES
 from prumerge_jax.data.pipeline import Example
 from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.digits import dataset as digits_vqa
 from prumerge_jax.training.grouping import ModalityOrder
 
 # What a record of `digits_vqa` becomes, by `data.form`.

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 
 import jax
 
-from prumerge_jax.distributed.processes import gather
+from prumerge_jax.sharding.processes import allgather_ints
+from prumerge_jax.training.batches import Prepared
 from prumerge_jax.training.checkpoint import Checkpoints
-from prumerge_jax.training.feed import Prepared
 from prumerge_jax.training.metrics import Recorder
 from prumerge_jax.training.parameters import Weights
 from prumerge_jax.training.step import StepMetrics, TrainState, TrainStep
@@ -97,7 +97,7 @@ def train(
     try:
         for prepared in feed:
             # Asked before the step, while the devices wait anyway; all processes hear the same.
-            last = done + 1 == total or bool(gather([bool(stop)]).any())
+            last = done + 1 == total or bool(allgather_ints([bool(stop)]).any())
             state, metrics = step_function(state, frozen, prepared.batches, done)
             done += 1
             if unread is not None:

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from prumerge_jax.data.packing import IGNORE
-from prumerge_jax.distributed.sharding import pin
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.llava import LlavaModel
+from prumerge_jax.sharding.mesh import constrain
 from prumerge_jax.training.parameters import Leaf
 
 # Positions per row whose logits exist at a time: [2048, 32000] float32 would be 262 MB per row.
@@ -49,7 +49,7 @@ def next_token_loss(
     """
     x = model.embed_rows(batch.ids, batch.visual_tokens, batch.visual_index)
     hidden = model.decoder(
-        pin(x, "batch", None, None),
+        constrain(x, "batch", None, None),
         batch.positions,
         batch.segment_ids,
         implementation=implementation,
@@ -72,7 +72,7 @@ def _cross_entropy(decoder: Llama, hidden: jax.Array, targets: jax.Array) -> jax
     @jax.checkpoint
     def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         hidden, targets = part
-        logits = pin(decoder.logits(hidden), "batch", None, "vocab")
+        logits = constrain(decoder.logits(hidden), "batch", None, "vocab")
         # A comparison instead of a gather: on a sharded vocabulary a gather would collect it.
         is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
         chosen = jnp.where(is_target, logits, 0).sum(-1)

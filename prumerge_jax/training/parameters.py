@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from prumerge_jax.distributed.sharding import use_mesh
+from prumerge_jax.sharding.mesh import use_mesh
 
 Weights = dict[str, jax.Array]
 Shapes = dict[str, jax.ShapeDtypeStruct]

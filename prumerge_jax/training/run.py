@@ -13,12 +13,13 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from prumerge_jax.distributed.processes import DataShards
-from prumerge_jax.distributed.sharding import MESH_AXES, make_mesh, use_mesh
-from prumerge_jax.training import captions, inputs
+from prumerge_jax.digits import captions
+from prumerge_jax.sharding.mesh import MESH_AXES, make_mesh, use_mesh
+from prumerge_jax.sharding.processes import DataShards
+from prumerge_jax.training import inputs
 from prumerge_jax.training.base import Base, open_base
+from prumerge_jax.training.batches import RowFeed, RowShape
 from prumerge_jax.training.checkpoint import Checkpoints
-from prumerge_jax.training.feed import RowFeed, RowShape
 from prumerge_jax.training.loop import LoopConfig, train
 from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule
 from prumerge_jax.training.parameters import Weights

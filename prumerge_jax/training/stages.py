@@ -16,22 +16,22 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from prumerge_jax import prumerge
-from prumerge_jax.distributed.sharding import spec
-from prumerge_jax.models.attention import default_implementation
-from prumerge_jax.models.clip import ClipVision
-from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
-from prumerge_jax.models.layers import AdapterConfig
-from prumerge_jax.models.llava import LlavaModel, encode_images
-from prumerge_jax.training.contrastive import (
+from prumerge_jax.digits.contrastive import (
     CaptionBatch,
     ContrastiveConfig,
     contrastive_loss,
     contrastive_template,
     sharpened,
 )
+from prumerge_jax.digits.patch_dropout import PatchDropout, drop_patches
+from prumerge_jax.models.attention import default_implementation
+from prumerge_jax.models.clip import ClipVision
+from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
+from prumerge_jax.models.layers import AdapterConfig
+from prumerge_jax.models.llava import LlavaModel, encode_images
+from prumerge_jax.sharding.mesh import logical_spec
 from prumerge_jax.training.next_token import RowBatch, next_token_loss
 from prumerge_jax.training.parameters import Shapes, Template, Weights, trained_paths
-from prumerge_jax.training.patch_dropout import PatchDropout, drop_patches
 from prumerge_jax.training.step import Loss
 
 
@@ -186,7 +186,7 @@ class ImageEncoder:
                 implementation=default_implementation(dtype, vision.width // vision.num_heads),
                 dropout=patch_dropout(config),
             ),
-            out_shardings=NamedSharding(mesh, spec("batch")),
+            out_shardings=NamedSharding(mesh, logical_spec("batch")),
         )
 
     def __call__(self, pixels: jax.Array) -> prumerge.VisualTokens:
@@ -222,7 +222,7 @@ class NoImages:
         tokens = jnp.zeros((size, 1, vision.width), jnp.dtype(config.dtype))
         self._none = jax.device_put(
             prumerge.VisualTokens(tokens, none, jnp.full((size, 1), -1, jnp.int32), none),
-            NamedSharding(mesh, spec("batch")),
+            NamedSharding(mesh, logical_spec("batch")),
         )
 
     def __call__(self, pixels: jax.Array) -> prumerge.VisualTokens:

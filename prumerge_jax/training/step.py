@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from prumerge_jax.distributed.sharding import replicated
+from prumerge_jax.sharding.mesh import replicated
 from prumerge_jax.training.parameters import Leaf, Shapes, Weights
 
 Loss = Callable[[Weights, Any, jax.Array], tuple[jax.Array, jax.Array]]

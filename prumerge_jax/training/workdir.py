@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from prumerge_jax.models.config_json import load_json
+from prumerge_jax.store.strict_json import load_json
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"

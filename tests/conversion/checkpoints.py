@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from prumerge_jax.conversion import keys
+from prumerge_jax.conversion.hf_files import adapter_config, clip_config, hf_config, llava_config
 from prumerge_jax.conversion.keys import Dialect
-from prumerge_jax.conversion.outputs import adapter_config, clip_config, hf_config, llava_config
 from prumerge_jax.conversion.safetensors_io import ShardedWriter
 from prumerge_jax.conversion.safetensors_io import encode as encode_safetensors
-from prumerge_jax.conversion.source import TensorInfo
+from prumerge_jax.conversion.tensor_files import TensorInfo
 from prumerge_jax.conversion.torch_bin import encode
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 

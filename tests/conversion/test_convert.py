@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from prumerge_jax.conversion import keys
+from prumerge_jax.conversion.checkpoint_reader import Sources, open_model
 from prumerge_jax.conversion.convert import convert
 from prumerge_jax.conversion.detect import Kind, detect
-from prumerge_jax.conversion.inputs import Sources, open_model
 from prumerge_jax.conversion.keys import Dialect
 from prumerge_jax.conversion.safetensors_io import SafetensorsFile
-from prumerge_jax.conversion.source import CheckpointError
-from prumerge_jax.models import directory
+from prumerge_jax.conversion.tensor_files import CheckpointError
+from prumerge_jax.models import config_json
+from prumerge_jax.store import model_directory as directory
 from tests.conversion.checkpoints import (
     TINY,
     edit_config,
@@ -41,7 +42,7 @@ def canonical_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     arrays = directory.load_arrays(folder, targets(folder))
     tensors = {
         key: tensor
-        for weight in keys.weights(directory.read_config(folder))
+        for weight in keys.weights(config_json.read_config(folder))
         for key, tensor in split(weight, np.asarray(arrays[weight.path])).items()
     }
     unused = SafetensorsFile(folder / "passthrough.safetensors")
@@ -68,8 +69,8 @@ def test_every_bit_arrives(tmp_path: pathlib.Path, dtype: str, max_shard_bytes: 
         progress=lambda nbytes: counted.update(done=nbytes),
     )
     directory.verify(tmp_path / "out")
-    assert directory.read_config(tmp_path / "out") == TINY
-    assert directory.read_adapter(tmp_path / "out") is None
+    assert config_json.read_config(tmp_path / "out") == TINY
+    assert config_json.read_adapter(tmp_path / "out") is None
     assert_same_bits(canonical_tensors(tmp_path / "out"), tensors)
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"\0tokens"
     assert counted["done"] == sum(array.nbytes for array in tensors.values())

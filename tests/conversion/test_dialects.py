@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 
 from prumerge_jax.conversion import keys
+from prumerge_jax.conversion.checkpoint_reader import OpenedModel, Sources, open_model
 from prumerge_jax.conversion.convert import convert
 from prumerge_jax.conversion.detect import Kind
 from prumerge_jax.conversion.export import export_adapter, export_model
-from prumerge_jax.conversion.inputs import OpenedModel, Sources, open_model
 from prumerge_jax.conversion.keys import Dialect
 from prumerge_jax.conversion.safetensors_io import SafetensorsFile, open_safetensors
-from prumerge_jax.conversion.source import CheckpointError
+from prumerge_jax.conversion.tensor_files import CheckpointError
 from prumerge_jax.conversion.torch_bin import encode
-from prumerge_jax.models import directory
+from prumerge_jax.models import config_json
 from prumerge_jax.models.layers import AdapterConfig
+from prumerge_jax.store import model_directory as directory
 from tests.conversion.checkpoints import (
     TINY,
     edit_config,
@@ -134,7 +135,7 @@ def published(tmp_path: pathlib.Path) -> Published:
 def test_adapters_are_kept(tmp_path: pathlib.Path, container: str) -> None:
     published = Published(tmp_path, container)
     convert(open_model(published.sources), tmp_path / "ours", dtype=np.dtype(jnp.bfloat16))
-    assert directory.read_adapter(tmp_path / "ours") == AdapterConfig(4, 8.0, 0.05)
+    assert config_json.read_adapter(tmp_path / "ours") == AdapterConfig(4, 8.0, 0.05)
     assert directory.read_manifest(tmp_path / "ours").source["adapter_base"] == f"lmsys/{VICUNA}"
     arrays = directory.read_manifest(tmp_path / "ours").arrays
     # --dtype is for the model; adapters stay in the dtype they were trained in.
@@ -177,7 +178,7 @@ def test_merging_rounds_once(tmp_path: pathlib.Path, published: Published) -> No
     opened = open_model(replace(published.sources, merge=True))
     assert opened.adapter is None
     convert(opened, tmp_path / "ours")
-    assert directory.read_adapter(tmp_path / "ours") is None
+    assert config_json.read_adapter(tmp_path / "ours") is None
     merged = canonical_tensors(tmp_path / "ours")
     expected = dict(published.tensors) | published.trained
     for key, a in published.adapter.items():

@@ -14,8 +14,8 @@ from prumerge_jax.conversion.hf_config import (
     parse_text,
     with_processor,
 )
-from prumerge_jax.conversion.outputs import hf_config
-from prumerge_jax.conversion.source import CheckpointError
+from prumerge_jax.conversion.hf_files import hf_config
+from prumerge_jax.conversion.tensor_files import CheckpointError
 from prumerge_jax.models.config import TextConfig, VisionConfig, published
 from tests.conversion.checkpoints import TINY
 

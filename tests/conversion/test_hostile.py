@@ -40,8 +40,8 @@ def no_network(*_, **__):
     raise AssertionError("a socket was opened")
 socket.socket.connect = socket.getaddrinfo = no_network
 from prumerge_jax.conversion.convert import convert
-from prumerge_jax.conversion.inputs import Sources, open_model
-from prumerge_jax.conversion.source import CheckpointError
+from prumerge_jax.conversion.checkpoint_reader import Sources, open_model
+from prumerge_jax.conversion.tensor_files import CheckpointError
 from benchmarks.measuring import peak_resident_gb
 outcomes = {}
 for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):

@@ -9,7 +9,7 @@ from flax import nnx
 
 from prumerge_jax.conversion import keys
 from prumerge_jax.conversion.keys import Dialect, canonical_key, dialect_key
-from prumerge_jax.conversion.source import CheckpointError, TensorInfo
+from prumerge_jax.conversion.tensor_files import CheckpointError, TensorInfo
 from prumerge_jax.models.config import published
 from prumerge_jax.models.llava import abstract_model
 from tests.conversion.checkpoints import TINY, original, random_tensors, split

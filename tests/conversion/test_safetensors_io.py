@@ -17,7 +17,7 @@ from prumerge_jax.conversion.safetensors_io import (
     encode,
     open_safetensors,
 )
-from prumerge_jax.conversion.source import CheckpointError, TensorInfo, is_finite
+from prumerge_jax.conversion.tensor_files import CheckpointError, TensorInfo, is_finite
 from tests.conversion.checkpoints import write_tensors
 
 DTYPES = ["float32", "float16", "bfloat16", "int64", "int8", "uint8", "bool", "float64"]

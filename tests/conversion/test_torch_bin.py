@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prumerge_jax.conversion.source import CheckpointError
+from prumerge_jax.conversion.tensor_files import CheckpointError
 from prumerge_jax.conversion.torch_bin import TorchFile, encode
 from prumerge_jax.conversion.torch_pickle import write_pickle
 

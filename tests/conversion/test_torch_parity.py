@@ -13,12 +13,12 @@ torch = pytest.importorskip("torch", reason="PyTorch is the oracle of these test
 transformers = pytest.importorskip("transformers")
 
 from prumerge_jax.conversion import keys  # noqa: E402
+from prumerge_jax.conversion.checkpoint_reader import Sources, open_model  # noqa: E402
 from prumerge_jax.conversion.convert import convert  # noqa: E402
 from prumerge_jax.conversion.export import export_adapter, export_model  # noqa: E402
-from prumerge_jax.conversion.inputs import Sources, open_model  # noqa: E402
 from prumerge_jax.conversion.keys import Dialect  # noqa: E402
 from prumerge_jax.conversion.verify import compare, compare_with_torch  # noqa: E402
-from prumerge_jax.models import directory  # noqa: E402
+from prumerge_jax.models import config_json  # noqa: E402
 from tests.conversion.checkpoints import (  # noqa: E402
     TINY,
     original,
@@ -147,7 +147,7 @@ def test_clip_of_transformers_is_a_tower(tmp_path: pathlib.Path) -> None:
 
 
 def _clip_fields(config: Any) -> dict[str, Any]:
-    from prumerge_jax.conversion.outputs import clip_config
+    from prumerge_jax.conversion.hf_files import clip_config
 
     return {k: v for k, v in clip_config(config.vision).items() if k != "architectures"}
 
@@ -184,7 +184,7 @@ class Lora:
             for k, a in projector.items()
         }
         (folder / "lora" / "non_lora_trainables.bin").write_bytes(encode(own))
-        from prumerge_jax.conversion.outputs import llava_config
+        from prumerge_jax.conversion.hf_files import llava_config
 
         values = llava_config(config) | {"unfreeze_mm_vision_tower": False}
         (folder / "lora" / "config.json").write_text(json.dumps(values))
@@ -268,7 +268,7 @@ def test_adapters_on_llava_hf_hit_the_decoder_only(tmp_path: pathlib.Path, lora:
     )
     difference = np.abs(text_logits(adapted) - text_logits(merged)).max()
     assert difference < 2e-2  # the merged one was rounded to float16
-    assert directory.read_adapter(tmp_path / "ours_hf") is not None
+    assert config_json.read_adapter(tmp_path / "ours_hf") is not None
 
 
 def test_transformers_reads_our_processor_files(

@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prumerge_jax.data import digits, digits_questions, digits_vqa, llava_json, samples
+from prumerge_jax.data import llava_json, samples
+from prumerge_jax.digits import dataset as digits_vqa
+from prumerge_jax.digits import questions as digits_questions
+from prumerge_jax.digits import scenes as digits
 
 TINY = {"train_scenes": 8, "validation_scenes": 2, "test_scenes": 4, "scenes_per_layout": 4}
 
@@ -89,7 +92,8 @@ def test_nothing_imports_tensorflow(tmp_path: pathlib.Path) -> None:
     program = textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(decoy.parent)!r})
-        from prumerge_jax.data import digits_vqa, pipeline, samples
+        from prumerge_jax.data import pipeline, samples
+        from prumerge_jax.digits import dataset as digits_vqa
         config = digits_vqa.DigitsVqaConfig(**{TINY})
         builder = samples.prepare(digits_vqa.DigitsVqa, config, {str(tmp_path / "data")!r})
         source = samples.record_source(builder, "train")

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from prumerge_jax.data import digits_tokenizer, digits_vqa, pipeline, samples
+from prumerge_jax.data import pipeline, samples
 from prumerge_jax.data.conversation import TEMPLATES, SampleError
 from prumerge_jax.data.images import ImageError
 from prumerge_jax.data.tokenizer import IMAGE_TOKEN, Tokenizer
+from prumerge_jax.digits import dataset as digits_vqa
+from prumerge_jax.digits import tokenizer as digits_tokenizer
 
 CONFIG = digits_vqa.DigitsVqaConfig(
     train_scenes=24, validation_scenes=1, test_scenes=1, scenes_per_layout=4

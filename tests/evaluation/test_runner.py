@@ -11,10 +11,11 @@ import time
 import numpy as np
 import pytest
 
-from prumerge_jax.evaluation import digits, runner
+from prumerge_jax.digits import benchmark as digits
+from prumerge_jax.engine.shapes import EngineConfig
+from prumerge_jax.evaluation import runner
 from prumerge_jax.evaluation.reductions import parse_reduction
-from prumerge_jax.inference.llava import Llava
-from prumerge_jax.inference.shapes import EngineConfig
+from prumerge_jax.llava import Llava
 from prumerge_jax.models.config import published
 from tests.tiny_llava import write_tiny_llava
 

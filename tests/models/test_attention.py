@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prumerge_jax.distributed import sharding
+from prumerge_jax import sharding
 from prumerge_jax.models import attention
 from prumerge_jax.models.attention import QUERY_BLOCK, attend, attend_to_cache
 from tests.conftest import require_eight_devices
@@ -110,7 +110,7 @@ def test_equals_xla_forward_and_backward(
             v,
             segment_ids=ids,
             causal=causal,
-            longest=longest,
+            max_segment_length=longest,
             implementation=implementation,
         )
         return (out * probe).sum()
@@ -142,7 +142,7 @@ def test_pairs_of_the_kernel_are_those_of_the_blocks_that_its_mask_touches(causa
             reach = padded if longest is None else longest - 1
             seen = (behind <= reach) & (behind >= (0 if causal else -reach))
             blocks = seen.reshape(padded // block, block, -1, block).any(axis=(1, 3))
-            got = attention.splash_pairs(length, causal=causal, longest=longest)
+            got = attention.splash_pairs(length, causal=causal, max_segment_length=longest)
             assert got == blocks.sum() * block**2, (length, longest)
 
 
@@ -153,7 +153,9 @@ def test_far_keys_of_other_segments_are_not_read_in_a_causal_row() -> None:
     expected = naive(q, k, v, ids, causal=True)
     # Read and masked, it would be zero times NaN.
     v = v.at[:, :QUERY_BLOCK].set(jnp.nan)
-    got = attend(q, k, v, segment_ids=ids, causal=True, longest=length, implementation="blocks")
+    got = attend(
+        q, k, v, segment_ids=ids, causal=True, max_segment_length=length, implementation="blocks"
+    )
     np.testing.assert_allclose(got[:, 2 * QUERY_BLOCK :], expected[:, 2 * QUERY_BLOCK :], atol=2e-6)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prumerge_jax.distributed import sharding
+from prumerge_jax import sharding
 from prumerge_jax.models.dropout import kept
 from tests.conftest import require_eight_devices
 
@@ -53,7 +53,7 @@ def test_a_mesh_draws_the_same() -> None:
 
     @jax.jit
     def draw(key: jax.Array) -> jax.Array:
-        return sharding.pin(kept(key, 0.5, (8, 16, 32)), "batch", None, "mlp")
+        return sharding.constrain(kept(key, 0.5, (8, 16, 32)), "batch", None, "mlp")
 
     expected = draw(key)
     jax.clear_caches()

@@ -7,9 +7,9 @@ import ml_collections
 import numpy as np
 
 from configs import common
-from prumerge_jax.distributed.sharding import make_mesh, use_mesh
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
-from prumerge_jax.training.feed import RowFeed, RowShape
+from prumerge_jax.sharding.mesh import make_mesh, use_mesh
+from prumerge_jax.training.batches import RowFeed, RowShape
 from prumerge_jax.training.next_token import RowBatch
 from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer
 from prumerge_jax.training.stages import ImageEncoder, make_stage

@@ -10,10 +10,11 @@ import pytest
 
 from configs import common
 from prumerge_jax.conversion.convert import REPORT
-from prumerge_jax.distributed.sharding import make_mesh
-from prumerge_jax.models import directory as directories
+from prumerge_jax.models import config_json
 from prumerge_jax.models.config import TextConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig
+from prumerge_jax.sharding.mesh import make_mesh
+from prumerge_jax.store import model_directory as directories
 from prumerge_jax.training.base import Base, open_base
 from prumerge_jax.training.stages import llava_template, make_stage
 from tests.training.test_step import MODEL
@@ -77,7 +78,7 @@ def test_frozen_weights_are_rounded_for_the_run_and_exported_as_they_were(
     trained = {path: loaded[path] for path in stage.learning_rates}
     base.export(tmp_path / "out", trained, ADAPTER, mesh, {"from": "a test"})
     directories.verify(tmp_path / "out")
-    assert directories.read_adapter(tmp_path / "out") == ADAPTER
+    assert config_json.read_adapter(tmp_path / "out") == ADAPTER
     stored = directories.read_manifest(tmp_path / "out").arrays
     assert set(stored) == set(loaded)
     for path, entry in stored.items():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from prumerge_jax.distributed.sharding import make_mesh, replicated
+from prumerge_jax.sharding.mesh import make_mesh, replicated
 from prumerge_jax.training import checkpoint
 from prumerge_jax.training.checkpoint import CheckpointError, Checkpoints, load_trained
 from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer

@@ -20,7 +20,7 @@ from configs import (
     prumerge_13b_lora,
 )
 from configs.digits import align, contrastive, finetune, language, lora, miniature
-from prumerge_jax.data import digits_tokenizer
+from prumerge_jax.digits import tokenizer as digits_tokenizer
 from prumerge_jax.models.config import published
 from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer
 from prumerge_jax.training.stages import abstract_rows, make_stage, model_config

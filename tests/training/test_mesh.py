@@ -12,9 +12,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs import prumerge_7b_lora, prumerge_13b_lora
-from prumerge_jax.distributed.hlo import program_cost
-from prumerge_jax.distributed.sharding import use_mesh
+from prumerge_jax.aot.hlo import program_cost
 from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.sharding.mesh import use_mesh
 from prumerge_jax.training.checkpoint import Checkpoints
 from prumerge_jax.training.run import fitted_sizes
 from prumerge_jax.training.step import TrainState

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from prumerge_jax.distributed.sharding import make_mesh
 from prumerge_jax.models.config import published
 from prumerge_jax.models.layers import AdapterConfig
 from prumerge_jax.models.llava import LlavaModel
+from prumerge_jax.sharding.mesh import make_mesh
 from prumerge_jax.training.parameters import Template, trained_paths
 
 TEMPLATE = Template.of(

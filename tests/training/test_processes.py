@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from configs.digits import lora
-from prumerge_jax.models import directory as directories
+from prumerge_jax.store import model_directory as directories
 from prumerge_jax.training.checkpoint import verify
 from prumerge_jax.training.run import run
 from prumerge_jax.training.stop import StopFlag
@@ -38,42 +38,42 @@ import json, sys
 import jax
 import numpy as np
 from configs.digits.miniature import MODEL
-from prumerge_jax.distributed import processes
-from prumerge_jax.distributed.sharding import make_mesh
-from prumerge_jax.distributed.startup import joined
-from prumerge_jax.models.directory import DirectoryWriter
+from prumerge_jax.sharding import processes
+from prumerge_jax.sharding.mesh import make_mesh
+from prumerge_jax.sharding.startup import distributed_session
+from prumerge_jax.store.model_directory import DirectoryWriter
 
-with joined(sys.argv[1], 2, int(sys.argv[2]), heartbeat_seconds=10):
+with distributed_session(sys.argv[1], 2, int(sys.argv[2]), heartbeat_seconds=10):
     seen = {}
     batch = np.arange(8).reshape(8, 1) * 10
     for sizes in ((4, 1, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)):
         mesh = make_mesh(*sizes)
         shards = processes.DataShards.of(mesh)
         rows = shards.rows(8)
-        placed = processes.place(batch[list(rows)], mesh)
-        read = processes.local_rows(placed)[:, 0].tolist()
-        seen[str(sizes)] = rows, placed.shape, read, shards.speakers
+        placed = processes.to_global_array(batch[list(rows)], mesh)
+        read = processes.addressable_rows(placed)[:, 0].tolist()
+        seen[str(sizes)] = rows, placed.shape, read, shards.representatives
     try:
         processes.DataShards.of(make_mesh(2, 1, 1))
     except ValueError as error:
         seen["refused"] = str(error)
-    seen["gathered"] = processes.gather([jax.process_index(), 7]).tolist()
+    seen["gathered"] = processes.allgather_ints([jax.process_index(), 7]).tolist()
     with DirectoryWriter(sys.argv[3], MODEL) as writer:
         for data, tensor in ((4, 1), (1, 4)):
             mesh = make_mesh(data, 1, tensor)
             rows = list(processes.DataShards.of(mesh).rows(8))
-            writer.write_array(f"batch.{data}", processes.place(batch[rows], mesh))
+            writer.write_array(f"batch.{data}", processes.to_global_array(batch[rows], mesh))
         writer.write_file("note.txt", b"of both")
     print("seen" + json.dumps(seen))
 """
 ASK = f"""
 import sys
-from prumerge_jax.distributed import processes
-from prumerge_jax.distributed.startup import joined
+from prumerge_jax.sharding import processes
+from prumerge_jax.sharding.startup import distributed_session
 
-with joined(sys.argv[1], 2, int(sys.argv[2]), heartbeat_seconds={HEARTBEAT}):
+with distributed_session(sys.argv[1], 2, int(sys.argv[2]), heartbeat_seconds={HEARTBEAT}):
     while True:
-        processes.gather([0])
+        processes.allgather_ints([0])
         print("asked", flush=True)
 """
 

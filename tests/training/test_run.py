@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from configs.digits import contrastive, lora
-from prumerge_jax.models import directory as directories
+from prumerge_jax.models import config_json
+from prumerge_jax.store import model_directory as directories
 from prumerge_jax.training.base import open_base
 from prumerge_jax.training.checkpoint import load_trained
 from prumerge_jax.training.loop import TrainingError
@@ -160,7 +161,7 @@ def test_a_finished_run_leaves_its_base_as_it_was_and_adapters_that_stand_alone(
 ) -> None:
     model = straight / "model"
     directories.verify(model)
-    adapter = directories.read_adapter(model)
+    adapter = config_json.read_adapter(model)
     assert (adapter.rank, adapter.alpha) == (config.adapter.rank, config.adapter.alpha)
     shapes = directories.read_manifest(model).arrays
     target = {p: jax.ShapeDtypeStruct(a.shape, a.dtype) for p, a in shapes.items()}

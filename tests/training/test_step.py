@@ -7,8 +7,8 @@ import pytest
 
 from prumerge_jax.data import packing
 from prumerge_jax.data.packing import IGNORE
-from prumerge_jax.distributed.processes import place
-from prumerge_jax.distributed.sharding import use_mesh
+from prumerge_jax.sharding.mesh import use_mesh
+from prumerge_jax.sharding.processes import to_global_array
 from prumerge_jax.training.next_token import RowBatch
 from prumerge_jax.training.stages import ImageEncoder
 from prumerge_jax.training.step import Sums
@@ -29,7 +29,7 @@ def sums_of(bench: Bench, batch: RowBatch) -> Sums:
 def test_packed_rows_have_the_loss_of_one_sample_per_row(bench: Bench) -> None:
     with use_mesh(bench.mesh):
         encode = ImageEncoder(bench.config, MODEL.vision, bench.frozen, bench.mesh)
-        visual = encode(place(np.stack([e.pixels for e in EXAMPLES]), bench.mesh))
+        visual = encode(to_global_array(np.stack([e.pixels for e in EXAMPLES]), bench.mesh))
         layout = packing.VisualLayout(
             np.asarray(visual.lengths), np.asarray(visual.patch_indices), MODEL.vision.num_patches
         )
@@ -43,7 +43,7 @@ def test_packed_rows_have_the_loss_of_one_sample_per_row(bench: Bench) -> None:
     sums = []
     for rows in (packed, alone):
         fields = (rows.ids, rows.visual_index, rows.positions, rows.segment_ids, rows.targets)
-        placed = (place(field, bench.mesh) for field in fields)
+        placed = (to_global_array(field, bench.mesh) for field in fields)
         sums.append(sums_of(bench, RowBatch(*placed, visual.tokens)))
     assert float(sums[0].targets) == float(sums[1].targets) > 0
     assert float(sums[0].loss) == pytest.approx(float(sums[1].loss), rel=2e-6)

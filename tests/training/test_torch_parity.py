@@ -19,9 +19,9 @@ from prumerge_jax.data.conversation import TEMPLATES  # noqa: E402
 from prumerge_jax.data.packing import IMAGE_TOKEN  # noqa: E402
 from prumerge_jax.data.pipeline import Example, Preprocessor  # noqa: E402
 from prumerge_jax.data.tokenizer import Tokenizer  # noqa: E402
-from prumerge_jax.distributed.sharding import make_mesh, use_mesh  # noqa: E402
 from prumerge_jax.models.config import TextConfig, published  # noqa: E402
-from prumerge_jax.training.feed import RowFeed, RowShape  # noqa: E402
+from prumerge_jax.sharding.mesh import make_mesh, use_mesh  # noqa: E402
+from prumerge_jax.training.batches import RowFeed, RowShape  # noqa: E402
 from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
 from prumerge_jax.training.stages import ImageEncoder, make_stage  # noqa: E402
 from prumerge_jax.training.step import Sums, TrainStep, state_shardings  # noqa: E402

@@ -1,0 +1,1 @@
+"""Plans for accelerators that are not there: programs compiled ahead of time for TPU slices."""

@@ -1,0 +1,213 @@
+"""Programs compiled for a TPU slice that is not there: memory, collectives, estimated time.
+
+Nothing runs. Times are XLA's own cycle estimates, as far as it makes them, and peak rates for the
+rest; they leave out waiting, launches and the host.
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+import jax
+
+from prumerge_jax.aot.hlo import ProgramCost, program_cost
+from prumerge_jax.aot.topology import Topology
+from prumerge_jax.cost import Chip, Tpu
+
+Sizes = Mapping[str, int]
+"""Of a mesh: the number of devices along each of its axes."""
+CAVEAT = (
+    "(compiled, not run: XLA's cycle estimates, kernels and links at their peaks, "
+    "collectives overlapped)"
+)
+"""The last line of every plan."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program, as one chip runs it.
+
+    Attributes:
+      name: of the function.
+      arguments, outputs, temporaries: bytes; outputs without those that take a donated argument's
+        place.
+      cost: collectives and XLA's estimate.
+      kernel_flops: of hand-written kernels, for which XLA estimates nothing.
+      compile_seconds: how long XLA took.
+    """
+
+    name: str
+    arguments: int
+    outputs: int
+    temporaries: int
+    cost: ProgramCost
+    kernel_flops: float
+    compile_seconds: float
+
+    def compute_seconds(self, chip: Chip) -> float:
+        """XLA's cycles, and kernels at the peak."""
+        return self.cost.cycles / tpu(chip).clock + self.kernel_flops / chip.flops
+
+    def interconnect_seconds(self, chip: Chip) -> float:
+        """What the collectives move, at the peak of all links of a chip."""
+        received = sum(traffic.bytes for traffic in self.cost.collectives.values())
+        return received / tpu(chip).interconnect
+
+    def seconds(self, chip: Chip) -> float:
+        """One run, where all collectives overlap with computing."""
+        return max(self.compute_seconds(chip), self.interconnect_seconds(chip))
+
+
+class DoesNotFit(RuntimeError):
+    """XLA found no way to run a program in the memory of a chip."""
+
+
+def tpu(chip: Chip) -> Tpu:
+    """The chip's TPU side.
+
+    Raises:
+      ValueError: it is not a TPU.
+    """
+    if chip.tpu is None:
+        raise ValueError("plans are for TPUs; this chip is none")
+    return chip.tpu
+
+
+def compile_program(name: str, lowered: jax.stages.Lowered, kernel_flops: float = 0.0) -> Program:
+    """Compiles one program.
+
+    Raises:
+      DoesNotFit: its arguments and temporaries exceed the memory of a chip.
+    """
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
+        detail = f"needs {used[1]} of {used[2]}" if used else str(error).splitlines()[0]
+        raise DoesNotFit(f"{name} {detail}") from error
+    seconds = time.perf_counter() - start
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None  # every backend that plans are made for has both
+    assert text is not None
+    return Program(
+        name,
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        cost=program_cost(text),
+        kernel_flops=kernel_flops,
+        compile_seconds=seconds,
+    )
+
+
+def bytes_per_chip(tree: object) -> int:
+    """What the arrays of a tree of shapes with shardings take on one chip, without padding."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        size = leaf.dtype.itemsize
+        for side in shard:
+            size *= side
+        total += size
+    return total
+
+
+def peak_bytes(resident: int, programs: Iterable[Program]) -> int:
+    """Per chip: what stays, and the largest working set of a program."""
+    return resident + max(p.temporaries + p.outputs for p in programs)
+
+
+class Planned(Protocol):
+    """What a plan says of itself."""
+
+    @property
+    def memory(self) -> int:
+        """Peak bytes per chip."""
+
+
+Plan = TypeVar("Plan", bound=Planned)
+
+
+def first_that_fits(
+    meshes: Iterable[Sizes], plan: Callable[[Sizes], Plan], topology: Topology, advice: str
+) -> tuple[Plan, tuple[str, ...]]:
+    """The plan of the first mesh that has the memory, and why those before it were rejected.
+
+    Args:
+      meshes: in the order in which they are tried.
+      plan: compiles for one of them; raises DoesNotFit where it cannot be.
+      topology: the slice.
+      advice: ends "no mesh of this slice ..." where none fits.
+
+    Raises:
+      DoesNotFit: none fits.
+    """
+    available = tpu(topology.chip).memory
+    rejected: list[str] = []
+    for sizes in meshes:
+        try:
+            planned = plan(sizes)
+        except DoesNotFit as error:
+            rejected.append(f"{sizes}: {error}")
+            continue
+        if planned.memory <= available:
+            return planned, tuple(rejected)
+        rejected.append(
+            f"{sizes}: needs {planned.memory / 2**30:.2f} of {available / 2**30:.2f} GiB"
+        )
+    raise DoesNotFit(f"no mesh of {topology.name} {advice}. Tried: " + "; ".join(rejected))
+
+
+def candidates(sizes: Sizes) -> Iterator[dict[str, int]]:
+    """A mesh, and then those of the same devices that split the weights further.
+
+    First `data` goes into `fsdp`, then `fsdp` piece by piece into `tensor`.
+    """
+    first = dict(sizes)
+    yield first
+    shards, tensor = sizes["data"] * sizes["fsdp"], sizes["tensor"]
+    while shards >= 1:
+        further = {"data": 1, "fsdp": shards, "tensor": tensor}
+        if further != first:
+            yield further
+        if shards % 2:
+            return
+        shards, tensor = shards // 2, tensor * 2
+
+
+def memory_line(memory: int, resident: int, chip: Chip) -> str:
+    """Peak bytes against what a chip has."""
+    return (
+        f"memory per chip {memory / 2**30:.2f} of {tpu(chip).memory / 2**30:.2f} GiB, "
+        f"{resident / 2**30:.2f} of it resident"
+    )
+
+
+def program_lines(programs: Sequence[tuple[Program, int]], chip: Chip) -> list[str]:
+    """A table of programs and how often each runs, and their collectives."""
+    lines = [
+        f"{'program':<12}{'runs':>5}{'arguments':>11}{'temporary':>11}{'outputs':>9}"
+        f"{'compute ms':>12}{'links ms':>10}   GiB per chip; time of one run"
+    ]
+    for program, runs in programs:
+        gib = (size / 2**30 for size in (program.arguments, program.temporaries, program.outputs))
+        arguments, temporaries, outputs = gib
+        lines.append(
+            f"{program.name:<12}{runs:>5}{arguments:>11.2f}{temporaries:>11.2f}{outputs:>9.2f}"
+            f"{1e3 * program.compute_seconds(chip):>12.1f}"
+            f"{1e3 * program.interconnect_seconds(chip):>10.1f}"
+        )
+    lines.append("collectives of one run, and the bytes that a chip receives at most:")
+    for program, _ in programs:
+        parts = [
+            f"{traffic.executions} {kind} {traffic.bytes / 1e9:.2f} GB"
+            for kind, traffic in program.cost.collectives.items()
+        ]
+        note = " (a loop of unknown length counts once)" if program.cost.open_loops else ""
+        lines.append(f"  {program.name}: {', '.join(parts) or 'none'}{note}")
+    return lines

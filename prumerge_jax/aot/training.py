@@ -1,0 +1,293 @@
+"""What a training step needs of a TPU slice: compiled, not run.
+
+Without weights, data or a TPU. How many micro-batches a step has depends on the tokens of its
+samples, which only the data can tell; a plan assumes their mean.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh, NamedSharding
+
+from prumerge_jax.aot.compile import (
+    CAVEAT,
+    DoesNotFit,
+    Program,
+    Sizes,
+    bytes_per_chip,
+    candidates,
+    compile_program,
+    first_that_fits,
+    memory_line,
+    peak_bytes,
+    program_lines,
+)
+from prumerge_jax.aot.topology import Topology
+from prumerge_jax.cost import counts
+from prumerge_jax.models.attention import default_implementation, splash_pairs
+from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.sharding.mesh import logical_spec, mesh_on, use_mesh
+from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer
+from prumerge_jax.training.parameters import Shapes
+from prumerge_jax.training.run import fitted_sizes
+from prumerge_jax.training.stages import (
+    ImageEncoder,
+    Stage,
+    abstract_rows,
+    make_stage,
+    model_config,
+    visual_capacity,
+)
+from prumerge_jax.training.step import TrainStep, state_shardings
+
+TEXT_TOKENS = 200
+"""Mean per sample that a plan assumes; lengths vary widely with the data."""
+PACKING = 1.02
+"""Positions computed over real ones where rows are packed."""
+MEAN_VISUAL_TOKENS = {"prumerge": 40, "prumerge+": 144}
+"""As the paper reports them (arXiv 2403.15388); any other reduction is planned at its capacity."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What the samples of a step are assumed to be.
+
+    Attributes:
+      count: the global batch.
+      visual_tokens, text_tokens: means per sample.
+    """
+
+    count: int
+    visual_tokens: float
+    text_tokens: float
+
+    @property
+    def tokens(self) -> float:
+        """Of all samples together."""
+        return self.count * (self.visual_tokens + self.text_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """A step on a slice.
+
+    Attributes:
+      topology: the slice.
+      model: sizes.
+      mesh: sizes of the mesh's axes.
+      samples: assumed of the data.
+      row_positions: positions of a micro-batch, over all chips.
+      lora_rank: of the adapters, 0 without.
+      encode: the tower and the reduction, once per step; None without images.
+      accumulate: one micro-batch, forward and backward.
+      update: the optimizer, once per step.
+      resident: bytes per chip of weights, optimizer, gradient sums and visual tokens.
+      rejected: why meshes that were tried before this one do not fit.
+    """
+
+    topology: Topology
+    model: LlavaConfig
+    mesh: Sizes
+    samples: Samples
+    row_positions: int
+    lora_rank: int
+    encode: Program | None
+    accumulate: Program
+    update: Program
+    resident: int
+    rejected: tuple[str, ...] = ()
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step."""
+        return math.ceil(PACKING * self.samples.tokens / self.row_positions)
+
+    @property
+    def filled(self) -> float:
+        """Share of a step's positions that hold a token; what is empty is computed too."""
+        return self.samples.tokens / (self.micro_batches * self.row_positions)
+
+    @property
+    def programs(self) -> list[tuple[Program, int]]:
+        """The programs of a step and how often each runs."""
+        encode = [] if self.encode is None else [(self.encode, 1)]
+        return [*encode, (self.accumulate, self.micro_batches), (self.update, 1)]
+
+    @property
+    def memory(self) -> int:
+        """Peak bytes per chip: what stays, and the largest working set of a program."""
+        return peak_bytes(self.resident, (program for program, _ in self.programs))
+
+    @property
+    def model_flops(self) -> Mapping[str, float]:
+        """Of a step over all chips, by component; what is recomputed does not count."""
+        flops = counts.training_flops(
+            self.model, self.samples.visual_tokens, self.samples.text_tokens, self.lora_rank
+        )
+        if self.encode is None:
+            flops |= {"vision": 0.0, "projector": 0.0}
+        return {component: self.samples.count * value for component, value in flops.items()}
+
+    @property
+    def seconds(self) -> float:
+        """Estimated time of a step; its programs run one after the other."""
+        return sum(runs * p.seconds(self.topology.chip) for p, runs in self.programs)
+
+    @property
+    def utilisation(self) -> float:
+        """Model FLOPs over what the chips could do in the estimated time."""
+        peak = len(self.topology.devices) * self.topology.chip.flops
+        return sum(self.model_flops.values()) / (peak * self.seconds)
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        chip, samples = self.topology.chip, self.samples
+        flops = {name: value / 1e12 for name, value in self.model_flops.items()}
+        return [
+            f"{self.topology.name}: {len(self.topology.devices)} chips, mesh "
+            + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
+            *(f"  rejected: {reason}" for reason in self.rejected),
+            f"global batch {samples.count}, assumed {samples.visual_tokens:g} visual and "
+            f"{samples.text_tokens:g} text tokens per sample, packed at {PACKING}: "
+            f"{self.micro_batches} micro-batches of {self.row_positions} positions, "
+            f"{100 * self.filled:.0f} % of them real",
+            memory_line(self.memory, self.resident, chip),
+            *program_lines(self.programs, chip),
+            f"model FLOPs of a step {sum(flops.values()):.0f} T: "
+            + ", ".join(f"{name} {value:.0f}" for name, value in flops.items()),
+            f"estimated step {1e3 * self.seconds:.0f} ms, {samples.count / self.seconds:.1f} "
+            f"samples/s, model FLOPs utilisation {100 * self.utilisation:.0f} %",
+            CAVEAT,
+        ]
+
+
+def plan_training(
+    config: ml_collections.ConfigDict, topology: Topology, samples: Samples | None = None
+) -> TrainingPlan:
+    """Compiles a step for a slice, on the mesh of the configuration or the next that fits.
+
+    Args:
+      config: one of `configs/`, with the next-token objective.
+      topology: the slice.
+      samples: by default the configuration's batch at `MEAN_VISUAL_TOKENS` and `TEXT_TOKENS`.
+
+    Raises:
+      ValueError: the configuration is none that can be planned, or its mesh does not fit the
+        slice.
+      DoesNotFit: no mesh of the slice has the memory and divides the batch.
+    """
+    if config.objective != "next_token":
+        raise ValueError(f"objective is {config.objective!r}; plans are for 'next_token'")
+    model = model_config(config.model)
+    if samples is None:
+        samples = Samples(config.batch_size, mean_visual_tokens(config, model), TEXT_TOKENS)
+    plan, rejected = first_that_fits(
+        candidates(fitted_sizes(config, len(topology.devices))),
+        functools.partial(_plan, config, model, topology, samples),
+        topology,
+        "takes this configuration; lower run.rows_per_shard or max_length, change batch_size or "
+        "take another slice",
+    )
+    return dataclasses.replace(plan, rejected=rejected)
+
+
+def mean_visual_tokens(config: ml_collections.ConfigDict, model: LlavaConfig) -> float:
+    """The mean per sample that a plan assumes where the caller knows none."""
+    if config.reduction is None:
+        return 0.0
+    return MEAN_VISUAL_TOKENS.get(config.reduction, visual_capacity(config, model.vision))
+
+
+def _plan(
+    config: ml_collections.ConfigDict,
+    model: LlavaConfig,
+    topology: Topology,
+    samples: Samples,
+    sizes: Sizes,
+) -> TrainingPlan:
+    _check_divides(config, model, sizes)
+    mesh = mesh_on(topology.devices, **sizes)
+    with use_mesh(mesh):
+        stage = make_stage(config, model)
+        attention = default_implementation(stage.dtype, model.text.head_dim)
+    step, state, frozen = _abstract_step(config, stage, mesh)
+    rows = _placed(abstract_rows(config, model, sizes["data"] * sizes["fsdp"]), mesh)
+    kernel = _splash_flops(config, model, sizes["tensor"]) if attention == "splash" else 0.0
+    with use_mesh(mesh):
+        lowered = step.lower(stage.trained(), frozen, rows)
+        accumulate = compile_program("accumulate", lowered["accumulate"], kernel)
+        update = compile_program("update", lowered["update"])
+        encode = None
+        if config.reduction is not None:
+            side = model.vision.image_size
+            pixels = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)
+            encoder = ImageEncoder(config, model.vision, frozen, mesh)
+            of_tower = 0.0
+            if attention == "splash":
+                of_image = splash_pairs(model.vision.num_patches + 1, causal=False)
+                images = config.batch_size / mesh.size
+                of_tower = counts.tower_attention_flops(model.vision, images * of_image)
+            encode = compile_program("encode", encoder.lower(_placed(pixels, mesh)), of_tower)
+    # The gradient sums are as large as the trained weights; the tokens of two batches are there.
+    visual = rows.visual_tokens
+    resident = bytes_per_chip((state, state.trained, frozen, visual, visual))
+    return TrainingPlan(
+        topology=topology,
+        model=model,
+        mesh=sizes,
+        samples=samples,
+        row_positions=rows.ids.size,
+        lora_rank=0 if config.adapter is None else config.adapter.rank,
+        encode=encode,
+        accumulate=accumulate,
+        update=update,
+        resident=resident,
+    )
+
+
+def _check_divides(config: ml_collections.ConfigDict, model: LlavaConfig, sizes: Sizes) -> None:
+    shards, tensor = sizes["data"] * sizes["fsdp"], sizes["tensor"]
+    if config.batch_size % shards:
+        raise DoesNotFit(
+            f"batch_size {config.batch_size} is no multiple of its {shards} data shards"
+        )
+    if model.text.num_kv_heads % tensor:
+        raise DoesNotFit(f"{model.text.num_kv_heads} heads do not divide by {tensor}")
+
+
+def _abstract_step(
+    config: ml_collections.ConfigDict, stage: Stage, mesh: Mesh
+) -> tuple[TrainStep, Any, Shapes]:
+    """The step, its state and the frozen weights, all as shapes with shardings."""
+    shardings = stage.template.shardings(mesh)
+    # The length of the run is in the schedule alone; no shape depends on it.
+    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), 1000, stage.learning_rates)
+    placed = state_shardings(optimizer, stage.trained(), shardings, mesh)
+    step = TrainStep(stage.loss, optimizer, seed=config.seed, shardings=placed)
+    frozen = {
+        path: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[path])
+        for path, shape in stage.shapes().items()
+        if path not in stage.learning_rates
+    }
+    return step, step.abstract_state(stage.trained()), frozen
+
+
+def _placed(tree: Any, mesh: Mesh) -> Any:
+    """Shapes whose leading axis lies over the data shards."""
+    sharding = NamedSharding(mesh, logical_spec("batch"))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+
+
+def _splash_flops(config: ml_collections.ConfigDict, model: LlavaConfig, tensor: int) -> float:
+    """Of one micro-batch on one chip: 2 matrix products forward, 3 for dq, 4 for dk and dv."""
+    pairs = config.run.rows_per_shard * splash_pairs(config.max_length, causal=True)
+    forward = counts.attention_flops(model.text, pairs) / tensor
+    return forward * (4.5 if config.remat == "none" else 5.5)

@@ -1,0 +1,350 @@
+"""Opens what a user has: finds its kind, parses its config, matches every tensor.
+
+A LLaVA may lie in one directory (llava-hf) or in several: language model, vision tower, projector
+and adapter. Everything that can be checked without reading weights is checked here.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from prumerge_jax.conversion import keys, peft
+from prumerge_jax.conversion.detect import Detection, Kind, detect
+from prumerge_jax.conversion.hf_config import (
+    Section,
+    keeps_in_file_tower,
+    parse_clip,
+    parse_hf,
+    parse_llava,
+    parse_text,
+    with_processor,
+)
+from prumerge_jax.conversion.hf_files import OPENAI_TOWER
+from prumerge_jax.conversion.keys import Dialect
+from prumerge_jax.conversion.safetensors_io import SafetensorsFile, open_safetensors
+from prumerge_jax.conversion.tensor_files import (
+    Checkpoint,
+    CheckpointError,
+    StoredTensor,
+    Tensor,
+    load_object,
+    open_indexed,
+)
+from prumerge_jax.conversion.torch_bin import TorchFile
+from prumerge_jax.models.config import LlavaConfig, VisionConfig
+
+# Files of a checkpoint that text processing reads, and those that image processing reads. They
+# are copied as they are.
+TEXT_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+_PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_TRAINED_BESIDE_ADAPTERS = "non_lora_trainables.bin"
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """A whole LLaVA, ready to be converted.
+
+    Attributes:
+      config: its sizes.
+      tensors: where each one is, by canonical key; those the model never uses included.
+      ignored: checkpoint keys that are left out, with the reason.
+      companions: tokenizer and processor files to be copied.
+      detections: by directory what it was taken for, and why.
+      files: every file the tensors come from.
+      adapter: low-rank adapters that stay adapters; merged ones are in `tensors`.
+      adapter_base: the model that adapters say they were trained on, "" where they do not say;
+        None without adapters.
+    """
+
+    config: LlavaConfig
+    tensors: Mapping[str, Tensor]
+    ignored: Mapping[str, str]
+    companions: tuple[pathlib.Path, ...]
+    detections: Mapping[pathlib.Path, Detection]
+    files: tuple[pathlib.Path, ...]
+    adapter: peft.Adapter | None = None
+    adapter_base: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Where the parts of a model lie.
+
+    Attributes:
+      folder: the model itself, or its language model.
+      vision_tower: a CLIP directory, for models that do not hold their tower.
+      projector: a stage-1 directory (`config.json`, `mm_projector.bin`), for a plain LLaMA.
+      adapter: a LoRA directory of PEFT.
+      adapter_base: the user's word that `folder` is this model, see `peft.check_base`.
+      merge: add the adapter to the weights instead of keeping it beside them.
+      allow_pickle: admit `.bin` files, see `torch_bin`.
+    """
+
+    folder: pathlib.Path
+    vision_tower: pathlib.Path | None = None
+    projector: pathlib.Path | None = None
+    adapter: pathlib.Path | None = None
+    adapter_base: str | None = None
+    merge: bool = False
+    allow_pickle: bool = False
+
+
+def open_model(sources: Sources) -> OpenedModel:
+    """Opens a model and matches all of its tensors.
+
+    Raises:
+      CheckpointError: it cannot be converted; one line says why.
+    """
+    return _Opener(sources).open()
+
+
+class _Opener:
+    """Collects the parts of one model."""
+
+    def __init__(self, sources: Sources) -> None:
+        self.sources = sources
+        self.tensors: dict[str, Tensor] = {}
+        self.ignored: dict[str, str] = {}
+        self.detections: dict[pathlib.Path, Detection] = {}
+        self.files: list[pathlib.Path] = []
+
+    def open(self) -> OpenedModel:
+        folder = self.sources.folder
+        if self.sources.merge and self.sources.adapter is None:
+            raise CheckpointError("--merge needs an adapter to merge, given as --adapter")
+        kind = self.detect(folder)
+        if kind is Kind.HF:
+            config = self.open_hf(folder)
+        elif kind is Kind.LLAVA:
+            config = self.open_llava(folder)
+        elif kind is Kind.LLAMA:
+            config = self.open_llama(folder)
+        else:
+            hint = {
+                Kind.OURS: "use --to=hf, --to=llava or --to=peft",
+                Kind.PEFT: "give its base model as --input and this as --adapter",
+                Kind.PROJECTOR: "give its language model as --input and this as --projector",
+                Kind.CLIP: "give a LLaVA as --input and this as --vision_tower",
+            }[kind]
+            raise CheckpointError(f"{folder} is {kind.value}: {hint}")
+        adapter = self.open_adapter(config, kind) if self.sources.adapter else None
+        return OpenedModel(
+            config,
+            self.tensors,
+            self.ignored,
+            self.companions(kind),
+            self.detections,
+            tuple(self.files),
+            adapter if adapter and not self.sources.merge else None,
+            adapter.base if adapter else None,
+        )
+
+    def open_hf(self, folder: pathlib.Path) -> LlavaConfig:
+        self.refuse_part("--vision_tower", self.sources.vision_tower)
+        self.refuse_part("--projector", self.sources.projector)
+        where = folder / "config.json"
+        config = parse_hf(load_object(where), str(where))
+        config = dataclasses.replace(config, vision=with_processor(folder, config.vision))
+        expected = keys.expected_shapes(keys.weights(config)) | keys.passthrough(config.vision)
+        self.add(self.open_weights(folder), Dialect.HF, expected, folder)
+        return config
+
+    def open_llava(self, folder: pathlib.Path) -> LlavaConfig:
+        self.refuse_part("--projector", self.sources.projector)
+        values = load_object(folder / "config.json")
+        in_file = keeps_in_file_tower(values)
+        vision = self.vision_config(values, in_file)
+        config = parse_llava(values, str(folder / "config.json"), vision)
+        expected = keys.expected_shapes(
+            [*keys.projector_weights(config), *keys.decoder_weights(config.text)]
+        )
+        if in_file:
+            expected |= _tower_shapes(config.vision)
+
+        def leave_out(canonical: str) -> str | None:
+            if canonical.startswith("vision_tower.") and not in_file:
+                return "unfreeze_mm_vision_tower is not set: mm_vision_tower is used instead"
+            return keys.ignored_reason(canonical)
+
+        self.add(self.open_weights(folder), Dialect.LLAVA, expected, folder, leave_out)
+        if not in_file:
+            self.open_tower(config.vision)
+        return config
+
+    def open_llama(self, folder: pathlib.Path) -> LlavaConfig:
+        multimodal = self.sources.projector or self.sources.adapter
+        if multimodal is None:
+            raise CheckpointError(
+                f"{folder} is {Kind.LLAMA.value}: to make it a LLaVA give a projector "
+                "(--projector) or an adapter directory that holds one (--adapter)"
+            )
+        where = multimodal / "config.json"
+        if not where.is_file():
+            raise CheckpointError(f"{where} is missing: it describes the projector and the tower")
+        values = load_object(where)
+        config = parse_llava(values, str(where), self.vision_config(values, in_file=False))
+        own = folder / "config.json"
+        text = parse_text(Section(load_object(own), str(own)))
+        if text != config.text:
+            raise CheckpointError(f"{where} describes {config.text}, {own} describes {text}")
+        decoder = keys.expected_shapes(keys.decoder_weights(text))
+        self.add(self.open_weights(folder), Dialect.LLAVA, decoder, folder)
+        if self.sources.projector:
+            self.detect(self.sources.projector)
+            self.open_projector(self.sources.projector / "mm_projector.bin", config)
+        elif not (multimodal / _TRAINED_BESIDE_ADAPTERS).is_file():
+            raise CheckpointError(
+                f"{multimodal} holds no {_TRAINED_BESIDE_ADAPTERS}: "
+                "the projector is missing, give it as --projector"
+            )
+        self.open_tower(config.vision)
+        return config
+
+    def open_adapter(self, config: LlavaConfig, base_kind: Kind) -> peft.Adapter:
+        folder = self.sources.adapter
+        assert folder is not None
+        if self.detect(folder) is not Kind.PEFT:
+            raise CheckpointError(f"{folder} holds no adapter_config.json: not a LoRA directory")
+        adapter_config, base = peft.parse_adapter_config(folder)
+        checkpoint = self.open_single(folder, _PEFT_WEIGHTS)
+        adapter = peft.match_adapter(checkpoint, adapter_config, base, config.text, str(folder))
+        _check_dtypes(adapter.tensors)
+        peft.check_base(adapter, self.sources.folder, self.sources.adapter_base)
+        self.files += [file.path for file in checkpoint.files]
+        beside = folder / _TRAINED_BESIDE_ADAPTERS
+        if beside.is_file():
+            if base_kind is Kind.LLAMA and self.sources.projector:
+                raise CheckpointError(f"{beside} and --projector both hold a projector")
+            self.open_projector(beside, config)
+        if self.sources.merge:
+            self.tensors = peft.merge_into(self.tensors, adapter)
+            return adapter
+        expected = keys.expected_shapes(keys.adapter_weights(config.text, adapter_config.rank))
+        if left_out := sorted(set(expected) - set(adapter.tensors)):
+            raise CheckpointError(
+                f"{folder}: an adapter that is kept must be on every linear layer of the decoder, "
+                f"this one lacks {len(left_out)} tensors, {left_out[0]} for one; use --merge"
+            )
+        return adapter
+
+    def open_tower(self, vision: VisionConfig) -> None:
+        folder = self.sources.vision_tower
+        assert folder is not None  # `vision_config` has seen to it
+        if self.detect(folder) is not Kind.CLIP:
+            raise CheckpointError(f"{folder} is {self.detections[folder].kind.value}, not CLIP")
+        checkpoint = self.open_weights(folder)
+        shapes = _tower_shapes(vision)
+        self.add(checkpoint, Dialect.CLIP, shapes, folder, keys.clip_ignored_reason)
+
+    def open_projector(self, path: pathlib.Path, config: LlavaConfig) -> None:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        expected = keys.expected_shapes(keys.projector_weights(config))
+        self.add(Checkpoint([self.open_bin(path)]), Dialect.LLAVA, expected, path)
+
+    def vision_config(self, values: Mapping[str, Any], in_file: bool) -> VisionConfig:
+        """Sizes of the tower: its own config's, or the published ones where the name is known."""
+        folder = self.sources.vision_tower
+        if folder is not None:
+            where = folder / "config.json"
+            if not where.is_file():
+                raise CheckpointError(f"{folder} holds no config.json: not a CLIP directory")
+            return with_processor(folder, parse_clip(load_object(where), str(where)))
+        if not in_file:
+            raise CheckpointError(
+                f"{self.sources.folder} does not hold its vision tower: give the CLIP directory "
+                f"({OPENAI_TOWER} for published models) as --vision_tower"
+            )
+        if values.get("mm_vision_tower") != OPENAI_TOWER:
+            raise CheckpointError(
+                f"mm_vision_tower is {values.get('mm_vision_tower')!r:.200}, of unknown sizes: "
+                "give a directory with its config.json as --vision_tower"
+            )
+        return VisionConfig()
+
+    def add(
+        self,
+        checkpoint: Checkpoint,
+        dialect: Dialect,
+        expected: Mapping[str, tuple[int, ...]],
+        where: pathlib.Path,
+        leave_out: Callable[[str], str | None] = keys.ignored_reason,
+    ) -> None:
+        """Matches one part; a later one (a trained projector) replaces an earlier one."""
+        matched = keys.assign(checkpoint.tensors, dialect, expected, str(where), leave_out)
+        found = {key: StoredTensor(checkpoint, own) for key, own in matched.key_of.items()}
+        _check_dtypes(found)
+        self.tensors.update(found)
+        self.ignored.update(matched.ignored)
+        self.files += [file.path for file in checkpoint.files]
+
+    def open_weights(self, folder: pathlib.Path) -> Checkpoint:
+        """The tensors of a model directory; safetensors where there are both containers."""
+        if checkpoint := open_safetensors(folder):
+            return checkpoint
+        if (index := folder / "pytorch_model.bin.index.json").is_file():
+            self.check_pickle_allowed(index)
+            return open_indexed(index, TorchFile, ".bin")
+        return self.open_single(folder, ("pytorch_model.bin",))
+
+    def open_single(self, folder: pathlib.Path, names: tuple[str, ...]) -> Checkpoint:
+        """The first of these files that exists."""
+        for path in (folder / name for name in names):
+            if path.is_file():
+                is_safe = path.suffix == ".safetensors"
+                return Checkpoint([SafetensorsFile(path) if is_safe else self.open_bin(path)])
+        raise CheckpointError(
+            f"{folder} holds no weights: no {' and no '.join(names)}, nor safetensors"
+        )
+
+    def open_bin(self, path: pathlib.Path) -> TorchFile:
+        self.check_pickle_allowed(path)
+        return TorchFile(path)
+
+    def check_pickle_allowed(self, path: pathlib.Path) -> None:
+        if not self.sources.allow_pickle:
+            raise CheckpointError(
+                f"{path} is a PyTorch pickle; if you trust where it comes from, pass "
+                "--allow_pickle (it is read without being executed)"
+            )
+
+    def detect(self, folder: pathlib.Path) -> Kind:
+        self.detections[folder] = detect(folder)
+        return self.detections[folder].kind
+
+    def refuse_part(self, flag: str, part: pathlib.Path | None) -> None:
+        if part is not None:
+            folder = self.sources.folder
+            raise CheckpointError(f"{folder} holds this part itself: leave {flag} out")
+
+    def companions(self, kind: Kind) -> tuple[pathlib.Path, ...]:
+        places = {name: self.sources.folder for name in TEXT_FILES}
+        pixels = self.sources.folder if kind is Kind.HF else self.sources.vision_tower
+        if pixels:
+            places |= dict.fromkeys(_IMAGE_FILES, pixels)
+        files = (folder / name for name, folder in places.items())
+        return tuple(file for file in files if file.is_file())
+
+
+def _tower_shapes(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
+    return keys.expected_shapes(keys.vision_weights(vision)) | keys.passthrough(vision)
+
+
+def _check_dtypes(tensors: Mapping[str, StoredTensor]) -> None:
+    for tensor in tensors.values():
+        dtype = tensor.info.dtype
+        if str(dtype) not in ("float32", "float16", "bfloat16"):
+            raise CheckpointError(
+                f"{tensor.key}: dtype {dtype}; weights must be float32, float16 or bfloat16"
+            )

@@ -1,0 +1,1 @@
+"""The batch engine: requests through few jitted functions of fixed shape."""

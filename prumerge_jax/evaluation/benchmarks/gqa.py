@@ -1,0 +1,94 @@
+"""GQA, testdev balanced (scripts/convert_gqa_for_eval.py and the data set's eval.py)."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from prumerge_jax.evaluation import jsonfiles
+from prumerge_jax.evaluation.answers import Answers
+from prumerge_jax.evaluation.benchmarks.base import Benchmark, Question
+
+
+class Truth(NamedTuple):
+    """The answer, and whether the question is open (not yes/no, choose, compare or logic)."""
+
+    answer: str
+    is_open: bool
+
+
+Annotations = Mapping[str, Truth]
+"""By question id, the balanced questions only, in the order of the file."""
+
+
+def prediction(text: str) -> str:
+    """What LLaVA hands to eval.py for an answer."""
+    return text.rstrip(".").lower()
+
+
+class Gqa(Benchmark[Annotations]):
+    """12,578 questions; accuracy is exact match.
+
+    Annotations: testdev_balanced_questions.json. The files of choices and scene graphs, missing
+    from release 1.2, are not read: the metrics that need them are not computed.
+    """
+
+    name = "gqa"
+
+    def read_annotations(self, path: pathlib.Path) -> Annotations:
+        """Reads the official question file, a mapping from id to question."""
+        annotations = {}
+        for question_id, row in jsonfiles.read_json(path).items():
+            where = f"{path} entry {question_id!r}"
+            if jsonfiles.field(row, "isBalanced", bool, where):
+                types = jsonfiles.field(row, "types", dict, where)
+                answer = jsonfiles.string(row, "answer", where)
+                annotations[question_id] = Truth(answer, types["structural"] == "query")
+        return annotations
+
+    def per_question(
+        self, questions: Sequence[Question], answers: Answers, annotations: Annotations | None
+    ) -> dict[str, np.ndarray]:
+        """Right or wrong over the balanced questions: `accuracy`, `accuracy_open`, `_binary`.
+
+        Raises:
+          ValueError: A balanced question of the annotations has no answer (eval.py refuses too).
+        """
+        truths = self.required(annotations)
+        rows = self.answers_by_key(answers)
+        missing = [question_id for question_id in truths if question_id not in rows]
+        if missing:
+            raise ValueError(
+                f"{answers.source} lacks answers to {len(missing)} of the {len(truths)} balanced "
+                f"questions, the first {missing[0]!r}"
+            )
+        right = np.array(
+            [prediction(rows[key]["text"]) == truth.answer for key, truth in truths.items()],
+            np.float64,
+        )
+        is_open = np.array([truth.is_open for truth in truths.values()])
+        values = {"accuracy": right}
+        values |= {
+            name: right[chosen]
+            for name, chosen in (("accuracy_open", is_open), ("accuracy_binary", ~is_open))
+            if chosen.any()
+        }
+        return values
+
+    def upload(
+        self,
+        questions: Sequence[Question],
+        answers: Answers,
+        annotations: Annotations | None,
+        folder: pathlib.Path,
+    ) -> list[pathlib.Path]:
+        """Writes testdev_balanced_predictions.json, which eval.py reads."""
+        predictions = [
+            {"questionId": row["question_id"], "prediction": prediction(row["text"])}
+            for row in self.in_question_order(questions, answers)
+        ]
+        path = folder / "testdev_balanced_predictions.json"
+        jsonfiles.replace_file(path, json.dumps(predictions))
+        return [path]

@@ -1,1 +1,0 @@
-"""From images and prompts to answers and scores."""

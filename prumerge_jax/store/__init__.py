@@ -1,0 +1,1 @@
+"""Model directories on disk: manifest, integrity, atomic writes, strict JSON."""

@@ -1,0 +1,337 @@
+"""A model on disk: the directory that conversion and training write and `Llava.load` reads.
+
+    config.json               sizes of the model, of its adapters if it has any
+    params/<dotted path>/     one Orbax checkpoint per weight, layers stacked
+    manifest.json             every file's size and SHA-256, every weight's shape and dtype
+    ...                       tokenizer and processor files, passed through
+
+One checkpoint per weight lets a writer hold a single weight in memory and lets a reader put each
+one straight into its shards. Orbax does not notice a flipped bit and casts silently, so integrity
+and dtypes rest on the manifest. It is written last, and the whole directory is renamed into place:
+what has no manifest was never finished, and nothing here reads it.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import jax
+import numpy as np
+import tensorstore
+from orbax.checkpoint import v1 as ocp
+
+from prumerge_jax.store.manifest import (
+    DOTTED_PATH,
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    PARAMS,
+    DirectoryError,
+    Manifest,
+    StoredArray,
+    read_manifest,
+    size_and_sha256,
+    verify,
+)
+from prumerge_jax.store.staging import StagedDirectory
+from prumerge_jax.store.strict_json import load_json, to_json
+
+__all__ = [
+    "DirectoryError",
+    "DirectoryWriter",
+    "load_array",
+    "load_arrays",
+    "read_array",
+    "read_manifest",
+    "read_sections",
+    "verify",
+]
+
+CONFIG = "config.json"
+
+# Bytes of one stored piece of a weight: what a device reads beyond its own shard is less than this
+# at each edge.
+_CHUNK_BYTES = 32 << 20
+
+
+class DirectoryWriter:
+    """Writes a model directory that either appears whole or not at all.
+
+    Used as a context manager: a clean exit commits, an exception removes what was written. What a
+    killed process leaves behind never loads, see `StagedDirectory`.
+
+    All processes of a run write together, on a file system that all of them see: each its own
+    shards of every weight, and the first one everything else.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        config: Any,
+        *,
+        adapter: Any = None,
+        source: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Prepares to write; nothing is created before the context is entered.
+
+        Args:
+          directory: the final place, which must not exist yet.
+          config: sizes of the model, a dataclass of JSON values.
+          adapter: a dataclass that describes its low-rank adapters, if the weights hold any.
+          source: JSON-serialisable facts on where the weights come from, kept in the manifest.
+        """
+        self._staged = StagedDirectory(directory)
+        self._root = self._staged.path
+        self._config = config
+        self._adapter = adapter
+        self._source = dict(source or {})
+        self._arrays: dict[str, StoredArray] = {}
+        self._files: dict[str, concurrent.futures.Future[tuple[int, str]]] = {}
+
+    def __enter__(self) -> Self:
+        """Creates the temporary directory.
+
+        Raises:
+          DirectoryError: the final directory exists, or another process is writing it.
+        """
+        self._is_first = jax.process_index() == 0
+        if not self._is_first:
+            return self
+        self._staged.__enter__()
+        (self._root / PARAMS).mkdir()
+        self._hasher = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+        sections = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        sections["model"] = to_json(self._config)
+        sections["adapter"] = None if self._adapter is None else to_json(self._adapter)
+        self.write_file(CONFIG, _dump(sections))
+        return self
+
+    def write_array(self, path: str, array: np.ndarray | jax.Array) -> None:
+        """Writes one weight. A numpy array is not copied; it must not change during the call.
+
+        Args:
+          path: dotted, as in a flattened state of the model.
+          array: stored in its own dtype.
+
+        Raises:
+          DirectoryError: the path is malformed or was written before.
+        """
+        if not DOTTED_PATH.fullmatch(path):
+            raise DirectoryError(f"{path!r} is not a dotted weight path")
+        if path in self._arrays:
+            raise DirectoryError(f"weight {path} was written twice")
+        _save(self._root / PARAMS / path, array)
+        if not self._is_first:
+            return
+        self._arrays[path] = StoredArray(tuple(array.shape), np.dtype(array.dtype))
+        for file in sorted((self._root / PARAMS / path).rglob("*")):
+            if file.is_file():
+                self._add(file)
+
+    def write_file(self, name: str, content: bytes | pathlib.Path) -> None:
+        """Adds a plain file under `name`: these bytes, or a copy of that file.
+
+        Raises:
+          DirectoryError: `name` is not a plain file name, or was written before.
+        """
+        if pathlib.Path(name).name != name or name in ("..", MANIFEST, PARAMS):
+            raise DirectoryError(f"{name!r} is not a plain, free file name")
+        if name in self._files:
+            raise DirectoryError(f"file {name} was written twice")
+        if not self._is_first:
+            return
+        target = self._root / name
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        else:
+            shutil.copyfile(content, target)
+        self._add(target)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        """Commits, or removes everything where an exception is under way."""
+        if not self._is_first:
+            return
+        try:
+            if kind is None:
+                self._write_manifest()
+        except BaseException as failure:
+            kind, error, traceback = type(failure), failure, failure.__traceback__
+            raise
+        finally:
+            self._hasher.shutdown(cancel_futures=True)
+            self._staged.__exit__(kind, error, traceback)
+
+    def _write_manifest(self) -> None:
+        files = {name: future.result() for name, future in sorted(self._files.items())}
+        manifest = Manifest(self._arrays, files, self._source)
+        with open(self._root / MANIFEST, "wb") as file:
+            file.write(_dump(manifest.to_json()))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _add(self, file: pathlib.Path) -> None:
+        # Hashed beside the next weight's reading, while the file is still in the page cache.
+        name = file.relative_to(self._root).as_posix()
+        self._files[name] = self._hasher.submit(size_and_sha256, file)
+
+
+def read_sections(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The sections `model` and `adapter` of `config.json`, parsed and not yet checked.
+
+    Raises:
+      DirectoryError: no finished model directory, or its `config.json` was altered or is malformed.
+    """
+    path = pathlib.Path(directory) / CONFIG
+    size_and_digest = read_manifest(directory).files.get(CONFIG)
+    if not path.is_file() or size_and_sha256(path) != size_and_digest:
+        raise DirectoryError(f"{path} is missing or was altered: the manifest has another hash")
+    sections = load_json(path)
+    if not isinstance(sections, dict) or not {"model", "adapter"} <= set(sections):
+        raise DirectoryError(f"{path}: malformed: needs the sections 'model' and 'adapter'")
+    return sections
+
+
+def load_arrays(
+    directory: str | os.PathLike[str], targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Reads every weight straight into its shards.
+
+    Args:
+      directory: a model directory; its content is taken as it is, see `verify`.
+      targets: by dotted path the wanted shape, dtype and sharding (None: the default device). Each
+        process reads only what its own devices hold.
+
+    Returns:
+      The weights by path. One whose stored dtype differs is cast on its devices after reading.
+
+    Raises:
+      DirectoryError: a weight is missing, left over, of another shape or unreadable.
+    """
+    root = pathlib.Path(directory)
+    stored = read_manifest(root).arrays
+    if missing := sorted(set(targets) - set(stored)):
+        raise DirectoryError(f"{root} lacks the weights {missing}")
+    if leftover := sorted(set(stored) - set(targets)):
+        raise DirectoryError(f"{root} holds weights that the model does not have: {leftover}")
+    wrong = [
+        f"{path}: stored {stored[path].shape}, expected {tuple(target.shape)}"
+        for path, target in targets.items()
+        if stored[path].shape != tuple(target.shape)
+    ]
+    if wrong:
+        raise DirectoryError(f"{root} holds weights of another shape: {'; '.join(wrong)}")
+    return {path: load_array(root, path, target) for path, target in targets.items()}
+
+
+def load_array(
+    directory: str | os.PathLike[str], path: str, target: jax.ShapeDtypeStruct
+) -> jax.Array:
+    """Reads one weight straight into its shards; see `load_arrays`.
+
+    The host holds the weight once, beside its shards, until it is on the devices.
+    """
+    sharding = target.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    folder = pathlib.Path(directory).resolve() / PARAMS / path
+    places = sharding.addressable_devices_indices_map(target.shape)
+    # Shards share pieces: with a cache each is read from disk once.
+    cache = {"cache_pool": {"total_bytes_limit": 1 << 40}} if len(places) > 1 else {}
+    stored = _open(folder, target.shape, cache)
+    shards = [
+        jax.device_put(_read(stored, folder, index), device) for device, index in places.items()
+    ]
+    array = jax.make_array_from_single_device_arrays(target.shape, sharding, shards)
+    array.block_until_ready()
+    if array.dtype == target.dtype:
+        return array
+    cast = jax.jit(lambda x: x.astype(target.dtype), out_shardings=sharding)
+    return cast(array)
+
+
+def read_array(directory: str | os.PathLike[str], path: str) -> np.ndarray:
+    """Reads one weight into host memory, in its stored dtype, with no second copy on the way.
+
+    Raises:
+      DirectoryError: the directory lacks it, or it is unreadable.
+    """
+    stored = read_manifest(directory).arrays.get(path)
+    if stored is None:
+        raise DirectoryError(f"{directory} lacks the weight {path}")
+    folder = pathlib.Path(directory).resolve() / PARAMS / path
+    return _read(_open(folder, stored.shape, {}), folder, ())
+
+
+def _save(folder: pathlib.Path, array: np.ndarray | jax.Array) -> None:
+    context = ocp.Context()
+    saving = context.array.saving
+    # One uncompressed file per chunk. OCDBT would buffer a second copy of the weight, and random
+    # mantissas hardly compress.
+    saving.use_ocdbt = False
+    saving.use_zarr3 = False
+    saving.use_compression = False
+    saving.enable_write_sharding_file = False
+    if array.nbytes > _CHUNK_BYTES:  # Orbax would cut a small one into single rows, a file each
+        saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+        saving.storage_options.shard_axes = (0,)
+    # Guards asynchronous saves against later changes; this one is synchronous.
+    context.memory.deepcopy_host_arrays = False
+    with context, _quiet():
+        ocp.save(folder.resolve(), {"value": array})
+
+
+def _open(
+    folder: pathlib.Path, shape: tuple[int, ...], context: Mapping[str, Any]
+) -> tensorstore.TensorStore:
+    """The array that `_save` wrote. Not through Orbax, which holds a weight on the host twice."""
+    try:
+        (header,) = folder.rglob(".zarray")
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": str(header.parent)},
+            "fill_missing_data_reads": False,
+            "context": context,
+        }
+        stored = tensorstore.open(spec, open=True, read=True).result()
+        if stored.shape != shape:
+            raise ValueError(f"its shape is {stored.shape}")
+    except (ValueError, OSError) as error:
+        raise DirectoryError(f"{folder} cannot be read as {shape}: {error}") from error
+    return stored
+
+
+def _read(stored: tensorstore.TensorStore, folder: pathlib.Path, index: Any) -> np.ndarray:
+    try:
+        return stored[index].read().result()
+    except (ValueError, OSError) as error:
+        raise DirectoryError(f"{folder} cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what Orbax reports of every single weight, and that there is no OCDBT to merge."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        is_routine = "Skipping merge of OCDBT" in record.getMessage()
+        return record.levelno >= logging.WARNING and not is_routine
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
+
+
+def _dump(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()

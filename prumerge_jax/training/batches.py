@@ -1,0 +1,224 @@
+"""From lists of examples to micro-batches of packed rows on the devices.
+
+A global batch is a fixed number of samples. How many visual tokens they have is known only once
+their images are encoded; then they are packed into as many micro-batches of one shape as they need.
+The images of the next batch are encoded while the current step runs.
+
+Each process reads, encodes and packs the samples of its own data shards. All run the same number of
+micro-batches: those that need fewer go on with empty rows.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from prumerge_jax.data import packing
+from prumerge_jax.data.pipeline import Example
+from prumerge_jax.prumerge import VisualTokens
+from prumerge_jax.sharding.processes import (
+    DataShards,
+    addressable_rows,
+    allgather_ints,
+    to_global_array,
+)
+from prumerge_jax.training.next_token import RowBatch
+
+
+class Prepared(NamedTuple):
+    """One global batch, ready for a step.
+
+    Attributes:
+      batches: its micro-batches.
+      samples: samples used so far over all processes, this batch included: where a resumed run
+        goes on.
+      counts: totals over all processes, for the record. `samples`, `images`; `visual_tokens` of all
+        images after the reduction; `tokens`, real positions of all rows, and `positions`, computed
+        ones; `truncated_samples`, cut to the row length; `mismatched_samples`, of which nothing is
+        learned because their rounds did not add up.
+    """
+
+    batches: list[Any]
+    samples: int
+    counts: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """The one shape of every micro-batch.
+
+    Attributes:
+      rows: of all devices together; a multiple of the mesh's data shards.
+      length: T, also the longest sample: what goes beyond is cut off, as in LLaVA, and counted.
+      position_ids: see `packing.pack_window`.
+    """
+
+    rows: int
+    length: int
+    position_ids: packing.PositionIds = "compact"
+
+
+class RowFeed:
+    """Encodes, packs and places the batches of a run.
+
+    Args:
+      encode: images [B, S, S, 3] uint8 on the devices -> their visual tokens.
+      num_patches: N, the patches of an unreduced image.
+      shape: of the rows.
+      mesh: the devices.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[jax.Array], VisualTokens],
+        *,
+        num_patches: int,
+        shape: RowShape,
+        mesh: Mesh,
+    ) -> None:
+        self._encode = encode
+        self._num_patches = num_patches
+        self._shape = shape
+        self._mesh = mesh
+        self._shards = DataShards.of(mesh)
+
+    def __call__(self, lists: Iterable[list[Example]], samples: int) -> Iterator[Prepared]:
+        """Prepares global batches, encoding one ahead.
+
+        Args:
+          lists: this process's samples of each global batch.
+          samples: used before the first of them, over all processes.
+        """
+        waiting: tuple[list[Example], VisualTokens] | None = None
+        for examples in lists:
+            pixels = np.stack([example.pixels for example in examples])
+            ahead = examples, self._encode(to_global_array(pixels, self._mesh))
+            if waiting is not None:
+                samples += self._global(len(waiting[0]))
+                yield self._prepare(*waiting, samples)
+            waiting = ahead
+        if waiting is not None:
+            yield self._prepare(*waiting, samples + self._global(len(waiting[0])))
+
+    def _global(self, rows: int) -> int:
+        return rows * self._shards.total // len(self._shards.local)
+
+    def _prepare(self, examples: Sequence[Example], visual: VisualTokens, samples: int) -> Prepared:
+        layout = self._layout(examples, visual)
+        requests = [
+            fit_request(example, row, int(layout.lengths[row]), self._shape.length)
+            for row, example in enumerate(examples)
+        ]
+        truncated = sum(
+            request.token_ids.size < example.token_ids.size
+            for request, example in zip(requests, examples, strict=True)
+        )
+        shards = len(self._shards.local)
+        windows = packing.pack_window(
+            requests,
+            layout,
+            self._shape.length,
+            self._shape.rows // self._shards.total * shards,
+            shards=shards,
+            position_ids=self._shape.position_ids,
+        )
+        has_image = np.array([example.has_image for example in examples])
+        counts = {
+            "samples": len(examples),
+            "images": int(has_image.sum()),
+            "visual_tokens": int(layout.lengths[has_image].sum()),
+            "tokens": sum(int((rows.segment_ids > 0).sum()) for rows in windows),
+            "truncated_samples": int(truncated),
+            "mismatched_samples": sum(bool(example.mismatch) for example in examples),
+        }
+        everyone = allgather_ints([len(windows), *counts.values()])
+        most, sums = (
+            int(everyone[:, 0].max()),
+            everyone[list(self._shards.representatives), 1:].sum(0),
+        )
+        counts = dict(zip(counts, sums.tolist(), strict=True))
+        counts["positions"] = most * self._shape.rows * self._shape.length
+        windows += [_empty(windows[0])] * (most - len(windows))
+        image_rows = np.array(self._shards.rows(self._global(len(examples))))
+        batches = [self._place_rows(rows, visual.tokens, image_rows) for rows in windows]
+        return Prepared(batches, samples, counts)
+
+    def _layout(self, examples: Sequence[Example], visual: VisualTokens) -> packing.VisualLayout:
+        """What the planner must know of the encoded images, fetched from the devices.
+
+        Raises:
+          FloatingPointError: the tower's attention is not finite for an image.
+          ValueError: an image needs more visual tokens than the capacity.
+        """
+        required = addressable_rows(visual.required)
+        capacity = visual.tokens.shape[1]
+        for example, needed in zip(examples, required, strict=True):
+            if needed < 0:
+                raise FloatingPointError(
+                    f"the vision tower's attention is not finite on the image of sample "
+                    f"{example.id!r}"
+                )
+            if needed > capacity:
+                raise ValueError(
+                    f"the image of sample {example.id!r} needs {needed} visual tokens, the "
+                    f"capacity is {capacity}; set reduction_options.capacity to at least {needed}, "
+                    "or to None for the most any image can need"
+                )
+        return packing.VisualLayout(
+            addressable_rows(visual.lengths),
+            addressable_rows(visual.patch_indices),
+            self._num_patches,
+        )
+
+    def _place_rows(
+        self, rows: packing.Rows, visual_tokens: jax.Array, image_rows: np.ndarray
+    ) -> RowBatch:
+        # The plan numbers the images of this process, the arrays those of the global batch.
+        image, slot = np.divmod(rows.visual_index, visual_tokens.shape[1])
+        visual_index = image_rows[image] * visual_tokens.shape[1] + slot
+        visual_index = np.where(rows.visual_index < 0, -1, visual_index).astype(np.int32)
+        return RowBatch(
+            ids=to_global_array(rows.ids, self._mesh),
+            visual_index=to_global_array(visual_index, self._mesh),
+            positions=to_global_array(rows.positions, self._mesh),
+            segment_ids=to_global_array(rows.segment_ids, self._mesh),
+            targets=to_global_array(rows.targets, self._mesh),
+            visual_tokens=visual_tokens,
+        )
+
+
+def fit_request(
+    example: Example, image_row: int, visual_tokens: int, length: int
+) -> packing.Request:
+    """The longest beginning of a sample that fits into `length` tokens, visual ones included.
+
+    LLaVA cuts at the same place, after the visual tokens are inserted; fewer of them leave room
+    for more text. An image that would not fit whole goes, with all that follows it.
+    """
+    is_image = example.token_ids == packing.IMAGE_TOKEN
+    ends = np.cumsum(np.where(is_image, visual_tokens, 1))
+    kept = int(np.searchsorted(ends, length, side="right"))
+    return packing.Request(
+        example.token_ids[:kept],
+        (image_row,) * int(is_image[:kept].sum()),
+        example.labels[:kept],
+    )
+
+
+def _empty(rows: packing.Rows) -> packing.Rows:
+    """Rows of the same shape without a segment."""
+    none = np.zeros(0, np.int32)
+    return packing.Rows(
+        ids=np.zeros_like(rows.ids),
+        visual_index=np.full_like(rows.visual_index, -1),
+        positions=np.zeros_like(rows.positions),
+        segment_ids=np.zeros_like(rows.segment_ids),
+        targets=np.full_like(rows.targets, packing.IGNORE),
+        requests=none,
+        row_of=none,
+        start_of=none,
+        length_of=none,
+    )

@@ -1,0 +1,113 @@
+"""Reading HLO: trip counts, asynchronous collectives, bytes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from prumerge_jax.aot.hlo import Traffic, program_cost
+from prumerge_jax.sharding.mesh import make_mesh
+
+# As XLA writes it for TPUs, shortened: a scan of 32 around an asynchronous all-gather that is named
+# in its start, in the fusion it overlaps with and in its end; a kernel's configuration that breaks
+# the line; a tuple all-reduce outside.
+TPU = """HloModule jit_step, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %add = f32[]{:T(128)} add(%a, %b)
+}
+
+%begin.1 (p: bf16[1,64,512]) -> (bf16[1,64,512], bf16[1,512,512]) {
+  %p = bf16[1,64,512]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %gather.1 = bf16[1,512,512]{2,1,0:T(8,128)(2,1)} all-gather(%p), channel_id=75, dimensions={1}
+  ROOT %call.1 = (bf16[1,64,512]{2,1,0}, bf16[1,512,512]{2,1,0}) custom-call(%gather.1)
+}
+
+%overlap.1 (p: bf16[1,64,512], w: bf16[256,128]) -> bf16[256,128] {
+  %p = bf16[1,64,512]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %gather.2 = bf16[1,512,512]{2,1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=75
+  ROOT %w = bf16[256,128]{1,0:T(8,128)(2,1)} parameter(1)
+}
+
+%body (state: (s32[], bf16[1,64,512], /*index=2*/bf16[256,128])) -> (s32[], bf16[1,64,512]) {
+  %state = (s32[]{:T(128)}, bf16[1,64,512]{2,1,0}, /*index=2*/bf16[256,128]{1,0}) parameter(0)
+  %weight = bf16[1,64,512]{2,1,0} get-tuple-element(%state), index=1
+  %begin = (bf16[1,64,512]{2,1,0}, bf16[1,512,512]{2,1,0}) fusion(%weight), calls=%begin.1
+  %kernel = bf16[256,128]{1,0} custom-call(%state), backend_config={"kernel":{
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="splash"}
+  ROOT %fusion.1 = (s32[]{:T(128)}, bf16[1,64,512]{2,1,0}) fusion(%begin, %kernel), \
+calls=%overlap.1, backend_config={"estimated_cycles":"1000"}
+}
+
+%condition (state: (s32[], bf16[1,64,512], bf16[256,128])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(32)
+  %state = (s32[]{:T(128)}, bf16[1,64,512]{2,1,0}, bf16[256,128]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT
+}
+
+ENTRY %main (x: (s32[], bf16[1,64,512], bf16[256,128])) -> (f32[128], f32[]) {
+  %x = (s32[]{:T(128)}, bf16[1,64,512]{2,1,0}, bf16[256,128]{1,0}) parameter(0)
+  %loop = (s32[]{:T(128)}, bf16[1,64,512]{2,1,0}) while(%x), condition=%condition, body=%body
+  %loss = (f32[128]{0}, f32[]) fusion(%loop), backend_config={"estimated_cycles":"7"}
+  ROOT %reduce = (f32[128]{0:T(128)}, f32[]{:T(128)}) all-reduce(%loss), to_apply=%sum
+}
+"""
+
+
+def test_a_tpu_program() -> None:
+    cost = program_cost(TPU)
+    assert cost.collectives == {
+        "all-gather": Traffic(32, 32 * 512 * 512 * 2),
+        "all-reduce": Traffic(1, 2 * (128 + 1) * 4),
+    }
+    assert cost.cycles == 32 * 1000 + 7
+    assert cost.open_loops == 0
+
+
+@pytest.mark.parametrize(
+    ("fixed", "open_ended"),
+    [
+        ("constant(32)", "copy(%state)"),
+        # Ends sooner if something else says so, as decoding does.
+        (
+            "ROOT %lt = pred[]{:T(512)} compare(",
+            "ROOT %both = pred[] and(%lt, %i)\n  %lt = compare(",
+        ),
+    ],
+)
+def test_a_loop_of_unknown_length_counts_once(fixed: str, open_ended: str) -> None:
+    assert fixed in TPU
+    cost = program_cost(TPU.replace(fixed, open_ended))
+    assert cost.collectives["all-gather"].executions == 1
+    assert cost.open_loops == 1
+
+
+def test_text_of_something_else_is_refused() -> None:
+    with pytest.raises(ValueError, match="no entry computation"):
+        program_cost("module @jit_step {\n}")
+
+
+def test_collectives_of_a_scan_as_compiled_here() -> None:
+    mesh = make_mesh(data=2, fsdp=4)
+
+    def shard(x: jax.Array) -> jax.Array:
+        def body(carry: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return jnp.tanh(jax.lax.psum(carry, "fsdp")), None
+
+        x, _ = jax.lax.scan(body, x, length=5)
+        return jax.lax.all_gather(x, "data", tiled=True)
+
+    with jax.set_mesh(mesh):
+        spec = PartitionSpec(("data", "fsdp"))
+        split = jax.shard_map(shard, in_specs=spec, out_specs=spec, check_vma=False)
+        text = jax.jit(split).lower(jnp.ones((8, 3))).compile().as_text()
+    cost = program_cost(text)
+    assert cost.collectives == {
+        "all-gather": Traffic(1, 2 * 3 * 4),
+        "all-reduce": Traffic(5, 5 * 2 * 1 * 3 * 4),
+    }
+    assert cost.cycles == cost.open_loops == 0

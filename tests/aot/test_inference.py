@@ -1,0 +1,55 @@
+"""Plans of inference: what is refused, and what is printed."""
+
+import pytest
+
+from prumerge_jax import prumerge
+from prumerge_jax.aot.compile import Program
+from prumerge_jax.aot.hlo import ProgramCost
+from prumerge_jax.aot.inference import InferencePlan, plan_inference
+from prumerge_jax.aot.topology import Topology
+from prumerge_jax.cost import CHIPS, Operation
+from prumerge_jax.engine.shapes import EngineConfig, Shapes
+from prumerge_jax.models.config import published
+
+GIB = 2**30
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+SMALL = EngineConfig(
+    batch_size=2, window=2, row_length=128, rows=2, slots=2, cache_length=128, chunk=2
+)
+
+
+def test_shapes_that_do_not_divide_are_refused_before_anything_is_compiled() -> None:
+    slice_of_8 = Topology("v5e:2x4", CHIPS["tpu-v5e"], (None,) * 8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch_size 2 does not divide over the 4 data shards"):
+        plan_inference(
+            published("tiny"), SMALL, prumerge.preset("prumerge+"), slice_of_8, ONE | {"fsdp": 4}
+        )
+
+
+def program(name: str, cycles: int, open_loops: int = 0) -> Program:
+    cost = ProgramCost({}, cycles, open_loops)
+    return Program(name, GIB, GIB // 4, GIB // 2, cost, kernel_flops=0.0, compile_seconds=1.0)
+
+
+def test_the_printed_plan_compares_with_the_floor_of_its_chips() -> None:
+    lengths = {"row_length": 128, "longest_prompt": 128, "cache_length": 128}
+    shapes = Shapes(**{**vars(SMALL), **lengths})
+    plan = InferencePlan(
+        topology=Topology("v5e:2x4", CHIPS["tpu-v5e"], (None,) * 8),  # type: ignore[arg-type]
+        mesh=ONE | {"tensor": 2},
+        shapes=shapes,
+        # 6 and 3 million cycles at 1.5 GHz
+        programs=(program("read", 6_000_000), program("decode", 3_000_000, open_loops=1)),
+        work={"read": Operation(197e9 * 4, 0.0), "decode": Operation(0.0, 0.819e9 * 2)},
+        resident=2 * GIB,
+        rejected=("tensor=1: too large",),
+    )
+    assert plan.memory == 2 * GIB + GIB // 2 + GIB // 4
+    text = "\n".join(plan.lines())
+    assert "2 of 8 chips, mesh data=1 fsdp=1 tensor=2" in text
+    assert "rejected: tensor=1: too large" in text
+    assert "2 rows of 128, 2 slots of 128" in text
+    assert "2.75 of 15.75 GiB, 2.00 of it resident" in text
+    assert "decode: none (a loop of unknown length counts once)" in text
+    assert "read: 0.79 T, 2.00 ms (compute bound), 50 %" in text
+    assert "decode: 0.00 T, 1.00 ms (memory bound), 50 %" in text

@@ -1,0 +1,83 @@
+"""Slices that are not there: their chips, errors, meshes on them, and which attention they get."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from prumerge_jax.aot.compile import candidates
+from prumerge_jax.aot.topology import topology
+from prumerge_jax.cost import CHIPS
+from prumerge_jax.models.attention import default_implementation
+from prumerge_jax.sharding.mesh import mesh_on, use_mesh
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install 'prumerge_jax[tpu]'",
+)
+
+
+@pytest.fixture(autouse=True)
+def beside_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "chips", "chip"),
+    [("v5e:2x4", 8, "tpu-v5e"), ("v5p:2x2x2", 8, "tpu-v5p"), ("v6e:8x8", 64, "tpu-v6e")],
+)
+def test_a_slice_has_its_chips(name: str, chips: int, chip: str) -> None:
+    found = topology(name)
+    assert len(found.devices) == chips
+    assert found.chip == CHIPS[chip]
+    assert found.chip.tpu is not None
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v5e", "v5e:3x3", "v9:2x2"])
+def test_an_unknown_slice_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown topology '{name}'"):
+        topology(name)
+
+
+def test_without_libtpu_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'prumerge_jax\[tpu\]'"):
+        topology("v5e:2x2")
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("v6e:16x16", (4, 64, 1)), ("v6e:8x8", (1, 32, 2)), ("v5p:4x4x4", (1, 32, 2))],
+)
+def test_a_mesh_may_split_the_axes_of_a_torus(name: str, sizes: tuple[int, int, int]) -> None:
+    devices = topology(name).devices
+    assert set(mesh_on(devices, *sizes).devices.flat) == set(devices)
+
+
+@needs_libtpu
+def test_attention_is_that_of_the_mesh_and_not_of_this_machine() -> None:
+    mesh = mesh_on(topology("v5e:2x2").devices, fsdp=4)
+    with use_mesh(mesh):
+        assert default_implementation(jnp.bfloat16, 128) == "splash"
+        assert default_implementation(jnp.bfloat16, 64) == "splash"
+        assert default_implementation(jnp.bfloat16, 80) == "xla"
+    assert jax.default_backend() == "cpu"
+    assert default_implementation(jnp.bfloat16, 128) == "blocks"
+
+
+def test_candidate_meshes_use_all_devices_and_split_ever_further() -> None:
+    found = list(candidates({"data": 2, "fsdp": 4, "tensor": 1}))
+    assert found == [
+        {"data": 2, "fsdp": 4, "tensor": 1},
+        {"data": 1, "fsdp": 8, "tensor": 1},
+        {"data": 1, "fsdp": 4, "tensor": 2},
+        {"data": 1, "fsdp": 2, "tensor": 4},
+        {"data": 1, "fsdp": 1, "tensor": 8},
+    ]
+    assert list(candidates({"data": 1, "fsdp": 3, "tensor": 2})) == [
+        {"data": 1, "fsdp": 3, "tensor": 2}
+    ]

@@ -1,0 +1,152 @@
+"""Plans of training: their arithmetic, their errors, and a real one for a small slice."""
+
+import dataclasses
+import importlib.util
+import math
+import pathlib
+import subprocess
+import sys
+
+import ml_collections
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs import common
+from prumerge_jax.aot.compile import DoesNotFit, Program
+from prumerge_jax.aot.hlo import ProgramCost, Traffic
+from prumerge_jax.aot.topology import Topology, topology
+from prumerge_jax.aot.training import PACKING, Samples, TrainingPlan, plan_training
+from prumerge_jax.cost import CHIPS, counts
+from prumerge_jax.models.config import LlavaConfig, TextConfig, published
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+GIB = 2**30
+V5E = CHIPS["tpu-v5e"]
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install 'prumerge_jax[tpu]'",
+)
+
+
+def program(name: str, cycles: int, received: int, temporaries: int = 0) -> Program:
+    cost = ProgramCost({"all-gather": Traffic(3, received)}, cycles, open_loops=0)
+    return Program(name, GIB, GIB // 4, temporaries, cost, kernel_flops=0.0, compile_seconds=1.0)
+
+
+def plan(samples: Samples) -> TrainingPlan:
+    return TrainingPlan(
+        topology=Topology("v5e:2x4", V5E, (None,) * 8),  # type: ignore[arg-type]
+        model=published("llava-1.5-7b"),
+        mesh={"data": 1, "fsdp": 8, "tensor": 1},
+        samples=samples,
+        row_positions=8 * 2048,
+        lora_rank=128,
+        encode=program("encode", cycles=15_000_000, received=0),
+        accumulate=program("accumulate", 1_500_000_000, 300 * 10**9, temporaries=3 * GIB),
+        update=program("update", cycles=3_000_000, received=0),
+        resident=5 * GIB,
+    )
+
+
+@given(count=st.integers(8, 512), visual=st.integers(1, 576), text=st.integers(1, 2000))
+def test_rows_hold_all_samples_and_time_follows_the_micro_batches(
+    count: int, visual: int, text: int
+) -> None:
+    found = plan(Samples(count, visual, text))
+    positions = found.micro_batches * found.row_positions
+    tokens = PACKING * count * (visual + text)
+    assert positions - found.row_positions < tokens <= positions
+    # 15 and 3 million cycles at 1.5 GHz; 1 s of computing hides behind 1.5 s on the links.
+    assert math.isclose(found.seconds, 0.010 + found.micro_batches * 1.5 + 0.002)
+    flops = counts.training_flops(found.model, visual, text, 128)
+    peak = 8 * V5E.flops * found.seconds
+    assert math.isclose(found.utilisation, count * sum(flops.values()) / peak)
+
+
+def test_memory_is_what_stays_and_the_largest_working_set() -> None:
+    assert plan(Samples(128, 144, 200)).memory == 5 * GIB + 3 * GIB + GIB // 4
+
+
+def test_the_printed_plan_says_what_it_assumes_and_that_nothing_ran() -> None:
+    found = dataclasses.replace(plan(Samples(128, 144, 200)), rejected=("data=1: too large",))
+    text = "\n".join(found.lines())
+    assert "8 chips, mesh data=1 fsdp=8 tensor=1" in text
+    assert "rejected: data=1: too large" in text
+    assert "144 visual and 200 text tokens" in text
+    assert "3 micro-batches of 16384 positions, 90 % of them real" in text
+    assert "8.25 of 15.75 GiB" in text
+    assert "accumulate: 3 all-gather 300.00 GB" in text
+    assert "compiled, not run" in text
+
+
+def tiny_config(**changes: object) -> ml_collections.ConfigDict:
+    """Text alone, one layer of two heads as wide as the TPU's attention kernel wants."""
+    config = common.training()
+    text = TextConfig(
+        vocab_size=256, width=256, mlp_width=256, num_layers=1, num_heads=2, num_kv_heads=2
+    )
+    config.model = common.sizes(LlavaConfig(vision=published("tiny").vision, text=text))
+    config.learning_rates = (("decoder.*.lora_?", 1e-4),)
+    config.adapter = ml_collections.ConfigDict({"rank": 8, "alpha": 16.0, "dropout": 0.0})
+    config.reduction = None
+    config.max_length = 128
+    config.batch_size = 8
+    config.update(changes)
+    return config
+
+
+def _unsplittable() -> ml_collections.ConfigDict:
+    """Neither the samples nor the heads divide by the four chips of a slice."""
+    config = tiny_config(batch_size=7)
+    config.model.text.num_heads = config.model.text.num_kv_heads = 3
+    return config
+
+
+@needs_libtpu
+def test_a_step_compiled_for_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    slice_of_4 = topology("v5e:2x2")
+    found = plan_training(tiny_config(batch_size=6), slice_of_4)
+    assert found.mesh == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert "batch_size 6 is no multiple of its 4 data shards" in found.rejected[0]
+    assert found.encode is None
+    assert found.samples.visual_tokens == 0
+    assert found.row_positions == 2 * 128
+    assert found.accumulate.kernel_flops > 0  # the attention kernel that a TPU would run
+    assert found.accumulate.cost.cycles > found.update.cost.cycles > 0
+    assert found.accumulate.cost.open_loops == 0
+    assert 0 < found.resident < found.memory < GIB
+    # Frozen weights in bfloat16 over up to four chips; float32 adapters, sums and two moments.
+    model = found.model
+    decoder = counts.parameters(model).total * 2
+    adapters = 16 * counts.lora_parameters(model.text, 8)
+    assert decoder / 4 < found.resident < decoder + adapters
+
+    with pytest.raises(DoesNotFit, match="batch_size 7 is no multiple of its 4 data shards"):
+        plan_training(_unsplittable(), slice_of_4)
+
+
+def test_other_stages_are_refused() -> None:
+    none = Topology("v5e:1x1", V5E, (None,))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="plans are for 'next_token'"):
+        plan_training(tiny_config(objective="contrastive"), none)
+
+
+def train(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "train.py"), "--config=configs/prumerge_7b_lora.py"]
+    return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
+
+
+@needs_libtpu
+def test_an_unknown_slice_ends_the_command_with_a_reason() -> None:
+    out = train("--aot=v9:2x2")
+    assert out.returncode == 1
+    assert "train.py: unknown topology 'v9:2x2'" in out.stderr
+
+
+def test_either_a_workdir_or_a_slice_is_asked_for() -> None:
+    out = train()
+    assert out.returncode != 0
+    assert "workdir" in out.stderr
+    assert "aot" in out.stderr

@@ -1,0 +1,283 @@
+"""The model directory: what is written comes back, and nothing damaged or unfinished does."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from prumerge_jax.models import config_json
+from prumerge_jax.models.config import LlavaConfig, published
+from prumerge_jax.models.layers import AdapterConfig
+from prumerge_jax.store import model_directory as directory
+from prumerge_jax.store import strict_json
+from prumerge_jax.store.model_directory import DirectoryError, DirectoryWriter
+
+TINY = published("tiny")
+
+
+def arrays(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "decoder.layers.mlp.up_proj.kernel": rng.normal(size=(3, 8, 16)).astype(jnp.bfloat16),
+        "decoder.norm.scale": rng.normal(size=8).astype(np.float32),
+        "vision.class_embedding": rng.normal(size=4).astype(np.float16),
+    }
+
+
+def targets(stored: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {path: jax.ShapeDtypeStruct(a.shape, a.dtype) for path, a in stored.items()}
+
+
+@pytest.fixture
+def written(tmp_path: pathlib.Path) -> pathlib.Path:
+    folder = tmp_path / "model"
+    with DirectoryWriter(folder, TINY, adapter=AdapterConfig(rank=4), source={"of": "x"}) as writer:
+        for path, array in arrays().items():
+            writer.write_array(path, array)
+        writer.write_file("tokenizer.json", b"{}")
+    return folder
+
+
+def test_everything_comes_back_bit_for_bit(written: pathlib.Path) -> None:
+    directory.verify(written)
+    assert config_json.read_config(written) == TINY
+    assert config_json.read_adapter(written) == AdapterConfig(rank=4)
+    assert directory.read_manifest(written).source == {"of": "x"}
+    loaded = directory.load_arrays(written, targets(arrays()))
+    for path, array in arrays().items():
+        assert loaded[path].dtype == array.dtype
+        assert np.asarray(loaded[path]).tobytes() == array.tobytes()
+    assert sorted(p.name for p in written.parent.iterdir()) == ["model"]
+
+
+def test_weights_arrive_in_their_shards(written: pathlib.Path) -> None:
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    wanted = targets(arrays())
+    path = "decoder.layers.mlp.up_proj.kernel"
+    sharding = NamedSharding(mesh, P(None, "fsdp", "tensor"))
+    wanted[path] = jax.ShapeDtypeStruct((3, 8, 16), jnp.bfloat16, sharding=sharding)
+    loaded = directory.load_arrays(written, wanted)[path]
+    assert loaded.sharding == sharding
+    assert {shard.data.shape for shard in loaded.addressable_shards} == {(3, 4, 4)}
+    assert np.asarray(loaded).tobytes() == arrays()[path].tobytes()
+
+
+def test_a_weight_is_read_into_host_memory(written: pathlib.Path) -> None:
+    for path, array in arrays().items():
+        read = directory.read_array(written, path)
+        assert type(read) is np.ndarray
+        assert (read.dtype, read.tobytes()) == (array.dtype, array.tobytes())
+    with pytest.raises(DirectoryError, match="lacks the weight b"):
+        directory.read_array(written, "b")
+
+
+def test_a_weight_of_many_chunks_is_whole(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory, "_CHUNK_BYTES", 64)
+    array = np.arange(5 * 7 * 9, dtype=np.float32).reshape(5, 7, 9)
+    with DirectoryWriter(tmp_path / "m", TINY) as writer:
+        # What conversion hands over is often a transposed view.
+        writer.write_array("a", np.asarray(array.transpose(0, 2, 1)))
+    loaded = directory.load_arrays(tmp_path / "m", targets({"a": array.transpose(0, 2, 1)}))["a"]
+    np.testing.assert_array_equal(loaded, array.transpose(0, 2, 1))
+    assert sum(p.stat().st_size > 0 for p in (tmp_path / "m/params/a/state").rglob("*.*.*")) > 20
+
+
+def test_another_dtype_is_cast_once_with_rounding(written: pathlib.Path) -> None:
+    wanted = targets(arrays())
+    wanted["decoder.norm.scale"] = jax.ShapeDtypeStruct((8,), jnp.bfloat16)
+    loaded = directory.load_arrays(written, wanted)["decoder.norm.scale"]
+    expected = arrays()["decoder.norm.scale"].astype(jnp.bfloat16)
+    assert np.asarray(loaded).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("decoder.norm.scale"), r"does not have.*decoder\.norm\.scale"),
+        (lambda t: t.update(b=jax.ShapeDtypeStruct((1,), "float32")), r"lacks.*'b'"),
+        (
+            lambda t: t.update({"decoder.norm.scale": jax.ShapeDtypeStruct((9,), "float32")}),
+            r"decoder\.norm\.scale: stored \(8,\), expected \(9,\)",
+        ),
+    ],
+)
+def test_other_weights_than_asked_for_are_errors(
+    written: pathlib.Path, change: object, message: str
+) -> None:
+    wanted = targets(arrays())
+    change(wanted)  # type: ignore[operator]
+    with pytest.raises(DirectoryError, match=message):
+        directory.load_arrays(written, wanted)
+
+
+def test_every_damaged_file_is_named(written: pathlib.Path) -> None:
+    listed = directory.read_manifest(written).files
+    files = [written / name for name, (size, _) in listed.items() if size]
+    assert len(files) > 10
+    for file in files:
+        intact = file.read_bytes()
+        flipped = bytearray(intact)
+        flipped[len(intact) // 2] ^= 1
+        for damaged in (bytes(flipped), intact[:-1], None):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            with pytest.raises(ValueError, match=file.name):
+                directory.verify(written)
+            file.write_bytes(intact)
+    directory.verify(written)
+
+
+def test_sizes_are_verified_without_hashes(written: pathlib.Path) -> None:
+    file = written / "tokenizer.json"
+    file.write_bytes(b"[]")
+    directory.verify(written, hashes=False)
+    file.write_bytes(b"{ }")
+    with pytest.raises(DirectoryError, match=r"tokenizer.json has 3 bytes"):
+        directory.verify(written, hashes=False)
+
+
+def test_strangers_among_the_weights_and_links_are_refused(written: pathlib.Path) -> None:
+    (written / "params" / "extra").write_bytes(b"x")
+    with pytest.raises(DirectoryError, match="extra is not in the manifest"):
+        directory.verify(written)
+    (written / "params" / "extra").unlink()
+    (written / "tokenizer.json").rename(written / "elsewhere")
+    (written / "tokenizer.json").symlink_to("elsewhere")
+    with pytest.raises(DirectoryError, match="not a plain file"):
+        directory.verify(written)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b"])
+def test_manifest_entries_stay_inside(written: pathlib.Path, name: str) -> None:
+    manifest = json.loads((written / "manifest.json").read_text())
+    manifest["files"][name] = {"size": 1, "sha256": ""}
+    (written / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DirectoryError, match="leads out"):
+        directory.verify(written)
+
+
+def test_altered_config_is_refused(written: pathlib.Path) -> None:
+    config = written / "config.json"
+    config.write_bytes(config.read_bytes().replace(b'"width": 32', b'"width": 64'))
+    with pytest.raises(DirectoryError, match="another hash"):
+        config_json.read_config(written)
+
+
+def test_an_error_leaves_nothing(tmp_path: pathlib.Path) -> None:
+    def fail_halfway() -> None:
+        with DirectoryWriter(tmp_path / "m", TINY) as writer:
+            writer.write_array("a", np.ones(3, np.float32))
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        fail_halfway()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_writer_leaves_nothing_that_loads_and_can_be_repeated(
+    tmp_path: pathlib.Path,
+) -> None:
+    program = (
+        "import os, signal, sys, numpy as np\n"
+        "from prumerge_jax.models.config import published\n"
+        "from prumerge_jax.store.model_directory import DirectoryWriter\n"
+        "with DirectoryWriter(sys.argv[1], published('tiny')) as writer:\n"
+        "    writer.write_array('a', np.ones(3, np.float32))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    target = tmp_path / "m"
+    done = subprocess.run([sys.executable, "-c", program, str(target)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [p.name for p in tmp_path.iterdir()] == ["m.incomplete"]
+    for folder in (target, tmp_path / "m.incomplete"):
+        with pytest.raises(DirectoryError, match="not a finished model directory"):
+            config_json.read_config(folder)
+    with DirectoryWriter(target, TINY) as writer:
+        writer.write_array("b", np.ones(3, np.float32))
+    directory.verify(target)
+    assert set(directory.read_manifest(target).arrays) == {"b"}
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_one_writer_at_a_time_and_never_over_an_old_one(tmp_path: pathlib.Path) -> None:
+    with DirectoryWriter(tmp_path / "m", TINY) as first:
+        first.write_array("a", np.ones(3, np.float32))
+        with pytest.raises(DirectoryError, match="another process"):
+            DirectoryWriter(tmp_path / "m", TINY).__enter__()
+    with pytest.raises(DirectoryError, match="exists"):
+        DirectoryWriter(tmp_path / "m", TINY).__enter__()
+
+
+@pytest.mark.parametrize("path", ["", "..", "a/b", "a..b", ".a", "A b"])
+def test_malformed_names_are_refused(tmp_path: pathlib.Path, path: str) -> None:
+    with DirectoryWriter(tmp_path / "m", TINY) as writer:
+        with pytest.raises(DirectoryError):
+            writer.write_array(path, np.ones(1, np.float32))
+        for name in ("..", "a/b", "/a", "manifest.json", "params", "config.json"):
+            with pytest.raises(DirectoryError):
+                writer.write_file(name, b"")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision": {"width": 10**30}}, "width"),
+        ({"vision": {"width": "32"}}, "expected int"),
+        ({"vision": {"num_layers": True}}, "expected int"),
+        ({"text": {"rms_norm_eps": -1}}, "outside"),
+        ({"text": {"auto_map": "x"}}, "unknown fields"),
+        ({"text": {"num_kv_heads": 3}}, "not a multiple"),
+        ({"vision": {"pixel_std": [1, 2]}}, "list of 3"),
+        ({"projector": ["mlp2x_gelu"]}, "string"),
+        ({"text": None}, "expected an object"),
+    ],
+)
+def test_configs_are_parsed_by_whitelist(change: dict[str, object], message: str) -> None:
+    values = strict_json.to_json(TINY)
+    for key, part in change.items():
+        if isinstance(part, dict):
+            values[key].update(part)
+        else:
+            values[key] = part
+    with pytest.raises(ValueError, match=message):
+        config_json.from_json(LlavaConfig, json.loads(json.dumps(values)), "config.json")
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 512), st.floats(1, 1e6), st.sampled_from([None, 0, 31999]), st.integers(1, 8))
+def test_configs_round_trip(width: int, theta: float, image: int | None, layers: int) -> None:
+    text = dataclasses.replace(TINY.text, width=width, rope_theta=theta, num_layers=layers)
+    config = dataclasses.replace(TINY, text=text, image_token_id=image)
+    values = json.loads(json.dumps(strict_json.to_json(config)))
+    assert config_json.from_json(LlavaConfig, values, "x") == config
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": 1, "a": 2}', '{"a": NaN}', "[" * 100_000, "{", "\xff", '{"a": ' + "9" * 9999]
+)
+def test_json_is_read_strictly(tmp_path: pathlib.Path, text: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match="config.json"):
+        strict_json.load_json(file)
+
+
+def test_oversized_json_is_not_read(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "config.json"
+    file.touch()
+    os.truncate(file, 1 << 40)  # sparse
+    with pytest.raises(ValueError, match="larger than"):
+        strict_json.load_json(file)

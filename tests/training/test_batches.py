@@ -1,0 +1,139 @@
+"""From examples to micro-batches: what fits, what is counted, what is refused."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prumerge_jax.data.packing import IGNORE, IMAGE_TOKEN
+from prumerge_jax.data.pipeline import Example
+from prumerge_jax.prumerge import VisualTokens
+from prumerge_jax.sharding.mesh import make_mesh
+from prumerge_jax.training.batches import RowFeed, RowShape, fit_request
+from tests.training.conftest import make_examples
+
+CAPACITY, WIDTH = 5, 4
+
+
+def encoder(required: dict[int, int] | None = None, log: list[str] | None = None):
+    """Image b has b % CAPACITY + 1 tokens unless `required` says otherwise."""
+
+    def encode(pixels: np.ndarray) -> VisualTokens:
+        if log is not None:
+            log.append("encode")
+        wanted = np.arange(len(pixels)) % CAPACITY + 1
+        for row, count in (required or {}).items():
+            wanted[row] = count
+        return VisualTokens(
+            tokens=jnp.ones((len(pixels), CAPACITY, WIDTH)),
+            lengths=jnp.clip(wanted, 0, CAPACITY),
+            patch_indices=jnp.full((len(pixels), CAPACITY), -1),
+            required=jnp.array(wanted),
+        )
+
+    return encode
+
+
+def make_feed(encode, rows: int = 4, length: int = 24) -> RowFeed:
+    return RowFeed(encode, num_patches=16, shape=RowShape(rows, length), mesh=make_mesh())
+
+
+@settings(max_examples=60)
+@given(
+    before=st.integers(0, 12), after=st.integers(1, 12), visual=st.integers(0, 9),
+    length=st.integers(1, 24),
+)  # fmt: skip
+def test_a_sample_is_cut_where_its_tokens_exceed_the_row(
+    before: int, after: int, visual: int, length: int
+) -> None:
+    ids = np.concatenate([np.arange(3, 3 + before), [IMAGE_TOKEN], np.arange(50, 50 + after)])
+    ids = ids.astype(np.int32)
+    labels = np.where(ids >= 50, ids, IGNORE).astype(np.int32)
+    example = Example("x", np.zeros((1, 1, 3), np.uint8), True, ids, labels, False)
+    if before == 0 and visual > length:
+        return  # nothing fits at all; the stage refuses such a row length
+    request = fit_request(example, 7, visual, length)
+    kept = request.token_ids.size
+    np.testing.assert_array_equal(request.token_ids, ids[:kept])
+    np.testing.assert_array_equal(request.labels, labels[:kept])
+    has_image = kept > before
+    assert request.image_rows == ((7,) if has_image else ())
+    used = kept - has_image + has_image * visual
+    assert used <= length
+    following = visual if kept == before else 1
+    assert kept == ids.size or used + following > length
+
+
+def test_counts_say_what_is_in_the_batches() -> None:
+    examples = make_examples(6, image_size=8, vocabulary=90, text_only=(1,))
+    (prepared,) = make_feed(encoder())([examples], 100)
+    lengths = [
+        e.token_ids.size + (row % CAPACITY if e.has_image else 0) for row, e in enumerate(examples)
+    ]
+    counts = prepared.counts
+    assert prepared.samples == 106
+    assert counts["samples"] == 6
+    assert counts["images"] == 5
+    assert counts["visual_tokens"] == 1 + 3 + 4 + 5 + 1
+    assert counts["tokens"] == sum(lengths)
+    assert counts["positions"] == len(prepared.batches) * 4 * 24
+    assert counts["truncated_samples"] == counts["mismatched_samples"] == 0
+    targets = sum(int((batch.targets != IGNORE).sum()) for batch in prepared.batches)
+    assert targets == sum(int((e.labels[1:] != IGNORE).sum()) for e in examples)
+
+
+def test_too_many_samples_make_more_batches_and_long_ones_are_counted() -> None:
+    examples = make_examples(9, image_size=8, vocabulary=90)
+    (prepared,) = make_feed(encoder(), rows=1, length=14)([examples], 0)
+    assert len(prepared.batches) > 3
+    assert {batch.ids.shape for batch in prepared.batches} == {(1, 14)}
+    lengths = [e.token_ids.size + row % CAPACITY for row, e in enumerate(examples)]
+    assert prepared.counts["truncated_samples"] == sum(length > 14 for length in lengths) > 0
+
+
+def test_a_process_that_needs_fewer_micro_batches_goes_on_with_empty_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    examples = make_examples(6, image_size=8, vocabulary=90)
+    own: list[int] = []
+
+    def allgather_ints(values: list[int]) -> np.ndarray:
+        """Of two processes; the other one needs two micro-batches more."""
+        own.extend(values)
+        return np.array([values, [values[0] + 2, *values[1:]]])
+
+    feed = make_feed(encoder())
+    feed._shards = dataclasses.replace(feed._shards, representatives=(0, 1))
+    monkeypatch.setattr("prumerge_jax.training.batches.allgather_ints", allgather_ints)
+    (prepared,) = feed([examples], 0)
+    needed = own[0]
+    assert len(prepared.batches) == needed + 2
+    assert all((batch.segment_ids > 0).any() for batch in prepared.batches[:needed])
+    for batch in prepared.batches[needed:]:
+        assert not (batch.segment_ids > 0).any()
+        assert (batch.targets == IGNORE).all()
+        assert (batch.visual_index == -1).all()
+    assert prepared.counts["samples"] == 12
+    assert prepared.counts["positions"] == (needed + 2) * 4 * 24
+
+
+def test_the_next_batch_is_encoded_before_the_current_one_is_stepped() -> None:
+    log: list[str] = []
+    lists = [make_examples(2, image_size=8, vocabulary=90, seed=seed) for seed in range(3)]
+    samples = []
+    for prepared in make_feed(encoder(log=log))(lists, 0):
+        log.append("step")
+        samples.append(prepared.samples)
+    assert log == ["encode", "encode", "step", "encode", "step", "step"]
+    assert samples == [2, 4, 6]
+
+
+def test_too_many_visual_tokens_and_nan_are_refused_by_name() -> None:
+    examples = make_examples(3, image_size=8, vocabulary=90)
+    with pytest.raises(ValueError, match="'sample 1' needs 6 visual tokens, the capacity is 5"):
+        next(make_feed(encoder({1: 6}))([examples], 0))
+    with pytest.raises(FloatingPointError, match="not finite on the image of sample 'sample 2'"):
+        next(make_feed(encoder({2: -1}))([examples], 0))
