@@ -12,9 +12,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from prumerge_jax.data.tokenizer import IMAGE_PLACEHOLDER, IMAGE_TOKEN, Tokenizer
-
-IGNORE_LABEL = -100
+from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.data.tokens import IGNORE, IMAGE_PLACEHOLDER, IMAGE_TOKEN
 
 LabelProtocol = Literal["prumerge", "llava-1.2"]
 """Whose label lengths to use for the rounds after the first.
@@ -218,7 +217,7 @@ class LabelledText(NamedTuple):
 
     Attributes:
       ids: int32 [T], BOS first, `IMAGE_TOKEN` (-200) where an image stands.
-      labels: int32 [T], the ids to be predicted, `IGNORE_LABEL` (-100) elsewhere.
+      labels: int32 [T], the ids to be predicted, `IGNORE` (-100) elsewhere.
       mismatch: the rounds did not add up to the whole and every label was dropped: count these.
     """
 
@@ -296,7 +295,7 @@ def label_rounds(
     encode = _encoder(tokenizer, has_image)
     ids = np.array(encode(text), np.int32)
     labels = ids.copy()
-    labels[0] = IGNORE_LABEL
+    labels[0] = IGNORE
     answer_mark = template.human_end + template.assistant + template.gap
     later_excess = int(protocol == "llava-1.2" and tokenizer.style == "4.37")
     start = 1
@@ -307,14 +306,14 @@ def label_rounds(
         instruction = round_text[: round_text.index(answer_mark)] + answer_mark
         # Without BOS and without the word-start piece that the answer's first word will swallow.
         instruction_length = len(encode(instruction)) - 2 - excess
-        labels[start : start + instruction_length] = IGNORE_LABEL
+        labels[start : start + instruction_length] = IGNORE
         # BOS is counted in place of the </s> that ends the round.
         start += len(encode(round_text)) - excess
-    labels[start:] = IGNORE_LABEL
-    labels[ids == IMAGE_TOKEN] = IGNORE_LABEL
+    labels[start:] = IGNORE
+    labels[ids == IMAGE_TOKEN] = IGNORE
     mismatch = start < max_length and start != np.count_nonzero(ids != tokenizer.pad_id)
     if mismatch:
-        labels[:] = IGNORE_LABEL
+        labels[:] = IGNORE
     return LabelledText(ids, labels, mismatch)
 
 
@@ -325,7 +324,7 @@ def label_caption(tokenizer: Tokenizer, text: str) -> LabelledText:
     """
     ids = np.array(tokenizer.encode_prompt(text), np.int32)
     labels = ids.copy()
-    labels[: len(tokenizer.encode_prompt(IMAGE_PLACEHOLDER))] = IGNORE_LABEL
+    labels[: len(tokenizer.encode_prompt(IMAGE_PLACEHOLDER))] = IGNORE
     return LabelledText(ids, labels, mismatch=False)
 
 

@@ -5,6 +5,7 @@ level here and there, enough to change which tokens PruMerge keeps. Images stay 
 `normalize`, so they travel and are stored at a quarter of the size.
 """
 
+import dataclasses
 import io
 import os
 import warnings
@@ -172,6 +173,25 @@ def preprocess(
     left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
     image = image.resize(resized, Image.Resampling.BICUBIC)
     return np.array(image.crop((left, top, left + size, top + size)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageProcessor:
+    """From any image to the pixels that a vision tower takes; inference and training share it.
+
+    Attributes:
+      image_size: S, side of the pixels.
+      pixel_mean: of the tower's three channels, 0 to 1; the colour of the padding.
+      mode: what happens to an image that is not square.
+    """
+
+    image_size: int
+    pixel_mean: tuple[float, float, float]
+    mode: ImageMode = "pad"
+
+    def __call__(self, source: ImageSource, name: str | None = None) -> np.ndarray:
+        """uint8 [S, S, 3] of an image; errors as in `load_image` and `preprocess`."""
+        return preprocess(load_image(source, name), self.image_size, self.mode, self.pixel_mean)
 
 
 def _pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:

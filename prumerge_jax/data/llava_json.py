@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from prumerge_jax.data import conversation, images, samples
-from prumerge_jax.data.tokenizer import IMAGE_PLACEHOLDER
+from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER
 
 _ERRORS_SHOWN = 10
 

@@ -17,10 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-IMAGE_TOKEN = -200
-"""Stands in a request's token ids where the visual tokens of an image go (LLaVA's convention)."""
-IGNORE = -100
-"""Label of a position that takes no part in a loss or a score (PyTorch's convention)."""
+from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 
 PositionIds = Literal["compact", "original"]
 

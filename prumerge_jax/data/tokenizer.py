@@ -14,8 +14,7 @@ from typing import Literal, get_args
 
 import sentencepiece
 
-IMAGE_PLACEHOLDER = "<image>"
-IMAGE_TOKEN = -200
+from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER, IMAGE_TOKEN
 
 Style = Literal["4.31", "4.37"]
 """How literal special tokens inside a text are read.

@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 
 from prumerge_jax.data import samples
 from prumerge_jax.data.samples import Sample, Turn
-from prumerge_jax.data.tokenizer import IMAGE_PLACEHOLDER
+from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER
 from prumerge_jax.digits import questions as digits_questions
 from prumerge_jax.digits import scenes as digits
 

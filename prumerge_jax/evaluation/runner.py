@@ -19,7 +19,8 @@ import tqdm
 from prumerge_jax.data import conversation as conversations
 from prumerge_jax.data.images import ImageError
 from prumerge_jax.data.loading import stream_pixels
-from prumerge_jax.data.packing import IMAGE_TOKEN, PositionIds
+from prumerge_jax.data.packing import PositionIds
+from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.decoding import generate, warm_up
 from prumerge_jax.engine.engine import Engine, Query, Result
 from prumerge_jax.engine.programs import Sampling

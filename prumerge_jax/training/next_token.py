@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prumerge_jax.data.packing import IGNORE
+from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.llava import LlavaModel
 from prumerge_jax.sharding.mesh import constrain

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prumerge_jax.data.conversation import (
-    IGNORE_LABEL,
     TEMPLATES,
     SampleError,
     evaluation_prompt,
@@ -20,7 +19,8 @@ from prumerge_jax.data.conversation import (
     sample_turns,
     training_prompt,
 )
-from prumerge_jax.data.tokenizer import IMAGE_TOKEN, Tokenizer
+from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 
 VICUNA = TEMPLATES["vicuna_v1"]
 PLAIN = TEMPLATES["plain"]
@@ -137,7 +137,7 @@ def test_answer_and_end_are_supervised(small_model, question, answer, image):
         tokenizer = Tokenizer(small_model, style)
         ids, labels, mismatch = label_mask(tokenizer, sample, VICUNA, protocol)
         assert not mismatch
-        supervised = labels[labels != IGNORE_LABEL]
+        supervised = labels[labels != IGNORE]
         assert tokenizer.decode(supervised) == answer
         assert supervised[-1] == tokenizer.eos_id
         # One run at the very end, and nothing but the ids themselves.
@@ -157,14 +157,14 @@ def test_every_answer_of_a_long_conversation_is_supervised(golden, rounds):
         expected = [
             token for _, answer in rounds for token in [*tokenizer.encode(answer), tokenizer.eos_id]
         ]
-        assert labels[labels != IGNORE_LABEL].tolist() == expected
+        assert labels[labels != IGNORE].tolist() == expected
 
 
 def test_caption_and_newline_are_supervised(small_model):
     tokenizer = Tokenizer(small_model)
     ids, labels, mismatch = label_mask(tokenizer, conversation("Go\n<image>", "A cat."), PLAIN)
     assert ids.tolist() == [tokenizer.bos_id, IMAGE_TOKEN, *tokenizer.encode("A cat.\n")]
-    assert labels.tolist() == [IGNORE_LABEL] * 2 + tokenizer.encode("A cat.\n")
+    assert labels.tolist() == [IGNORE] * 2 + tokenizer.encode("A cat.\n")
     assert ids.dtype == labels.dtype == np.int32
     assert not mismatch
 
@@ -183,7 +183,7 @@ def test_mismatch_leaves_no_label_and_is_reported(small_model, turns):
     tokenizer = Tokenizer(small_model, "4.37")
     ids, labels, mismatch = label_mask(tokenizer, conversation(*turns), VICUNA, "llava-1.2")
     assert mismatch
-    assert np.all(labels == IGNORE_LABEL)
+    assert np.all(labels == IGNORE)
     assert len(labels) == len(ids)
 
 
@@ -203,7 +203,7 @@ def test_a_sample_beyond_the_limit_is_not_checked(small_model):
     assert label_mask(tokenizer, sample, VICUNA, max_length=2048).mismatch
     labelled = label_mask(tokenizer, sample, VICUNA, max_length=10)
     assert not labelled.mismatch
-    supervised = labelled.labels[labelled.labels != IGNORE_LABEL]
+    supervised = labelled.labels[labelled.labels != IGNORE]
     assert supervised.tolist() == [*tokenizer.encode("A"), tokenizer.eos_id]
 
 
@@ -276,7 +276,7 @@ def test_two_rounds_with_an_image(golden, style, protocol, length, supervised):
     sample = conversation("What is this?\n<image>", "A cat.", "What color?", "Black.")
     ids, labels, mismatch = label_mask(tokenizer, sample, VICUNA, protocol)
     assert len(ids) == length
-    assert np.flatnonzero(labels != IGNORE_LABEL).tolist() == supervised
+    assert np.flatnonzero(labels != IGNORE).tolist() == supervised
     assert tokenizer.decode(labels[supervised]) == "A cat. Black."
     assert not mismatch
 

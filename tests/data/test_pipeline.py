@@ -13,7 +13,8 @@ from PIL import Image
 from prumerge_jax.data import pipeline, samples
 from prumerge_jax.data.conversation import TEMPLATES, SampleError
 from prumerge_jax.data.images import ImageError
-from prumerge_jax.data.tokenizer import IMAGE_TOKEN, Tokenizer
+from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.digits import dataset as digits_vqa
 from prumerge_jax.digits import tokenizer as digits_tokenizer
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prumerge_jax.data.tokenizer import IMAGE_PLACEHOLDER, IMAGE_TOKEN, Tokenizer
+from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER, IMAGE_TOKEN
 from tests.data.conftest import train_model
 
 STYLES = ("4.31", "4.37")

@@ -7,7 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from prumerge_jax.data.conversation import TEMPLATES, evaluation_prompt, label_mask
-from prumerge_jax.data.tokenizer import IMAGE_TOKEN, Tokenizer
+from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.digits import questions as digits_questions
 from prumerge_jax.digits import scenes as digits
 from prumerge_jax.digits import tokenizer as digits_tokenizer

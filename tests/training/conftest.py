@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from prumerge_jax.data.packing import IGNORE, IMAGE_TOKEN
 from prumerge_jax.data.pipeline import Example
 from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.digits import tokenizer as digits_tokenizer
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prumerge_jax.data.packing import IGNORE, IMAGE_TOKEN
 from prumerge_jax.data.pipeline import Example
+from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.sharding.mesh import make_mesh
 from prumerge_jax.training.batches import RowFeed, RowShape, fit_request

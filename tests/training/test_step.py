@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prumerge_jax.data import packing
-from prumerge_jax.data.packing import IGNORE
+from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.sharding.mesh import use_mesh
 from prumerge_jax.sharding.processes import to_global_array
 from prumerge_jax.training.next_token import RowBatch
