@@ -25,7 +25,7 @@ from prefill import packed_rows
 
 from prumerge_jax import prumerge, sharding
 from prumerge_jax.cost import training_flops
-from prumerge_jax.data import tokens
+from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.engine import programs
 from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.config import LlavaConfig
@@ -84,7 +84,7 @@ class Trainer:
         if visual < vision.num_patches:
             reduction = prumerge.preset("prumerge", capacity=visual)
         learnt = (plan.visual_index < 0) & (plan.positions > visual + text // 2)
-        targets = np.where(learnt, plan.ids, tokens.IGNORE)
+        targets = np.where(learnt, plan.ids, IGNORE)
         placed = dataclasses.replace(plan, targets=targets)
         fields = {name: jnp.asarray(getattr(placed, name)) for name in RowBatch._fields[:-1]}
         raw = jnp.asarray(pixels)

@@ -20,7 +20,8 @@ from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms,
 from models import add_geometry_argument, geometry, random_llava_for_inference
 
 from prumerge_jax.cost import Workload, floor_seconds, operations
-from prumerge_jax.data import packing, tokens
+from prumerge_jax.data import packing
+from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
 from prumerge_jax.models.attention import default_implementation
 
@@ -33,7 +34,7 @@ def packed_rows(visual: int, text: int, length: int, rows: int) -> tuple[packing
     )
     ids = np.arange(text, dtype=np.int32) % 100
     requests = [
-        packing.Request(np.insert(ids, 1, tokens.IMAGE_TOKEN), (image,)) for image in range(number)
+        packing.Request(np.insert(ids, 1, IMAGE_TOKEN), (image,)) for image in range(number)
     ]
     return packing.pack(requests, layout, length, rows), number
 

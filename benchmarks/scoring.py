@@ -43,7 +43,7 @@ from models import add_geometry_argument, geometry, random_llava_for_inference
 
 from prumerge_jax import prumerge
 from prumerge_jax.cost import Chip, Workload, images_per_second, operations
-from prumerge_jax.data import tokens
+from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.decoding import generate
 from prumerge_jax.engine.engine import Encoding, Engine, Images, Query
 from prumerge_jax.engine.scoring import score
@@ -105,7 +105,7 @@ def requests(config: LlavaConfig, number: int, text_tokens: int, output_tokens: 
         text = rng.integers(3, config.text.vocab_size, text_tokens).astype(np.int32)
         query = Query(
             key,
-            np.insert(text, 1, tokens.IMAGE_TOKEN),
+            np.insert(text, 1, IMAGE_TOKEN),
             rng.integers(0, 256, (side, side, 3), np.uint8),
         )
         if output_tokens == 1:
@@ -169,7 +169,7 @@ def peer_arm(
 
     model = torch_llava.random_model(config, arguments.dtype, compiled=arguments.compile_peer)
     images = np.stack([query.pixels for query in queries if query.pixels is not None])
-    prompt = queries[0].token_ids[queries[0].token_ids != tokens.IMAGE_TOKEN]
+    prompt = queries[0].token_ids[queries[0].token_ids != IMAGE_TOKEN]
     sizes = [size for size in arguments.peer_batches if size <= len(images)]
     rates = torch_llava.best_batch_size(
         model, config, images, prompt, arguments.output_tokens, sizes

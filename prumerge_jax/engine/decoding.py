@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prumerge_jax.data import packing, tokens
+from prumerge_jax.data import packing
+from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.engine import Counters, Engine, Query, Result, Window
 from prumerge_jax.models.llama import KVCache
@@ -32,7 +33,7 @@ def warm_up(engine: Engine, sampling: programs.Sampling | None = None) -> None:
     """Compiles all programs of `generate` by running one meaningless query."""
     side = engine.model_config.vision.image_size
     pixels = np.zeros((side, side, 3), np.uint8)
-    token_ids = np.array([engine.model_config.bos_token_id, tokens.IMAGE_TOKEN], np.int32)
+    token_ids = np.array([engine.model_config.bos_token_id, IMAGE_TOKEN], np.int32)
     for _ in generate(engine, [Query(0, token_ids, pixels, max_new_tokens=2)], sampling):
         pass
     engine.counters = Counters()

@@ -26,7 +26,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from prumerge_jax import prumerge, sharding
-from prumerge_jax.data import packing, tokens
+from prumerge_jax.data import packing
+from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.shapes import Shapes
 from prumerge_jax.models.config import LlavaConfig
@@ -37,7 +38,7 @@ class Query(NamedTuple):
 
     Attributes:
       key: names the query in its result.
-      token_ids: int32 [T] with one `tokens.IMAGE_TOKEN` where the image goes.
+      token_ids: int32 [T] with one `IMAGE_TOKEN` where the image goes.
       pixels: uint8 [S, S, 3]; None for a query without image.
       image_key: queries of one window with the same key share one encoding; None shares nothing.
       continuation: int32 token ids to score after `token_ids`; empty when generating.
@@ -56,7 +57,7 @@ class Query(NamedTuple):
     @property
     def text_tokens(self) -> int:
         """Tokens of the prompt, the image's left out."""
-        return int(np.count_nonzero(self.token_ids != tokens.IMAGE_TOKEN))
+        return int(np.count_nonzero(self.token_ids != IMAGE_TOKEN))
 
 
 class Result(NamedTuple):
@@ -390,6 +391,6 @@ def _one_ahead(encodings: Iterator[Encoding]) -> Iterator[tuple[Encoding, bool]]
 def _request(query: Query, image_row: int | None) -> packing.Request:
     """The planner's view of a query: prompt and continuation, the latter to be predicted."""
     token_ids = np.concatenate([query.token_ids, query.continuation]).astype(np.int32)
-    labels = np.full(token_ids.shape, tokens.IGNORE, np.int32)
+    labels = np.full(token_ids.shape, IGNORE, np.int32)
     labels[len(query.token_ids) :] = query.continuation
     return packing.Request(token_ids, () if image_row is None else (image_row,), labels)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prumerge_jax.data import packing, tokens
+from prumerge_jax.data import packing
+from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.engine import Engine, Query, Result, Window
 from prumerge_jax.models.llama import Unfinished
@@ -47,7 +48,7 @@ class _Scores(NamedTuple):
 
     def results(self) -> Iterator[Result]:
         """Sums them per query."""
-        positions = np.flatnonzero(self.rows.targets.reshape(-1) != tokens.IGNORE)
+        positions = np.flatnonzero(self.rows.targets.reshape(-1) != IGNORE)
         values = np.concatenate([np.zeros(0), *jax.device_get(self.parts)])[: len(positions)]
         begin = self.rows.row_of * self.rows.targets.shape[1] + self.rows.start_of
         first = np.searchsorted(positions, begin)
@@ -62,7 +63,7 @@ class _Scores(NamedTuple):
 def _log_likelihoods(engine: Engine, unfinished: Unfinished, rows: packing.Rows) -> list[jax.Array]:
     """log p of every target of the rows, in calls of `HEAD_POSITIONS` each."""
     flat = rows.targets.reshape(-1)
-    positions = np.flatnonzero(flat != tokens.IGNORE)
+    positions = np.flatnonzero(flat != IGNORE)
     parts = []
     for start in range(0, len(positions), HEAD_POSITIONS):
         index = np.zeros(HEAD_POSITIONS, np.int32)

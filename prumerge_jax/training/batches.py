@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from prumerge_jax.data import packing, tokens
+from prumerge_jax.data import packing
 from prumerge_jax.data.pipeline import Example
+from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.sharding.processes import (
     DataShards,
@@ -198,7 +199,7 @@ def fit_request(
     LLaVA cuts at the same place, after the visual tokens are inserted; fewer of them leave room
     for more text. An image that would not fit whole goes, with all that follows it.
     """
-    is_image = example.token_ids == tokens.IMAGE_TOKEN
+    is_image = example.token_ids == IMAGE_TOKEN
     ends = np.cumsum(np.where(is_image, visual_tokens, 1))
     kept = int(np.searchsorted(ends, length, side="right"))
     return packing.Request(
@@ -216,7 +217,7 @@ def _empty(rows: packing.Rows) -> packing.Rows:
         visual_index=np.full_like(rows.visual_index, -1),
         positions=np.zeros_like(rows.positions),
         segment_ids=np.zeros_like(rows.segment_ids),
-        targets=np.full_like(rows.targets, tokens.IGNORE),
+        targets=np.full_like(rows.targets, IGNORE),
         requests=none,
         row_of=none,
         start_of=none,

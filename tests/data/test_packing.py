@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prumerge_jax.data import packing, tokens
+from prumerge_jax.data import packing
+from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 
 NUM_PATCHES = 20
 CAPACITY = 6
@@ -27,11 +28,11 @@ def make_requests(rng, count, images_of):
         images = images_of(index)
         token_ids = rng.integers(1, 1000, rng.integers(1, 9)).astype(np.int32)
         for place in rng.integers(0, token_ids.size + 1, len(images)):
-            token_ids = np.insert(token_ids, place, tokens.IMAGE_TOKEN)
+            token_ids = np.insert(token_ids, place, IMAGE_TOKEN)
         labels = None
         if rng.random() < 0.8:
-            masked = (rng.random(token_ids.size) < 0.5) | (token_ids == tokens.IMAGE_TOKEN)
-            labels = np.where(masked, tokens.IGNORE, token_ids).astype(np.int32)
+            masked = (rng.random(token_ids.size) < 0.5) | (token_ids == IMAGE_TOKEN)
+            labels = np.where(masked, IGNORE, token_ids).astype(np.int32)
         requests.append(packing.Request(token_ids, tuple(images), labels))
     return requests
 
@@ -42,10 +43,10 @@ def expand_by_hand(request, layout, position_ids):
     images = iter(request.image_rows)
     request_labels = request.labels
     if request_labels is None:
-        request_labels = np.full(request.token_ids.size, tokens.IGNORE)
+        request_labels = np.full(request.token_ids.size, IGNORE)
     position = 0
     for token, label in zip(request.token_ids, request_labels, strict=True):
-        if token != tokens.IMAGE_TOKEN:
+        if token != IMAGE_TOKEN:
             ids.append(token)
             visual_index.append(-1)
             positions.append(position)
@@ -56,12 +57,12 @@ def expand_by_hand(request, layout, position_ids):
         for slot in range(layout.lengths[image]):
             ids.append(0)
             visual_index.append(image * CAPACITY + slot)
-            labels.append(tokens.IGNORE)
+            labels.append(IGNORE)
             patch = layout.patch_indices[image, slot]
             place = NUM_PATCHES - 1 if patch == -1 else patch
             positions.append(position + (slot if position_ids == "compact" else place))
         position += layout.lengths[image] if position_ids == "compact" else layout.num_patches
-    return ids, visual_index, positions, [*labels[1:], tokens.IGNORE]
+    return ids, visual_index, positions, [*labels[1:], IGNORE]
 
 
 def assert_filled_by_hand(batches, requests, layout, position_ids):
@@ -88,7 +89,7 @@ def assert_filled_by_hand(batches, requests, layout, position_ids):
         assert not rows.ids[padding].any()
         assert not rows.positions[padding].any()
         assert (rows.visual_index[padding] == -1).all()
-        assert (rows.targets[padding] == tokens.IGNORE).all()
+        assert (rows.targets[padding] == IGNORE).all()
 
 
 @settings(max_examples=60)
@@ -204,7 +205,7 @@ def realistic_window(seed):
     layout = packing.VisualLayout(lengths, np.full((count, capacity), -1, np.int32), 576)
     text = np.clip(np.round(rng.normal(60, 15, count)), 25, 140).astype(int)
     requests = [
-        packing.Request(np.array([1, tokens.IMAGE_TOKEN] + [5] * (tokens - 1)), (image,))
+        packing.Request(np.array([1, IMAGE_TOKEN] + [5] * (tokens - 1)), (image,))
         for image, tokens in enumerate(text)
     ]
     return requests, layout
@@ -234,7 +235,7 @@ def test_pack_returns_one_batch_and_refuses_to_spill():
 
 def test_requests_without_image_fill_the_emptiest_shard():
     layout = packing.VisualLayout(np.array([6, 0]), np.full((2, 6), -1, np.int32), 16)
-    with_image = packing.Request(np.array([1, tokens.IMAGE_TOKEN]), (0,))
+    with_image = packing.Request(np.array([1, IMAGE_TOKEN]), (0,))
     text = [packing.Request(np.full(3, 7)) for _ in range(4)]
     rows = packing.pack([with_image, *text], layout, row_length=10, num_rows=2, shards=2)
     assert rows.row_of.tolist() == [0, 1, 1, 1, 0]
@@ -242,11 +243,11 @@ def test_requests_without_image_fill_the_emptiest_shard():
 
 def test_causal_targets_cross_neither_segments_nor_visual_tokens():
     layout = packing.VisualLayout(np.array([2]), np.array([[3, -1]]), 9)
-    token_ids = np.array([1, tokens.IMAGE_TOKEN, 11, 12])
-    labels = np.array([tokens.IGNORE, tokens.IGNORE, 11, 12])
+    token_ids = np.array([1, IMAGE_TOKEN, 11, 12])
+    labels = np.array([IGNORE, IGNORE, 11, 12])
     requests = [packing.Request(token_ids, (0,), labels)] * 2
     rows = packing.pack(requests, layout, row_length=12, num_rows=1, position_ids="original")
-    ignore = tokens.IGNORE
+    ignore = IGNORE
     assert rows.ids.tolist() == [[1, 0, 0, 11, 12] * 2 + [0, 0]]
     assert rows.visual_index.tolist() == [[-1, 0, 1, -1, -1] * 2 + [-1, -1]]
     assert rows.positions.tolist() == [[0, 4, 9, 10, 11] * 2 + [0, 0]]
@@ -255,7 +256,7 @@ def test_causal_targets_cross_neither_segments_nor_visual_tokens():
 
 def test_faults_name_the_request_and_what_was_expected():
     layout = packing.VisualLayout(np.array([4, 4]), np.full((2, 4), -1, np.int32), 16)
-    image = packing.Request(np.array([1, tokens.IMAGE_TOKEN, 2]), (0,))
+    image = packing.Request(np.array([1, IMAGE_TOKEN, 2]), (0,))
     too_long = packing.Request(np.full(9, 7))
     for plan in (packing.pack_window, packing.pack, packing.one_per_row):
         with pytest.raises(ValueError, match="request 1 has 9 tokens; expected 1 to 8"):
@@ -263,7 +264,7 @@ def test_faults_name_the_request_and_what_was_expected():
     stray = packing.Request(image.token_ids, (2,))
     with pytest.raises(ValueError, match=r"request 1 refers to image rows \(2,\)"):
         packing.pack([image, stray], layout, 8, 2)
-    both = packing.Request(np.array([tokens.IMAGE_TOKEN] * 2), (0, 1))
+    both = packing.Request(np.array([IMAGE_TOKEN] * 2), (0, 1))
     with pytest.raises(ValueError, match=r"request 0 has images \(0, 1\) on shards \[0, 1\]"):
         packing.pack([both], layout, 8, 2, shards=2)
     with pytest.raises(ValueError, match="num_rows 3 is not a positive multiple of 2"):
@@ -273,7 +274,7 @@ def test_faults_name_the_request_and_what_was_expected():
     with pytest.raises(ValueError, match="position_ids is 'sparse'"):
         packing.pack([image], layout, 8, 2, position_ids="sparse")
     with pytest.raises(ValueError, match="2 image placeholders .* for 1 images"):
-        packing.Request(np.array([tokens.IMAGE_TOKEN] * 2), (0,))
+        packing.Request(np.array([IMAGE_TOKEN] * 2), (0,))
     with pytest.raises(ValueError, match="labels has shape"):
         packing.Request(np.array([1, 2]), labels=np.array([1]))
     with pytest.raises(ValueError, match="image row 1 has 5 visual tokens; expected 0 to 4"):

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from prumerge_jax import prumerge
-from prumerge_jax.data import tokens
+from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.decoding import generate
 from prumerge_jax.engine.engine import Engine, Query, Result
@@ -75,7 +75,7 @@ def make_queries(count: int, seed: int = 0, **fields: int) -> list[Query]:
         text = rng.integers(3, 500, size=rng.integers(3, 20)).astype(np.int32)
         pixels = None
         if key % 5 != 4:  # every fifth is text only
-            text[rng.integers(1, len(text))] = tokens.IMAGE_TOKEN
+            text[rng.integers(1, len(text))] = IMAGE_TOKEN
             pixels = rng.integers(0, 256, size=(56, 56, 3)).astype(np.uint8)
         continuation = np.zeros(0, np.int32)
         if "max_new_tokens" not in fields:
@@ -104,7 +104,7 @@ def naive_logits(model: LlavaModel, query: Query, tokens: np.ndarray, reduction:
             implementation="xla",
         )
         count = int(reduced.lengths[0])
-        (at,) = np.flatnonzero(tokens == tokens.IMAGE_TOKEN)
+        (at,) = np.flatnonzero(tokens == IMAGE_TOKEN)
         visual = reduced.tokens
         index = np.insert(np.delete(index, at), [at] * count, np.arange(count))
         ids = np.insert(np.delete(tokens, at), [at] * count, 0)

@@ -16,6 +16,7 @@ from prumerge_jax import prumerge
 from prumerge_jax.data import packing
 from prumerge_jax.data.conversation import TEMPLATES, evaluation_prompt
 from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.digits import questions as digits_questions
 from prumerge_jax.digits import tokenizer as digits_tokenizer
 from prumerge_jax.engine.decoding import generate
@@ -178,7 +179,7 @@ def test_two_thousand_images_compile_once_and_waste_less_than_a_twentieth(
     for key, tokens in enumerate(text_tokens.tolist()):
         text = rng.integers(3, 32, tokens).astype(np.int32)
         pixels = rng.integers(0, 256, (side, side, 3), np.uint8)
-        query = Query(key, np.insert(text, 1, tokens.IMAGE_TOKEN), pixels, max_new_tokens=2)
+        query = Query(key, np.insert(text, 1, IMAGE_TOKEN), pixels, max_new_tokens=2)
         if run is score:  # the last token of the text is the continuation
             query = query._replace(
                 token_ids=query.token_ids[:-1], continuation=text[-1:], max_new_tokens=0
