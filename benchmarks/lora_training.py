@@ -27,7 +27,6 @@ from prumerge_jax import prumerge, sharding
 from prumerge_jax.cost import training_flops
 from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.engine import programs
-from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.layers import AdapterConfig
 from prumerge_jax.training.next_token import RowBatch, next_token_loss
@@ -46,7 +45,6 @@ class Trainer:
         self, config: LlavaConfig, adapter: AdapterConfig, dtype: jnp.dtype, remat: str
     ) -> None:
         self.config, self.dtype = config, dtype
-        self.attention = default_implementation(dtype, config.text.head_dim)
         self.model = random_llava(config, dtype, adapter)
         template = llava_template(config, adapter)
         weights = {
@@ -63,7 +61,6 @@ class Trainer:
                 batch,
                 dropout_key=key,
                 remat=remat,
-                implementation=self.attention,
             )
 
         mesh = sharding.make_mesh()
@@ -95,7 +92,6 @@ class Trainer:
                 raw,
                 reduction=reduction,
                 dtype=self.dtype,
-                implementation=self.attention,
             )
             batch = RowBatch(**fields, visual_tokens=encoded.tokens)
             self.state, metrics = self.step(self.state, self.frozen, [batch], step=0)

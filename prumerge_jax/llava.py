@@ -25,7 +25,6 @@ from prumerge_jax.engine.engine import Engine, Query, Result
 from prumerge_jax.engine.scoring import score
 from prumerge_jax.engine.shapes import EngineConfig, fit
 from prumerge_jax.models import config_json
-from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import abstract_model, inference_layout, normalize_pixels
 from prumerge_jax.store import model_directory as directories
@@ -283,7 +282,6 @@ class Llava:
             shapes,
             dtype=self.dtype,
             position_ids=position_ids,
-            implementation=default_implementation(self.dtype, self.config.text.head_dim),
             mesh=self._mesh,
         )
 

@@ -30,7 +30,8 @@ from prumerge_jax.aot.compile import (
 )
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
-from prumerge_jax.models.attention import default_implementation, splash_pairs
+from prumerge_jax.models.attention import backend_for
+from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.sharding.mesh import logical_spec, mesh_on, use_mesh
 from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -213,13 +214,13 @@ def _plan(
 ) -> TrainingPlan:
     _check_divides(config, model, sizes)
     mesh = mesh_on(topology.devices, **sizes)
-    with use_mesh(mesh):
-        stage = make_stage(config, model)
-        attention = default_implementation(stage.dtype, model.text.head_dim)
+    stage = make_stage(config, model)
     step, state, frozen = _abstract_step(config, stage, mesh)
     rows = _placed(abstract_rows(config, model, sizes["data"] * sizes["fsdp"]), mesh)
-    kernel = _splash_flops(config, model, sizes["tensor"]) if attention == "splash" else 0.0
     with use_mesh(mesh):
+        kernel = 0.0
+        if backend_for(stage.dtype, model.text.head_dim) == "splash":
+            kernel = _splash_flops(config, model, sizes["tensor"])
         lowered = step.lower(stage.trained(), frozen, rows)
         accumulate = compile_program("accumulate", lowered["accumulate"], kernel)
         update = compile_program("update", lowered["update"])
@@ -229,7 +230,7 @@ def _plan(
             pixels = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)
             encoder = ImageEncoder(config, model.vision, frozen, mesh)
             of_tower = 0.0
-            if attention == "splash":
+            if backend_for(stage.dtype, model.vision.head_dim) == "splash":
                 of_image = splash_pairs(model.vision.num_patches + 1, causal=False)
                 images = config.batch_size / mesh.size
                 of_tower = counts.tower_attention_flops(model.vision, images * of_image)

@@ -36,7 +36,6 @@ def next_token_loss(
     *,
     dropout_key: jax.Array | None,
     remat: str = "none",
-    implementation: str = "xla",
 ) -> tuple[jax.Array, jax.Array]:
     """Cross entropy in nats, summed over the target tokens, and their number; both float32.
 
@@ -45,14 +44,12 @@ def next_token_loss(
       batch: packed rows; each segment sees only itself.
       dropout_key: of the adapters' dropout; None for none.
       remat: see `layers.rematerialise`.
-      implementation: attention backend, see `attention.attend`.
     """
     x = model.embed_rows(batch.ids, batch.visual_tokens, batch.visual_index)
     hidden = model.decoder(
         constrain(x, "batch", None, None),
         batch.positions,
         batch.segment_ids,
-        implementation=implementation,
         remat=remat,
         dropout_key=dropout_key,
     )

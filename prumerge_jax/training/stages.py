@@ -24,7 +24,6 @@ from prumerge_jax.digits.contrastive import (
     sharpened,
 )
 from prumerge_jax.digits.patch_dropout import PatchDropout, drop_patches
-from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.clip import ClipVision
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig
@@ -109,7 +108,6 @@ def make_stage(config: ml_collections.ConfigDict, model: LlavaConfig) -> Stage:
 def _next_token(config: ml_collections.ConfigDict, model: LlavaConfig) -> Stage:
     dtype = jnp.dtype(config.dtype)
     template = llava_template(model, adapter_config(config))
-    attention = default_implementation(dtype, model.text.head_dim)
     capacity = visual_capacity(config, model.vision)
     if capacity > config.max_length:
         raise ValueError(
@@ -127,7 +125,6 @@ def _next_token(config: ml_collections.ConfigDict, model: LlavaConfig) -> Stage:
             batch,
             dropout_key=key,
             remat=config.remat,
-            implementation=attention,
         )
 
     rates = trained_paths(template.variables, config.learning_rates)
@@ -183,7 +180,6 @@ class ImageEncoder:
                 template,
                 reduction=reduction_config(config),
                 dtype=dtype,
-                implementation=default_implementation(dtype, vision.width // vision.num_heads),
                 dropout=patch_dropout(config),
             ),
             out_shardings=NamedSharding(mesh, logical_spec("batch")),
@@ -205,11 +201,10 @@ def _encode(
     *,
     reduction: prumerge.PruMergeConfig,
     dtype: jnp.dtype,
-    implementation: str,
     dropout: PatchDropout | None,
 ) -> prumerge.VisualTokens:
     vision = template.merge(weights)
-    visual = encode_images(vision, pixels, reduction, dtype=dtype, implementation=implementation)
+    visual = encode_images(vision, pixels, reduction, dtype=dtype)
     return visual if dropout is None else drop_patches(visual, pixels, dropout)
 
 
