@@ -14,6 +14,8 @@ import pytest
 from prumerge_jax.cost import Chip
 from prumerge_jax.engine.shapes import Shapes
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 ROWS = "--geometry=tiny --text_tokens=6 --row_length=32 --repeats=2"
 COMMANDS = {
