@@ -15,6 +15,8 @@ from prumerge_jax.cost import Chip
 from prumerge_jax.engine.shapes import Shapes
 from prumerge_jax.models.tuning import Tuning
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 ROWS = "--geometry=tiny --text_tokens=6 --row_length=32 --repeats=2"
 COMMANDS = {

@@ -27,6 +27,8 @@ from prumerge_jax.training.stages import ImageEncoder, make_stage  # noqa: E402
 from prumerge_jax.training.step import Sums, TrainStep, state_shardings  # noqa: E402
 from tests.models.torch_llava import our_state, random_torch_llava  # noqa: E402
 
+pytestmark = pytest.mark.torch
+
 IMAGE_ID = 350
 MODEL = dataclasses.replace(
     published("tiny"),
