@@ -18,10 +18,11 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from prumerge_jax import prumerge
+from prumerge_jax import reductions
 from prumerge_jax.aot.compile import DoesNotFit
 from prumerge_jax.aot.inference import plan_inference
 from prumerge_jax.aot.topology import topology
@@ -56,16 +57,15 @@ def _plan(slice_name: str) -> None:
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
     config = _CONFIG.value
     try:
-        plan = plan_inference(
-            published(config.checkpoint),
-            EngineConfig(**config.engine),
-            prumerge.preset("prumerge+"),
-            topology(slice_name),
-            config.mesh,
-        )
-    except (DoesNotFit, ModuleNotFoundError, ValueError) as error:
+        spellings = reductions.parse_list(config.reduction)
+        dtype = jnp.dtype(config.dtype or "bfloat16")
+        model, where = published(config.checkpoint), topology(slice_name)
+        for spelling in spellings:
+            shapes = EngineConfig(**config.engine)
+            plan = plan_inference(model, shapes, spelling, where, config.mesh, dtype)
+            print("\n".join(plan.lines()), flush=True)
+    except (DoesNotFit, ModuleNotFoundError, TypeError, ValueError) as error:
         sys.exit(f"eval.py: {error}")
-    print("\n".join(plan.lines()))
 
 
 if __name__ == "__main__":
