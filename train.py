@@ -18,16 +18,14 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+import prumerge_jax.digits.training  # noqa: F401, registers what its recipes name
 from prumerge_jax.aot.compile import DoesNotFit
 from prumerge_jax.aot.topology import topology
 from prumerge_jax.aot.training import plan_training
 from prumerge_jax.sharding.startup import distributed_session
-from prumerge_jax.store.manifest import DirectoryError
-from prumerge_jax.training.checkpoint import CheckpointError
 from prumerge_jax.training.loop import TrainingError
 from prumerge_jax.training.run import run
-from prumerge_jax.training.stop import stop_on_signals
-from prumerge_jax.training.workdir import WorkdirError
+from prumerge_jax.training.workdir import stop_on_signals
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; new, or to be resumed")
@@ -45,7 +43,7 @@ _HEARTBEAT_SECONDS = flags.DEFINE_integer(
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs one training stage."""
+    """Runs one training."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     if _AOT.value is not None:
@@ -63,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
         logging.getLogger("prumerge_jax").setLevel(level)
         try:
             run(_CONFIG.value, _WORKDIR.value, stop)
-        except (CheckpointError, DirectoryError, TrainingError, WorkdirError) as error:
+        except (OSError, TrainingError, ValueError) as error:
             sys.exit(f"train.py: {error}")
 
 
