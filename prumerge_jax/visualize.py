@@ -1,22 +1,13 @@
-"""A picture of what PruMerge keeps of an image and what it merges.
+"""What a reduction keeps of an image and what it merges, drawn; `prumerge-visualize` saves it."""
 
-`python -m prumerge_jax.visualize --checkpoint DIR --image FILE --output out.png`
-"""
-
-import argparse
 import colorsys
-import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import matplotlib.patheffects
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
-
-import prumerge_jax
-from prumerge_jax.conversion.miniature import model_directory
 
 PANEL_INCHES = 6.5
 DOTS_PER_INCH = 150
@@ -151,27 +142,3 @@ def _draw_frames(axes: Axes, patches: Iterable[int], grid: int, width: float) ->
     for patch in patches:
         corner = (patch % grid, patch // grid)
         axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="white", linewidth=width))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a model on one image and saves the overlay."""
-    parser = argparse.ArgumentParser(prog="python -m prumerge_jax.visualize", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="converted directory, or miniature")
-    parser.add_argument("--image", required=True, type=pathlib.Path)
-    parser.add_argument("--reduction", default="prumerge", help="name of a preset")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="the PNG to write")
-    arguments = parser.parse_args(argv)
-    if arguments.output.suffix != ".png":
-        parser.error(f"--output {arguments.output} does not end in .png")
-    if not arguments.output.parent.is_dir():
-        parser.error(f"--output {arguments.output}: no such folder, create it first")
-    with Image.open(arguments.image) as image:
-        image.load()
-    model = prumerge_jax.Llava.load(model_directory(arguments.checkpoint))
-    explanation = model.explain(image, reduction=arguments.reduction)
-    figure = overlay(explanation.pixels, explanation.patch_indices, explanation.assignment)
-    figure.savefig(arguments.output)
-
-
-if __name__ == "__main__":
-    main()

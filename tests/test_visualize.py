@@ -1,14 +1,9 @@
-"""The overlay, judged by its drawn pixels, and the command around it."""
-
-import dataclasses
-import pathlib
+"""The overlay, judged by its drawn pixels."""
 
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from PIL import Image
 
-import prumerge_jax
 from prumerge_jax import visualize
 
 GREY = 200
@@ -126,61 +121,3 @@ def test_contradicting_arrays_are_refused(small):
         visualize.overlay(pixels, patch_indices, np.where(assignment < 0, 2, assignment))
     with pytest.raises(ValueError, match="kept patch 1 is assigned to another token"):
         visualize.overlay(pixels, patch_indices, np.zeros(16, np.int32))
-
-
-@dataclasses.dataclass
-class Explanation:
-    pixels: np.ndarray
-    patch_indices: np.ndarray
-    assignment: np.ndarray
-
-
-@pytest.fixture
-def loaded(monkeypatch, small):
-    """Stands in for the model; lists what the command asked of it."""
-    calls = []
-
-    class Llava:
-        @classmethod
-        def load(cls, directory):
-            calls.append(directory)
-            return cls()
-
-        def explain(self, image, *, reduction):
-            calls.append((image.size, reduction))
-            return Explanation(*small)
-
-    monkeypatch.setattr(prumerge_jax, "Llava", Llava, raising=False)
-    return calls
-
-
-def test_command_writes_the_overlay_of_the_model(tmp_path, loaded):
-    Image.fromarray(grey_image(20)).save(tmp_path / "photo.png")
-    output = tmp_path / "out.png"
-    arguments = ["--checkpoint", "weights", "--image", str(tmp_path / "photo.png")]
-    visualize.main([*arguments, "--reduction", "prumerge+", "--output", str(output)])
-    assert loaded == [pathlib.Path("weights"), ((20, 20), "prumerge+")]
-    with Image.open(output) as written:
-        width, height = written.size
-    assert width > 2.5 * height > 1000
-
-
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [("out.jpg", "does not end in .png"), ("missing/out.png", "no such folder")],
-)
-def test_command_refuses_a_bad_output_before_loading(tmp_path, loaded, capsys, output, message):
-    Image.fromarray(grey_image(20)).save(tmp_path / "photo.png")
-    arguments = ["--checkpoint", "weights", "--image", str(tmp_path / "photo.png")]
-    with pytest.raises(SystemExit):
-        visualize.main([*arguments, "--output", str(tmp_path / output)])
-    assert message in capsys.readouterr().err
-    assert loaded == []
-
-
-def test_command_names_an_unreadable_image_before_loading(tmp_path, loaded):
-    (tmp_path / "photo.png").write_text("no image")
-    arguments = ["--checkpoint", "weights", "--image", str(tmp_path / "photo.png")]
-    with pytest.raises(OSError, match=r"photo\.png"):
-        visualize.main([*arguments, "--output", str(tmp_path / "out.png")])
-    assert loaded == []
