@@ -23,7 +23,7 @@ from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms,
 from models import add_geometry_argument, geometry, random_llava
 from prefill import packed_rows
 
-from prumerge_jax import prumerge, sharding
+from prumerge_jax import reductions, sharding
 from prumerge_jax.cost import training_flops
 from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.engine import programs
@@ -80,9 +80,9 @@ class Trainer:
         pixels = np.random.default_rng(0).integers(
             0, 256, (samples, vision.image_size, vision.image_size, 3), np.uint8
         )
-        reduction = prumerge.preset("full")
+        reduction = reductions.parse("full")
         if visual < vision.num_patches:
-            reduction = prumerge.preset("prumerge", capacity=visual)
+            reduction = reductions.parse(f"prumerge:capacity={visual}")
         learnt = (plan.visual_index < 0) & (plan.positions > visual + text // 2)
         targets = np.where(learnt, plan.ids, IGNORE)
         placed = dataclasses.replace(plan, targets=targets)

@@ -124,7 +124,7 @@ def test_drawn_counts_reach_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = scoring.DrawnCounts(
         *models.random_llava(config, dtype),
         config,
-        scoring.prumerge.preset("prumerge"),
+        scoring.reductions.parse("prumerge"),
         Shapes(batch_size=2, window=4, row_length=32, longest_prompt=32, cache_length=32, rows=1),
         dtype=dtype,
     )

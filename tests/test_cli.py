@@ -12,7 +12,9 @@ from absl import flags
 from PIL import Image
 
 import prumerge_jax
+from prumerge_jax import reductions
 from prumerge_jax.cli import command_line, convert, evaluate, recipes, train, visualize
+from tests.evaluation.report.test_overlay import small_case
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MAIN = {
@@ -260,11 +262,9 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 @dataclasses.dataclass
 class Explanation:
-    """The upper half of an image of 16 patches merges into two of its patches."""
-
-    pixels = np.full((48, 48, 3), 200, np.uint8)
-    patch_indices = np.array([6, 1], np.int32)
-    assignment = np.array([-1, 1, -1, 0, -1, -1, 0, 0, *[-1] * 8], np.int32)
+    pixels: np.ndarray
+    patch_indices: np.ndarray
+    assignment: np.ndarray
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
         def explain(self, image, *, reduction):
             calls.append((image.size, reduction))
-            return Explanation()
+            return Explanation(*small_case())
 
     monkeypatch.setattr(prumerge_jax, "Llava", Llava, raising=False)
     return calls
@@ -293,22 +293,49 @@ def test_visualize_writes_the_overlay_of_the_model(
     output = tmp_path / "out.png"
     arguments = ["--checkpoint=weights", f"--image={tmp_path / 'photo.png'}", f"--output={output}"]
     with pytest.raises(SystemExit) as stopped:
-        visualize.main(["prumerge-visualize", *arguments, "--reduction=prumerge+"])
+        visualize.main(["prumerge-visualize", *arguments, "--reduction=prumerge+:neighbours=8"])
     assert stopped.value.code is None
-    assert loaded == [pathlib.Path("weights"), ((20, 20), "prumerge+")]
+    assert loaded == [
+        pathlib.Path("weights"),
+        ((20, 20), reductions.parse("prumerge+:neighbours=8")),
+    ]
     with Image.open(output) as written:
         width, height = written.size
     assert width > 2.5 * height > 1000
 
 
-def test_visualize_names_an_unreadable_image_before_loading(
-    tmp_path: pathlib.Path, loaded: list[object]
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--output=out.jpg", "--output out.jpg does not end in .png"),
+        ("--output=missing/out.png", "no such folder"),
+        ("--reduction=prumerg", "unknown reduction 'prumerg'; did you mean 'prumerge'?"),
+        ("--reduction=prumerge:neighbours=x", "neighbours is 'x'; expected an integer"),
+        ("--reduktion=full", "unknown flag --reduktion; did you mean --reduction?"),
+        ("--image=photo.txt", "photo.txt: not a readable image"),
+        ("--image=nowhere.png", "nowhere.png"),
+        ("full", "unexpected argument 'full'"),
+    ],
+)
+def test_visualize_finds_mistakes_before_loading(
+    tmp_path: pathlib.Path,
+    loaded: list[object],
+    monkeypatch: pytest.MonkeyPatch,
+    argument: str,
+    message: str,
 ) -> None:
-    (tmp_path / "photo.png").write_text("no image")
-    arguments = ["--checkpoint=weights", f"--image={tmp_path / 'photo.png'}"]
-    message = said("prumerge-visualize", *arguments, f"--output={tmp_path / 'out.png'}")
-    assert "photo.png: not a readable image" in message
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 20)).save("photo.png")
+    pathlib.Path("photo.txt").write_text("no image")
+    usual = ["--checkpoint=weights", "--image=photo.png", "--output=out.png"]
+    assert message in said("prumerge-visualize", *usual, argument)
     assert loaded == []
+
+
+def test_visualize_names_a_missing_checkpoint(tmp_path: pathlib.Path) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "photo.png")
+    arguments = [f"--image={tmp_path / 'photo.png'}", f"--output={tmp_path / 'out.png'}"]
+    assert "nowhere" in said("prumerge-visualize", *arguments, "--checkpoint=/nowhere")
 
 
 @pytest.mark.slow

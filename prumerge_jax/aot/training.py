@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
+from prumerge_jax.aot.assumptions import MeanTokens, mean_visual_tokens
 from prumerge_jax.aot.compile import (
     CAVEAT,
     DoesNotFit,
@@ -42,7 +43,6 @@ from prumerge_jax.training.stages import (
     abstract_rows,
     make_stage,
     model_config,
-    visual_capacity,
 )
 from prumerge_jax.training.step import TrainStep, state_shardings
 
@@ -50,8 +50,6 @@ TEXT_TOKENS = 200
 """Mean per sample that a plan assumes; lengths vary widely with the data."""
 PACKING = 1.02
 """Positions computed over real ones where rows are packed."""
-MEAN_VISUAL_TOKENS = {"prumerge": 40, "prumerge+": 144}
-"""As the paper reports them (arXiv 2403.15388); any other reduction is planned at its capacity."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +59,13 @@ class Samples:
     Attributes:
       count: the global batch.
       visual_tokens, text_tokens: means per sample.
+      source: where the mean of the visual tokens is from, for people.
     """
 
     count: int
     visual_tokens: float
     text_tokens: float
+    source: str = ""
 
     @property
     def tokens(self) -> float:
@@ -149,12 +149,13 @@ class TrainingPlan:
         """The plan for people."""
         chip, samples = self.topology.chip, self.samples
         flops = {name: value / 1e12 for name, value in self.model_flops.items()}
+        source = f" ({samples.source})" if samples.source else ""
         return [
             f"{self.topology.name}: {len(self.topology.devices)} chips, mesh "
             + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
             *(f"  rejected: {reason}" for reason in self.rejected),
             f"global batch {samples.count}, assumed {samples.visual_tokens:g} visual and "
-            f"{samples.text_tokens:g} text tokens per sample, packed at {PACKING}: "
+            f"{samples.text_tokens:g} text tokens per sample{source}, packed at {PACKING}: "
             f"{self.micro_batches} micro-batches of {self.row_positions} positions, "
             f"{100 * self.filled:.0f} % of them real",
             memory_line(self.memory, self.resident, chip),
@@ -175,7 +176,8 @@ def plan_training(
     Args:
       config: one of `configs/`, with the next-token objective.
       topology: the slice.
-      samples: by default the configuration's batch at `MEAN_VISUAL_TOKENS` and `TEXT_TOKENS`.
+      samples: by default the configuration's batch, its reduction at `mean_visual_tokens`, and
+        `TEXT_TOKENS`.
 
     Raises:
       ValueError: the configuration is none that can be planned, or its mesh does not fit the
@@ -186,7 +188,11 @@ def plan_training(
         raise ValueError(f"objective is {config.objective!r}; plans are for 'next_token'")
     model = model_config(config.model)
     if samples is None:
-        samples = Samples(config.batch_size, mean_visual_tokens(config, model), TEXT_TOKENS)
+        visual = MeanTokens(0.0, "no images")
+        if config.reduction is not None:
+            visual = mean_visual_tokens(config.reduction, model.vision)
+        source = f"{config.reduction}: {visual.reason}"
+        samples = Samples(config.batch_size, visual.mean, TEXT_TOKENS, source)
     plan, rejected = first_that_fits(
         candidates(fitted_sizes(config, len(topology.devices))),
         functools.partial(_plan, config, model, topology, samples),
@@ -195,13 +201,6 @@ def plan_training(
         "take another slice",
     )
     return dataclasses.replace(plan, rejected=rejected)
-
-
-def mean_visual_tokens(config: ml_collections.ConfigDict, model: LlavaConfig) -> float:
-    """The mean per sample that a plan assumes where the caller knows none."""
-    if config.reduction is None:
-        return 0.0
-    return MEAN_VISUAL_TOKENS.get(config.reduction, visual_capacity(config, model.vision))
 
 
 def _plan(

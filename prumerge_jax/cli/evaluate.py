@@ -65,30 +65,25 @@ def _evaluate(config: ConfigDict, workdir: pathlib.Path) -> int:
 
 def _plan(config: ConfigDict, slice_name: str) -> int:
     import jax
+    import jax.numpy as jnp
 
+    from prumerge_jax import reductions
     from prumerge_jax.aot.compile import DoesNotFit
     from prumerge_jax.aot.inference import plan_inference
     from prumerge_jax.aot.topology import topology
     from prumerge_jax.engine.shapes import EngineConfig
-    from prumerge_jax.evaluation.reductions import parse_reduction
     from prumerge_jax.models.config import published
 
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
-    model = published(config.checkpoint)
-    reductions = [parse_reduction(name, model.vision) for name in config.reduction.split()]
-    for reduction in reductions:
+    spellings = reductions.parse_list(config.reduction)
+    model, where = published(config.checkpoint), topology(slice_name)
+    shapes, dtype = EngineConfig(**config.engine), jnp.dtype(config.dtype or "bfloat16")
+    for spelling in spellings:
         try:
-            plan = plan_inference(
-                model,
-                EngineConfig(**config.engine),
-                reduction.config,
-                topology(slice_name),
-                config.mesh,
-                jax.numpy.dtype(config.dtype or "bfloat16"),
-            )
+            plan = plan_inference(model, shapes, spelling, where, config.mesh, dtype)
         except DoesNotFit as error:
-            raise ValueError(f"{reduction.name}: {error}") from error
-        print("\n".join([reduction.name, *plan.lines()]))
+            raise ValueError(f"{spelling}: {error}") from error
+        print("\n".join(plan.lines()), flush=True)
     return 0
 
 

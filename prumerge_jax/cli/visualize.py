@@ -45,13 +45,15 @@ def _main(argv: Sequence[str]) -> None:
         raise ValueError(f"--output {output}: no such folder, create it first")
     # These take seconds to import; a mistyped flag is answered before.
     import prumerge_jax
+    from prumerge_jax import reductions
     from prumerge_jax.conversion.miniature import model_directory
     from prumerge_jax.data.images import load_image
-    from prumerge_jax.visualize import overlay
+    from prumerge_jax.evaluation.report.overlay import overlay
 
-    image = load_image(values.image, name=values.image)
+    reduction = reductions.parse(values.reduction)
+    image = load_image(values.image)
     model = prumerge_jax.Llava.load(model_directory(values.checkpoint))
-    explanation = model.explain(image, reduction=values.reduction)
+    explanation = model.explain(image, reduction=reduction)
     figure = overlay(explanation.pixels, explanation.patch_indices, explanation.assignment)
     figure.savefig(output, dpi=values.dpi)
 

@@ -165,8 +165,8 @@ class RowFeed:
             if needed > capacity:
                 raise ValueError(
                     f"the image of sample {example.id!r} needs {needed} visual tokens, the "
-                    f"capacity is {capacity}; set reduction_options.capacity to at least {needed}, "
-                    "or to None for the most any image can need"
+                    f"capacity is {capacity}; give the reduction more, as in --config.reduction="
+                    f"prumerge:capacity={needed}, or none for the most any image can need"
                 )
         return packing.VisualLayout(
             addressable_rows(visual.lengths),

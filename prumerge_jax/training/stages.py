@@ -15,7 +15,7 @@ import ml_collections
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from prumerge_jax import prumerge
+from prumerge_jax import reductions
 from prumerge_jax.digits.contrastive import (
     CaptionBatch,
     ContrastiveConfig,
@@ -29,6 +29,8 @@ from prumerge_jax.models.clip import ClipVision
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig
 from prumerge_jax.models.llava import LlavaModel, encode_images
+from prumerge_jax.prumerge import VisualTokens
+from prumerge_jax.reductions import Reduction
 from prumerge_jax.sharding.mesh import logical_spec
 from prumerge_jax.training.next_token import RowBatch, next_token_loss
 from prumerge_jax.training.parameters import Shapes, Template, Weights, trained_paths
@@ -79,9 +81,19 @@ def adapter_config(config: ml_collections.ConfigDict) -> AdapterConfig | None:
     return None if config.adapter is None else AdapterConfig(**config.adapter)
 
 
-def reduction_config(config: ml_collections.ConfigDict) -> prumerge.PruMergeConfig:
-    """The token reduction of a run: a preset with single parameters overridden."""
-    return prumerge.preset(config.reduction, **config.reduction_options)
+def run_reduction(config: ml_collections.ConfigDict, vision: VisionConfig) -> Reduction:
+    """The token reduction of a run.
+
+    Raises:
+      ValueError: `config.reduction` is not valid, or it resizes images, which only inference does.
+    """
+    reduction = reductions.parse(config.reduction)
+    if reduction.image_size(vision.image_size, vision.patch_size) != vision.image_size:
+        raise ValueError(
+            f"reduction {config.reduction!r} resizes images, which training does not; "
+            "train with another, or on a model of that image size"
+        )
+    return reduction
 
 
 def patch_dropout(config: ml_collections.ConfigDict) -> PatchDropout | None:
@@ -153,7 +165,7 @@ def visual_capacity(config: ml_collections.ConfigDict, vision: VisionConfig) -> 
     """R: visual token slots per image; 1 where the stage has no images."""
     if config.reduction is None:
         return 1
-    return reduction_config(config).capacity_for(vision.num_patches)
+    return run_reduction(config, vision).capacity_for(vision.num_patches)
 
 
 class ImageEncoder:
@@ -181,7 +193,7 @@ class ImageEncoder:
             functools.partial(
                 _encode,
                 template,
-                reduction=reduction_config(config),
+                reduction=run_reduction(config, vision),
                 dtype=dtype,
                 implementation=default_implementation(dtype, vision.width // vision.num_heads),
                 dropout=patch_dropout(config),
@@ -189,7 +201,7 @@ class ImageEncoder:
             out_shardings=NamedSharding(mesh, logical_spec("batch")),
         )
 
-    def __call__(self, pixels: jax.Array) -> prumerge.VisualTokens:
+    def __call__(self, pixels: jax.Array) -> VisualTokens:
         """[B, S, S, 3] uint8 -> visual tokens, dispatched and not waited for."""
         return self._encode(self._weights, pixels)
 
@@ -203,11 +215,11 @@ def _encode(
     weights: Weights,
     pixels: jax.Array,
     *,
-    reduction: prumerge.PruMergeConfig,
+    reduction: Reduction,
     dtype: jnp.dtype,
     implementation: str,
     dropout: PatchDropout | None,
-) -> prumerge.VisualTokens:
+) -> VisualTokens:
     vision = template.merge(weights)
     visual = encode_images(vision, pixels, reduction, dtype=dtype, implementation=implementation)
     return visual if dropout is None else drop_patches(visual, pixels, dropout)
@@ -221,11 +233,11 @@ class NoImages:
         none = jnp.zeros((size,), jnp.int32)
         tokens = jnp.zeros((size, 1, vision.width), jnp.dtype(config.dtype))
         self._none = jax.device_put(
-            prumerge.VisualTokens(tokens, none, jnp.full((size, 1), -1, jnp.int32), none),
+            VisualTokens(tokens, none, jnp.full((size, 1), -1, jnp.int32), none),
             NamedSharding(mesh, logical_spec("batch")),
         )
 
-    def __call__(self, pixels: jax.Array) -> prumerge.VisualTokens:
+    def __call__(self, pixels: jax.Array) -> VisualTokens:
         """[B, …] -> no visual tokens."""
         return self._none
 
