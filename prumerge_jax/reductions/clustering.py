@@ -5,27 +5,18 @@ Each function follows its paper's steps for every image of a batch on its own, w
 Axes: B batch, N patches, H heads, D width, K tokens.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from prumerge_jax import selection
 from prumerge_jax.reductions import greedy
-
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-
-
-def mask_of(indices: jax.Array, patches: int) -> jax.Array:
-    """[B, K] patch indices, -1 for none -> [B, N] bool, True where a patch is among them."""
-    return (indices[..., None] == jnp.arange(patches)).any(1)
 
 
 def raster(mask: jax.Array, slots: int) -> jax.Array:
     """Indices of the True entries of [B, N], ascending, -1 beyond the last: [B, slots] int32."""
-    patches = mask.shape[-1]
-    ranked = jnp.sort(jnp.where(mask, jnp.arange(patches), patches), axis=-1)[:, :slots]
-    return jnp.where(ranked < patches, ranked, -1).astype(jnp.int32)
+    return selection.patch_in_slot(selection.in_slot(mask, selection.count_before(mask), slots))
 
 
 class Contextual(NamedTuple):
@@ -54,7 +45,7 @@ def contextual(attention: jax.Array, metric: jax.Array, dominant: int, tokens: i
     """
     patches = attention.shape[-1]
     everywhere = jnp.ones(attention.shape, bool)
-    kept = mask_of(greedy.top(attention, everywhere, dominant), patches)
+    kept = selection.members(greedy.top(attention, everywhere, dominant), patches)
     place = jnp.cumsum(~kept, axis=-1) - 1
     stride = max(1, (patches - dominant) // tokens)
     is_target = ~kept & (place % stride == 0) & (place // stride < tokens)
@@ -93,7 +84,7 @@ def crop_shares(
     unit = features.astype(jnp.float32)
     unit = unit / (jnp.linalg.norm(unit, axis=-1, keepdims=True) + 1e-6)
     together = (crop_of[:, None] == crop_of) & ~jnp.eye(patches, dtype=bool)
-    similarity = jnp.where(together, _einsum("bnd,bmd->bnm", unit, unit), 0)
+    similarity = jnp.where(together, selection.einsum("bnd,bmd->bnm", unit, unit), 0)
     others = jnp.maximum(sizes[crop_of] - 1, 1)
     mean = similarity.sum(-1) / others
     # The zeroed diagonal counts among the deviations, as in the authors' code.
@@ -109,17 +100,11 @@ def crop_shares(
     score = crop_mean(scaled + alpha * variance * ratio[:, crop_of])
     share = tokens * score / (score.sum(-1, keepdims=True) + 1e-6)
     count = jnp.floor(share).astype(jnp.int32)
-    rank = greedy_rank(score)
+    rank = selection.descending_rank(score)
     count = count + (rank < (tokens - count.sum(-1, keepdims=True)))
     count = _spill(count, sizes)
     order = _rank_within(scaled, crop_of)
     return order < jnp.take_along_axis(count, crop_of[None].repeat(len(count), 0), axis=1)
-
-
-def greedy_rank(score: jax.Array) -> jax.Array:
-    """Place of every entry of [B, N] in descending order, ties to the lowest index."""
-    order = jnp.argsort(-score, axis=-1, stable=True)
-    return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
 
 
 def _runs(patches: int, crops: int) -> tuple[jax.Array, jax.Array]:

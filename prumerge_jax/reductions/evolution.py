@@ -6,14 +6,11 @@ farthest points from patch 0, ten rounds.
 Axes: B batch, N patches, D width, M directions.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
+from prumerge_jax import selection
 from prumerge_jax.reductions import greedy
-
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 DIRECTIONS = 8
 ROUNDS = 10
@@ -32,7 +29,7 @@ def update_score(score: jax.Array, before: jax.Array, after: jax.Array) -> jax.A
       update and the mean directions of all updates.
     """
     updates = greedy.unit(after.astype(jnp.float32) - before.astype(jnp.float32))
-    nearest = _einsum("bnd,bmd->bnm", updates, mean_directions(updates)).max(-1)
+    nearest = selection.einsum("bnd,bmd->bnm", updates, mean_directions(updates)).max(-1)
     return DECAY * score + (1 - DECAY) * (1 - nearest)
 
 
@@ -43,7 +40,7 @@ def mean_directions(updates: jax.Array) -> jax.Array:
         chosen, nearest = carry
         # The first is patch 0: all are equally far before it.
         farthest = jnp.argmin(nearest, axis=-1).astype(jnp.int32)
-        similarity = _einsum("bnd,bd->bn", updates, greedy.row(updates, farthest))
+        similarity = selection.einsum("bnd,bd->bn", updates, greedy.row(updates, farthest))
         return chosen.at[:, t].set(farthest), jnp.maximum(nearest, similarity)
 
     batch, patches, _ = updates.shape
@@ -55,9 +52,9 @@ def mean_directions(updates: jax.Array) -> jax.Array:
     centres = jnp.take_along_axis(updates, chosen[..., None], axis=1)
 
     def refine(_: jax.Array, centres: jax.Array) -> jax.Array:
-        group = jnp.argmax(_einsum("bnd,bmd->bnm", updates, centres), axis=-1)
+        group = jnp.argmax(selection.einsum("bnd,bmd->bnm", updates, centres), axis=-1)
         member = (group[:, None] == jnp.arange(DIRECTIONS)[:, None]).astype(jnp.float32)
-        mean = greedy.unit(_einsum("bmn,bnd->bmd", member, updates))
+        mean = greedy.unit(selection.einsum("bmn,bnd->bmd", member, updates))
         return jnp.where(member.sum(-1)[..., None] > 0, mean, centres)
 
     return jax.lax.fori_loop(0, ROUNDS, refine, centres)

@@ -7,12 +7,10 @@ decides is float32 at the highest precision.
 Axes: B batch, N patches, K steps.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+from prumerge_jax import selection
 
 ROUNDING = 1e-6
 """Relative difference of two gains of `coverage` that is rounding: two patches that cover only
@@ -30,7 +28,7 @@ def unit(x: jax.Array, least: float = 1e-8) -> jax.Array:
 def cosines(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
     """Cosine similarity of every pair, [B, N, D] and [B, M, D] -> [B, N, M] float32."""
     x = unit(x)
-    return _einsum("bnd,bmd->bnm", x, x if y is None else unit(y))
+    return selection.einsum("bnd,bmd->bnm", x, x if y is None else unit(y))
 
 
 def first_max(score: jax.Array, available: jax.Array, slack: float = 0.0) -> jax.Array:
@@ -50,7 +48,8 @@ def first_max(score: jax.Array, available: jax.Array, slack: float = 0.0) -> jax
 def top(score: jax.Array, available: jax.Array, steps: int) -> jax.Array:
     """The patches of the largest scores [B, N] in descending order, [B, steps] int32."""
     score = jnp.where(available, score.astype(jnp.float32), -jnp.inf)
-    return jnp.argsort(-score, axis=-1, stable=True)[:, :steps].astype(jnp.int32)
+    rank = selection.descending_rank(score)
+    return selection.patch_in_slot(selection.in_slot(jnp.ones_like(available), rank, steps))
 
 
 def row(matrix: jax.Array, index: jax.Array) -> jax.Array:
@@ -198,7 +197,7 @@ def determinantal(kernel: jax.Array, available: jax.Array, steps: int) -> jax.Ar
         order, free, gain, factors = carry
         chosen = first_max(gain, free)
         own = row(factors, chosen)
-        explained = _einsum("bk,bnk->bn", own, factors)
+        explained = selection.einsum("bk,bnk->bn", own, factors)
         scale = jnp.sqrt(jnp.maximum(value(gain, chosen), 1e-12))
         new = (row(kernel, chosen) - explained) / scale
         factors = factors.at[:, :, t].set(new)

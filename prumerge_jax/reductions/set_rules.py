@@ -124,7 +124,8 @@ class SetRule(Reduction):
             return jnp.full(batch, min(self.tokens, num_patches), jnp.int32)
         most = num_patches if self.max_tokens is None else min(self.max_tokens, num_patches)
         if self.adaptive == "attention":
-            outliers = prumerge.number_of_outliers(evidence.attention)
+            rank = selection.descending_rank(evidence.attention)
+            outliers = prumerge.number_of_outliers(evidence.attention, rank, 1.5)
             count = jnp.floor(outliers * self.factor + 0.5).astype(jnp.int32)
             return jnp.clip(count, self.min_tokens, most)
         assert order.coverage is not None
@@ -258,9 +259,7 @@ class IdSelection(SetRule):
         """By what is left of the attention."""
         score = unit_range(evidence.attention, available)
         similarity = greedy.cosines(evidence.hidden)
-        return Order(
-            greedy.soft_suppression(score, similarity, available, steps, gamma=self.gamma)
-        )
+        return Order(greedy.soft_suppression(score, similarity, available, steps, gamma=self.gamma))
 
 
 def unit_range(score: jax.Array, available: jax.Array) -> jax.Array:
