@@ -58,6 +58,7 @@ def encode_images(
     reduction: reductions.ReductionLike,
     *,
     dtype: jnp.dtype = jnp.float32,
+    projector: "Projector | None" = None,
 ) -> prumerge.VisualTokens:
     """Pixels to reduced visual tokens, one compiled step of fixed shape.
 
@@ -66,19 +67,47 @@ def encode_images(
       pixels: [B, S, S, 3] uint8, resized and cropped or padded.
       reduction: what happens to the patch features; static under `jax.jit`.
       dtype: compute dtype of the tower and dtype of the tokens.
+      projector: for reductions that look at projected patches.
+
+    Raises:
+      ValueError: the reduction needs evidence that is not there.
     """
-    evidence = gather_evidence(vision, pixels, dtype=dtype)
+    reduction = reductions.as_reduction(reduction)
+    evidence = gather_evidence(vision, pixels, reduction.needs, dtype=dtype, projector=projector)
     return reductions.reduce(evidence, reduction)
 
 
 def gather_evidence(
-    vision: ClipVision, pixels: jax.Array, *, dtype: jnp.dtype
+    vision: ClipVision,
+    pixels: jax.Array,
+    needs: frozenset[str] = frozenset(),
+    *,
+    dtype: jnp.dtype,
+    projector: "Projector | None" = None,
 ) -> reductions.Evidence:
-    """What the tower shows of images [B, S, S, 3] uint8; arguments as in `encode_images`."""
+    """What the tower shows of images [B, S, S, 3] uint8.
+
+    Args:
+      vision, pixels, dtype, projector: as in `encode_images`.
+      needs: fields of `Evidence` that cost something more; see `Reduction.needs`.
+    """
     normalised = normalize_pixels(pixels, vision.config).astype(dtype)
-    features = vision(normalised)
+    of_layer = bool(needs & {"head_attention", "feature_keys"})
+    features = vision(normalised, feature_layer=of_layer)
+    hidden = features.hidden[:, 1:]
+    more: dict[str, jax.Array] = {}
+    if features.feature_query is not None and features.feature_keys is not None:
+        heads = vision.config.num_heads
+        more["feature_keys"] = features.feature_keys[:, 1:]
+        more["head_attention"] = prumerge.head_attention(
+            features.feature_query, features.feature_keys, heads
+        )
+    if "cls" in needs:
+        more["cls"] = features.hidden[:, 0]
+    if "projected" in needs and projector is not None:
+        more["projected"] = projector(hidden)
     attention = prumerge.cls_attention(features.query_cls, features.keys)
-    return reductions.Evidence(features.hidden[:, 1:], features.keys[:, 1:], attention)
+    return reductions.Evidence(hidden, features.keys[:, 1:], attention, **more)
 
 
 def gather_visual_tokens(visual_tokens: jax.Array, visual_index: jax.Array) -> jax.Array:

@@ -286,11 +286,8 @@ def _without_nan(evidence: Evidence, finite: jax.Array) -> Evidence:
     return jax.tree.map(clean, evidence)
 
 
-for _name, _method in {
-    "cover": Cover,
-    "divprune": DivPrune,
-    "dpp": Dpp,
-    "idselection": IdSelection,
-    "top": Top,
-}.items():
-    register(_name, _method)
+register("cover", Cover)
+register("divprune", DivPrune)
+register("dpp", Dpp)
+register("idselection", IdSelection)
+register("top", Top)
