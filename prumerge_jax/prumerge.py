@@ -192,24 +192,6 @@ def cls_attention(query_cls: jax.Array, keys: jax.Array) -> jax.Array:
     return jax.nn.softmax(logits, axis=-1)[:, 1:]
 
 
-def head_attention(query_cls: jax.Array, keys: jax.Array, num_heads: int) -> jax.Array:
-    """Attention of CLS to the patches in every head, as the tower itself computes it.
-
-    Args:
-      query_cls: [B, D], CLS query of a block, bias included, heads side by side.
-      keys: [B, N+1, D], keys of that block, CLS first.
-      num_heads: H.
-
-    Returns:
-      [B, H, N] float32: a softmax over N+1 entries without its first.
-    """
-    query, keys = query_cls.astype(jnp.float32), keys.astype(jnp.float32)
-    query = query.reshape(len(query), num_heads, -1)
-    keys = keys.reshape(*keys.shape[:2], num_heads, -1)
-    logits = selection.einsum("bhd,bnhd->bhn", query, keys) * query.shape[-1] ** -0.5
-    return jax.nn.softmax(logits, axis=-1)[..., 1:]
-
-
 def reduce_tokens(
     hidden: jax.Array, keys: jax.Array, attention: jax.Array, config: PruMergeConfig
 ) -> VisualTokens:

@@ -106,6 +106,24 @@ class ClipVision(nnx.Module):
         return jnp.concatenate([positions[:1], patches.reshape(num_patches, -1)])
 
 
+def head_attention(query_cls: jax.Array, keys: jax.Array, num_heads: int) -> jax.Array:
+    """Attention of CLS to the patches in every head, as the tower itself computes it.
+
+    Args:
+      query_cls: [B, D], CLS query of a block, bias included, heads side by side.
+      keys: [B, N+1, D], keys of that block, CLS first.
+      num_heads: H.
+
+    Returns:
+      [B, H, N] float32: a softmax over N+1 entries without its first.
+    """
+    query, keys = query_cls.astype(jnp.float32), keys.astype(jnp.float32)
+    query = query.reshape(len(query), num_heads, -1)
+    keys = keys.reshape(*keys.shape[:2], num_heads, -1)
+    logits = jnp.einsum("bhd,bnhd->bhn", query, keys, precision="highest") * query.shape[-1] ** -0.5
+    return jax.nn.softmax(logits, axis=-1)[..., 1:]
+
+
 class PatchEmbedding(nnx.Module):
     """Cuts an image into patches and projects each: a convolution of stride `patch`, no bias."""
 

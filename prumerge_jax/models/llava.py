@@ -14,7 +14,7 @@ from flax import nnx
 
 from prumerge_jax import prumerge, reductions, sharding
 from prumerge_jax.models import tuning
-from prumerge_jax.models.clip import ClipVision, gelu
+from prumerge_jax.models.clip import ClipVision, gelu, head_attention
 from prumerge_jax.models.config import LlavaConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear
 from prumerge_jax.models.llama import Llama
@@ -94,20 +94,21 @@ def gather_evidence(
     normalised = normalize_pixels(pixels, vision.config).astype(dtype)
     of_layer = bool(needs & {"head_attention", "feature_keys"})
     features = vision(normalised, feature_layer=of_layer)
-    hidden = features.hidden[:, 1:]
-    more: dict[str, jax.Array] = {}
+    hidden, heads, feature_keys = features.hidden[:, 1:], None, None
     if features.feature_query is not None and features.feature_keys is not None:
-        heads = vision.config.num_heads
-        more["feature_keys"] = features.feature_keys[:, 1:]
-        more["head_attention"] = prumerge.head_attention(
-            features.feature_query, features.feature_keys, heads
+        feature_keys = features.feature_keys[:, 1:]
+        heads = head_attention(
+            features.feature_query, features.feature_keys, vision.config.num_heads
         )
-    if "cls" in needs:
-        more["cls"] = features.hidden[:, 0]
-    if "projected" in needs and projector is not None:
-        more["projected"] = projector(hidden)
-    attention = prumerge.cls_attention(features.query_cls, features.keys)
-    return reductions.Evidence(hidden, features.keys[:, 1:], attention, **more)
+    return reductions.Evidence(
+        hidden,
+        features.keys[:, 1:],
+        prumerge.cls_attention(features.query_cls, features.keys),
+        cls=features.hidden[:, 0] if "cls" in needs else None,
+        head_attention=heads,
+        feature_keys=feature_keys,
+        projected=None if projector is None or "projected" not in needs else projector(hidden),
+    )
 
 
 def gather_visual_tokens(visual_tokens: jax.Array, visual_index: jax.Array) -> jax.Array:
