@@ -40,7 +40,7 @@ from models import (
 from prefill import packed_rows
 from scoring import requests
 
-from prumerge_jax import prumerge
+from prumerge_jax import prumerge, reductions
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.decoding import generate
 from prumerge_jax.engine.engine import Engine, Query
@@ -144,7 +144,7 @@ def compare_logits(
 
 def engine(config: LlavaConfig, model: Model, queries: Sequence[Query], dtype: jnp.dtype) -> Engine:
     """Of PruMerge, two rows and eight slots."""
-    reduction = prumerge.preset("prumerge")
+    reduction = reductions.parse("prumerge")
     new = max(query.max_new_tokens for query in queries)
     shapes = fit(
         EngineConfig(batch_size=4, window=8, rows=2, slots=8),

@@ -41,7 +41,7 @@ from measuring import (
 )
 from models import add_geometry_argument, geometry, random_llava_for_inference
 
-from prumerge_jax import prumerge
+from prumerge_jax import reductions
 from prumerge_jax.cost import Chip, Workload, images_per_second, operations
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.decoding import generate
@@ -118,7 +118,7 @@ def engine_arm(
     model: tuple[nnx.GraphDef, nnx.State],
     config: LlavaConfig,
     dtype: jnp.dtype,
-    reduction: prumerge.PruMergeConfig,
+    reduction: reductions.Reduction,
     counts: np.ndarray,
     queries: list[Query],
     shapes: EngineConfig,
@@ -222,12 +222,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arms = {
         FULL: engine_arm(
-            model, config, dtype, prumerge.preset("full"),
+            model, config, dtype, reductions.parse("full"),
             np.full(len(fewer), patches), fewer, full_shapes, mesh,
         )
     }  # fmt: skip
     for mean in arguments.means:
-        reduction = prumerge.preset("prumerge" if mean <= patches // 8 else "prumerge+")
+        reduction = reductions.parse("prumerge" if mean <= patches // 8 else "prumerge+")
         most = reduction.capacity_for(patches)
         counts = drawn_counts(len(queries), mean, most, seed=1)
         arms[f"prumerge {mean:g}"] = engine_arm(

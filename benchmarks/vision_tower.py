@@ -18,7 +18,7 @@ from flax import nnx
 from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms, report
 from models import add_geometry_argument, geometry, random_llava
 
-from prumerge_jax import prumerge
+from prumerge_jax import reductions
 from prumerge_jax.cost import Workload, floor_seconds, operations
 from prumerge_jax.engine import programs
 from prumerge_jax.models.clip import VisionFeatures
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 programs.encode,
                 *model,
                 raw,
-                reduction=prumerge.preset(reduction),
+                reduction=reductions.parse(reduction),
                 dtype=dtype,
             )
         seconds = interleaved(arms, arguments.repeats)

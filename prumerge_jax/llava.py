@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from prumerge_jax import prumerge, sharding
+from prumerge_jax import reductions, sharding
 from prumerge_jax.data import conversation as conversations
 from prumerge_jax.data.images import ImageMode, ImageSource, load_image, preprocess
 from prumerge_jax.data.packing import PositionIds
@@ -26,7 +26,8 @@ from prumerge_jax.engine.scoring import score
 from prumerge_jax.engine.shapes import EngineConfig, fit
 from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig
-from prumerge_jax.models.llava import abstract_model, inference_layout, normalize_pixels
+from prumerge_jax.models.llava import abstract_model, gather_evidence, inference_layout
+from prumerge_jax.reductions import Reduction, ReductionLike, as_reduction
 from prumerge_jax.store import model_directory as directories
 
 TOKENIZER = "tokenizer.model"
@@ -37,9 +38,9 @@ class Explanation(NamedTuple):
 
     Attributes:
       pixels: uint8 [S, S, 3], the image as the tower sees it.
-      patch_indices: int32 [n], the staying patches in the order of their tokens.
+      patch_indices: int32 [n], the kept patches in the order of their tokens.
       assignment: int32 [N], for each patch the index into `patch_indices` of the token it merges
-        into, -1 for none; see `prumerge.merge_targets`.
+        into, -1 for none.
     """
 
     pixels: np.ndarray
@@ -128,7 +129,7 @@ class Llava:
         images: Sequence[ImageSource | None],
         prompts: Sequence[str],
         *,
-        reduction: str | prumerge.PruMergeConfig = "prumerge",
+        reduction: ReductionLike = "prumerge",
         max_new_tokens: int = 64,
         image_mode: ImageMode = "pad",
         conversation: str = "vicuna_v1",
@@ -142,7 +143,7 @@ class Llava:
         Args:
           images: one per prompt: a path, bytes, PIL image or uint8 [H, W, 3]; None asks without.
           prompts: the user's text alone.
-          reduction: a preset's name or a configuration, see `prumerge.preset`.
+          reduction: its spelling, as `prumerge:neighbours=8`; see `reductions.parse`.
           max_new_tokens: most tokens per answer.
           image_mode: `pad` to a square or `crop` the central one.
           conversation: name of a template, see `data.conversation.TEMPLATES`.
@@ -160,9 +161,10 @@ class Llava:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        reduction = as_reduction(reduction)
         queries = [
             query._replace(max_new_tokens=max_new_tokens, seed=seed + query.key)
-            for query in self._queries(images, prompts, image_mode, conversation)
+            for query in self._queries(images, prompts, image_mode, conversation, reduction)
         ]
         engine = self.engine(
             reduction,
@@ -181,7 +183,7 @@ class Llava:
         prompts: Sequence[str],
         continuations: Sequence[str],
         *,
-        reduction: str | prumerge.PruMergeConfig = "prumerge",
+        reduction: ReductionLike = "prumerge",
         image_mode: ImageMode = "pad",
         conversation: str = "vicuna_v1",
         position_ids: PositionIds = "compact",
@@ -198,10 +200,10 @@ class Llava:
         """
         if len(continuations) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(continuations)} continuations")
+        reduction = as_reduction(reduction)
+        prompted = self._queries(images, prompts, image_mode, conversation, reduction)
         queries = []
-        for query, text in zip(
-            self._queries(images, prompts, image_mode, conversation), continuations, strict=True
-        ):
+        for query, text in zip(prompted, continuations, strict=True):
             ids = np.array(self.tokenizer.encode(text), np.int32)
             if not len(ids):
                 raise ValueError(f"continuation {query.key} is empty; there is nothing to score")
@@ -216,34 +218,34 @@ class Llava:
         self,
         image: ImageSource,
         *,
-        reduction: str | prumerge.PruMergeConfig = "prumerge",
+        reduction: ReductionLike = "prumerge",
         image_mode: ImageMode = "pad",
     ) -> Explanation:
-        """Which patches of an image stay and where the others go; see `visualize.overlay`."""
-        pixels = self._pixels(image, image_mode, "image")
+        """Which patches of an image are kept and where the others go; `overlay` draws it."""
+        reduction = as_reduction(reduction)
+        pixels = self._pixels(image, image_mode, "image", reduction)
         with self.placed():
-            selection, targets = _explain(
+            assignment = _explain(
                 self._graphdef,
                 self._state,
                 jnp.asarray(pixels[None]),
-                reduction=_reduction(reduction),
+                reduction=reduction,
                 dtype=self.dtype,
             )
-        count = int(selection.kept[0])
-        if count < 0:
+        patches, targets, required = (np.asarray(values)[0] for values in assignment)
+        if required < 0:
             raise ValueError("the image's CLS attention is not finite; check the weights")
-        return Explanation(
-            pixels, np.asarray(selection.patch_indices[0, :count]), np.asarray(targets[0])
-        )
+        is_patch = patches >= 0
+        place = np.append(np.where(is_patch, np.cumsum(is_patch) - 1, -1), -1)  # of target -1: -1
+        return Explanation(pixels, patches[is_patch], place[targets].astype(np.int32))
 
     def engine(
         self,
-        reduction: str | prumerge.PruMergeConfig,
+        reduction: ReductionLike,
         text_tokens: Sequence[int],
         *,
         max_new_tokens: int = 0,
         position_ids: PositionIds = "compact",
-        image_size: int | None = None,
     ) -> Engine:
         """An engine for this model, its shapes fitted to the queries that will run.
 
@@ -251,12 +253,10 @@ class Llava:
           reduction, position_ids: as in `generate`.
           text_tokens: of every query, a continuation to score included.
           max_new_tokens: most tokens per answer.
-          image_size: side of the queries' pixels, where it is not the tower's own.
         """
-        config, reduction = self.config, _reduction(reduction)
-        if image_size is not None:
-            vision = dataclasses.replace(config.vision, image_size=image_size)
-            config = dataclasses.replace(config, vision=vision)
+        reduction = as_reduction(reduction)
+        vision = dataclasses.replace(self.config.vision, image_size=self.image_size(reduction))
+        config = dataclasses.replace(self.config, vision=vision)
         shapes = fit(
             self.engine_config,
             reduction,
@@ -285,6 +285,15 @@ class Llava:
             mesh=self._mesh,
         )
 
+    def image_size(self, reduction: ReductionLike) -> int:
+        """Side in pixels of the images that a reduction wants.
+
+        Raises:
+          ValueError: a reduction that this model's tower cannot provide for.
+        """
+        vision = self.config.vision
+        return as_reduction(reduction).image_size(vision.image_size, vision.patch_size)
+
     def placed(self) -> contextlib.AbstractContextManager[None]:
         """The context in which an engine of this model runs: its mesh, if it has one."""
         return sharding.use_mesh(self._mesh)
@@ -295,6 +304,7 @@ class Llava:
         prompts: Sequence[str],
         image_mode: ImageMode,
         conversation: str,
+        reduction: Reduction,
     ) -> list[Query]:
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts; None is no image")
@@ -308,19 +318,19 @@ class Llava:
         for key, (image, text) in enumerate(zip(images, prompts, strict=True)):
             prompt = conversations.evaluation_prompt(template, text, has_image=image is not None)
             ids = np.array(self.tokenizer.encode_prompt(prompt), np.int32)
-            pixels = None if image is None else self._pixels(image, image_mode, f"image {key}")
+            pixels = None
+            if image is not None:
+                pixels = self._pixels(image, image_mode, f"image {key}", reduction)
             queries.append(Query(key, ids, pixels))
         return queries
 
-    def _pixels(self, image: ImageSource, mode: ImageMode, name: str) -> np.ndarray:
-        vision = self.config.vision
+    def _pixels(
+        self, image: ImageSource, mode: ImageMode, name: str, reduction: Reduction
+    ) -> np.ndarray:
         named = name if not isinstance(image, str | os.PathLike) else f"{name} ({image})"
         loaded = load_image(image, name=named)
-        return preprocess(loaded, vision.image_size, mode, vision.pixel_mean)
-
-
-def _reduction(reduction: str | prumerge.PruMergeConfig) -> prumerge.PruMergeConfig:
-    return prumerge.preset(reduction) if isinstance(reduction, str) else reduction
+        size = self.image_size(reduction)
+        return preprocess(loaded, size, mode, self.config.vision.pixel_mean)
 
 
 def _in_order(results: Iterable[Result], count: int) -> list[Result]:
@@ -339,11 +349,9 @@ def _explain(
     state: nnx.State,
     pixels: jax.Array,
     *,
-    reduction: prumerge.PruMergeConfig,
+    reduction: Reduction,
     dtype: jnp.dtype,
-) -> tuple[prumerge.Selection, jax.Array]:
+) -> reductions.Assignment:
     vision = nnx.merge(graphdef, state).vision
-    features = vision(normalize_pixels(pixels, vision.config).astype(dtype))
-    attention = prumerge.cls_attention(features.query_cls, features.keys)
-    selection = prumerge.select(attention, reduction)
-    return selection, prumerge.merge_targets(features.keys[:, 1:], selection, reduction)
+    evidence = gather_evidence(vision, pixels, dtype=dtype)
+    return reductions.explain(evidence, reduction)

@@ -15,6 +15,8 @@ from prumerge_jax.cost import Chip
 from prumerge_jax.engine.shapes import Shapes
 from prumerge_jax.models.tuning import Tuning
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 ROWS = "--geometry=tiny --text_tokens=6 --row_length=32 --repeats=2"
 COMMANDS = {
@@ -125,7 +127,7 @@ def test_drawn_counts_reach_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = scoring.DrawnCounts(
         *models.random_llava(config, dtype),
         config,
-        scoring.prumerge.preset("prumerge"),
+        scoring.reductions.parse("prumerge"),
         Shapes(batch_size=2, window=4, row_length=32, longest_prompt=32, cache_length=32, rows=1),
         dtype=dtype,
     )

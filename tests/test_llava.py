@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import prumerge_jax
-from prumerge_jax import prumerge, sharding
+from prumerge_jax import prumerge, reductions, sharding
 from prumerge_jax.data.images import ImageError
 from prumerge_jax.engine.shapes import EngineConfig
 from prumerge_jax.models import attention, tuning
@@ -99,8 +99,13 @@ def test_reductions_positions_and_modes_matter(
 
     base = scores()
     assert scores(reduction=prumerge.preset("prumerge")) == base
+    assert scores(reduction=reductions.parse("prumerge")) == base
+    few = scores(reduction="prumerge:neighbours=2")
+    assert scores(reduction=prumerge.preset("prumerge", neighbours=2)) == few
     for options in (
         dict(reduction="full"),
+        dict(reduction="prumerge:neighbours=2"),
+        dict(reduction="downsample:2"),
         dict(position_ids="original"),
         dict(image_mode="crop"),
         dict(conversation="llava_v1"),
@@ -154,6 +159,10 @@ def test_explain_names_the_kept_patches(
         shown.assignment[shown.patch_indices], np.arange(len(shown.patch_indices))
     )
     assert shown.assignment.max() < len(shown.patch_indices)
+    small = model.explain(images[1], reduction="downsample:2")
+    assert small.pixels.shape == (28, 28, 3)
+    np.testing.assert_array_equal(small.patch_indices, np.arange(4))
+    np.testing.assert_array_equal(small.assignment, np.arange(4))
 
 
 def test_errors_name_what_is_wrong(
@@ -173,6 +182,10 @@ def test_errors_name_what_is_wrong(
         model.generate([None], ["Hi"], conversation="v9")
     with pytest.raises(ValueError, match="unknown reduction 'tome'"):
         model.generate([images[0]], ["Hi"], reduction="tome")
+    with pytest.raises(ValueError, match="no such parameter 'neighbour'"):
+        model.score([images[0]], ["Hi"], ["a"], reduction="prumerge:neighbour=8")
+    with pytest.raises(ValueError, match="a grid from 1 to 3"):
+        model.explain(images[0], reduction="downsample:4")
     with pytest.raises(ValueError, match="continuation 0 is empty"):
         model.score([None], ["Hi"], [""])
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from prumerge_jax import prumerge
+from prumerge_jax.aot.assumptions import MeanTokens, mean_visual_tokens
 from prumerge_jax.aot.compile import (
     CAVEAT,
     Program,
@@ -34,6 +34,7 @@ from prumerge_jax.models.attention import backend_for
 from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import abstract_model
+from prumerge_jax.reductions import Reduction, parse
 from prumerge_jax.sharding.mesh import (
     logical_spec,
     mesh_on,
@@ -53,6 +54,9 @@ class InferencePlan:
     Attributes:
       topology: the slice.
       mesh: sizes of the mesh's axes.
+      reduction: as it was spelled.
+      dtype: of weights and computation.
+      visual_tokens: assumed mean per image.
       shapes: of the programs.
       programs: encode, read (scoring), prefill and decode, one run each.
       work: by program, what it computes on all chips together, by the cost model.
@@ -62,6 +66,9 @@ class InferencePlan:
 
     topology: Topology
     mesh: Sizes
+    reduction: str
+    dtype: jnp.dtype
+    visual_tokens: MeanTokens
     shapes: Shapes
     programs: tuple[Program, ...]
     work: Mapping[str, Operation]
@@ -73,6 +80,12 @@ class InferencePlan:
         """Peak bytes per chip: what stays, and the largest working set of a program."""
         return peak_bytes(self.resident, self.programs)
 
+    @property
+    def prompts(self) -> float:
+        """Number of prompts of the assumed length that full rows hold."""
+        length = self.visual_tokens.mean + TEXT_TOKENS
+        return self.shapes.rows * self.shapes.row_length / length
+
     def lines(self) -> list[str]:
         """The plan for people."""
         chip = self.topology.chip
@@ -83,6 +96,9 @@ class InferencePlan:
             f"{self.topology.name}: {used} of {len(self.topology.devices)} chips, mesh "
             + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
             *(f"  rejected: {reason}" for reason in self.rejected),
+            f"{self.reduction} in {self.dtype}, assumed {self.visual_tokens.mean:g} visual tokens "
+            f"per image ({self.visual_tokens.reason}) and {TEXT_TOKENS} of text: "
+            f"{self.prompts:.0f} prompts in the rows of a read or prefill",
             f"{self.shapes.batch_size} images, {self.shapes.rows} rows of "
             f"{self.shapes.row_length}, {self.shapes.slots} slots of {self.shapes.cache_length}",
             memory_line(self.memory, self.resident, chip),
@@ -102,7 +118,7 @@ class InferencePlan:
 def plan_inference(
     model: LlavaConfig,
     engine: EngineConfig,
-    reduction: prumerge.PruMergeConfig,
+    reduction: str,
     topology: Topology,
     mesh: Sizes,
     dtype: jnp.dtype = jnp.bfloat16,
@@ -112,13 +128,14 @@ def plan_inference(
     Args:
       model: sizes.
       engine: shapes of the programs; lengths that it leaves open are fitted to short questions.
-      reduction: what happens to the visual tokens.
+      reduction: spelling of what happens to the visual tokens.
       topology: the slice.
       mesh: sizes of the mesh's axes; those that are tried next have more `tensor`.
       dtype: of weights and computation.
 
     Raises:
-      ValueError: the mesh is larger than the slice, or a shape does not divide over its shards.
+      ValueError: the mesh is larger than the slice, a shape does not divide over its shards, or
+        the reduction is not valid.
       DoesNotFit: no mesh of the slice has the memory.
     """
     shards = mesh["data"] * mesh["fsdp"]
@@ -129,8 +146,8 @@ def plan_inference(
             )
     shapes = fit(
         engine,
-        reduction,
-        model.vision.num_patches,
+        parse(reduction),
+        _resized(model, parse(reduction)).vision.num_patches,
         np.array([TEXT_TOKENS]),
         max_new_tokens=NEW_TOKENS,
         max_positions=model.text.max_positions,
@@ -142,6 +159,12 @@ def plan_inference(
         "has the memory; make the engine's shapes smaller or take a larger slice",
     )
     return dataclasses.replace(plan, rejected=rejected)
+
+
+def _resized(model: LlavaConfig, reduction: Reduction) -> LlavaConfig:
+    """The model with images of the size that a reduction wants."""
+    side = reduction.image_size(model.vision.image_size, model.vision.patch_size)
+    return dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_size=side))
 
 
 def _larger(mesh: Sizes, model: LlavaConfig, devices: int) -> Iterator[dict[str, int]]:
@@ -159,13 +182,16 @@ def _larger(mesh: Sizes, model: LlavaConfig, devices: int) -> Iterator[dict[str,
 def _plan(
     model: LlavaConfig,
     engine: Shapes,
-    reduction: prumerge.PruMergeConfig,
+    spelling: str,
     topology: Topology,
     dtype: jnp.dtype,
     sizes: Sizes,
 ) -> InferencePlan:
     mesh = mesh_on(topology.devices, **sizes)
     graphdef, state = _abstract_state(model, mesh, dtype)
+    visual_tokens = mean_visual_tokens(spelling, model.vision)
+    reduction = parse(spelling)
+    model = _resized(model, reduction)
     batch = NamedSharding(mesh, logical_spec("batch"))
     side, capacity = model.vision.image_size, reduction.capacity_for(model.vision.num_patches)
     pixels = jax.ShapeDtypeStruct((engine.batch_size, side, side, 3), jnp.uint8, sharding=batch)
@@ -202,6 +228,9 @@ def _plan(
     return InferencePlan(
         topology,
         sizes,
+        spelling,
+        dtype,
+        visual_tokens,
         engine,
         compiled,
         _work(model, engine),

@@ -25,12 +25,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from prumerge_jax import prumerge, sharding
+from prumerge_jax import sharding
 from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.shapes import Shapes
 from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.prumerge import VisualTokens
+from prumerge_jax.reductions import Reduction
 
 
 class Query(NamedTuple):
@@ -129,8 +131,8 @@ class Encoding(NamedTuple):
     queries: list[Query]
     image_of: list[int | None]
     num_images: int
-    encoded: list[prumerge.VisualTokens]
-    reduction: prumerge.PruMergeConfig
+    encoded: list[VisualTokens]
+    reduction: Reduction
 
 
 class Images(NamedTuple):
@@ -167,7 +169,7 @@ class Engine:
         graphdef: nnx.GraphDef,
         state: nnx.State,
         model_config: LlavaConfig,
-        reduction: prumerge.PruMergeConfig,
+        reduction: Reduction,
         config: Shapes,
         *,
         dtype: jnp.dtype,
@@ -210,9 +212,7 @@ class Engine:
         overflow: list[Query] = []
         yield from self._windows(queries, self.reduction, overflow)
         if overflow:
-            yield from self._windows(
-                overflow, dataclasses.replace(self.reduction, capacity=None), []
-            )
+            yield from self._windows(overflow, self.reduction.uncapped(), [])
 
     def put(self, x: np.ndarray) -> jax.Array:
         """Host to device, split over the data shards where there is a mesh."""
@@ -228,7 +228,7 @@ class Engine:
     def _windows(
         self,
         queries: Iterable[Query],
-        reduction: prumerge.PruMergeConfig,
+        reduction: Reduction,
         overflow: list[Query],
     ) -> Iterator[Window]:
         held = _Held([], [], self.measure(self._encode([], reduction)))
@@ -236,14 +236,12 @@ class Engine:
             window, held = self._plan(encoding, held, overflow, is_last=is_last)
             yield window
 
-    def _encodings(
-        self, queries: Iterable[Query], reduction: prumerge.PruMergeConfig
-    ) -> Iterator[Encoding]:
+    def _encodings(self, queries: Iterable[Query], reduction: Reduction) -> Iterator[Encoding]:
         iterator = iter(queries)
         while batch := list(itertools.islice(iterator, self.config.window)):
             yield self._encode(batch, reduction)
 
-    def _encode(self, queries: list[Query], reduction: prumerge.PruMergeConfig) -> Encoding:
+    def _encode(self, queries: list[Query], reduction: Reduction) -> Encoding:
         """Dispatches the encoding of a window; waits for nothing."""
         images: list[np.ndarray] = []
         image_of: list[int | None] = []

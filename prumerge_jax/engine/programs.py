@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prumerge_jax import prumerge
 from prumerge_jax.models.llama import KVCache, PartialHidden, empty_cache
 from prumerge_jax.models.llava import encode_images
+from prumerge_jax.prumerge import VisualTokens
+from prumerge_jax.reductions import Reduction
 from prumerge_jax.sharding.mesh import constrain
 
 
@@ -78,9 +79,9 @@ def encode(
     state: nnx.State,
     pixels: jax.Array,
     *,
-    reduction: prumerge.PruMergeConfig,
+    reduction: Reduction,
     dtype: jnp.dtype,
-) -> prumerge.VisualTokens:
+) -> VisualTokens:
     """[B, S, S, 3] uint8 -> reduced visual tokens of capacity R."""
     vision = nnx.merge(graphdef, state).vision
     return encode_images(vision, pixels, reduction, dtype=dtype)

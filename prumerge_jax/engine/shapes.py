@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from prumerge_jax import prumerge
 from prumerge_jax.data import packing
+from prumerge_jax.reductions import Reduction
 
 MULTIPLE = 128
 """Lengths that are chosen are multiples of this; the TPU attention kernel wants it."""
@@ -64,7 +64,7 @@ class Shapes(EngineConfig):
 
 def fit(
     config: EngineConfig,
-    reduction: prumerge.PruMergeConfig,
+    reduction: Reduction,
     num_patches: int,
     text_tokens: np.ndarray,
     *,
@@ -87,12 +87,12 @@ def fit(
     if not len(text_tokens):  # shapes there must be all the same
         text_tokens = np.zeros(1, np.int64)
     # A capacity is no bound here: images that need more run again with all they can need.
-    most = dataclasses.replace(reduction, capacity=None).capacity_for(num_patches)
+    most = reduction.uncapped().capacity_for(num_patches)
     lengths = np.minimum(text_tokens + most, max_positions)
     row_length, cache_length = config.row_length, config.cache_length
     if row_length is None:
-        varying = reduction.selection == "iqr"
-        row_length = roomy_row_length(lengths) if varying else tight_row_length(lengths)
+        choose = roomy_row_length if reduction.varying else tight_row_length
+        row_length = choose(lengths)
     if cache_length is None:
         cache_length = _round_up(min(int(lengths.max()) + max_new_tokens, max_positions))
     return Shapes(

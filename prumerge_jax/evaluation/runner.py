@@ -28,8 +28,8 @@ from prumerge_jax.evaluation import jsonfiles
 from prumerge_jax.evaluation.answers import Answers, complete_row
 from prumerge_jax.evaluation.benchmarks.base import Benchmark, Question
 from prumerge_jax.evaluation.journal import Journal, Outcome
-from prumerge_jax.evaluation.reductions import Reduction
 from prumerge_jax.llava import Llava
+from prumerge_jax.reductions import Reduction, spell
 from prumerge_jax.store.manifest import MANIFEST
 
 RUN_FIGURES = frozenset(
@@ -245,11 +245,10 @@ class _Answerer:
             if isinstance(prompt, np.ndarray)
         ]
         return self.model.engine(
-            self.reduction.config,
+            self.reduction,
             lengths,
             max_new_tokens=self.limit,
             position_ids=self.decoding.position_ids,
-            image_size=self.reduction.image_size,
         )
 
     def outcomes(self, engine: Engine, todo: list[int]) -> Iterator[Outcome]:
@@ -267,7 +266,7 @@ class _Answerer:
         questions = [self.rows.questions[index] for index in todo]
         pixels = stream_pixels(
             (self._image(index) for index in todo),
-            size=self.reduction.image_size,
+            size=self.model.image_size(self.reduction),
             mode=self.rows.task.benchmark.image_mode(self.decoding.protocol),
             mean=self.model.config.vision.pixel_mean,
             num_workers=self.decoding.num_workers,
@@ -352,8 +351,8 @@ def _fingerprint(
         "dtype": str(model.dtype),
         "benchmark": rows.task.benchmark.name,
         "questions": hashlib.sha256(rows.task.questions.read_bytes()).hexdigest(),
-        "reduction": str(reduction.config),
-        "image_size": reduction.image_size,
+        "reduction": spell(reduction),
+        "image_size": model.image_size(reduction),
         "code": metadata.version("prumerge-jax"),
         **settings,
     }

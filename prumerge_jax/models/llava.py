@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from prumerge_jax import prumerge, sharding
+from prumerge_jax import prumerge, reductions, sharding
 from prumerge_jax.models import tuning
 from prumerge_jax.models.clip import ClipVision, gelu
 from prumerge_jax.models.config import LlavaConfig, VisionConfig
@@ -55,7 +55,7 @@ class LlavaModel(nnx.Module):
 def encode_images(
     vision: ClipVision,
     pixels: jax.Array,
-    reduction: prumerge.PruMergeConfig,
+    reduction: reductions.ReductionLike,
     *,
     dtype: jnp.dtype = jnp.float32,
 ) -> prumerge.VisualTokens:
@@ -64,15 +64,21 @@ def encode_images(
     Args:
       vision: the tower.
       pixels: [B, S, S, 3] uint8, resized and cropped or padded.
-      reduction: what `prumerge.reduce_tokens` does; static under `jax.jit`.
+      reduction: what happens to the patch features; static under `jax.jit`.
       dtype: compute dtype of the tower and dtype of the tokens.
     """
+    evidence = gather_evidence(vision, pixels, dtype=dtype)
+    return reductions.reduce(evidence, reduction)
+
+
+def gather_evidence(
+    vision: ClipVision, pixels: jax.Array, *, dtype: jnp.dtype
+) -> reductions.Evidence:
+    """What the tower shows of images [B, S, S, 3] uint8; arguments as in `encode_images`."""
     normalised = normalize_pixels(pixels, vision.config).astype(dtype)
     features = vision(normalised)
     attention = prumerge.cls_attention(features.query_cls, features.keys)
-    return prumerge.reduce_tokens(
-        features.hidden[:, 1:], features.keys[:, 1:], attention, reduction
-    )
+    return reductions.Evidence(features.hidden[:, 1:], features.keys[:, 1:], attention)
 
 
 def gather_visual_tokens(visual_tokens: jax.Array, visual_index: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ def beside_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
+@pytest.mark.tpu
 @needs_libtpu
 @pytest.mark.parametrize(
     ("name", "chips", "chip"),
@@ -35,6 +36,7 @@ def test_a_slice_has_its_chips(name: str, chips: int, chip: str) -> None:
     assert found.chip.tpu is not None
 
 
+@pytest.mark.tpu
 @needs_libtpu
 @pytest.mark.parametrize("name", ["v5e", "v5e:3x3", "v9:2x2"])
 def test_an_unknown_slice_is_named(name: str) -> None:
@@ -48,6 +50,7 @@ def test_without_libtpu_the_error_says_what_to_install(monkeypatch: pytest.Monke
         topology("v5e:2x2")
 
 
+@pytest.mark.tpu
 @needs_libtpu
 @pytest.mark.parametrize(
     ("name", "sizes"),
@@ -58,6 +61,7 @@ def test_a_mesh_may_split_the_axes_of_a_torus(name: str, sizes: tuple[int, int, 
     assert set(mesh_on(devices, *sizes).devices.flat) == set(devices)
 
 
+@pytest.mark.tpu
 @needs_libtpu
 def test_attention_is_that_of_the_mesh_and_not_of_this_machine() -> None:
     mesh = mesh_on(topology("v5e:2x2").devices, fsdp=4)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from prumerge_jax import prumerge
+from prumerge_jax import reductions
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.decoding import generate
@@ -70,7 +70,7 @@ def make_engine(
         graphdef,
         state,
         CONFIG,
-        prumerge.preset(reduction, **overrides),
+        reductions.parse(reductions.with_parameters(reduction, **overrides)),
         config,
         dtype=jnp.float32,
     )
@@ -107,7 +107,7 @@ def naive_logits(model: LlavaModel, query: Query, tokens: np.ndarray, reduction:
         reduced = programs.encode(
             *nnx.split(model),
             jnp.asarray(query.pixels[None]),
-            reduction=prumerge.preset(reduction),
+            reduction=reductions.parse(reduction),
             dtype=jnp.dtype(jnp.float32),
         )
         count = int(reduced.lengths[0])
