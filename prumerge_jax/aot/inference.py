@@ -20,10 +20,13 @@ from prumerge_jax.aot.compile import (
     Sizes,
     bytes_per_chip,
     compile_program,
+    decoder_kernel_flops,
     first_that_fits,
     memory_line,
     peak_bytes,
     program_lines,
+    tower_attention,
+    tower_kernel_flops,
 )
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
@@ -41,8 +44,8 @@ from prumerge_jax.sharding.mesh import (
     weight_shardings,
 )
 
-TEXT_TOKENS, NEW_TOKENS = 60, 64
-"""Of a question and its answer, where the engine's lengths are left open."""
+ASSUMED_TEXT_TOKENS, ASSUMED_NEW_TOKENS = 60, 64
+"""Tokens of a question and of its answer, where the engine's lengths are left open."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +133,8 @@ def plan_inference(
         engine,
         reduction,
         model.vision.num_patches,
-        np.array([TEXT_TOKENS]),
-        max_new_tokens=NEW_TOKENS,
+        np.array([ASSUMED_TEXT_TOKENS]),
+        max_new_tokens=ASSUMED_NEW_TOKENS,
         max_positions=model.text.max_positions,
     )
     plan, rejected = first_that_fits(
@@ -176,11 +179,22 @@ def _plan(
     slots = _abstract_slots(graphdef, state, engine, mesh, dtype)
     with use_mesh(mesh):
         attention = default_implementation(dtype, model.text.head_dim)
+        tower_implementation = tower_attention(model.vision, dtype)
         of_tower, of_rows = 0.0, 0.0
+        if tower_implementation == "splash":
+            of_tower = tower_kernel_flops(model.vision, engine.batch_size) / mesh.size
         if attention == "splash":
-            of_tower, of_rows = (flops / mesh.size for flops in _splash_flops(model, engine))
+            pairs = splash_pairs(
+                engine.row_length, causal=True, max_segment_length=engine.longest_prompt
+            )
+            of_rows = decoder_kernel_flops(model.text, engine.rows, pairs) / mesh.size
         encode = programs.encode.lower(
-            graphdef, state, pixels, reduction=reduction, dtype=dtype, implementation=attention
+            graphdef,
+            state,
+            pixels,
+            reduction=reduction,
+            dtype=dtype,
+            implementation=tower_implementation,
         )
         static = {"max_segment_length": engine.longest_prompt, "implementation": attention}
         read = programs.read.lower(graphdef, state, pool, rows, **static)
@@ -242,16 +256,6 @@ def _abstract_slots(
             leaf.shape, leaf.dtype, sharding=cache if leaf.ndim == 5 else whole
         ),
         shapes,
-    )
-
-
-def _splash_flops(model: LlavaConfig, engine: Shapes) -> tuple[float, float]:
-    """Of the attention kernel, for a batch of images and for rows."""
-    of_image = splash_pairs(model.vision.num_patches + 1, causal=False)
-    of_row = splash_pairs(engine.row_length, causal=True, max_segment_length=engine.longest_prompt)
-    return (
-        counts.tower_attention_flops(model.vision, engine.batch_size * of_image),
-        counts.attention_flops(model.text, engine.rows * of_row),
     )
 
 

@@ -23,10 +23,14 @@ from prumerge_jax.aot.compile import (
     bytes_per_chip,
     candidates,
     compile_program,
+    decoder_kernel_flops,
     first_that_fits,
     memory_line,
     peak_bytes,
+    placed,
     program_lines,
+    tower_attention,
+    tower_kernel_flops,
 )
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
@@ -46,10 +50,10 @@ from prumerge_jax.training.stages import (
 )
 from prumerge_jax.training.step import TrainStep, state_shardings
 
-TEXT_TOKENS = 200
-"""Mean per sample that a plan assumes; lengths vary widely with the data."""
-PACKING = 1.02
-"""Positions computed over real ones where rows are packed."""
+ASSUMED_TEXT_TOKENS = 200
+"""Mean number of text tokens per sample; lengths vary widely with the data."""
+PACKING_OVERHEAD = 1.02
+"""Computed positions per real token where rows are packed."""
 MEAN_VISUAL_TOKENS = {"prumerge": 40, "prumerge+": 144}
 """As the paper reports them (arXiv 2403.15388); any other reduction is planned at its capacity."""
 
@@ -69,7 +73,7 @@ class Samples:
 
     @property
     def tokens(self) -> float:
-        """Of all samples together."""
+        """Number of tokens of all samples together."""
         return self.count * (self.visual_tokens + self.text_tokens)
 
 
@@ -105,8 +109,8 @@ class TrainingPlan:
 
     @property
     def micro_batches(self) -> int:
-        """Of a step."""
-        return math.ceil(PACKING * self.samples.tokens / self.row_positions)
+        """Number of micro-batches per step."""
+        return math.ceil(PACKING_OVERHEAD * self.samples.tokens / self.row_positions)
 
     @property
     def filled(self) -> float:
@@ -126,7 +130,7 @@ class TrainingPlan:
 
     @property
     def model_flops(self) -> Mapping[str, float]:
-        """Of a step over all chips, by component; what is recomputed does not count."""
+        """Model FLOPs of a step over all chips, by component, without recomputation."""
         flops = counts.training_flops(
             self.model, self.samples.visual_tokens, self.samples.text_tokens, self.lora_rank
         )
@@ -154,7 +158,7 @@ class TrainingPlan:
             + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
             *(f"  rejected: {reason}" for reason in self.rejected),
             f"global batch {samples.count}, assumed {samples.visual_tokens:g} visual and "
-            f"{samples.text_tokens:g} text tokens per sample, packed at {PACKING}: "
+            f"{samples.text_tokens:g} text tokens per sample, packed at {PACKING_OVERHEAD}: "
             f"{self.micro_batches} micro-batches of {self.row_positions} positions, "
             f"{100 * self.filled:.0f} % of them real",
             memory_line(self.memory, self.resident, chip),
@@ -175,7 +179,8 @@ def plan_training(
     Args:
       config: one of `configs/`, with the next-token objective.
       topology: the slice.
-      samples: by default the configuration's batch at `MEAN_VISUAL_TOKENS` and `TEXT_TOKENS`.
+      samples: by default the configuration's batch at `MEAN_VISUAL_TOKENS` and
+        `ASSUMED_TEXT_TOKENS`.
 
     Raises:
       ValueError: the configuration is none that can be planned, or its mesh does not fit the
@@ -186,7 +191,7 @@ def plan_training(
         raise ValueError(f"objective is {config.objective!r}; plans are for 'next_token'")
     model = model_config(config.model)
     if samples is None:
-        samples = Samples(config.batch_size, mean_visual_tokens(config, model), TEXT_TOKENS)
+        samples = Samples(config.batch_size, mean_visual_tokens(config, model), ASSUMED_TEXT_TOKENS)
     plan, rejected = first_that_fits(
         candidates(fitted_sizes(config, len(topology.devices))),
         functools.partial(_plan, config, model, topology, samples),
@@ -217,8 +222,14 @@ def _plan(
         stage = make_stage(config, model)
         attention = default_implementation(stage.dtype, model.text.head_dim)
     step, state, frozen = _abstract_step(config, stage, mesh)
-    rows = _placed(abstract_rows(config, model, sizes["data"] * sizes["fsdp"]), mesh)
-    kernel = _splash_flops(config, model, sizes["tensor"]) if attention == "splash" else 0.0
+    batch = NamedSharding(mesh, logical_spec("batch"))
+    rows = placed(abstract_rows(config, model, sizes["data"] * sizes["fsdp"]), batch)
+    kernel = 0.0
+    if attention == "splash":
+        pairs = splash_pairs(config.max_length, causal=True)
+        forward = decoder_kernel_flops(model.text, config.run.rows_per_shard, pairs)
+        # 2 matrix products forward, 3 for dq, 4 for dk and dv; `remat` repeats the forward ones.
+        kernel = forward / sizes["tensor"] * (4.5 if config.remat == "none" else 5.5)
     with use_mesh(mesh):
         lowered = step.lower(stage.trained(), frozen, rows)
         accumulate = compile_program("accumulate", lowered["accumulate"], kernel)
@@ -229,11 +240,9 @@ def _plan(
             pixels = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)
             encoder = ImageEncoder(config, model.vision, frozen, mesh)
             of_tower = 0.0
-            if attention == "splash":
-                of_image = splash_pairs(model.vision.num_patches + 1, causal=False)
-                images = config.batch_size / mesh.size
-                of_tower = counts.tower_attention_flops(model.vision, images * of_image)
-            encode = compile_program("encode", encoder.lower(_placed(pixels, mesh)), of_tower)
+            if tower_attention(model.vision, stage.dtype) == "splash":
+                of_tower = tower_kernel_flops(model.vision, config.batch_size) / mesh.size
+            encode = compile_program("encode", encoder.lower(placed(pixels, batch)), of_tower)
     # The gradient sums are as large as the trained weights; the tokens of two batches are there.
     visual = rows.visual_tokens
     resident = bytes_per_chip((state, state.trained, frozen, visual, visual))
@@ -276,18 +285,3 @@ def _abstract_step(
         if path not in stage.learning_rates
     }
     return step, step.abstract_state(stage.trained()), frozen
-
-
-def _placed(tree: Any, mesh: Mesh) -> Any:
-    """Shapes whose leading axis lies over the data shards."""
-    sharding = NamedSharding(mesh, logical_spec("batch"))
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-    )
-
-
-def _splash_flops(config: ml_collections.ConfigDict, model: LlavaConfig, tensor: int) -> float:
-    """Of one micro-batch on one chip: 2 matrix products forward, 3 for dq, 4 for dk and dv."""
-    pairs = config.run.rows_per_shard * splash_pairs(config.max_length, causal=True)
-    forward = counts.attention_flops(model.text, pairs) / tensor
-    return forward * (4.5 if config.remat == "none" else 5.5)
