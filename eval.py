@@ -6,12 +6,15 @@
         --config.reduction="full prumerge+"
     python eval.py --workdir DIR --config.benchmark=pope --config.questions=FILE
         --config.images=DIR --config.annotations=PATH --config.answers=FILE
+    python eval.py --workdir DIR --config.checkpoint=DIR --config.questions=FILE
+        --config.images=DIR
     python eval.py --aot v5e:2x4 --config.checkpoint=llava-1.5-7b
 
-The first scores the shipped miniature on its digits. Every field of configs/eval.py is a
-flag. A run that was interrupted goes on where it was. With `--aot` the engine's programs are
-compiled for a TPU slice and not run; the checkpoint is then the name of a published size. Exit
-status: 0 if every row was scored, 3 if some failed (errors.jsonl says why), 1 if it could not run.
+The first scores the shipped miniature on its digits; the last but one answers your own questions,
+without a score. Every field of configs/eval.py is a flag. A run that was interrupted resumes. With
+`--aot` the engine's programs are compiled for a TPU slice and not run; the checkpoint is then the
+name of a published size. Exit status: 0 if every row was scored, 3 if some failed (errors.jsonl
+says why), 1 if it could not run or an upload file or the report could not be written.
 """
 
 import pathlib
@@ -25,14 +28,15 @@ from prumerge_jax import prumerge
 from prumerge_jax.aot.compile import DoesNotFit
 from prumerge_jax.aot.inference import plan_inference
 from prumerge_jax.aot.topology import topology
-from prumerge_jax.engine.shapes import EngineConfig
+from prumerge_jax.digits import benchmark as _digits  # noqa: F401  # registers itself
+from prumerge_jax.evaluation.config import engine_config
 from prumerge_jax.evaluation.run import evaluate
 from prumerge_jax.models.config import published
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", str(pathlib.Path(__file__).parent / "configs" / "eval.py"), "what to score"
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; new, or to go on with")
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; new, or to be resumed")
 _AOT = flags.DEFINE_string(
     "aot", None, "a TPU slice, as v5e:2x4: print the plan of the engine on it, and run nothing"
 )
@@ -58,7 +62,7 @@ def _plan(slice_name: str) -> None:
     try:
         plan = plan_inference(
             published(config.checkpoint),
-            EngineConfig(**config.engine),
+            engine_config(config.engine, config.mesh),
             prumerge.preset("prumerge+"),
             topology(slice_name),
             config.mesh,
