@@ -55,6 +55,7 @@ def _main(argv: Sequence[str]) -> int:
 
 def _evaluate(config: ConfigDict, workdir: pathlib.Path) -> int:
     # It takes seconds to import; a mistyped flag is answered before.
+    import prumerge_jax.digits.benchmark  # noqa: F401, registers itself
     from prumerge_jax.evaluation.run import evaluate
 
     try:
@@ -71,13 +72,13 @@ def _plan(config: ConfigDict, slice_name: str) -> int:
     from prumerge_jax.aot.compile import DoesNotFit
     from prumerge_jax.aot.inference import plan_inference
     from prumerge_jax.aot.topology import topology
-    from prumerge_jax.engine.shapes import EngineConfig
+    from prumerge_jax.evaluation.config import engine_config
     from prumerge_jax.models.config import published
 
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
     spellings = reductions.parse_list(config.reduction)
     model, where = published(config.checkpoint), topology(slice_name)
-    shapes, dtype = EngineConfig(**config.engine), jnp.dtype(config.dtype or "bfloat16")
+    shapes, dtype = engine_config(config.engine, config.mesh), jnp.dtype(config.dtype or "bfloat16")
     for spelling in spellings:
         try:
             plan = plan_inference(model, shapes, spelling, where, config.mesh, dtype)

@@ -46,7 +46,7 @@ def parse_json(raw: bytes, where: str) -> Any:
             raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
         )
     except RecursionError:
-        raise ValueError(f"{where}: nested too deeply for a configuration") from None
+        raise ValueError(f"{where}: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from None
 
