@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,16 +21,11 @@ pytestmark = pytest.mark.slow
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Built from a copy, so that the checkout gets no build folder."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    for name in filter(None, listed.stdout.split("\0")):
-        if name.startswith(("prumerge_jax/", "configs/")) or "/" not in name:
-            file = source / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if (ROOT / name).is_file():
-                file.write_bytes((ROOT / name).read_bytes())
+    no_caches = shutil.ignore_patterns("__pycache__")
+    for package in ("prumerge_jax", "configs"):
+        shutil.copytree(ROOT / package, source / package, ignore=no_caches)
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target)]
     subprocess.run([*command, str(source)], check=True, capture_output=True)
     (built,) = target.glob("*.whl")
