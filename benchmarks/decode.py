@@ -19,7 +19,6 @@ from models import add_geometry_argument, geometry, random_llava_for_inference
 
 from prumerge_jax.cost import Workload, operations
 from prumerge_jax.engine import programs
-from prumerge_jax.models.attention import default_implementation
 
 
 def decoding(
@@ -28,7 +27,6 @@ def decoding(
     context: int,
     steps: int,
     dtype: jnp.dtype,
-    attention: str,
 ) -> Callable[[], jax.Array]:
     """`steps` tokens for every slot, each time from the same context."""
     length = context + steps
@@ -52,7 +50,6 @@ def decoding(
             steps=steps,
             eos=-1,
             sampling=programs.Sampling(),
-            implementation=attention,
         )
         cache = after.cache
         return emitted
@@ -76,12 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     chip = peak_rates(arguments.chip, dtype)
     model = random_llava_for_inference(config, dtype)
-    attention = default_implementation(dtype, config.text.head_dim)
     context, steps = arguments.context, arguments.steps
 
-    arms = {
-        slots: decoding(model, slots, context, steps, dtype, attention) for slots in arguments.slots
-    }
+    arms = {slots: decoding(model, slots, context, steps, dtype) for slots in arguments.slots}
     seconds = interleaved(arms, arguments.repeats)
     results = []
     for slots, times in seconds.items():

@@ -46,8 +46,10 @@ from prumerge_jax.engine.decoding import generate
 from prumerge_jax.engine.engine import Engine, Query
 from prumerge_jax.engine.scoring import score
 from prumerge_jax.engine.shapes import EngineConfig, fit
-from prumerge_jax.models.attention import default_implementation
+from prumerge_jax.models import tuning
+from prumerge_jax.models.attention import backend_for
 from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.models.tuning import Tuning
 from prumerge_jax.sharding.mesh import mesh_on, replicated, use_mesh
 
 Model = tuple[nnx.GraphDef, nnx.State]
@@ -106,43 +108,41 @@ def selection(
     ]
 
 
-def logits(model: Model, rows: programs.Rows, tokens: jax.Array, attention: str) -> np.ndarray:
+def logits(model: Model, rows: programs.Rows, tokens: jax.Array, form: Tuning) -> np.ndarray:
     """[M, V] float32 at every eighth position."""
     graphdef, state = model
     longest = rows.ids.shape[1]
-    hidden, _ = programs.prefill(
-        *model, tokens, rows, max_segment_length=longest, implementation=attention
-    )
+    with tuning.use(form):
+        hidden, _ = programs.prefill(*model, tokens, rows, max_segment_length=longest)
     flat = hidden.reshape(-1, hidden.shape[-1])[::8]
     head = jax.jit(lambda state, x: nnx.merge(graphdef, state).decoder.logits(x))
     return np.asarray(head(state, flat))
 
 
 def compare_logits(
-    config: LlavaConfig, model: Model, dtype: jnp.dtype, attention: str, mesh: Mesh
+    config: LlavaConfig, model: Model, dtype: jnp.dtype, mesh: Mesh
 ) -> dict[str, Any]:
-    """The line `logits`: this dtype and attention, and float32 with plain attention on `mesh`."""
+    """The line `logits`: this dtype and tuning, and float32 without any tuning on `mesh`."""
     visual = config.vision.num_patches // 4
     plan, number = packed_rows(visual, 60, 2 * (visual + 60) + 7, rows=2)
     fields = (plan.ids, plan.visual_index, plan.positions, plan.segment_ids)
     shape = (number, visual, config.vision.width)
     tokens = np.random.default_rng(1).standard_normal(shape, np.float32)
     rows = programs.Rows(*map(jnp.asarray, fields))
-    got = logits(model, rows, jnp.asarray(tokens, dtype), attention)
+    got = logits(model, rows, jnp.asarray(tokens, dtype), tuning.current())
 
     graphdef, state = model
     exact = jax.tree.map(lambda weight: np.asarray(weight, np.float32), state)
     with use_mesh(mesh), jax.default_matmul_precision("highest"):
         exact, rows, tokens = jax.device_put((exact, rows, tokens), replicated(mesh))
-        expected = logits((graphdef, exact), rows, tokens, "xla")
+        expected = logits((graphdef, exact), rows, tokens, Tuning.plain())
     valid = plan.segment_ids.reshape(-1)[::8] > 0
     error = np.sqrt(np.mean((got - expected)[valid] ** 2) / np.mean(expected[valid] ** 2))
+    attention = backend_for(dtype, config.text.head_dim)
     return line("logits", float(error), LOGITS[dtype.name], f"{dtype.name}, attention {attention}")
 
 
-def engine(
-    config: LlavaConfig, model: Model, queries: Sequence[Query], dtype: jnp.dtype, attention: str
-) -> Engine:
+def engine(config: LlavaConfig, model: Model, queries: Sequence[Query], dtype: jnp.dtype) -> Engine:
     """Of PruMerge, two rows and eight slots."""
     reduction = reductions.parse("prumerge")
     new = max(query.max_new_tokens for query in queries)
@@ -154,7 +154,7 @@ def engine(
         max_new_tokens=new,
         max_positions=config.text.max_positions,
     )
-    return Engine(*model, config, reduction, shapes, dtype=dtype, implementation=attention)
+    return Engine(*model, config, reduction, shapes, dtype=dtype)
 
 
 def scores(engine: Engine, queries: Sequence[Query]) -> dict[int, float]:
@@ -162,16 +162,14 @@ def scores(engine: Engine, queries: Sequence[Query]) -> dict[int, float]:
     return {result.key: result.log_likelihood for result in score(engine, queries)}
 
 
-def company(
-    config: LlavaConfig, model: Model, dtype: jnp.dtype, attention: str
-) -> list[dict[str, Any]]:
+def company(config: LlavaConfig, model: Model, dtype: jnp.dtype) -> list[dict[str, Any]]:
     """The lines `packed` and `greedy`."""
     limit = NATS[dtype.name]
     asked = [
         query._replace(token_ids=query.token_ids[: 8 + 5 * query.key])
         for query in requests(config, number=8, text_tokens=60, output_tokens=16)
     ]
-    answering = engine(config, model, asked, dtype, attention)
+    answering = engine(config, model, asked, dtype)
     together = {result.key: result.token_ids for result in generate(answering, asked)}
     alone = {q.key: next(iter(generate(answering, [q]))).token_ids for q in asked}
 
@@ -179,7 +177,7 @@ def company(
         query._replace(max_new_tokens=0, continuation=np.array(alone[query.key], np.int32))
         for query in asked
     ]
-    scoring = engine(config, model, answered, dtype, attention)
+    scoring = engine(config, model, answered, dtype)
     in_company = scores(scoring, answered)
     furthest = max(abs(scores(scoring, [q])[q.key] - in_company[q.key]) for q in answered)
 
@@ -229,11 +227,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"no CPU to compare with ({error}); set JAX_PLATFORMS=cuda,cpu or tpu,cpu")
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     model = random_llava_for_inference(config, dtype)
-    attention = default_implementation(dtype, config.text.head_dim)
 
     results = selection(config, arguments.kept, arguments.cases, cpu)
-    results.append(compare_logits(config, model, dtype, attention, mesh_on([cpu])))
-    results += company(config, model, dtype, attention)
+    results.append(compare_logits(config, model, dtype, mesh_on([cpu])))
+    results += company(config, model, dtype)
     report("numerics", arguments, results)
     if any(result["passed"] == "NO" for result in results):
         sys.exit(1)

@@ -48,7 +48,6 @@ from prumerge_jax.engine.decoding import generate
 from prumerge_jax.engine.engine import Encoding, Engine, Images, Query
 from prumerge_jax.engine.scoring import score
 from prumerge_jax.engine.shapes import EngineConfig, fit
-from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.sharding.mesh import make_mesh, replicated, use_mesh
 
@@ -141,7 +140,6 @@ def engine_arm(
         reduction,
         fitted,
         dtype=dtype,
-        implementation=default_implementation(dtype, config.text.head_dim),
         mesh=mesh,
     )
     engine.counts = counts

@@ -27,7 +27,7 @@ from prumerge_jax.aot.training import (
     TrainingPlan,
     plan_training,
 )
-from prumerge_jax.training.stages import model_config
+from prumerge_jax.training.config import parse
 
 RECIPES = {"7b": prumerge_7b_lora, "13b": prumerge_13b_lora}
 SLICES = (
@@ -48,7 +48,7 @@ def plan(model: str, name: str, samples_per_chip: int, text_tokens: int) -> Trai
     config = RECIPES[model].get_config()
     config.reduction = REDUCTION
     config.batch_size = samples_per_chip * len(where.devices)
-    visual, source = mean_visual_tokens(REDUCTION, model_config(config.model).vision)
+    visual, source = mean_visual_tokens(REDUCTION, parse(config).sizes.vision)
     samples = Samples(config.batch_size, visual, text_tokens, source)
     return plan_training(config, where, samples)
 

@@ -25,7 +25,6 @@ from prumerge_jax.engine.engine import Engine, Query, Result
 from prumerge_jax.engine.scoring import score
 from prumerge_jax.engine.shapes import EngineConfig, fit
 from prumerge_jax.models import config_json
-from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import abstract_model, gather_evidence, inference_layout
 from prumerge_jax.reductions import Reduction, ReductionLike, as_reduction
@@ -232,7 +231,6 @@ class Llava:
                 jnp.asarray(pixels[None]),
                 reduction=reduction,
                 dtype=self.dtype,
-                implementation=self._attention(),
             )
         patches, targets, required = (np.asarray(values)[0] for values in assignment)
         if required < 0:
@@ -284,7 +282,6 @@ class Llava:
             shapes,
             dtype=self.dtype,
             position_ids=position_ids,
-            implementation=self._attention(),
             mesh=self._mesh,
         )
 
@@ -296,10 +293,6 @@ class Llava:
         """
         vision = self.config.vision
         return as_reduction(reduction).image_size(vision.image_size, vision.patch_size)
-
-    def _attention(self) -> str:
-        """The attention backend of the tower and of the decoder."""
-        return default_implementation(self.dtype, self.config.text.head_dim)
 
     def placed(self) -> contextlib.AbstractContextManager[None]:
         """The context in which an engine of this model runs: its mesh, if it has one."""
@@ -350,7 +343,7 @@ def _in_order(results: Iterable[Result], count: int) -> list[Result]:
     return [result for result in ordered if result is not None]
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "reduction", "dtype", "implementation"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "reduction", "dtype"))
 def _explain(
     graphdef: nnx.GraphDef,
     state: nnx.State,
@@ -358,8 +351,7 @@ def _explain(
     *,
     reduction: Reduction,
     dtype: jnp.dtype,
-    implementation: str,
 ) -> reductions.Assignment:
     vision = nnx.merge(graphdef, state).vision
-    evidence = gather_evidence(vision, pixels, dtype=dtype, implementation=implementation)
+    evidence = gather_evidence(vision, pixels, dtype=dtype)
     return reductions.explain(evidence, reduction)

@@ -13,6 +13,9 @@ import pytest
 
 from prumerge_jax.cost import Chip
 from prumerge_jax.engine.shapes import Shapes
+from prumerge_jax.models.tuning import Tuning
+
+pytestmark = pytest.mark.slow
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 ROWS = "--geometry=tiny --text_tokens=6 --row_length=32 --repeats=2"
@@ -102,7 +105,7 @@ def test_other_numbers_than_the_cpus_are_an_error(
     right = numerics.logits
 
     def wrong(*arguments: object) -> np.ndarray:
-        return (1.0 if arguments[-1] == "xla" else 1.1) * right(*arguments)
+        return (1.0 if arguments[-1] == Tuning.plain() else 1.1) * right(*arguments)
 
     monkeypatch.setattr(numerics, "logits", wrong)
     monkeypatch.setattr(numerics, "company", lambda *_: [])

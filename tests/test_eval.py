@@ -10,6 +10,8 @@ import pytest
 from prumerge_jax.digits import benchmark as digits
 from tests.tiny_llava import write_tiny_llava
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 

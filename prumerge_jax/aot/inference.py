@@ -30,7 +30,8 @@ from prumerge_jax.cost import counts
 from prumerge_jax.cost.roofline import Operation
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.shapes import EngineConfig, Shapes, fit
-from prumerge_jax.models.attention import default_implementation, splash_pairs
+from prumerge_jax.models.attention import backend_for
+from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import abstract_model
 from prumerge_jax.reductions import Reduction, parse
@@ -201,16 +202,15 @@ def _plan(
     rows = programs.Rows(*[row] * 4)  # type: ignore[arg-type]  # shapes stand for arrays
     slots = _abstract_slots(graphdef, state, engine, mesh, dtype)
     with use_mesh(mesh):
-        attention = default_implementation(dtype, model.text.head_dim)
-        of_tower, of_rows = 0.0, 0.0
-        if attention == "splash":
-            of_tower, of_rows = (flops / mesh.size for flops in _splash_flops(model, engine))
-        encode = programs.encode.lower(
-            graphdef, state, pixels, reduction=reduction, dtype=dtype, implementation=attention
+        of_tower, of_rows = (
+            flops / mesh.size for flops in _splash_flops(model, engine, jnp.dtype(dtype))
         )
-        static = {"max_segment_length": engine.longest_prompt, "implementation": attention}
-        read = programs.read.lower(graphdef, state, pool, rows, **static)
-        prefill = programs.prefill.lower(graphdef, state, pool, rows, **static)
+        encode = programs.encode.lower(graphdef, state, pixels, reduction=reduction, dtype=dtype)
+        longest = engine.longest_prompt
+        read = programs.hidden_before_last_mlp.lower(
+            graphdef, state, pool, rows, max_segment_length=longest
+        )
+        prefill = programs.prefill.lower(graphdef, state, pool, rows, max_segment_length=longest)
         decode = programs.decode.lower(
             graphdef,
             state,
@@ -218,7 +218,6 @@ def _plan(
             steps=engine.chunk,
             eos=model.eos_token_id,
             sampling=programs.Sampling(),
-            implementation=attention,
         )
         compiled = (
             compile_program("encode", encode, of_tower),
@@ -274,14 +273,19 @@ def _abstract_slots(
     )
 
 
-def _splash_flops(model: LlavaConfig, engine: Shapes) -> tuple[float, float]:
-    """Of the attention kernel, for a batch of images and for rows."""
-    of_image = splash_pairs(model.vision.num_patches + 1, causal=False)
-    of_row = splash_pairs(engine.row_length, causal=True, max_segment_length=engine.longest_prompt)
-    return (
-        counts.tower_attention_flops(model.vision, engine.batch_size * of_image),
-        counts.attention_flops(model.text, engine.rows * of_row),
-    )
+def _splash_flops(model: LlavaConfig, engine: Shapes, dtype: jnp.dtype) -> tuple[float, float]:
+    """FLOPs of the attention kernel, for a batch of images and for rows; 0 where it is not used."""
+    of_tower, of_rows = 0.0, 0.0
+    if backend_for(dtype, model.vision.head_dim) == "splash":
+        pairs = engine.batch_size * splash_pairs(model.vision.num_patches + 1, causal=False)
+        of_tower = counts.tower_attention_flops(model.vision, pairs)
+    if backend_for(dtype, model.text.head_dim) == "splash":
+        longest = engine.longest_prompt
+        pairs = engine.rows * splash_pairs(
+            engine.row_length, causal=True, max_segment_length=longest
+        )
+        of_rows = counts.attention_flops(model.text, pairs)
+    return of_tower, of_rows
 
 
 def _pairs(engine: Shapes) -> float:

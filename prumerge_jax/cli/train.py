@@ -72,10 +72,11 @@ def _train(argv: Sequence[str], config: ConfigDict, values: flags.FlagValues) ->
     # These take seconds to import; a mistyped flag is answered before.
     import jax
 
+    import prumerge_jax.digits.training  # noqa: F401, registers what its recipes name
     from prumerge_jax.sharding.startup import distributed_session
     from prumerge_jax.training.loop import TrainingError
     from prumerge_jax.training.run import run
-    from prumerge_jax.training.stop import stop_on_signals
+    from prumerge_jax.training.workdir import stop_on_signals
 
     absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax logs every file
     processes = distributed_session(
@@ -97,6 +98,7 @@ def _train(argv: Sequence[str], config: ConfigDict, values: flags.FlagValues) ->
 def _plan(config: ConfigDict, slice_name: str) -> None:
     import jax
 
+    import prumerge_jax.digits.training  # noqa: F401, registers what its recipes name
     from prumerge_jax.aot.compile import DoesNotFit
     from prumerge_jax.aot.topology import topology
     from prumerge_jax.aot.training import plan_training

@@ -11,11 +11,17 @@ Turn = TypedDict("Turn", {"from": str, "value": str})
 
 
 class Sample(TypedDict):
-    """An entry of LLaVA's data file with the picture's encoded file in the place of its path."""
+    """An entry of LLaVA's data file with the encoded image file in place of its path."""
 
     id: str
     image: NotRequired[bytes]
     conversations: list[Turn]
+
+
+def quoted(value: object, limit: int = 80) -> str:
+    """A value of the user's as a message shows it: `repr`, cut to `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def conversation_feature() -> tfds.features.Sequence:
@@ -48,5 +54,5 @@ def prepare(
 
 
 def record_source(builder: tfds.core.GeneratorBasedBuilder, split: str) -> Sequence[dict[str, Any]]:
-    """Random access to the records of a prepared split, pictures still encoded."""
+    """Random access to the records of a prepared split, images still encoded."""
     return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})

@@ -64,7 +64,6 @@ class SlotDecoder:
             window.pool,
             placed,
             max_segment_length=engine.config.longest_prompt,
-            implementation=engine.implementation,
         )
         for segments, sequences in self._segments(window, rows):
             first = programs.first_tokens(
@@ -145,7 +144,6 @@ class SlotDecoder:
                 steps=engine.config.chunk,
                 eos=engine.model_config.eos_token_id,
                 sampling=self.sampling,
-                implementation=engine.implementation,
             )
             self.unread.append(_Chunk(emitted, list(self.occupant)))
             yield from self._read(behind=1)

@@ -174,7 +174,6 @@ class Engine:
         *,
         dtype: jnp.dtype,
         position_ids: packing.PositionIds = "compact",
-        implementation: str = "xla",
         mesh: Mesh | None = None,
     ) -> None:
         """Prepares an engine; nothing is compiled yet.
@@ -186,7 +185,6 @@ class Engine:
           config: the shapes.
           dtype: compute dtype.
           position_ids: see `packing.pack_window`.
-          implementation: attention backend, see `attention.attend`.
           mesh: devices to split images, rows and slots over.
 
         Raises:
@@ -194,7 +192,7 @@ class Engine:
         """
         self.graphdef, self.state = graphdef, state
         self.model_config, self.reduction, self.config = model_config, reduction, config
-        self.dtype, self.implementation, self.mesh = jnp.dtype(dtype), implementation, mesh
+        self.dtype, self.mesh = jnp.dtype(dtype), mesh
         self.position_ids = position_ids
         self.shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self.counters = Counters()
@@ -271,7 +269,6 @@ class Engine:
                     self.put(pixels),
                     reduction=reduction,
                     dtype=self.dtype,
-                    implementation=self.implementation,
                 )
             )
         return Encoding(queries, image_of, len(images), encoded, reduction)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prumerge_jax.models.llama import KVCache, Unfinished, empty_cache
+from prumerge_jax.models.llama import KVCache, PartialHidden, empty_cache
 from prumerge_jax.models.llava import encode_images
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.reductions import Reduction
@@ -73,7 +73,7 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "reduction", "dtype", "implementation"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "reduction", "dtype"))
 def encode(
     graphdef: nnx.GraphDef,
     state: nnx.State,
@@ -81,11 +81,10 @@ def encode(
     *,
     reduction: Reduction,
     dtype: jnp.dtype,
-    implementation: str,
 ) -> VisualTokens:
     """[B, S, S, 3] uint8 -> reduced visual tokens of capacity R."""
     vision = nnx.merge(graphdef, state).vision
-    return encode_images(vision, pixels, reduction, dtype=dtype, implementation=implementation)
+    return encode_images(vision, pixels, reduction, dtype=dtype)
 
 
 @jax.jit
@@ -96,7 +95,7 @@ def join(batches: list[jax.Array]) -> jax.Array:
     return constrain(stacked.reshape(-1, *stacked.shape[2:]), "batch", None, None)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_segment_length", "implementation"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "max_segment_length"))
 def prefill(
     graphdef: nnx.GraphDef,
     state: nnx.State,
@@ -104,7 +103,6 @@ def prefill(
     rows: Rows,
     *,
     max_segment_length: int,
-    implementation: str,
 ) -> tuple[jax.Array, KVCache]:
     """Runs packed rows, whose segments have at most `max_segment_length` tokens.
 
@@ -118,29 +116,26 @@ def prefill(
         rows.positions,
         rows.segment_ids,
         max_segment_length=max_segment_length,
-        implementation=implementation,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_segment_length", "implementation"))
-def read(
+@functools.partial(jax.jit, static_argnames=("graphdef", "max_segment_length"))
+def hidden_before_last_mlp(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     visual_tokens: jax.Array,
     rows: Rows,
     *,
     max_segment_length: int,
-    implementation: str,
-) -> Unfinished:
+) -> PartialHidden:
     """`prefill` for scoring: no cache is kept, and `log_likelihoods` finishes what it needs."""
     model = nnx.merge(graphdef, state)
     x = constrain(model.embed_rows(rows.ids, visual_tokens, rows.visual_index), "batch", None, None)
-    return model.decoder.read(
+    return model.decoder.hidden_before_last_mlp(
         x,
         rows.positions,
         rows.segment_ids,
         max_segment_length=max_segment_length,
-        implementation=implementation,
     )
 
 
@@ -148,7 +143,7 @@ def read(
 def log_likelihoods(
     graphdef: nnx.GraphDef,
     state: nnx.State,
-    unfinished: Unfinished,
+    partial: PartialHidden,
     index: jax.Array,
     targets: jax.Array,
 ) -> jax.Array:
@@ -156,7 +151,7 @@ def log_likelihoods(
 
     Args:
       graphdef, state: the model.
-      unfinished: rows from `read`.
+      partial: rows from `hidden_before_last_mlp`.
       index: [M] int32 into the flattened rows.
       targets: [M] int32 token ids.
 
@@ -164,7 +159,7 @@ def log_likelihoods(
       [M] float32, natural logarithm.
     """
     decoder = nnx.merge(graphdef, state).decoder
-    logits = decoder.logits(decoder.finish(unfinished, index))
+    logits = decoder.logits(decoder.last_mlp_at(partial, index))
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
@@ -277,7 +272,7 @@ def insert(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "steps", "eos", "sampling", "implementation"),
+    static_argnames=("graphdef", "steps", "eos", "sampling"),
     donate_argnames=("slots",),
 )
 def decode(
@@ -288,7 +283,6 @@ def decode(
     steps: int,
     eos: int,
     sampling: Sampling,
-    implementation: str,
 ) -> tuple[Slots, jax.Array]:
     """Up to `steps` tokens for every busy slot; stops early when all are idle.
 
@@ -310,9 +304,7 @@ def decode(
         x = model.decoder.embed(slots.token[:, None], dtype)
         # An idle slot writes behind the end of its cache, which drops the write.
         at = jnp.where(busy, slots.lengths, slots.cache.k.shape[2])
-        hidden, cache = model.decoder.decode(
-            x, slots.positions, slots.cache, at, implementation=implementation
-        )
+        hidden, cache = model.decoder.decode(x, slots.positions, slots.cache, at)
         logits = model.decoder.logits(hidden[:, 0])
         token = draw(logits, slots.seeds, slots.drawn, sampling)
         left = jnp.where(token == eos, 0, slots.remaining - 1)

@@ -12,7 +12,7 @@ from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.engine import Engine, Query, Result, Window
-from prumerge_jax.models.llama import Unfinished
+from prumerge_jax.models.llama import PartialHidden
 
 HEAD_POSITIONS = 64
 """Positions that one call of the scoring head takes."""
@@ -24,15 +24,14 @@ def score(engine: Engine, queries: Iterable[Query]) -> Iterator[Result]:
     for window in engine.windows(queries):
         yield from window.failed
         for rows in window.batches:
-            unfinished = programs.read(
+            partial = programs.hidden_before_last_mlp(
                 engine.graphdef,
                 engine.state,
                 window.pool,
                 engine.put_rows(rows),
                 max_segment_length=engine.config.longest_prompt,
-                implementation=engine.implementation,
             )
-            unread.append(_Scores(window, rows, _log_likelihoods(engine, unfinished, rows)))
+            unread.append(_Scores(window, rows, _log_likelihoods(engine, partial, rows)))
             if len(unread) > 1:
                 yield from unread.popleft().results()
     for scores in unread:
@@ -60,7 +59,7 @@ class _Scores(NamedTuple):
             yield Result(query.key, [], float(total), visual_tokens, query.text_tokens)
 
 
-def _log_likelihoods(engine: Engine, unfinished: Unfinished, rows: packing.Rows) -> list[jax.Array]:
+def _log_likelihoods(engine: Engine, partial: PartialHidden, rows: packing.Rows) -> list[jax.Array]:
     """log p of every target of the rows, in calls of `HEAD_POSITIONS` each."""
     flat = rows.targets.reshape(-1)
     positions = np.flatnonzero(flat != IGNORE)
@@ -72,7 +71,7 @@ def _log_likelihoods(engine: Engine, unfinished: Unfinished, rows: packing.Rows)
         targets = np.maximum(flat[index], 0)  # the filler's target may be no token
         parts.append(
             programs.log_likelihoods(
-                engine.graphdef, engine.state, unfinished, jnp.asarray(index), jnp.asarray(targets)
+                engine.graphdef, engine.state, partial, jnp.asarray(index), jnp.asarray(targets)
             )
         )
     return parts

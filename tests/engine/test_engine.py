@@ -1,6 +1,7 @@
 """The engine against one-at-a-time runs, and its invariants."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,11 @@ from prumerge_jax.engine.decoding import generate
 from prumerge_jax.engine.engine import Engine, Query, Result
 from prumerge_jax.engine.scoring import score
 from prumerge_jax.engine.shapes import Shapes
+from prumerge_jax.models import tuning
 from prumerge_jax.models.config import TextConfig, published
 from prumerge_jax.models.llama import KVCache
 from prumerge_jax.models.llava import LlavaModel, inference_layout, random_model
+from prumerge_jax.models.tuning import Tuning
 from tests.conftest import require_eight_devices
 
 SMALL = Shapes(
@@ -39,6 +42,13 @@ CONFIG = dataclasses.replace(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def plain() -> Iterator[None]:
+    """The reference forms; tests of others say which."""
+    with tuning.use(Tuning.plain()):
+        yield
+
+
 @pytest.fixture(scope="module")
 def model() -> LlavaModel:
     model = random_model(CONFIG, seed=0)
@@ -53,7 +63,6 @@ def make_engine(
     model: LlavaModel,
     config: Shapes = SMALL,
     reduction: str = "prumerge",
-    implementation: str = "xla",
     **overrides: int,
 ) -> Engine:
     graphdef, state = nnx.split(model)
@@ -64,7 +73,6 @@ def make_engine(
         reductions.parse(reductions.with_parameters(reduction, **overrides)),
         config,
         dtype=jnp.float32,
-        implementation=implementation,
     )
 
 
@@ -101,7 +109,6 @@ def naive_logits(model: LlavaModel, query: Query, tokens: np.ndarray, reduction:
             jnp.asarray(query.pixels[None]),
             reduction=reductions.parse(reduction),
             dtype=jnp.dtype(jnp.float32),
-            implementation="xla",
         )
         count = int(reduced.lengths[0])
         (at,) = np.flatnonzero(tokens == IMAGE_TOKEN)
@@ -153,18 +160,21 @@ def test_generation_equals_one_at_a_time_recomputation(model: LlavaModel) -> Non
 def test_shapes_and_arrival_order_change_nothing(model: LlavaModel, shapes: dict[str, int]) -> None:
     queries = make_queries(13, seed=2, max_new_tokens=7)
     order = np.random.default_rng(0).permutation(len(queries))
-    other = make_engine(model, Shapes(longest_prompt=64, **shapes), implementation="blocks")
+    other = make_engine(model, Shapes(longest_prompt=64, **shapes))
     expected = by_key(list(generate(make_engine(model), queries)))
-    got = by_key(list(generate(other, [queries[i] for i in order])))
+    with tuning.use(Tuning(attention="blocks")):
+        got = by_key(list(generate(other, [queries[i] for i in order])))
+        scores = by_key(list(score(other, [queries[i] for i in order])))
     assert {k: r.token_ids for k, r in got.items()} == {k: r.token_ids for k, r in expected.items()}
     expected = by_key(list(score(make_engine(model), queries)))
-    for key, result in by_key(list(score(other, [queries[i] for i in order]))).items():
+    for key, result in scores.items():
         assert result.log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-4)
 
 
 def test_layers_apart_compute_what_a_stack_does(model: LlavaModel) -> None:
     copy = jax.tree.map(jnp.copy, nnx.state(model))
-    separate = nnx.merge(*inference_layout(nnx.graphdef(model), copy))
+    with tuning.use(Tuning(layers="list")):
+        separate = nnx.merge(*inference_layout(nnx.graphdef(model), copy))
     assert len(separate.decoder.layers) == CONFIG.text.num_layers
     apart, stack = make_engine(separate), make_engine(model)
     queries = make_queries(9, seed=12, max_new_tokens=5)

@@ -86,7 +86,6 @@ def test_images_lie_over_all_devices_and_need_no_collective(batch: int) -> None:
     options = {
         "reduction": reductions.parse("prumerge"),
         "dtype": jnp.dtype(jnp.float32),
-        "implementation": "blocks",
     }
     expected = programs.encode(graphdef, state, pixels, **options)
     mesh = sharding.make_mesh(2, 1, 4)
