@@ -44,10 +44,8 @@ def test_flags_are_fields_of_a_recipe(page: pathlib.Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_recipes_and_files_that_are_named_exist(page: pathlib.Path) -> None:
     text = page.read_text("utf-8")
-    names = set(recipes.names())
-    stages = {name.removeprefix("digits/") for name in names if name.startswith("digits/")}
     for recipe in RECIPE.findall(text):
-        assert recipe in names or (recipe == "digits/" and stages)
+        assert recipe in recipes.names() or recipe.endswith("/")  # a variable of the shell follows
     for file in set(re.findall(r"\bconfigs/[\w/]+\.py\b", text)) - ANY:
         assert (ROOT / file).is_file()
     for file in re.findall(r"\bbenchmarks/\w+\.py\b", text):
@@ -64,6 +62,7 @@ def test_the_readme_is_short_and_its_commands_are_the_ones_that_ci_runs() -> Non
 
 
 def test_every_reduction_and_benchmark_of_the_readme_is_known() -> None:
+    import prumerge_jax.digits.benchmark  # noqa: F401, registers itself
     from prumerge_jax import reductions
     from prumerge_jax.evaluation.benchmarks.registry import benchmark
 
