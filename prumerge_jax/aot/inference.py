@@ -96,8 +96,8 @@ class InferencePlan:
             f"{self.topology.name}: {used} of {len(self.topology.devices)} chips, mesh "
             + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
             *(f"  rejected: {reason}" for reason in self.rejected),
-            f"{self.reduction} in {self.dtype}, assumed {self.visual_tokens.mean:g} visual tokens "
-            f"per image ({self.visual_tokens.reason}) and {TEXT_TOKENS} of text: "
+            f"{self.reduction} in {self.dtype}, assumed {self.visual_tokens.mean:.4g} visual "
+            f"tokens per image ({self.visual_tokens.reason}) and {TEXT_TOKENS} of text: "
             f"{self.prompts:.0f} prompts in the rows of a read or prefill",
             f"{self.shapes.batch_size} images, {self.shapes.rows} rows of "
             f"{self.shapes.row_length}, {self.shapes.slots} slots of {self.shapes.cache_length}",

@@ -151,7 +151,7 @@ class TrainingPlan:
             f"{self.topology.name}: {len(self.topology.devices)} chips, mesh "
             + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
             *(f"  rejected: {reason}" for reason in self.rejected),
-            f"global batch {samples.count}, assumed {samples.visual_tokens:g} visual and "
+            f"global batch {samples.count}, assumed {samples.visual_tokens:.4g} visual and "
             f"{samples.text_tokens:g} text tokens per sample{source}, packed at {PACKING}: "
             f"{self.micro_batches} micro-batches of {self.row_positions} positions, "
             f"{100 * self.filled:.0f} % of them real",

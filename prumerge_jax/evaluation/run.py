@@ -59,6 +59,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
     Raises:
       ValueError: the configuration, or a file it names, is wrong; the message says where.
     """
+    names = list(reductions.parse_list(config.reduction))
     workdir.mkdir(parents=True, exist_ok=True)
     tasks = [_task(values, config, workdir) for values in _task_fields(config)]
     if config.answers is not None:
@@ -67,7 +68,6 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
         raise ValueError(
             "no model to score: pass --config.checkpoint=DIR, or --config.answers=FILE"
         )
-    names = list(reductions.parse_list(config.reduction))
     every_rows = [Rows(task) for task in tasks]
     for rows in every_rows:
         rows.check_images()

@@ -76,7 +76,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LlavaConfig:
-    """A whole LLaVA.
+    """All sizes of a LLaVA.
 
     `projector` is `linear`, `mlpNx_gelu` or `identity`, LLaVA's own names. `image_token_id` and
     `pad_token_id` are the ids a Hugging Face directory declares; an original LLaVA directory has
