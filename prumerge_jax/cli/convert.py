@@ -18,15 +18,15 @@ from prumerge_jax.cli import command_line
 # Rounding weights to bfloat16 costs well below this; a wrong layout far more.
 _MAX_KL = 0.01
 
-_ONLY_IMPORT = ("dtype", "vision_tower", "projector", "adapter", "allow_pickle", "verify")
-"""Flags that say how a checkpoint is read."""
-_UNUSED = {
-    "jax": (),
-    "hf": (*_ONLY_IMPORT, "adapter_base"),
-    "llava": (*_ONLY_IMPORT, "adapter_base"),
-    "peft": (*_ONLY_IMPORT, "merge"),
+_READ_WITH = {
+    **dict.fromkeys(
+        ("dtype", "vision_tower", "projector", "adapter", "allow_pickle", "verify"), ("jax",)
+    ),
+    **dict.fromkeys(("download", "revision"), ("jax",)),
+    "adapter_base": ("jax", "peft"),
+    "merge": ("jax", "hf", "llava"),
 }
-"""Flags that mean nothing for a value of `--to`."""
+"""Flags that mean something only with these values of `--to`."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,9 +104,12 @@ def _check(values: flags.FlagValues) -> None:
         raise ValueError("give one of --input and --download")
     if values.revision and not values.download:
         raise ValueError("--revision is the commit of --download, which is not given")
-    target = values.to
-    if unused := [name for name in _UNUSED[target] if values[name].value]:
-        raise ValueError(f"--to={target} takes no --{' --'.join(unused)}")
+    unused = [name for name, targets in _READ_WITH.items() if values.to not in targets]
+    if unused := [name for name in unused if values[name].value]:
+        raise ValueError(f"--to={values.to} takes no --{' --'.join(unused)}")
+    for name in ("merge", "adapter_base"):
+        if values.to == "jax" and values[name].value and not values.adapter:
+            raise ValueError(f"--{name} is about an adapter; give it as --adapter")
 
 
 def _import(folder: pathlib.Path, values: flags.FlagValues) -> None:
@@ -119,8 +122,8 @@ def _import(folder: pathlib.Path, values: flags.FlagValues) -> None:
     from prumerge_jax.conversion.verify import compare_with_torch
 
     tower, projector, adapter = (
-        pathlib.Path(folder) if folder else None
-        for folder in (values.vision_tower, values.projector, values.adapter)
+        pathlib.Path(path) if path else None
+        for path in (values.vision_tower, values.projector, values.adapter)
     )
     sources = Sources(
         folder,

@@ -6,13 +6,14 @@
         --config.reduction="full prumerge+"
     eval.py --workdir DIR --config.benchmark=pope --config.questions=FILE
         --config.images=DIR --config.annotations=PATH --config.answers=FILE
+    eval.py --workdir DIR --config.checkpoint=DIR --config.questions=FILE --config.images=DIR
     eval.py --aot v5e:2x4 --config.checkpoint=llava-1.5-7b --config.reduction=prumerge+
 
-The first scores the shipped miniature on its digits. Every field of configs/eval.py is a flag. A
-run that was interrupted resumes. With `--aot` the engine's programs are compiled for a TPU slice
-and not run; the checkpoint is then the name of a published size, and every reduction is planned.
-Exit status: 0 if every row was scored, 3 if some failed (errors.jsonl says why), 1 if it could not
-run.
+The first scores the shipped miniature on its digits; the fourth answers your own questions, without
+a score. Every field of configs/eval.py is a flag. A run that was interrupted resumes. With `--aot`
+the engine's programs are compiled for a TPU slice and not run; the checkpoint is then the name of a
+published size, and every reduction is planned. Exit status: 0 if every row was scored, 3 if some
+failed (errors.jsonl says why), 1 if it could not run.
 """
 
 import pathlib
@@ -54,7 +55,7 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _evaluate(config: ConfigDict, workdir: pathlib.Path) -> int:
-    # It takes seconds to import; a mistyped flag is answered before.
+    # These take seconds to import; a mistyped flag is answered before.
     import prumerge_jax.digits.benchmark  # noqa: F401, registers itself
     from prumerge_jax.evaluation.run import evaluate
 
