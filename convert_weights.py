@@ -21,9 +21,10 @@ from prumerge_jax.conversion.detect import Kind, detect
 from prumerge_jax.conversion.download import download
 from prumerge_jax.conversion.export import export_adapter, export_model
 from prumerge_jax.conversion.keys import Dialect
-from prumerge_jax.conversion.tensor_files import CheckpointError
-from prumerge_jax.conversion.verify import compare_with_torch
-from prumerge_jax.store.manifest import DirectoryError
+from prumerge_jax.conversion.tensor_files import ConversionError, listing
+from prumerge_jax.conversion.tokenizer_file import missing_tokenizer_warning
+from prumerge_jax.conversion.verify import check_comparable, compare_with_torch
+from prumerge_jax.store.atomic import require_new
 
 _INPUT = flags.DEFINE_string("input", None, "Directory of the model, or of its language model.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write; must not exist.", required=True)
@@ -35,7 +36,10 @@ _TO = flags.DEFINE_enum(
     "peft (adapters and projector).",
 )
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "float16", "bfloat16"], "Of all weights; default: as they are."
+    "dtype",
+    None,
+    ["float32", "float16", "bfloat16"],
+    "Dtype of all weights; by default as stored.",
 )
 _TOWER = flags.DEFINE_string("vision_tower", None, "CLIP directory, for inputs without a tower.")
 _PROJECTOR = flags.DEFINE_string("projector", None, "Stage-1 directory, for a plain LLaMA.")
@@ -57,34 +61,63 @@ _REVISION = flags.DEFINE_string("revision", "", "Commit of --download, 40 digits
 
 # Rounding weights to bfloat16 costs well below this; a wrong layout far more.
 _MAX_KL = 0.01
-# Flags that say how a checkpoint is read, and mean nothing on the way out.
-_ONLY_IN = (_DTYPE, _TOWER, _PROJECTOR, _ADAPTER, _ALLOW_PICKLE, _VERIFY)
+# Flags that say something only with these values of --to.
+_READ_WITH = (
+    (_DTYPE, ("jax",)),
+    (_TOWER, ("jax",)),
+    (_PROJECTOR, ("jax",)),
+    (_ADAPTER, ("jax",)),
+    (_ADAPTER_BASE, ("jax", "peft")),
+    (_MERGE, ("jax", "hf", "llava")),
+    (_ALLOW_PICKLE, ("jax",)),
+    (_VERIFY, ("jax",)),
+    (_DOWNLOAD, ("jax",)),
+    (_REVISION, ("jax",)),
+)
 
 
 def main(argv: list[str]) -> None:
     """Runs the conversion; status 1 and one line on stderr where it is refused."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    if bool(_INPUT.value) == bool(_DOWNLOAD.value):
-        raise app.UsageError("give one of --input and --download")
-    if _TO.value != "jax" and (unused := [f.name for f in _ONLY_IN if f.value]):
-        raise app.UsageError(f"--to={_TO.value} takes no --{' --'.join(unused)}")
     jax.config.update("jax_platforms", "cpu")  # weights pass through host memory only
     try:
-        if _INPUT.value is not None:
+        _check_flags(argv[1:])
+        output = pathlib.Path(_OUTPUT.value)
+        require_new(output)
+        if _INPUT.value:
             folder = pathlib.Path(_INPUT.value)
         else:
             folder = download(_DOWNLOAD.value, _REVISION.value)
         detection = detect(folder)
         print(f"{folder} is {detection.kind.value}: {detection.reason}")
         if _TO.value == "jax":
-            import_checkpoint(folder, pathlib.Path(_OUTPUT.value))
+            import_checkpoint(folder, output)
         elif detection.kind is Kind.OURS:
-            export_directory(folder, pathlib.Path(_OUTPUT.value))
+            export_directory(folder, output)
         else:
-            raise CheckpointError(f"--to={_TO.value} needs one of our directories as --input")
-    except (CheckpointError, DirectoryError, OSError) as error:
-        sys.exit(f"error: {error}")
+            raise ConversionError(f"--to={_TO.value} needs one of our directories as --input")
+    except (ValueError, OSError) as error:  # all classes of ours derive from ValueError
+        sys.exit(f"convert_weights.py: {' '.join(str(error).split())}")
+
+
+def _check_flags(unexpected: list[str]) -> None:
+    """Refuses what would be ignored.
+
+    Raises:
+      ConversionError: flags are missing or contradict each other.
+    """
+    if unexpected:
+        raise ConversionError(f"unexpected arguments: {listing(unexpected)}")
+    if bool(_INPUT.value) == bool(_DOWNLOAD.value):
+        raise ConversionError("give one of --input and --download")
+    to = _TO.value
+    if unused := [f.name for f, targets in _READ_WITH if f.value and to not in targets]:
+        raise ConversionError(f"--to={to} takes no --{' --'.join(unused)}")
+    if _REVISION.value and not _DOWNLOAD.value:
+        raise ConversionError("--revision is the commit of --download, which is not given")
+    if to == "jax" and _ADAPTER_BASE.value and not _ADAPTER.value:
+        raise ConversionError("--adapter_base speaks of an adapter; give it as --adapter")
+    if to == "jax" and _MERGE.value and not _ADAPTER.value:
+        raise ConversionError("--merge needs an adapter to merge, given as --adapter")
 
 
 def import_checkpoint(folder: pathlib.Path, output: pathlib.Path) -> None:
@@ -102,21 +135,19 @@ def import_checkpoint(folder: pathlib.Path, output: pathlib.Path) -> None:
         allow_pickle=_ALLOW_PICKLE.value,
     )
     model = open_model(sources)
-    total = sum(tensor.info.nbytes for tensor in model.tensors.values())
-    if model.adapter is not None:
-        total += sum(tensor.info.nbytes for tensor in model.adapter.tensors.values())
+    if _VERIFY.value:
+        check_comparable(model.config)
     dtype = jax.numpy.dtype(_DTYPE.value) if _DTYPE.value else None
-    with tqdm.tqdm(total=total, unit="B", unit_scale=True) as bar:
+    with tqdm.tqdm(total=model.nbytes, unit="B", unit_scale=True) as bar:
         report = convert(model, output, dtype=dtype, progress=bar.update)
-    print(
-        f"{output}: {report.parameters:,} parameters from {report.tensors_in} tensors, "
-        f"{report.kept_aside} unused ones kept aside, {len(model.ignored)} left out"
-    )
+    print(f"{output}: {report.summary()}")
+    if not model.has_tokenizer:
+        print(missing_tokenizer_warning(output), file=sys.stderr)
     if _VERIFY.value:
         comparison = compare_with_torch(model, output)
         print(comparison.summary())
         if comparison.kl > _MAX_KL:
-            raise CheckpointError(f"{output} does not compute what its checkpoint does")
+            raise ConversionError(f"{output} does not compute what its checkpoint does")
 
 
 def export_directory(folder: pathlib.Path, output: pathlib.Path) -> None:

@@ -14,9 +14,8 @@ compares.
 
 import dataclasses
 
-from prumerge_jax.cost.counts import decoder_linears
 from prumerge_jax.cost.roofline import Chip, Operation
-from prumerge_jax.models.config import TextConfig
+from prumerge_jax.models.config import TextConfig, decoder_linears
 
 VISUAL_TOKENS = (576, 40)
 """Per image, without and with PruMerge."""
