@@ -182,7 +182,10 @@ class Tokenizer:
 def _load(path: pathlib.Path) -> sentencepiece.SentencePieceProcessor:
     """Reads and checks a model, so that a wrong file is found here and not at the first prompt."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a SentencePiece tokenizer.model")
+        raise FileNotFoundError(
+            f"{path}: no such file; copy the {path.name} of the LLaVA or Vicuna that the model was "
+            "trained from there"
+        )
     content = path.read_bytes()
     advice = "expected the SentencePiece tokenizer.model of a LLaMA, Vicuna or LLaVA directory"
     if not content:

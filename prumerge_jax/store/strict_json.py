@@ -61,7 +61,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         counts = collections.Counter(key for key, _ in pairs)
         repeated = sorted(key for key, count in counts.items() if count > 1)
-        raise ValueError(f"repeated keys {repeated[:5]}")
+        raise ValueError(f"repeated keys {[key[:80] for key in repeated[:5]]}")
     return values
 
 
