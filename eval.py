@@ -25,7 +25,7 @@ from prumerge_jax import prumerge
 from prumerge_jax.aot.compile import DoesNotFit
 from prumerge_jax.aot.inference import plan_inference
 from prumerge_jax.aot.topology import topology
-from prumerge_jax.engine.shapes import EngineConfig
+from prumerge_jax.engine.shapes import EVALUATION_SIZES, EngineConfig
 from prumerge_jax.evaluation.run import evaluate
 from prumerge_jax.models.config import published
 
@@ -58,7 +58,7 @@ def _plan(slice_name: str) -> None:
     try:
         plan = plan_inference(
             published(config.checkpoint),
-            EngineConfig(**config.engine),
+            EngineConfig(**config.engine, defaults=EVALUATION_SIZES),
             prumerge.preset("prumerge+"),
             topology(slice_name),
             config.mesh,

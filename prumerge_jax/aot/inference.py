@@ -29,7 +29,7 @@ from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
 from prumerge_jax.cost.roofline import Operation
 from prumerge_jax.engine import programs
-from prumerge_jax.engine.shapes import EngineConfig, Shapes, fit
+from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit
 from prumerge_jax.models.attention import default_implementation, splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import abstract_model
@@ -61,7 +61,7 @@ class InferencePlan:
 
     topology: Topology
     mesh: Sizes
-    shapes: Shapes
+    shapes: EngineShapes
     programs: tuple[Program, ...]
     work: Mapping[str, Operation]
     resident: int
@@ -82,7 +82,7 @@ class InferencePlan:
             f"{self.topology.name}: {used} of {len(self.topology.devices)} chips, mesh "
             + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
             *(f"  rejected: {reason}" for reason in self.rejected),
-            f"{self.shapes.batch_size} images, {self.shapes.rows} rows of "
+            f"{self.shapes.batch_size} images, {self.shapes.prefill_rows} rows of "
             f"{self.shapes.row_length}, {self.shapes.slots} slots of {self.shapes.cache_length}",
             memory_line(self.memory, self.resident, chip),
             *program_lines([(program, 1) for program in self.programs], chip),
@@ -120,12 +120,6 @@ def plan_inference(
       ValueError: the mesh is larger than the slice, or a shape does not divide over its shards.
       DoesNotFit: no mesh of the slice has the memory.
     """
-    shards = mesh["data"] * mesh["fsdp"]
-    for name in ("batch_size", "rows", "slots"):
-        if getattr(engine, name) % shards:
-            raise ValueError(
-                f"{name} {getattr(engine, name)} does not divide over the {shards} data shards"
-            )
     shapes = fit(
         engine,
         reduction,
@@ -133,6 +127,7 @@ def plan_inference(
         np.array([TEXT_TOKENS]),
         max_new_tokens=NEW_TOKENS,
         max_positions=model.text.max_positions,
+        shards=mesh["data"] * mesh["fsdp"],
     )
     plan, rejected = first_that_fits(
         _larger(mesh, model, len(topology.devices)),
@@ -157,7 +152,7 @@ def _larger(mesh: Sizes, model: LlavaConfig, devices: int) -> Iterator[dict[str,
 
 def _plan(
     model: LlavaConfig,
-    engine: Shapes,
+    engine: EngineShapes,
     reduction: prumerge.PruMergeConfig,
     topology: Topology,
     dtype: jnp.dtype,
@@ -169,9 +164,9 @@ def _plan(
     side, capacity = model.vision.image_size, reduction.capacity_for(model.vision.num_patches)
     pixels = jax.ShapeDtypeStruct((engine.batch_size, side, side, 3), jnp.uint8, sharding=batch)
     pool = jax.ShapeDtypeStruct(
-        (2 * engine.window, capacity, model.vision.width), dtype, sharding=batch
+        (2 * engine.window_size, capacity, model.vision.width), dtype, sharding=batch
     )
-    row = jax.ShapeDtypeStruct((engine.rows, engine.row_length), jnp.int32, sharding=batch)
+    row = jax.ShapeDtypeStruct((engine.prefill_rows, engine.row_length), jnp.int32, sharding=batch)
     rows = programs.Rows(*[row] * 4)  # type: ignore[arg-type]  # shapes stand for arrays
     slots = _abstract_slots(graphdef, state, engine, mesh, dtype)
     with use_mesh(mesh):
@@ -189,9 +184,7 @@ def _plan(
             graphdef,
             state,
             slots,
-            steps=engine.chunk,
-            eos=model.eos_token_id,
-            sampling=programs.Sampling(),
+            steps=engine.decode_steps_per_call,
             implementation=attention,
         )
         compiled = (
@@ -227,7 +220,7 @@ def _abstract_state(
 
 
 def _abstract_slots(
-    graphdef: nnx.GraphDef, state: nnx.State, engine: Shapes, mesh: Mesh, dtype: jnp.dtype
+    graphdef: nnx.GraphDef, state: nnx.State, engine: EngineShapes, mesh: Mesh, dtype: jnp.dtype
 ) -> programs.Slots:
     """The slots as shapes with shardings."""
     shapes = jax.eval_shape(
@@ -245,27 +238,27 @@ def _abstract_slots(
     )
 
 
-def _splash_flops(model: LlavaConfig, engine: Shapes) -> tuple[float, float]:
+def _splash_flops(model: LlavaConfig, engine: EngineShapes) -> tuple[float, float]:
     """Of the attention kernel, for a batch of images and for rows."""
     of_image = splash_pairs(model.vision.num_patches + 1, causal=False)
     of_row = splash_pairs(engine.row_length, causal=True, max_segment_length=engine.longest_prompt)
     return (
         counts.tower_attention_flops(model.vision, engine.batch_size * of_image),
-        counts.attention_flops(model.text, engine.rows * of_row),
+        counts.attention_flops(model.text, engine.prefill_rows * of_row),
     )
 
 
-def _pairs(engine: Shapes) -> float:
+def _pairs(engine: EngineShapes) -> float:
     """Queries and the keys before them that are near enough to be of the same prompt."""
     length, longest = engine.row_length, engine.longest_prompt
-    return engine.rows * (length - longest / 2) * longest
+    return engine.prefill_rows * (length - longest / 2) * longest
 
 
-def _work(model: LlavaConfig, engine: Shapes) -> dict[str, Operation]:
+def _work(model: LlavaConfig, engine: EngineShapes) -> dict[str, Operation]:
     """What each program has to compute and to read, by the cost model; rows count as full."""
     sizes, text = counts.parameters(model), model.text
     width = counts.ACTIVATION_BYTES
-    positions = engine.rows * engine.row_length
+    positions = engine.prefill_rows * engine.row_length
     flops: float = 2 * counts.block_parameters(text) * positions
     flops += counts.attention_flops(text, _pairs(engine))
     rows = Operation(flops, width * sizes.blocks)

@@ -16,7 +16,7 @@ import numpy as np
 from prumerge_jax import cost, sharding, visualize
 from prumerge_jax.conversion.miniature import model_directory
 from prumerge_jax.digits import benchmark as digits
-from prumerge_jax.engine.shapes import EngineConfig
+from prumerge_jax.engine.shapes import EVALUATION_SIZES, EngineConfig
 from prumerge_jax.evaluation import runner
 from prumerge_jax.evaluation.answers import read_answers
 from prumerge_jax.evaluation.benchmarks.registry import benchmark
@@ -112,7 +112,7 @@ def load(config: ml_collections.ConfigDict, checkpoint: pathlib.Path) -> Llava:
     axes = dict(config.mesh)
     mesh = sharding.make_mesh(**axes) if math.prod(axes.values()) > 1 else None
     dtype = None if config.dtype is None else jax.numpy.dtype(config.dtype)
-    shapes = EngineConfig(**config.engine)
+    shapes = EngineConfig(**config.engine, defaults=EVALUATION_SIZES)
     return Llava.load(checkpoint, dtype=dtype, engine=shapes, mesh=mesh)
 
 
@@ -213,7 +213,7 @@ def _against_floor(entry: Entry, model: Llava, chip: str) -> str:
     workload = cost.Workload(
         visual_tokens=float(metrics["visual_tokens_mean"] or 0),
         text_tokens=float(metrics["text_tokens_mean"] or 0),
-        batch=model.engine_config.slots,
+        batch=model.engine_sizes.slots,
         output_tokens=max(round(float(metrics["new_tokens_mean"] or 1)), 1),
     )
     floor = cost.images_per_second(model.config, workload, cost.CHIPS[chip])
