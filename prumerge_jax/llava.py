@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, overload
 
@@ -12,26 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from PIL import Image
 
 from prumerge_jax import prumerge, sharding
 from prumerge_jax.conversion.miniature import model_directory
 from prumerge_jax.data.conversation import chat_template
-from prumerge_jax.data.images import ImageError, ImageMode, ImageProcessor, ImageSource, load_image
-from prumerge_jax.data.loading import Named
+from prumerge_jax.data.images import ImageMode, ImageProcessor, ImageSource
 from prumerge_jax.data.packing import PositionIds
 from prumerge_jax.data.tokenizer import TextStream, Tokenizer
-from prumerge_jax.engine.build import Draft, RequestBuilder, named_image
-from prumerge_jax.engine.encoding import PlacedModel
+from prumerge_jax.engine.build import Draft, Images, RequestBuilder, check_list, named_image
+from prumerge_jax.engine.encoding import PlacedModel, compute_dtype, data_shards
 from prumerge_jax.engine.engine import Engine
-from prumerge_jax.engine.request import (
-    MAX_SEED,
-    Answer,
-    Delta,
-    Request,
-    SamplingParams,
-    check_image_count,
-)
+from prumerge_jax.engine.request import Answer, Delta, SamplingParams
 from prumerge_jax.engine.shapes import EngineConfig, EngineSizes, fit
 from prumerge_jax.models import config_json
 from prumerge_jax.models.attention import default_implementation
@@ -42,13 +34,6 @@ from prumerge_jax.store.manifest import MANIFEST
 from prumerge_jax.store.messages import quoted
 
 TOKENIZER = "tokenizer.model"
-
-DTYPES = ("float32", "bfloat16", "float16")
-"""Compute dtypes."""
-
-Images = Sequence[ImageSource | Sequence[ImageSource] | None]
-"""One image per prompt: a path, bytes, PIL image, uint8 [H, W, 3] or data URL, alone or as the only
-one of a tuple; None asks without."""
 
 
 class Explanation(NamedTuple):
@@ -112,9 +97,9 @@ class Llava:
           DirectoryError: the directory is incomplete or altered; the message names the file.
           ValueError: another dtype, or a size of the engine that does not divide over the mesh.
         """
-        chosen = None if dtype is None else _compute_dtype(dtype)
+        chosen = None if dtype is None else compute_dtype(dtype)
         engine = engine or EngineConfig()
-        engine.sizes(1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"])
+        engine.sizes(data_shards(mesh))
         root = model_directory(directory)
         if (root / MANIFEST).is_file() and not (root / TOKENIZER).is_file():
             raise directories.DirectoryError(
@@ -124,28 +109,8 @@ class Llava:
         config = config_json.read_config(root)
         tokenizer = Tokenizer(root / TOKENIZER)
         _check_vocabulary(tokenizer, config)
-        graphdef, abstract = abstract_model(config, config_json.read_adapter(root))
-        stored = directories.read_manifest(root).arrays
-        compute = chosen or jnp.dtype(stored["decoder.embed_tokens"].dtype)
-        shardings = None if mesh is None else sharding.weight_shardings(abstract, mesh)
-        placed = {} if shardings is None else dict(nnx.to_flat_state(shardings))
-        leaves = dict(nnx.to_flat_state(abstract))
-        targets = {
-            ".".join(map(str, path)): jax.ShapeDtypeStruct(
-                leaf.shape, compute, sharding=placed[path].get_value() if path in placed else None
-            )
-            for path, leaf in leaves.items()
-        }
-        arrays = directories.load_arrays(root, targets)
-        state = nnx.from_flat_state(
-            {path: leaf.replace(arrays[".".join(map(str, path))]) for path, leaf in leaves.items()}
-        )
-        with sharding.use_mesh(mesh):
-            graphdef, state = inference_layout(graphdef, state)
-        attention = default_implementation(compute, config.text.head_dim)
-        return cls(
-            PlacedModel(graphdef, state, config, compute, attention, mesh), tokenizer, engine=engine
-        )
+        model = _read_weights(root, config, chosen, mesh)
+        return cls(model, tokenizer, engine=engine)
 
     @property
     def config(self) -> LlavaConfig:
@@ -201,10 +166,10 @@ class Llava:
         """
         sampling = SamplingParams(temperature, top_p, max_new_tokens, seed=seed)
         builder = self._builder(image_mode, conversation)
-        drafts = _sampled(_drafts(builder, images, prompts), sampling)
+        drafts = builder.drafts(images, prompts, sampling)
         engine = self._engine_for(drafts, reduction, position_ids, max_new_tokens)
         with self.placed():
-            answers = _in_order(engine.generate(_requests(builder, drafts)), len(drafts))
+            answers = _in_order(engine.generate(builder.requests(drafts)), range(len(drafts)))
         return [self.tokenizer.decode(answer.token_ids) for answer in answers]
 
     def stream(
@@ -232,9 +197,9 @@ class Llava:
         """
         sampling = SamplingParams(temperature, top_p, max_new_tokens, seed=seed)
         builder = self._builder(image_mode, conversation)
-        drafts = _sampled(_drafts(builder, images, prompts), sampling)
+        drafts = builder.drafts(images, prompts, sampling)
         engine = self._engine_for(drafts, reduction, position_ids, max_new_tokens)
-        return self._pieces(engine.stream(_requests(builder, drafts)), len(drafts))
+        return self._pieces(engine.stream(builder.requests(drafts)), len(drafts))
 
     @overload
     def score(
@@ -286,19 +251,21 @@ class Llava:
           the continuations are lists.
         """
         builder = self._builder(image_mode, conversation)
-        asked = _drafts(builder, images, prompts)
-        _check_list(continuations, "continuations")
+        asked = builder.drafts(images, prompts)
+        check_list(continuations, "continuations")
         if len(continuations) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(continuations)} continuations")
         several = [[each] if isinstance(each, str) else list(each) for each in continuations]
         drafts: list[Draft] = []
+        prompt_of: list[int] = []
         for draft, texts in zip(asked, several, strict=True):
             for text in texts:
                 ids = self._continuation(text, draft.key)
                 drafts.append(dataclasses.replace(draft, key=len(drafts), continuation=ids))
+                prompt_of.append(draft.key)
         engine = self._engine_for(drafts, reduction, position_ids)
         with self.placed():
-            answers = iter(_in_order(engine.score(_requests(builder, drafts)), len(drafts)))
+            answers = iter(_in_order(engine.score(builder.requests(drafts)), prompt_of))
         scores = [[next(answers).log_likelihood for _ in texts] for texts in several]
         if all(isinstance(each, str) for each in continuations):
             return [score for (score,) in scores]
@@ -409,68 +376,35 @@ class Llava:
             if isinstance(event, Delta):
                 piece = texts[event.key].push(event.token_ids)
             else:
-                piece = texts[_checked(event).key].finish()
+                piece = texts[_checked(event, event.key).key].finish()
             if piece:
                 yield event.key, piece
 
 
-def _drafts(builder: RequestBuilder, images: Images, prompts: Sequence[str]) -> list[Draft]:
-    """One draft per prompt; everything that needs no pixel is checked."""
-    _check_list(prompts, "prompts")
-    _check_list(images, "images")
-    if len(images) != len(prompts):
-        raise ValueError(f"{len(images)} images but {len(prompts)} prompts; None is no image")
-    drafts = []
-    for key, (image, text) in enumerate(zip(images, prompts, strict=True)):
-        if not isinstance(text, str):
-            raise ValueError(f"prompt {key} is {quoted(text)}; expected a string")
-        named = _only_image(image, key)
-        try:
-            ids = builder.token_ids(text, int(named is not None))
-        except ValueError as error:
-            raise ValueError(f"prompt {key}: {error}") from error
-        drafts.append(Draft(key, ids, named))
-    return drafts
-
-
-def _only_image(image: ImageSource | Sequence[ImageSource] | None, prompt: int) -> Named | None:
-    """The image of a prompt, if it has one; a missing file is found here."""
-    if isinstance(image, list | tuple):
-        check_image_count(len(image), f"prompt {prompt}")
-        image = image[0] if image else None
-    if image is None:
-        return None
-    name, source = named_image(image, f"image {prompt}")
-    if isinstance(source, str | os.PathLike) and not os.path.isfile(source):
-        load_image(source, name)  # says what is wrong with it
-    return name, source
-
-
-def _sampled(drafts: Iterable[Draft], sampling: SamplingParams) -> list[Draft]:
-    """The drafts with these parameters, each with a seed of its own."""
-    return [
-        dataclasses.replace(
-            draft,
-            sampling=dataclasses.replace(sampling, seed=(sampling.seed + draft.key) % MAX_SEED),
+def _read_weights(
+    root: pathlib.Path, config: LlavaConfig, dtype: jnp.dtype | None, mesh: Mesh | None
+) -> PlacedModel:
+    """Reads a verified directory, each weight straight into its shards."""
+    graphdef, abstract = abstract_model(config, config_json.read_adapter(root))
+    stored = directories.read_manifest(root).arrays
+    compute = dtype or jnp.dtype(stored["decoder.embed_tokens"].dtype)
+    shardings = None if mesh is None else sharding.weight_shardings(abstract, mesh)
+    placed = {} if shardings is None else dict(nnx.to_flat_state(shardings))
+    leaves = dict(nnx.to_flat_state(abstract))
+    targets = {
+        ".".join(map(str, path)): jax.ShapeDtypeStruct(
+            leaf.shape, compute, sharding=placed[path].get_value() if path in placed else None
         )
-        for draft in drafts
-    ]
-
-
-def _requests(builder: RequestBuilder, drafts: Sequence[Draft]) -> Iterator[Request]:
-    def refuse(key: int, error: ImageError) -> None:
-        raise error
-
-    return builder.requests(drafts, refuse)
-
-
-def _check_list(values: object, name: str) -> None:
-    """Raises ValueError for one value where there should be a list of them."""
-    is_one = isinstance(values, str | bytes | os.PathLike | Image.Image)
-    is_one |= isinstance(values, np.ndarray) and (name != "images" or values.ndim != 4)
-    if is_one or not isinstance(values, Sequence | np.ndarray):
-        kind = type(values).__name__
-        raise ValueError(f"expected a list of {name}, got {kind} {quoted(values)}")
+        for path, leaf in leaves.items()
+    }
+    arrays = directories.load_arrays(root, targets)
+    state = nnx.from_flat_state(
+        {path: leaf.replace(arrays[".".join(map(str, path))]) for path, leaf in leaves.items()}
+    )
+    with sharding.use_mesh(mesh):
+        graphdef, state = inference_layout(graphdef, state)
+    attention = default_implementation(compute, config.text.head_dim)
+    return PlacedModel(graphdef, state, config, compute, attention, mesh)
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: LlavaConfig) -> None:
@@ -481,33 +415,21 @@ def _check_vocabulary(tokenizer: Tokenizer, config: LlavaConfig) -> None:
         )
 
 
-def _compute_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
-    try:
-        chosen = jnp.dtype(dtype)
-    except TypeError:
-        chosen = None
-    if chosen is None or chosen.name not in DTYPES:
-        raise ValueError(f"dtype is {quoted(dtype)}; expected one of {', '.join(DTYPES)}")
-    return chosen
-
-
 def _reduction(reduction: str | prumerge.PruMergeConfig) -> prumerge.PruMergeConfig:
     return prumerge.preset(reduction) if isinstance(reduction, str) else reduction
 
 
-def _checked(answer: Answer) -> Answer:
-    """An answer without error; any other is raised."""
+def _checked(answer: Answer, prompt: int) -> Answer:
+    """The answer of a prompt, unless it is an error; that is raised."""
     if answer.error is not None:
-        raise ValueError(f"prompt {answer.key}: {answer.error}")
+        raise ValueError(f"prompt {prompt}: {answer.error}")
     return answer
 
 
-def _in_order(answers: Iterable[Answer], count: int) -> list[Answer]:
-    """Answers by key; any that carries an error is raised."""
-    ordered: list[Answer | None] = [None] * count
-    for answer in answers:
-        ordered[answer.key] = _checked(answer)
-    return [answer for answer in ordered if answer is not None]
+def _in_order(answers: Iterable[Answer], prompt_of: Sequence[int]) -> list[Answer]:
+    """Answers by key; an error is raised with the prompt that `prompt_of` has for its key."""
+    found = {answer.key: _checked(answer, prompt_of[answer.key]) for answer in answers}
+    return [found[key] for key in range(len(prompt_of))]
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "reduction", "dtype"))

@@ -9,17 +9,29 @@ import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
 from prumerge_jax.data.conversation import Template, evaluation_prompt
-from prumerge_jax.data.images import ImageError, ImageProcessor
+from prumerge_jax.data.images import ImageError, ImageProcessor, ImageSource, load_image
 from prumerge_jax.data.loading import Named, stream_pixels
 from prumerge_jax.data.tokenizer import Tokenizer
-from prumerge_jax.engine.request import ImageInput, Request, SamplingParams, check_image_count
+from prumerge_jax.engine.request import (
+    MAX_SEED,
+    ImageInput,
+    Request,
+    SamplingParams,
+    check_image_count,
+)
 from prumerge_jax.store.messages import quoted, shortened
+
+Images = Sequence[ImageSource | Sequence[ImageSource] | None]
+"""One image per prompt: a path, bytes, PIL image, uint8 [H, W, 3] or data URL, alone or as the only
+one of a tuple; None asks without."""
+
+GREEDY = SamplingParams()
 
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
@@ -77,15 +89,51 @@ class RequestBuilder:
         prompt = evaluation_prompt(self.template, text, has_image=num_images > 0)
         return np.array(self.tokenizer.encode_prompt(prompt), np.int32)
 
+    def drafts(
+        self,
+        images: Images,
+        prompts: Sequence[str],
+        sampling: SamplingParams = GREEDY,
+    ) -> list[Draft]:
+        """One draft per prompt, draft i with seed + i (modulo 2**32).
+
+        Everything that needs no pixel is checked.
+
+        Raises:
+          ValueError: no lists, lists of different lengths, or a prompt that cannot be asked; the
+            message names it.
+          ImageError: an image file is missing; the message names it.
+        """
+        check_list(prompts, "prompts")
+        check_list(images, "images")
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images but {len(prompts)} prompts; None is no image")
+        drafts = []
+        for key, (image, text) in enumerate(zip(images, prompts, strict=True)):
+            if not isinstance(text, str):
+                raise ValueError(f"prompt {key} is {quoted(text)}; expected a string")
+            named = _only_image(image, key)
+            try:
+                ids = self.token_ids(text, int(named is not None))
+            except ValueError as error:
+                raise ValueError(f"prompt {key}: {error}") from error
+            seed = (sampling.seed + key) % MAX_SEED
+            own = dataclasses.replace(sampling, seed=seed)
+            drafts.append(Draft(key, ids, named, sampling=own))
+        return drafts
+
     def requests(
-        self, drafts: Iterable[Draft], refuse: Callable[[int, ImageError], None]
+        self, drafts: Iterable[Draft], refuse: Callable[[int, ImageError], None] | None = None
     ) -> Iterator[Request]:
         """Requests in the order of the drafts; images are decoded as requests are asked for.
 
         Args:
           drafts: what to ask.
-          refuse: called with the key of a draft whose image cannot be used, and the reason; it may
-            raise.
+          refuse: called with the key of a draft whose image cannot be used, and the reason. None
+            raises the reason.
+
+        Raises:
+          ImageError: an image cannot be used.
         """
         drafts, ahead = itertools.tee(drafts)
         pixels = stream_pixels(
@@ -93,6 +141,8 @@ class RequestBuilder:
         )
         for draft, image in zip(drafts, pixels, strict=True):
             if isinstance(image, ImageError):
+                if refuse is None:
+                    raise image
                 refuse(draft.key, image)
                 continue
             images: tuple[ImageInput, ...] = ()
@@ -134,3 +184,25 @@ def _from_data_url(url: str, name: str) -> bytes:
         return base64.b64decode(url[head.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"{name}: the data URL {quoted(url)} is not base64") from error
+
+
+def check_list(values: object, name: str) -> None:
+    """Raises ValueError for one value where there should be a list of them."""
+    is_one = isinstance(values, str | bytes | os.PathLike | Image.Image)
+    is_one |= isinstance(values, np.ndarray) and (name != "images" or values.ndim != 4)
+    if is_one or not isinstance(values, Sequence | np.ndarray):
+        kind = type(values).__name__
+        raise ValueError(f"expected a list of {name}, got {kind} {quoted(values)}")
+
+
+def _only_image(image: ImageSource | Sequence[ImageSource] | None, prompt: int) -> Named | None:
+    """The image of a prompt, if it has one; a missing file is found here."""
+    if isinstance(image, list | tuple):
+        check_image_count(len(image), f"prompt {prompt}")
+        image = image[0] if image else None
+    if image is None:
+        return None
+    name, source = named_image(image, f"image {prompt}")
+    if isinstance(source, str | os.PathLike) and not os.path.isfile(source):
+        load_image(source, name)  # says what is wrong with it
+    return name, source

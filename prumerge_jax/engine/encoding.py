@@ -1,5 +1,6 @@
 """The first station of the engine: a model on its devices, and images to visual tokens on it."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -17,6 +18,29 @@ from prumerge_jax.engine import programs
 from prumerge_jax.engine.request import Request
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.store.messages import quoted
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Compute dtypes."""
+
+
+def compute_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
+    """One of `DTYPES`.
+
+    Raises:
+      ValueError: another dtype.
+    """
+    chosen = None
+    with contextlib.suppress(TypeError):
+        chosen = jnp.dtype(dtype)
+    if chosen is None or chosen.name not in DTYPES:
+        raise ValueError(f"dtype is {quoted(dtype)}; expected one of {', '.join(DTYPES)}")
+    return chosen
+
+
+def data_shards(mesh: Mesh | None) -> int:
+    """Number of shards that a mesh splits a batch into; 1 without a mesh."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +65,7 @@ class PlacedModel:
     @property
     def shards(self) -> int:
         """Number of data shards of the mesh."""
-        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return data_shards(self.mesh)
 
     @functools.cached_property
     def batch_sharding(self) -> Sharding:
