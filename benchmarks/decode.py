@@ -20,7 +20,6 @@ from models import add_geometry_argument, geometry, random_llava_for_inference
 from prumerge_jax.cost import Workload, operations
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.request import MAX_STOP_IDS
-from prumerge_jax.models.attention import default_implementation
 
 
 def decoding(
@@ -29,7 +28,6 @@ def decoding(
     context: int,
     steps: int,
     dtype: jnp.dtype,
-    attention: str,
 ) -> Callable[[], jax.Array]:
     """`steps` tokens for every slot, each time from the same context."""
     length = context + steps
@@ -56,7 +54,6 @@ def decoding(
             *model,
             busy,
             steps=steps,
-            implementation=attention,
         )
         cache = after.cache
         return emitted
@@ -80,12 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     chip = peak_rates(arguments.chip, dtype)
     model = random_llava_for_inference(config, dtype)
-    attention = default_implementation(dtype, config.text.head_dim)
     context, steps = arguments.context, arguments.steps
 
-    arms = {
-        slots: decoding(model, slots, context, steps, dtype, attention) for slots in arguments.slots
-    }
+    arms = {slots: decoding(model, slots, context, steps, dtype) for slots in arguments.slots}
     seconds = interleaved(arms, arguments.repeats)
     results = []
     for slots, times in seconds.items():

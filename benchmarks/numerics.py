@@ -41,14 +41,16 @@ from models import (
 from prefill import packed_rows
 from scoring import random_requests
 
-from prumerge_jax import prumerge
+from prumerge_jax import prumerge, reductions
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import Request
 from prumerge_jax.engine.shapes import EngineConfig, fit
-from prumerge_jax.models.attention import default_implementation
+from prumerge_jax.models import tuning
+from prumerge_jax.models.attention import backend_for
 from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.models.tuning import Tuning
 from prumerge_jax.sharding.mesh import mesh_on, replicated, use_mesh
 
 Model = tuple[nnx.GraphDef, nnx.State]
@@ -107,45 +109,45 @@ def selection(
     ]
 
 
-def logits(model: Model, rows: programs.Rows, tokens: jax.Array, attention: str) -> np.ndarray:
+def logits(model: Model, rows: programs.Rows, tokens: jax.Array, form: Tuning) -> np.ndarray:
     """[M, V] float32 at every eighth position."""
     graphdef, state = model
     longest = rows.ids.shape[1]
-    hidden, _ = programs.prefill(
-        *model, tokens, rows, max_segment_length=longest, implementation=attention
-    )
+    with tuning.use(form):
+        hidden, _ = programs.prefill(*model, tokens, rows, max_segment_length=longest)
     flat = hidden.reshape(-1, hidden.shape[-1])[::8]
     head = jax.jit(lambda state, x: nnx.merge(graphdef, state).decoder.logits(x))
     return np.asarray(head(state, flat))
 
 
 def compare_logits(
-    config: LlavaConfig, model: Model, dtype: jnp.dtype, attention: str, mesh: Mesh
+    config: LlavaConfig, model: Model, dtype: jnp.dtype, mesh: Mesh
 ) -> dict[str, Any]:
-    """The line `logits`: this dtype and attention, and float32 with plain attention on `mesh`."""
+    """The line `logits`: this dtype and tuning, and float32 without any tuning on `mesh`."""
     visual = config.vision.num_patches // 4
     plan, number = packed_rows(visual, 60, 2 * (visual + 60) + 7, rows=2)
     fields = (plan.ids, plan.visual_index, plan.positions, plan.segment_ids)
     shape = (number, visual, config.vision.width)
     tokens = np.random.default_rng(1).standard_normal(shape, np.float32)
     rows = programs.Rows(*map(jnp.asarray, fields))
-    got = logits(model, rows, jnp.asarray(tokens, dtype), attention)
+    got = logits(model, rows, jnp.asarray(tokens, dtype), tuning.current())
 
     graphdef, state = model
     exact = jax.tree.map(lambda weight: np.asarray(weight, np.float32), state)
     with use_mesh(mesh), jax.default_matmul_precision("highest"):
         exact, rows, tokens = jax.device_put((exact, rows, tokens), replicated(mesh))
-        expected = logits((graphdef, exact), rows, tokens, "xla")
+        expected = logits((graphdef, exact), rows, tokens, Tuning.plain())
     valid = plan.segment_ids.reshape(-1)[::8] > 0
     error = np.sqrt(np.mean((got - expected)[valid] ** 2) / np.mean(expected[valid] ** 2))
+    attention = backend_for(dtype, config.text.head_dim)
     return line("logits", float(error), LOGITS[dtype.name], f"{dtype.name}, attention {attention}")
 
 
 def engine(
-    config: LlavaConfig, model: Model, requests: Sequence[Request], dtype: jnp.dtype, attention: str
+    config: LlavaConfig, model: Model, requests: Sequence[Request], dtype: jnp.dtype
 ) -> Engine:
     """An engine of PruMerge with two rows and eight slots."""
-    reduction = prumerge.preset("prumerge")
+    reduction = reductions.parse("prumerge")
     new = max(request.sampling.max_new_tokens for request in requests)
     shapes = fit(
         EngineConfig(batch_size=4, window_size=8, prefill_rows=2, slots=8),
@@ -155,7 +157,7 @@ def engine(
         max_new_tokens=new,
         max_positions=config.text.max_positions,
     )
-    return Engine(PlacedModel(*model, config, dtype, attention), reduction, shapes)
+    return Engine(PlacedModel(*model, config, dtype), reduction, shapes)
 
 
 def scores(engine: Engine, requests: Sequence[Request]) -> dict[int, float]:
@@ -163,16 +165,14 @@ def scores(engine: Engine, requests: Sequence[Request]) -> dict[int, float]:
     return {answer.key: answer.log_likelihood for answer in engine.score(requests)}
 
 
-def company(
-    config: LlavaConfig, model: Model, dtype: jnp.dtype, attention: str
-) -> list[dict[str, Any]]:
+def company(config: LlavaConfig, model: Model, dtype: jnp.dtype) -> list[dict[str, Any]]:
     """The lines `packed` and `greedy`."""
     limit = NATS[dtype.name]
     asked = [
         dataclasses.replace(request, token_ids=request.token_ids[: 8 + 5 * request.key])
         for request in random_requests(config, number=8, text_tokens=60, output_tokens=16)
     ]
-    answering = engine(config, model, asked, dtype, attention)
+    answering = engine(config, model, asked, dtype)
     together = {answer.key: answer.token_ids for answer in answering.generate(asked)}
     alone = {r.key: next(answering.generate([r])).token_ids for r in asked}
 
@@ -180,7 +180,7 @@ def company(
         dataclasses.replace(request, continuation=np.array(alone[request.key], np.int32))
         for request in asked
     ]
-    scoring = engine(config, model, answered, dtype, attention)
+    scoring = engine(config, model, answered, dtype)
     in_company = scores(scoring, answered)
     furthest = max(abs(scores(scoring, [r])[r.key] - in_company[r.key]) for r in answered)
 
@@ -234,11 +234,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"no CPU to compare with ({error}); set JAX_PLATFORMS=cuda,cpu or tpu,cpu")
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     model = random_llava_for_inference(config, dtype)
-    attention = default_implementation(dtype, config.text.head_dim)
 
     results = selection(config, arguments.kept, arguments.cases, cpu)
-    results.append(compare_logits(config, model, dtype, attention, mesh_on([cpu])))
-    results += company(config, model, dtype, attention)
+    results.append(compare_logits(config, model, dtype, mesh_on([cpu])))
+    results += company(config, model, dtype)
     report("numerics", arguments, results)
     if any(result["passed"] == "NO" for result in results):
         sys.exit(1)

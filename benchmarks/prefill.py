@@ -24,7 +24,6 @@ from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.request import MAX_STOP_IDS
-from prumerge_jax.models.attention import default_implementation
 
 
 def packed_rows(visual: int, text: int, length: int, rows: int) -> tuple[packing.Rows, int]:
@@ -42,7 +41,7 @@ def packed_rows(visual: int, text: int, length: int, rows: int) -> tuple[packing
 
 
 def arms(
-    model: tuple[nnx.GraphDef, nnx.State], rows: packing.Rows, tokens: jax.Array, attention: str
+    model: tuple[nnx.GraphDef, nnx.State], rows: packing.Rows, tokens: jax.Array
 ) -> dict[str, Callable[[], object]]:
     """Both prefills over these rows."""
     device = programs.Rows(
@@ -58,14 +57,16 @@ def arms(
         stop_ids=jnp.full((len(last), MAX_STOP_IDS), -1, jnp.int32),
     )
     segments = programs.Segments(*map(jnp.asarray, integers), greedy)
-    static = {"max_segment_length": int(rows.length_of.max()), "implementation": attention}
+    longest = int(rows.length_of.max())
 
     def read() -> jax.Array:
-        unfinished = programs.read(*model, tokens, device, **static)
-        return programs.log_likelihoods(*model, unfinished, index, targets)
+        partial = programs.hidden_before_last_mlp(
+            *model, tokens, device, max_segment_length=longest
+        )
+        return programs.log_likelihoods(*model, partial, index, targets)
 
     def prefill() -> tuple[jax.Array, object]:
-        hidden, cache = programs.prefill(*model, tokens, device, **static)
+        hidden, cache = programs.prefill(*model, tokens, device, max_segment_length=longest)
         return programs.first_tokens(*model, hidden, segments), cache
 
     return {"read": read, "prefill": prefill}
@@ -86,7 +87,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     chip = peak_rates(arguments.chip, dtype)
     model = random_llava_for_inference(config, dtype)
-    attention = default_implementation(dtype, config.text.head_dim)
 
     results = []
     for visual in arguments.visual:
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             visual, arguments.text_tokens, arguments.row_length, arguments.rows
         )
         tokens = jnp.ones((number, visual, config.vision.width), dtype)
-        seconds = interleaved(arms(model, rows, tokens, attention), arguments.repeats)
+        seconds = interleaved(arms(model, rows, tokens), arguments.repeats)
         workload = Workload(visual, arguments.text_tokens, batch=number)
         floors = floor_seconds(config, workload, chip)
         stages = operations(config, workload)

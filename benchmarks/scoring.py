@@ -41,14 +41,13 @@ from measuring import (
 )
 from models import add_geometry_argument, geometry, random_llava_for_inference
 
-from prumerge_jax import prumerge
+from prumerge_jax import reductions
 from prumerge_jax.cost import Chip, Workload, images_per_second, operations
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding, PlacedModel
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import ImageInput, Request, SamplingParams
 from prumerge_jax.engine.shapes import EngineConfig, fit
-from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.sharding.mesh import make_mesh, replicated, use_mesh
 
@@ -120,7 +119,7 @@ def engine_arm(
     model: tuple[nnx.GraphDef, nnx.State],
     config: LlavaConfig,
     dtype: jnp.dtype,
-    reduction: prumerge.PruMergeConfig,
+    reduction: reductions.Reduction,
     counts: np.ndarray,
     requests: list[Request],
     config_of_shapes: EngineConfig,
@@ -129,9 +128,7 @@ def engine_arm(
     """The engine with these counts; what `config_of_shapes` leaves open is fitted."""
     text_tokens = [request.text_tokens + len(request.continuation) for request in requests]
     decoding = not len(requests[0].continuation)
-    placed = PlacedModel(
-        *model, config, dtype, default_implementation(dtype, config.text.head_dim), mesh
-    )
+    placed = PlacedModel(*model, config, dtype, mesh)
     fitted = fit(
         config_of_shapes,
         reduction,
@@ -225,12 +222,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arms = {
         FULL: engine_arm(
-            model, config, dtype, prumerge.preset("full"),
+            model, config, dtype, reductions.parse("full"),
             np.full(len(fewer), patches), fewer, full_shapes, mesh,
         )
     }  # fmt: skip
     for mean in arguments.means:
-        reduction = prumerge.preset("prumerge" if mean <= patches // 8 else "prumerge+")
+        reduction = reductions.parse("prumerge" if mean <= patches // 8 else "prumerge+")
         most = reduction.capacity_for(patches)
         counts = drawn_counts(len(requests), mean, most, seed=1)
         arms[f"prumerge {mean:g}"] = engine_arm(

@@ -18,15 +18,16 @@ from typing import Any
 import jax
 
 from configs import prumerge_7b_lora, prumerge_13b_lora
+from prumerge_jax.aot.assumptions import mean_visual_tokens
 from prumerge_jax.aot.compile import DoesNotFit, tpu
 from prumerge_jax.aot.topology import topology
 from prumerge_jax.aot.training import (
-    MEAN_VISUAL_TOKENS,
     TEXT_TOKENS,
     Samples,
     TrainingPlan,
     plan_training,
 )
+from prumerge_jax.training.config import parse
 
 RECIPES = {"7b": prumerge_7b_lora, "13b": prumerge_13b_lora}
 SLICES = (
@@ -47,7 +48,8 @@ def plan(model: str, name: str, samples_per_chip: int, text_tokens: int) -> Trai
     config = RECIPES[model].get_config()
     config.reduction = REDUCTION
     config.batch_size = samples_per_chip * len(where.devices)
-    samples = Samples(config.batch_size, MEAN_VISUAL_TOKENS[REDUCTION], text_tokens)
+    visual, source = mean_visual_tokens(REDUCTION, parse(config).sizes.vision)
+    samples = Samples(config.batch_size, visual, text_tokens, source)
     return plan_training(config, where, samples)
 
 

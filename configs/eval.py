@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.tasks = ()  # several benchmarks: dicts of the four fields above
     config.answers = placeholder(str)  # score this file, without a model
 
-    config.reduction = "full prumerge+ prumerge"  # names of evaluation/reductions.py
+    config.reduction = "full prumerge+ prumerge"  # see reductions/registry.py
     config.baselines = False  # beside each: random, uniform and a smaller image at equal counts
     config.decoding = ConfigDict(
         {

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from prumerge_jax import prumerge, sharding
+from prumerge_jax import reductions, sharding
 from prumerge_jax.conversion.miniature import model_directory
 from prumerge_jax.data.conversation import chat_template
 from prumerge_jax.data.images import ImageMode, ImageProcessor, ImageSource
@@ -26,9 +26,9 @@ from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import Answer, Delta, SamplingParams
 from prumerge_jax.engine.shapes import EngineConfig, EngineSizes, fit
 from prumerge_jax.models import config_json
-from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.config import LlavaConfig
-from prumerge_jax.models.llava import abstract_model, inference_layout, normalize_pixels
+from prumerge_jax.models.llava import abstract_model, gather_evidence, inference_layout
+from prumerge_jax.reductions import Reduction, ReductionLike, as_reduction
 from prumerge_jax.store import model_directory as directories
 from prumerge_jax.store.manifest import MANIFEST
 from prumerge_jax.store.messages import quoted
@@ -41,9 +41,9 @@ class Explanation(NamedTuple):
 
     Attributes:
       pixels: uint8 [S, S, 3], the image as the tower sees it.
-      patch_indices: int32 [n], the selected patches in the order of their tokens.
+      patch_indices: int32 [n], the kept patches in the order of their tokens.
       assignment: int32 [N], for each patch the index into `patch_indices` of the token it merges
-        into, -1 for none; see `prumerge.merge_targets`.
+        into, -1 for none.
     """
 
     pixels: np.ndarray
@@ -132,7 +132,7 @@ class Llava:
         images: Images,
         prompts: Sequence[str],
         *,
-        reduction: str | prumerge.PruMergeConfig = "prumerge",
+        reduction: ReductionLike = "prumerge",
         max_new_tokens: int = 64,
         image_mode: ImageMode = "pad",
         conversation: str = "vicuna_v1",
@@ -147,7 +147,7 @@ class Llava:
           images: one per prompt: a path, bytes, PIL image, uint8 [H, W, 3] or data URL; None asks
             without.
           prompts: the user's text alone.
-          reduction: a preset's name or a configuration, see `prumerge.preset`.
+          reduction: its spelling, as `prumerge:neighbours=8`; see `reductions.parse`.
           max_new_tokens: most tokens per answer.
           image_mode: `pad` to a square or `crop` the central one.
           conversation: name of a template, see `data.conversation.TEMPLATES`.
@@ -165,7 +165,7 @@ class Llava:
             out of its bounds, or no lists of prompts and images.
         """
         sampling = SamplingParams(temperature, top_p, max_new_tokens, seed=seed)
-        builder = self._builder(image_mode, conversation)
+        builder = self._builder(image_mode, conversation, reduction)
         drafts = builder.drafts(images, prompts, sampling)
         engine = self._engine_for(drafts, reduction, position_ids, max_new_tokens)
         with self.placed():
@@ -177,7 +177,7 @@ class Llava:
         images: Images,
         prompts: Sequence[str],
         *,
-        reduction: str | prumerge.PruMergeConfig = "prumerge",
+        reduction: ReductionLike = "prumerge",
         max_new_tokens: int = 64,
         image_mode: ImageMode = "pad",
         conversation: str = "vicuna_v1",
@@ -196,7 +196,7 @@ class Llava:
           interleaved. The pieces of one prompt joined are what `generate` returns.
         """
         sampling = SamplingParams(temperature, top_p, max_new_tokens, seed=seed)
-        builder = self._builder(image_mode, conversation)
+        builder = self._builder(image_mode, conversation, reduction)
         drafts = builder.drafts(images, prompts, sampling)
         engine = self._engine_for(drafts, reduction, position_ids, max_new_tokens)
         return self._pieces(engine.stream(builder.requests(drafts)), len(drafts))
@@ -208,7 +208,7 @@ class Llava:
         prompts: Sequence[str],
         continuations: Sequence[str],
         *,
-        reduction: str | prumerge.PruMergeConfig = ...,
+        reduction: ReductionLike = ...,
         image_mode: ImageMode = ...,
         conversation: str = ...,
         position_ids: PositionIds = ...,
@@ -221,7 +221,7 @@ class Llava:
         prompts: Sequence[str],
         continuations: Sequence[list[str]] | Sequence[tuple[str, ...]],
         *,
-        reduction: str | prumerge.PruMergeConfig = ...,
+        reduction: ReductionLike = ...,
         image_mode: ImageMode = ...,
         conversation: str = ...,
         position_ids: PositionIds = ...,
@@ -233,7 +233,7 @@ class Llava:
         prompts: Sequence[str],
         continuations: Sequence[str] | Sequence[list[str]] | Sequence[tuple[str, ...]],
         *,
-        reduction: str | prumerge.PruMergeConfig = "prumerge",
+        reduction: ReductionLike = "prumerge",
         image_mode: ImageMode = "pad",
         conversation: str = "vicuna_v1",
         position_ids: PositionIds = "compact",
@@ -250,7 +250,7 @@ class Llava:
           Natural logarithms, summed over the continuation's tokens, in order; lists of them where
           the continuations are lists.
         """
-        builder = self._builder(image_mode, conversation)
+        builder = self._builder(image_mode, conversation, reduction)
         asked = builder.drafts(images, prompts)
         check_list(continuations, "continuations")
         if len(continuations) != len(prompts):
@@ -275,35 +275,35 @@ class Llava:
         self,
         image: ImageSource,
         *,
-        reduction: str | prumerge.PruMergeConfig = "prumerge",
+        reduction: ReductionLike = "prumerge",
         image_mode: ImageMode = "pad",
     ) -> Explanation:
-        """Which patches of an image are kept and where the others go; see `visualize.overlay`."""
+        """Which patches of an image are kept and where the others go; `overlay` draws it."""
+        reduction = as_reduction(reduction)
         name, source = named_image(image, "image")
-        pixels = self._processor(image_mode)(source, name)
+        pixels = self._processor(image_mode, reduction)(source, name)
         with self.placed():
-            selection, targets = _explain(
+            assignment = _explain(
                 self._model.graphdef,
                 self._model.state,
                 jnp.asarray(pixels[None]),
-                reduction=_reduction(reduction),
+                reduction=reduction,
                 dtype=self.dtype,
             )
-        count = int(selection.kept[0])
-        if count < 0:
+        patches, targets, required = (np.asarray(values)[0] for values in assignment)
+        if required < 0:
             raise ValueError("the image's CLS attention is not finite; check the weights")
-        return Explanation(
-            pixels, np.asarray(selection.patch_indices[0, :count]), np.asarray(targets[0])
-        )
+        is_patch = patches >= 0
+        place = np.append(np.where(is_patch, np.cumsum(is_patch) - 1, -1), -1)  # of target -1: -1
+        return Explanation(pixels, patches[is_patch], place[targets].astype(np.int32))
 
     def engine(
         self,
-        reduction: str | prumerge.PruMergeConfig,
+        reduction: ReductionLike,
         text_tokens: Sequence[int],
         *,
         max_new_tokens: int = 0,
         position_ids: PositionIds = "compact",
-        image_size: int | None = None,
     ) -> Engine:
         """An engine for this model, its shapes fitted to the requests that will run.
 
@@ -311,13 +311,11 @@ class Llava:
           reduction, position_ids: as in `generate`.
           text_tokens: of every request, a continuation to score included.
           max_new_tokens: most tokens per answer.
-          image_size: side of the requests' crops, where it is not the tower's own.
         """
-        model, reduction = self._model, _reduction(reduction)
-        if image_size is not None:
-            vision = dataclasses.replace(model.config.vision, image_size=image_size)
-            config = dataclasses.replace(model.config, vision=vision)
-            model = dataclasses.replace(model, config=config)
+        reduction = as_reduction(reduction)
+        vision = dataclasses.replace(self.config.vision, image_size=self.image_size(reduction))
+        config = dataclasses.replace(self.config, vision=vision)
+        model = dataclasses.replace(self._model, config=config)
         shapes = fit(
             self.engine_config,
             reduction,
@@ -331,21 +329,32 @@ class Llava:
             shapes = shapes.limited_to(len(text_tokens))
         return Engine(model, reduction, shapes, position_ids=position_ids)
 
+    def image_size(self, reduction: ReductionLike) -> int:
+        """Side in pixels of the images that a reduction wants.
+
+        Raises:
+          ValueError: a reduction that this model's tower cannot provide for.
+        """
+        vision = self.config.vision
+        return as_reduction(reduction).image_size(vision.image_size, vision.patch_size)
+
     def placed(self) -> contextlib.AbstractContextManager[None]:
         """The context in which an engine of this model runs: its mesh, if it has one."""
         return sharding.use_mesh(self._model.mesh)
 
-    def _processor(self, mode: ImageMode) -> ImageProcessor:
-        vision = self.config.vision
-        return ImageProcessor(vision.image_size, vision.pixel_mean, mode)
+    def _processor(self, mode: ImageMode, reduction: ReductionLike) -> ImageProcessor:
+        return ImageProcessor(self.image_size(reduction), self.config.vision.pixel_mean, mode)
 
-    def _builder(self, mode: ImageMode, conversation: str) -> RequestBuilder:
-        return RequestBuilder(self.tokenizer, chat_template(conversation), self._processor(mode))
+    def _builder(
+        self, mode: ImageMode, conversation: str, reduction: ReductionLike
+    ) -> RequestBuilder:
+        processor = self._processor(mode, reduction)
+        return RequestBuilder(self.tokenizer, chat_template(conversation), processor)
 
     def _engine_for(
         self,
         drafts: Sequence[Draft],
-        reduction: str | prumerge.PruMergeConfig,
+        reduction: ReductionLike,
         position_ids: PositionIds,
         max_new_tokens: int = 0,
     ) -> Engine:
@@ -403,8 +412,7 @@ def _read_weights(
     )
     with sharding.use_mesh(mesh):
         graphdef, state = inference_layout(graphdef, state)
-    attention = default_implementation(compute, config.text.head_dim)
-    return PlacedModel(graphdef, state, config, compute, attention, mesh)
+    return PlacedModel(graphdef, state, config, compute, mesh)
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: LlavaConfig) -> None:
@@ -413,10 +421,6 @@ def _check_vocabulary(tokenizer: Tokenizer, config: LlavaConfig) -> None:
             f"the tokenizer has {tokenizer.vocab_size} pieces, the model's embedding "
             f"{config.text.vocab_size} rows; they do not belong together"
         )
-
-
-def _reduction(reduction: str | prumerge.PruMergeConfig) -> prumerge.PruMergeConfig:
-    return prumerge.preset(reduction) if isinstance(reduction, str) else reduction
 
 
 def _checked(answer: Answer, prompt: int) -> Answer:
@@ -438,11 +442,9 @@ def _explain(
     state: nnx.State,
     pixels: jax.Array,
     *,
-    reduction: prumerge.PruMergeConfig,
+    reduction: Reduction,
     dtype: jnp.dtype,
-) -> tuple[prumerge.Selection, jax.Array]:
+) -> reductions.Assignment:
     vision = nnx.merge(graphdef, state).vision
-    features = vision(normalize_pixels(pixels, vision.config).astype(dtype))
-    attention = prumerge.cls_attention(features.query_cls, features.keys)
-    selection = prumerge.select(attention, reduction)
-    return selection, prumerge.merge_targets(features.keys[:, 1:], selection, reduction)
+    evidence = gather_evidence(vision, pixels, dtype=dtype)
+    return reductions.explain(evidence, reduction)

@@ -13,6 +13,9 @@ import pytest
 
 from prumerge_jax.cost import Chip
 from prumerge_jax.engine.shapes import EngineShapes
+from prumerge_jax.models.tuning import Tuning
+
+pytestmark = pytest.mark.slow
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 ROWS = "--geometry=tiny --text_tokens=6 --row_length=32 --repeats=2"
@@ -102,7 +105,7 @@ def test_other_numbers_than_the_cpus_are_an_error(
     right = numerics.logits
 
     def wrong(*arguments: object) -> np.ndarray:
-        return (1.0 if arguments[-1] == "xla" else 1.1) * right(*arguments)
+        return (1.0 if arguments[-1] == Tuning.plain() else 1.1) * right(*arguments)
 
     monkeypatch.setattr(numerics, "logits", wrong)
     monkeypatch.setattr(numerics, "company", lambda *_: [])
@@ -130,7 +133,7 @@ def test_drawn_counts_reach_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         cache_length=32,
         prefill_rows=1,
     )
-    engine = scoring.Engine(placed, scoring.prumerge.preset("prumerge"), shapes)
+    engine = scoring.Engine(placed, scoring.reductions.parse("prumerge"), shapes)
     engine.encoder = scoring.DrawnCounts(placed, shapes)
     engine.encoder.counts = counts
     visual = {answer.key: answer.usage.visual_tokens for answer in engine.score(requests)}

@@ -20,6 +20,8 @@ from prumerge_jax.models.config import LlavaConfig, TextConfig, published  # noq
 from tests.models.torch_llava import random_torch_llava  # noqa: E402
 from tests.tiny_llava import tokenizer_model  # noqa: E402
 
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = dataclasses.replace(
     published("tiny"),

@@ -10,6 +10,8 @@ import pytest
 from prumerge_jax.digits import benchmark as digits
 from tests.tiny_llava import write_tiny_llava
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -34,7 +36,7 @@ def test_several_reductions_with_baselines(model: pathlib.Path, tmp_path: pathli
     )
     assert out.returncode == 0, out.stderr
     names = {"full", "prumerge_neighbours=4", "downsample_2"}
-    names |= {f"prumerge_neighbours=4_choice={choice}" for choice in ("random", "uniform")}
+    names |= {f"prumerge_neighbours=4_ranking={ranking}" for ranking in ("random", "uniform")}
     assert {path.name for path in (tmp_path / "digits").iterdir()} == names
     metrics = {
         name: json.loads((tmp_path / "digits" / name / "metrics.json").read_text())
@@ -44,7 +46,7 @@ def test_several_reductions_with_baselines(model: pathlib.Path, tmp_path: pathli
     assert metrics["full"]["visual_tokens_mean"] == 16
     assert 1 < ours["visual_tokens_mean"] < 16
     assert (
-        metrics["prumerge_neighbours=4_choice=random"]["visual_tokens_mean"]
+        metrics["prumerge_neighbours=4_ranking=random"]["visual_tokens_mean"]
         == ours["visual_tokens_mean"]
     )
     assert ours["images_per_second"] > 0
@@ -102,6 +104,9 @@ def test_an_answers_file_is_scored_without_a_model(
         ("--config.checkpoint=nowhere", "nowhere"),
         ("--config.checkpoint=", "no model to score"),
         ("--config.reduction=tome", "unknown reduction 'tome'"),
+        ("--config.reduction=full prumerg", "unknown reduction 'prumerg'; did you mean"),
+        ("--config.reduction=", "no reduction is named"),
+        ("--config.reduction=full downsample:4", "a grid from 1 to 3"),
     ],
 )
 def test_what_cannot_run_says_why_in_one_line(

@@ -1,6 +1,7 @@
 """The public interface, from a directory on disk to answers and scores."""
 
 import base64
+import dataclasses
 import io
 import pathlib
 import re
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 import prumerge_jax
-from prumerge_jax import prumerge, sharding
+from prumerge_jax import prumerge, reductions, sharding
 from prumerge_jax.data.images import ImageError
 from prumerge_jax.engine.shapes import EngineConfig
 from prumerge_jax.store import model_directory as directories
@@ -106,8 +107,13 @@ def test_reductions_positions_and_modes_matter(
 
     base = scores()
     assert scores(reduction=prumerge.preset("prumerge")) == base
+    assert scores(reduction=reductions.parse("prumerge")) == base
+    few = scores(reduction="prumerge:neighbours=2")
+    assert scores(reduction=prumerge.preset("prumerge", neighbours=2)) == few
     for options in (
         dict(reduction="full"),
+        dict(reduction="prumerge:neighbours=2"),
+        dict(reduction="downsample:2"),
         dict(position_ids="original"),
         dict(image_mode="crop"),
         dict(conversation="llava_v1"),
@@ -161,6 +167,10 @@ def test_explain_names_the_kept_patches(
         shown.assignment[shown.patch_indices], np.arange(len(shown.patch_indices))
     )
     assert shown.assignment.max() < len(shown.patch_indices)
+    small = model.explain(images[1], reduction="downsample:2")
+    assert small.pixels.shape == (28, 28, 3)
+    np.testing.assert_array_equal(small.patch_indices, np.arange(4))
+    np.testing.assert_array_equal(small.assignment, np.arange(4))
 
 
 def test_errors_name_what_is_wrong(
@@ -180,6 +190,10 @@ def test_errors_name_what_is_wrong(
         model.generate([None], ["Hi"], conversation="v9")
     with pytest.raises(ValueError, match="unknown reduction 'tome'"):
         model.generate([images[0]], ["Hi"], reduction="tome")
+    with pytest.raises(ValueError, match="no such parameter 'neighbour'"):
+        model.score([images[0]], ["Hi"], ["a"], reduction="prumerge:neighbour=8")
+    with pytest.raises(ValueError, match="a grid from 1 to 3"):
+        model.explain(images[0], reduction="downsample:4")
     with pytest.raises(ValueError, match="continuation 0 is empty"):
         model.score([None], ["Hi"], [""])
 
@@ -304,6 +318,14 @@ def test_defaults_of_the_engine_fit_the_mesh(
     np.testing.assert_allclose(
         sharded.score(images, PROMPTS, texts), model.score(images, PROMPTS, texts), atol=1e-4
     )
+
+
+def test_images_are_padded_with_the_towers_own_mean(tmp_path: pathlib.Path) -> None:
+    vision = dataclasses.replace(CONFIG.vision, pixel_mean=(0.5, 0.25, 0.75))
+    config = dataclasses.replace(CONFIG, vision=vision)
+    model = prumerge_jax.Llava.load(write_tiny_llava(tmp_path / "tiny", config), engine=ENGINE)
+    wide = np.full((20, 60, 3), 255, np.uint8)
+    assert model.explain(wide).pixels[0, 0].tolist() == [127, 63, 191]
 
 
 def test_an_altered_directory_is_refused(tmp_path: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from prumerge_jax import prumerge
+from prumerge_jax.aot.assumptions import MeanTokens, mean_visual_tokens
 from prumerge_jax.aot.compile import (
     CAVEAT,
     Program,
@@ -30,9 +30,11 @@ from prumerge_jax.cost import counts
 from prumerge_jax.cost.roofline import Operation
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit
-from prumerge_jax.models.attention import default_implementation, splash_pairs
+from prumerge_jax.models.attention import backend_for
+from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import abstract_model
+from prumerge_jax.reductions import Reduction, parse
 from prumerge_jax.sharding.mesh import (
     logical_spec,
     mesh_on,
@@ -52,6 +54,9 @@ class InferencePlan:
     Attributes:
       topology: the slice.
       mesh: sizes of the mesh's axes.
+      reduction: as it was spelled.
+      dtype: of weights and computation.
+      visual_tokens: assumed mean per image.
       shapes: of the programs.
       programs: encode, read (scoring), prefill and decode, one run each.
       work: by program, what it computes on all chips together, by the cost model.
@@ -61,6 +66,9 @@ class InferencePlan:
 
     topology: Topology
     mesh: Sizes
+    reduction: str
+    dtype: jnp.dtype
+    visual_tokens: MeanTokens
     shapes: EngineShapes
     programs: tuple[Program, ...]
     work: Mapping[str, Operation]
@@ -72,6 +80,12 @@ class InferencePlan:
         """Peak bytes per chip: what stays, and the largest working set of a program."""
         return peak_bytes(self.resident, self.programs)
 
+    @property
+    def prompts(self) -> float:
+        """Number of prompts of the assumed length that full rows hold."""
+        length = self.visual_tokens.mean + TEXT_TOKENS
+        return self.shapes.prefill_rows * self.shapes.row_length / length
+
     def lines(self) -> list[str]:
         """The plan for people."""
         chip = self.topology.chip
@@ -82,6 +96,9 @@ class InferencePlan:
             f"{self.topology.name}: {used} of {len(self.topology.devices)} chips, mesh "
             + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
             *(f"  rejected: {reason}" for reason in self.rejected),
+            f"{self.reduction} in {self.dtype}, assumed {self.visual_tokens.mean:g} visual tokens "
+            f"per image ({self.visual_tokens.reason}) and {TEXT_TOKENS} of text: "
+            f"{self.prompts:.0f} prompts in the rows of a read or prefill",
             f"{self.shapes.batch_size} images, {self.shapes.prefill_rows} rows of "
             f"{self.shapes.row_length}, {self.shapes.slots} slots of {self.shapes.cache_length}",
             memory_line(self.memory, self.resident, chip),
@@ -101,7 +118,7 @@ class InferencePlan:
 def plan_inference(
     model: LlavaConfig,
     engine: EngineConfig,
-    reduction: prumerge.PruMergeConfig,
+    reduction: str,
     topology: Topology,
     mesh: Sizes,
     dtype: jnp.dtype = jnp.bfloat16,
@@ -111,19 +128,20 @@ def plan_inference(
     Args:
       model: sizes.
       engine: shapes of the programs; lengths that it leaves open are fitted to short questions.
-      reduction: what happens to the visual tokens.
+      reduction: spelling of what happens to the visual tokens.
       topology: the slice.
       mesh: sizes of the mesh's axes; those that are tried next have more `tensor`.
       dtype: of weights and computation.
 
     Raises:
-      ValueError: the mesh is larger than the slice, or a shape does not divide over its shards.
+      ValueError: the mesh is larger than the slice, a shape does not divide over its shards, or
+        the reduction is not valid.
       DoesNotFit: no mesh of the slice has the memory.
     """
     shapes = fit(
         engine,
-        reduction,
-        model.vision.num_patches,
+        parse(reduction),
+        _resized(model, parse(reduction)).vision.num_patches,
         np.array([TEXT_TOKENS]),
         max_new_tokens=NEW_TOKENS,
         max_positions=model.text.max_positions,
@@ -136,6 +154,12 @@ def plan_inference(
         "has the memory; make the engine's shapes smaller or take a larger slice",
     )
     return dataclasses.replace(plan, rejected=rejected)
+
+
+def _resized(model: LlavaConfig, reduction: Reduction) -> LlavaConfig:
+    """The model with images of the size that a reduction wants."""
+    side = reduction.image_size(model.vision.image_size, model.vision.patch_size)
+    return dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_size=side))
 
 
 def _larger(mesh: Sizes, model: LlavaConfig, devices: int) -> Iterator[dict[str, int]]:
@@ -153,13 +177,16 @@ def _larger(mesh: Sizes, model: LlavaConfig, devices: int) -> Iterator[dict[str,
 def _plan(
     model: LlavaConfig,
     engine: EngineShapes,
-    reduction: prumerge.PruMergeConfig,
+    spelling: str,
     topology: Topology,
     dtype: jnp.dtype,
     sizes: Sizes,
 ) -> InferencePlan:
     mesh = mesh_on(topology.devices, **sizes)
     graphdef, state = _abstract_state(model, mesh, dtype)
+    visual_tokens = mean_visual_tokens(spelling, model.vision)
+    reduction = parse(spelling)
+    model = _resized(model, reduction)
     batch = NamedSharding(mesh, logical_spec("batch"))
     side, capacity = model.vision.image_size, reduction.capacity_for(model.vision.num_patches)
     pixels = jax.ShapeDtypeStruct((engine.batch_size, side, side, 3), jnp.uint8, sharding=batch)
@@ -170,22 +197,20 @@ def _plan(
     rows = programs.Rows(*[row] * 4)  # type: ignore[arg-type]  # shapes stand for arrays
     slots = _abstract_slots(graphdef, state, engine, mesh, dtype)
     with use_mesh(mesh):
-        attention = default_implementation(dtype, model.text.head_dim)
-        of_tower, of_rows = 0.0, 0.0
-        if attention == "splash":
-            of_tower, of_rows = (flops / mesh.size for flops in _splash_flops(model, engine))
-        encode = programs.encode.lower(
-            graphdef, state, pixels, reduction=reduction, dtype=dtype, implementation=attention
+        of_tower, of_rows = (
+            flops / mesh.size for flops in _splash_flops(model, engine, jnp.dtype(dtype))
         )
-        static = {"max_segment_length": engine.longest_prompt, "implementation": attention}
-        read = programs.read.lower(graphdef, state, pool, rows, **static)
-        prefill = programs.prefill.lower(graphdef, state, pool, rows, **static)
+        encode = programs.encode.lower(graphdef, state, pixels, reduction=reduction, dtype=dtype)
+        longest = engine.longest_prompt
+        read = programs.hidden_before_last_mlp.lower(
+            graphdef, state, pool, rows, max_segment_length=longest
+        )
+        prefill = programs.prefill.lower(graphdef, state, pool, rows, max_segment_length=longest)
         decode = programs.decode.lower(
             graphdef,
             state,
             slots,
             steps=engine.decode_steps_per_call,
-            implementation=attention,
         )
         compiled = (
             compile_program("encode", encode, of_tower),
@@ -196,6 +221,9 @@ def _plan(
     return InferencePlan(
         topology,
         sizes,
+        spelling,
+        dtype,
+        visual_tokens,
         engine,
         compiled,
         _work(model, engine),
@@ -238,14 +266,21 @@ def _abstract_slots(
     )
 
 
-def _splash_flops(model: LlavaConfig, engine: EngineShapes) -> tuple[float, float]:
-    """Of the attention kernel, for a batch of images and for rows."""
-    of_image = splash_pairs(model.vision.num_patches + 1, causal=False)
-    of_row = splash_pairs(engine.row_length, causal=True, max_segment_length=engine.longest_prompt)
-    return (
-        counts.tower_attention_flops(model.vision, engine.batch_size * of_image),
-        counts.attention_flops(model.text, engine.prefill_rows * of_row),
-    )
+def _splash_flops(
+    model: LlavaConfig, engine: EngineShapes, dtype: jnp.dtype
+) -> tuple[float, float]:
+    """FLOPs of the attention kernel, for a batch of images and for rows; 0 where it is not used."""
+    of_tower, of_rows = 0.0, 0.0
+    if backend_for(dtype, model.vision.head_dim) == "splash":
+        pairs = engine.batch_size * splash_pairs(model.vision.num_patches + 1, causal=False)
+        of_tower = counts.tower_attention_flops(model.vision, pairs)
+    if backend_for(dtype, model.text.head_dim) == "splash":
+        longest = engine.longest_prompt
+        pairs = engine.prefill_rows * splash_pairs(
+            engine.row_length, causal=True, max_segment_length=longest
+        )
+        of_rows = counts.attention_flops(model.text, pairs)
+    return of_tower, of_rows
 
 
 def _pairs(engine: EngineShapes) -> float:

@@ -21,7 +21,7 @@ from prumerge_jax.conversion.torch_bin import encode
 from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.store import model_directory as directories
-from prumerge_jax.store.staging import StagedDirectory
+from prumerge_jax.store.atomic import StagedDirectory
 
 Progress = Callable[[int], None]
 

@@ -6,6 +6,7 @@ decides. Where it does (a multi-turn training text has `</s>` between its rounds
 on the transformers version that the run to be reproduced used: `Style` names the two.
 """
 
+import hashlib
 import os
 import pathlib
 import re
@@ -77,6 +78,10 @@ class Tokenizer:
     def pad_id(self) -> int:
         """LLaMA has no padding piece; LLaVA pads with `<unk>`."""
         return self._pieces.unk_id()
+
+    def sha256(self) -> str:
+        """Hash of the SentencePiece model, which together with `style` decides every id."""
+        return hashlib.sha256(self._pieces.serialized_model_proto()).hexdigest()
 
     @property
     def vocab_size(self) -> int:

@@ -44,7 +44,6 @@ class SlotDecoder:
             window.pool,
             placed,
             max_segment_length=self.shapes.longest_prompt,
-            implementation=model.implementation,
         )
         for segments, sequences in self._segments(window, rows):
             first = programs.first_tokens(model.graphdef, model.state, hidden, segments)
@@ -110,7 +109,6 @@ class SlotDecoder:
                 model.state,
                 self.slots,
                 steps=self.shapes.decode_steps_per_call,
-                implementation=model.implementation,
             )
             self.unread.append(_Chunk(emitted, list(self.occupant)))
             yield from self._read(unread=1)

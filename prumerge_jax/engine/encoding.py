@@ -12,12 +12,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
-from prumerge_jax import prumerge, sharding
+from prumerge_jax import sharding
 from prumerge_jax.data import packing
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.request import Request
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.prumerge import VisualTokens
+from prumerge_jax.reductions import Reduction
 from prumerge_jax.store.messages import quoted
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -51,7 +53,6 @@ class PlacedModel:
       graphdef, state: a `LlavaModel`, its weights on `mesh` where there is one.
       config: its sizes.
       dtype: compute dtype.
-      implementation: attention backend, see `attention.attend`.
       mesh: devices to split images, rows and slots over; None is one device.
     """
 
@@ -59,7 +60,6 @@ class PlacedModel:
     state: nnx.State
     config: LlavaConfig
     dtype: jnp.dtype
-    implementation: str = "xla"
     mesh: Mesh | None = None
 
     @property
@@ -103,8 +103,8 @@ class Encoding(NamedTuple):
     requests: list[Request]
     image_of: list[int | None]
     num_images: int
-    encoded: list[prumerge.VisualTokens]
-    reduction: prumerge.PruMergeConfig
+    encoded: list[VisualTokens]
+    reduction: Reduction
 
 
 class EncodedImages(NamedTuple):
@@ -132,7 +132,7 @@ class Encoder:
         self.model, self.shapes = model, shapes
         self._idle: dict[int, jax.Array] = {}
 
-    def encode(self, requests: Sequence[Request], reduction: prumerge.PruMergeConfig) -> Encoding:
+    def encode(self, requests: Sequence[Request], reduction: Reduction) -> Encoding:
         """Dispatches the encoding of a window; waits for nothing.
 
         Raises:
@@ -170,7 +170,6 @@ class Encoder:
                     model.put(pixels),
                     reduction=reduction,
                     dtype=model.dtype,
-                    implementation=model.implementation,
                 )
             )
         return Encoding(list(requests), image_of, len(crops), encoded, reduction)

@@ -17,7 +17,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from prumerge_jax import prumerge
 from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.decoding import SlotDecoder
@@ -25,7 +24,8 @@ from prumerge_jax.engine.encoding import Encoder, PlacedModel
 from prumerge_jax.engine.request import Answer, Delta, ImageInput, Request, SamplingParams
 from prumerge_jax.engine.scoring import Scores, dispatch_scores
 from prumerge_jax.engine.shapes import EngineShapes
-from prumerge_jax.engine.windows import Counters, Window, WindowPlanner, full_capacity
+from prumerge_jax.engine.windows import Counters, Window, WindowPlanner
+from prumerge_jax.reductions import Reduction
 
 _Event = TypeVar("_Event", bound=Delta | Answer)
 
@@ -40,7 +40,7 @@ class Engine:
     def __init__(
         self,
         model: PlacedModel,
-        reduction: prumerge.PruMergeConfig,
+        reduction: Reduction,
         shapes: EngineShapes,
         *,
         position_ids: packing.PositionIds = "compact",
@@ -104,7 +104,7 @@ class Engine:
         sampling = SamplingParams(max_new_tokens=2, stop_ids=())
         request = Request(0, token_ids, (image,), sampling=sampling)
         patches = self.model.config.vision.num_patches
-        for reduction in dict.fromkeys((self.reduction, full_capacity(self.reduction))):
+        for reduction in dict.fromkeys((self.reduction, self.reduction.uncapped())):
             if reduction.capacity_for(patches) >= self.reduction.capacity_for(patches):
                 same = Engine(self.model, reduction, self.shapes, position_ids=self.position_ids)
                 collections.deque(same.generate([request]), maxlen=0)

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prumerge_jax import prumerge
 from prumerge_jax.engine.request import MAX_STOP_IDS
-from prumerge_jax.models.llama import KVCache, Unfinished, empty_cache
+from prumerge_jax.models.llama import KVCache, PartialHidden, empty_cache
 from prumerge_jax.models.llava import encode_images
+from prumerge_jax.prumerge import VisualTokens
+from prumerge_jax.reductions import Reduction
 from prumerge_jax.sharding.mesh import constrain
 
 
@@ -84,19 +85,18 @@ class Segments(NamedTuple):
     sampling: Sampling
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "reduction", "dtype", "implementation"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "reduction", "dtype"))
 def encode(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     pixels: jax.Array,
     *,
-    reduction: prumerge.PruMergeConfig,
+    reduction: Reduction,
     dtype: jnp.dtype,
-    implementation: str,
-) -> prumerge.VisualTokens:
+) -> VisualTokens:
     """[B, S, S, 3] uint8 -> reduced visual tokens of capacity R."""
     vision = nnx.merge(graphdef, state).vision
-    return encode_images(vision, pixels, reduction, dtype=dtype, implementation=implementation)
+    return encode_images(vision, pixels, reduction, dtype=dtype)
 
 
 @jax.jit
@@ -107,7 +107,7 @@ def join(batches: list[jax.Array]) -> jax.Array:
     return constrain(stacked.reshape(-1, *stacked.shape[2:]), "batch", None, None)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_segment_length", "implementation"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "max_segment_length"))
 def prefill(
     graphdef: nnx.GraphDef,
     state: nnx.State,
@@ -115,7 +115,6 @@ def prefill(
     rows: Rows,
     *,
     max_segment_length: int,
-    implementation: str,
 ) -> tuple[jax.Array, KVCache]:
     """Runs packed rows, whose segments have at most `max_segment_length` tokens.
 
@@ -129,29 +128,26 @@ def prefill(
         rows.positions,
         rows.segment_ids,
         max_segment_length=max_segment_length,
-        implementation=implementation,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_segment_length", "implementation"))
-def read(
+@functools.partial(jax.jit, static_argnames=("graphdef", "max_segment_length"))
+def hidden_before_last_mlp(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     visual_tokens: jax.Array,
     rows: Rows,
     *,
     max_segment_length: int,
-    implementation: str,
-) -> Unfinished:
+) -> PartialHidden:
     """`prefill` for scoring: no cache is kept, and `log_likelihoods` finishes what it needs."""
     model = nnx.merge(graphdef, state)
     x = constrain(model.embed_rows(rows.ids, visual_tokens, rows.visual_index), "batch", None, None)
-    return model.decoder.read(
+    return model.decoder.hidden_before_last_mlp(
         x,
         rows.positions,
         rows.segment_ids,
         max_segment_length=max_segment_length,
-        implementation=implementation,
     )
 
 
@@ -159,7 +155,7 @@ def read(
 def log_likelihoods(
     graphdef: nnx.GraphDef,
     state: nnx.State,
-    unfinished: Unfinished,
+    partial: PartialHidden,
     index: jax.Array,
     targets: jax.Array,
 ) -> jax.Array:
@@ -167,7 +163,7 @@ def log_likelihoods(
 
     Args:
       graphdef, state: the model.
-      unfinished: rows from `read`.
+      partial: rows from `hidden_before_last_mlp`.
       index: [M] int32 into the flattened rows.
       targets: [M] int32 token ids.
 
@@ -175,7 +171,7 @@ def log_likelihoods(
       [M] float32, natural logarithm.
     """
     decoder = nnx.merge(graphdef, state).decoder
-    logits = decoder.logits(decoder.finish(unfinished, index))
+    logits = decoder.logits(decoder.last_mlp_at(partial, index))
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
@@ -319,7 +315,7 @@ def insert(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "steps", "implementation"),
+    static_argnames=("graphdef", "steps"),
     donate_argnames=("slots",),
 )
 def decode(
@@ -328,7 +324,6 @@ def decode(
     slots: Slots,
     *,
     steps: int,
-    implementation: str,
 ) -> tuple[Slots, jax.Array]:
     """Up to `steps` tokens for every busy slot; stops early when all are idle.
 
@@ -350,9 +345,7 @@ def decode(
         x = model.decoder.embed(slots.token[:, None], dtype)
         # An idle slot writes beyond the end of its cache, which drops the write.
         at = jnp.where(busy, slots.lengths, slots.cache.k.shape[2])
-        hidden, cache = model.decoder.decode(
-            x, slots.positions, slots.cache, at, implementation=implementation
-        )
+        hidden, cache = model.decoder.decode(x, slots.positions, slots.cache, at)
         logits = model.decoder.logits(hidden[:, 0])
         # What an idle slot once sampled at must not make the others pay for sampling.
         temperature = jnp.where(busy, slots.sampling.temperature, 0)

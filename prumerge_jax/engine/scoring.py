@@ -13,7 +13,7 @@ from prumerge_jax.engine import programs
 from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.request import Answer
 from prumerge_jax.engine.windows import Window
-from prumerge_jax.models.llama import Unfinished
+from prumerge_jax.models.llama import PartialHidden
 
 HEAD_POSITIONS = 64
 """Positions that one call of the scoring head takes."""
@@ -43,19 +43,18 @@ def dispatch_scores(
     model: PlacedModel, window: Window, rows: packing.Rows, *, longest_prompt: int
 ) -> Scores:
     """Runs packed rows and the scoring head at every target, in calls of `HEAD_POSITIONS` each."""
-    unfinished = programs.read(
+    partial = programs.hidden_before_last_mlp(
         model.graphdef,
         model.state,
         window.pool,
         model.put_rows(rows),
         max_segment_length=longest_prompt,
-        implementation=model.implementation,
     )
-    return Scores(window, rows, _log_likelihoods(model, unfinished, rows))
+    return Scores(window, rows, _log_likelihoods(model, partial, rows))
 
 
 def _log_likelihoods(
-    model: PlacedModel, unfinished: Unfinished, rows: packing.Rows
+    model: PlacedModel, partial: PartialHidden, rows: packing.Rows
 ) -> list[jax.Array]:
     """log p of every target of the rows."""
     flat = rows.targets.reshape(-1)
@@ -68,7 +67,7 @@ def _log_likelihoods(
         targets = np.maximum(flat[index], 0)  # the filler's target may be no token
         parts.append(
             programs.log_likelihoods(
-                model.graphdef, model.state, unfinished, jnp.asarray(index), jnp.asarray(targets)
+                model.graphdef, model.state, partial, jnp.asarray(index), jnp.asarray(targets)
             )
         )
     return parts

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from prumerge_jax import prumerge
 from prumerge_jax.data import packing
+from prumerge_jax.reductions import Reduction
 
 MULTIPLE = 128
 """Lengths that are chosen are multiples of this; the TPU attention kernel wants it."""
@@ -154,7 +154,7 @@ class EngineShapes(EngineSizes):
 
 def fit(
     config: EngineConfig,
-    reduction: prumerge.PruMergeConfig,
+    reduction: Reduction,
     num_patches: int,
     text_tokens: np.ndarray,
     *,
@@ -182,11 +182,11 @@ def fit(
     if not len(text_tokens):  # shapes there must be all the same
         text_tokens = np.zeros(1, np.int64)
     # A capacity is no bound here: images that need more run again with all they can need.
-    most = dataclasses.replace(reduction, capacity=None).capacity_for(num_patches)
+    most = reduction.uncapped().capacity_for(num_patches)
     lengths = np.minimum(text_tokens + most, max_positions)
     row_length, cache_length = config.row_length, config.cache_length
     if row_length is None:
-        if reduction.selection == "iqr":
+        if reduction.varying:
             row_length = row_length_for_variable_counts(lengths)
         else:
             row_length = row_length_for_fixed_counts(lengths)

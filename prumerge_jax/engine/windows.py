@@ -12,12 +12,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from prumerge_jax import prumerge
 from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding
 from prumerge_jax.engine.request import Answer, Request, Usage
+from prumerge_jax.reductions import Reduction
 
 
 @dataclasses.dataclass
@@ -84,7 +84,7 @@ class WindowPlanner:
     def __init__(
         self,
         encoder: Encoder,
-        reduction: prumerge.PruMergeConfig,
+        reduction: Reduction,
         position_ids: packing.PositionIds,
         counters: Counters,
     ) -> None:
@@ -100,12 +100,12 @@ class WindowPlanner:
         overflow: list[Request] = []
         yield from self._windows(requests, self.reduction, overflow)
         if overflow:
-            yield from self._windows(overflow, full_capacity(self.reduction), [])
+            yield from self._windows(overflow, self.reduction.uncapped(), [])
 
     def _windows(
         self,
         requests: Iterable[Request],
-        reduction: prumerge.PruMergeConfig,
+        reduction: Reduction,
         overflow: list[Request],
     ) -> Iterator[Window]:
         carried = _CarriedOver([], self.encoder.measure(self.encoder.encode([], reduction)))
@@ -119,9 +119,7 @@ class WindowPlanner:
             self._count(encoding, images, window)
             yield window
 
-    def _encodings(
-        self, requests: Iterable[Request], reduction: prumerge.PruMergeConfig
-    ) -> Iterator[Encoding]:
+    def _encodings(self, requests: Iterable[Request], reduction: Reduction) -> Iterator[Encoding]:
         iterator = iter(requests)
         while batch := list(itertools.islice(iterator, self.shapes.window_size)):
             yield self.encoder.encode(batch, reduction)
@@ -230,11 +228,6 @@ class WindowPlanner:
                 "allows"
             )
         return None
-
-
-def full_capacity(reduction: prumerge.PruMergeConfig) -> prumerge.PruMergeConfig:
-    """The reduction with room for all tokens that an image can need."""
-    return dataclasses.replace(reduction, capacity=None)
 
 
 def _one_ahead(encodings: Iterator[Encoding]) -> Iterator[tuple[Encoding, bool]]:

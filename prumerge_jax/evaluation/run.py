@@ -13,16 +13,16 @@ import jax
 import ml_collections
 import numpy as np
 
-from prumerge_jax import cost, sharding, visualize
+from prumerge_jax import cost, reductions, sharding
 from prumerge_jax.conversion.miniature import model_directory
 from prumerge_jax.digits import benchmark as digits
 from prumerge_jax.engine.shapes import EVALUATION_SIZES, EngineConfig
 from prumerge_jax.evaluation import runner
 from prumerge_jax.evaluation.answers import read_answers
 from prumerge_jax.evaluation.benchmarks.registry import benchmark
-from prumerge_jax.evaluation.reductions import Reduction, parse_reduction
 from prumerge_jax.evaluation.report.bootstrap import Interval, paired_bootstrap
 from prumerge_jax.evaluation.report.html import Example, Report, TokensByGroup, write_report
+from prumerge_jax.evaluation.report.overlay import overlay
 from prumerge_jax.evaluation.report.results import Row, format_table
 from prumerge_jax.evaluation.runner import Decoding, Rows, Scored, Task
 from prumerge_jax.llava import Llava
@@ -36,10 +36,16 @@ EXAMPLES = 3
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One benchmark with one reduction, scored."""
+    """One benchmark with one reduction, scored.
+
+    Attributes:
+      rows: the questions.
+      reduction: as it was spelled.
+      scored: what came out.
+    """
 
     rows: Rows
-    reduction: Reduction
+    reduction: str
     scored: Scored
 
 
@@ -61,13 +67,15 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
         raise ValueError(
             "no model to score: pass --config.checkpoint=DIR, or --config.answers=FILE"
         )
+    names = list(reductions.parse_list(config.reduction))
     every_rows = [Rows(task) for task in tasks]
     for rows in every_rows:
         rows.check_images()
     checkpoint = model_directory(config.checkpoint)
     model = load(config, checkpoint)
     decoding = Decoding(**config.decoding)
-    names = list(dict.fromkeys(config.reduction.split()))
+    for name in names:
+        model.image_size(name)  # one that this tower cannot provide for is refused before any runs
     is_single = len(tasks) == 1 and len(names) == 1 and not config.baselines
     weights = runner.weights_hash(checkpoint)
 
@@ -75,17 +83,17 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
     for rows in every_rows:
         queue = list(names)
         while queue:
-            reduction = parse_reduction(queue.pop(0), model.config.vision)
+            name = queue.pop(0)
             folder = workdir
             if not is_single:
-                folder = workdir / rows.task.benchmark.name / _as_folder(reduction.name)
+                folder = workdir / rows.task.benchmark.name / _as_folder(name)
                 folder.mkdir(parents=True, exist_ok=True)
-            print(f"{rows.task.benchmark.name}, {reduction.name}", flush=True)
-            scored = runner.run(model, weights, rows, reduction, decoding, folder)
+            print(f"{rows.task.benchmark.name}, {name}", flush=True)
+            scored = runner.run(model, weights, rows, reductions.parse(name), decoding, folder)
             runner.write_metrics(folder / "metrics.json", scored.metrics)
-            entries.append(Entry(rows, reduction, scored))
-            if config.baselines and reduction.name in names and reduction.name != "full":
-                queue = [*_baselines(reduction, scored, model), *queue]
+            entries.append(Entry(rows, name, scored))
+            if config.baselines and name in names:
+                queue = [*_baselines(name, scored, model), *queue]
 
     table_rows = [_row(entry, entries) for entry in entries]
     print(format_table(table_rows))
@@ -155,21 +163,19 @@ def _score_file(tasks: list[Task], answers: pathlib.Path, workdir: pathlib.Path)
     return ALL_ANSWERED
 
 
-def _baselines(reduction: Reduction, scored: Scored, model: Llava) -> list[str]:
+def _baselines(name: str, scored: Scored, model: Llava) -> list[str]:
     """Reductions with as many tokens, but without a method: random, uniform, a smaller image."""
-    vision = model.config.vision
-    side = min(round(math.sqrt(scored.visual_tokens.mean())), vision.grid - 1)
-    joint = "," if ":" in reduction.name else ":"
-    names = [f"{reduction.name}{joint}choice={choice}" for choice in ("random", "uniform")]
-    return [*names, f"downsample:{max(side, 1)}"]
+    baselines = reductions.equal_count_baselines(name)
+    if not baselines:
+        return []
+    side = min(round(math.sqrt(scored.visual_tokens.mean())), model.config.vision.grid - 1)
+    return [*baselines, f"downsample:{max(side, 1)}"]
 
 
 def _row(entry: Entry, entries: list[Entry]) -> Row:
     chosen = entry.rows.task.benchmark
     scored = entry.scored
-    full = next(
-        (e.scored for e in entries if e.rows is entry.rows and e.reduction.name == "full"), None
-    )
+    full = next((e.scored for e in entries if e.rows is entry.rows and e.reduction == "full"), None)
     speed, speedup = scored.metrics["images_per_second"], None
     if full is not None and speed and full.metrics["images_per_second"]:
         speedup = speed / full.metrics["images_per_second"]
@@ -185,7 +191,7 @@ def _row(entry: Entry, entries: list[Entry]) -> Row:
     }
     return Row(
         benchmark=chosen.name,
-        reduction=entry.reduction.name,
+        reduction=entry.reduction,
         metrics=metrics,
         headline=chosen.headline,
         standard_errors=errors,
@@ -219,33 +225,32 @@ def _against_floor(entry: Entry, model: Llava, chip: str) -> str:
     floor = cost.images_per_second(model.config, workload, cost.CHIPS[chip])
     speed = metrics["images_per_second"]
     achieved = "not timed" if speed is None else f"{speed:.1f} images/s, {speed / floor:.1%}"
-    return f"{entry.reduction.name}: {achieved} of the floor of one {chip}, {floor:.1f} images/s"
+    return f"{entry.reduction}: {achieved} of the floor of one {chip}, {floor:.1f} images/s"
 
 
 def _examples(
     every_rows: list[Rows], names: list[str], model: Llava, decoding: Decoding
 ) -> list[Example]:
     """Overlays of the first images of each benchmark, for every reduction that selects patches."""
-    reductions = [parse_reduction(name, model.config.vision) for name in names]
-    shown = [r for r in reductions if r.config.selection != "all"]
+    shown = [name for name in names if reductions.parse(name).selects_patches]
     examples = []
     for rows in every_rows:
         images = list(dict.fromkeys(q.image for q in rows.questions if isinstance(q.image, str)))
         for image in images[:EXAMPLES]:
-            for reduction in shown:
+            for name in shown:
                 assert rows.task.images is not None
                 mode = rows.task.benchmark.image_mode(decoding.protocol)
                 try:
                     explained = model.explain(
-                        rows.task.images / image, reduction=reduction.config, image_mode=mode
+                        rows.task.images / image, reduction=name, image_mode=mode
                     )
                 except ValueError:  # a bad image is in errors.jsonl already
                     continue
                 picture = io.BytesIO()
-                visualize.overlay(*explained).savefig(picture, format="png", dpi=60)
+                overlay(*explained).savefig(picture, format="png", dpi=60)
                 count = len(explained.patch_indices)
-                caption = f"{count} of {len(explained.assignment)} patches stay"
-                title = f"{image}, {reduction.name}"
+                caption = f"{count} of {len(explained.assignment)} patches are kept"
+                title = f"{image}, {name}"
                 examples.append(Example(title, picture.getvalue(), caption))
     return examples
 
@@ -258,7 +263,7 @@ def _tokens_by_digits(entries: list[Entry]) -> TokensByGroup | None:
             continue
         truths: digits.Annotations = entry.rows.task.benchmark.required(entry.rows.annotations)
         numbers = np.array([len(truths[str(q.question_id)].digits) for q in entry.rows.questions])
-        means[entry.reduction.name] = {
+        means[entry.reduction] = {
             int(number): float(entry.scored.visual_tokens[numbers == number].mean())
             for number in np.unique(numbers)
         }

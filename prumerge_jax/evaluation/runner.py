@@ -27,8 +27,8 @@ from prumerge_jax.evaluation import jsonfiles
 from prumerge_jax.evaluation.answers import Answers, complete_row
 from prumerge_jax.evaluation.benchmarks.base import Benchmark, Question
 from prumerge_jax.evaluation.journal import Journal, Outcome
-from prumerge_jax.evaluation.reductions import Reduction
 from prumerge_jax.llava import Llava
+from prumerge_jax.reductions import Reduction, spell
 from prumerge_jax.store.manifest import MANIFEST
 
 RUN_FIGURES = frozenset(
@@ -242,7 +242,7 @@ class _Answerer:
         self.builder = RequestBuilder(
             model.tokenizer,
             chat_template(decoding.conversation),
-            ImageProcessor(reduction.image_size, vision.pixel_mean, mode),
+            ImageProcessor(model.image_size(reduction), vision.pixel_mean, mode),
             decoding.num_workers,
         )
         self.prompts = [self._prompt(question) for question in rows.questions]
@@ -256,11 +256,10 @@ class _Answerer:
             if isinstance(prompt, np.ndarray)
         ]
         return self.model.engine(
-            self.reduction.config,
+            self.reduction,
             lengths,
             max_new_tokens=self.sampling.max_new_tokens,
             position_ids=self.decoding.position_ids,
-            image_size=self.reduction.image_size,
         )
 
     def outcomes(self, engine: Engine, todo: list[int]) -> Iterator[Outcome]:
@@ -351,8 +350,8 @@ def _fingerprint(
         "dtype": str(model.dtype),
         "benchmark": rows.task.benchmark.name,
         "questions": hashlib.sha256(rows.task.questions.read_bytes()).hexdigest(),
-        "reduction": str(reduction.config),
-        "image_size": reduction.image_size,
+        "reduction": spell(reduction),
+        "image_size": model.image_size(reduction),
         "code": metadata.version("prumerge-jax"),
         **settings,
     }

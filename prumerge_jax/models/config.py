@@ -42,6 +42,11 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
     @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.num_heads
+
+    @property
     def num_patches(self) -> int:
         """N, the CLS token not counted."""
         return self.grid**2

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 
-def kept(key: jax.Array, probability: float, shape: tuple[int, ...]) -> jax.Array:
+def bernoulli_mask(key: jax.Array, probability: float, shape: tuple[int, ...]) -> jax.Array:
     """Independent draws that are true with this probability.
 
     The last index and the others together are hashed with the key each, and the two hashes with

@@ -1,20 +1,17 @@
-"""Values as error messages quote them."""
+"""Names and values of the user's as error messages show them."""
 
-LONGEST = 80
-"""Characters of a quoted value."""
-
-
-def quoted(value: object) -> str:
-    """`repr(value)`, its middle left out where it is longer than `LONGEST`."""
-    text = repr(value[: 2 * LONGEST]) if isinstance(value, str | bytes) else repr(value)
-    if isinstance(value, str | bytes) and len(value) > 2 * LONGEST:
-        return f"{text[: LONGEST - 3]}... ({len(value):,} characters)"
-    return shortened(text)
+LIMIT = 80
+"""Characters of a name or value."""
 
 
-def shortened(text: str) -> str:
-    """The text, its middle left out where longer than `LONGEST`: paths differ at their end."""
-    if len(text) <= LONGEST:
+def quoted(value: object, limit: int = LIMIT) -> str:
+    """`repr(value)`, its middle left out where it is longer than `limit`."""
+    return shortened(repr(value), limit)
+
+
+def shortened(text: str, limit: int = LIMIT) -> str:
+    """The text, its middle left out where it is longer than `limit`: paths differ at their end."""
+    if len(text) <= limit:
         return text
-    half = (LONGEST - 3) // 2
-    return f"{text[:half]}...{text[-half:]}"
+    tail = (limit - 3) // 2
+    return f"{text[: limit - 3 - tail]}...{text[-tail:]}"

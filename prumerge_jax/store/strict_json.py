@@ -20,11 +20,23 @@ def load_json(path: pathlib.Path, max_bytes: int = _MAX_JSON_BYTES) -> Any:
         Infinity, or repeats a key within one object; the message names the file.
       OSError: it cannot be read.
     """
+    return parse_json(read_bounded(path, max_bytes), str(path))
+
+
+def read_bounded(path: pathlib.Path, max_bytes: int) -> bytes:
+    """The content of a file.
+
+    Raises:
+      ValueError: it is larger than `max_bytes`.
+      OSError: it cannot be read, or is no regular file.
+    """
+    if path.exists() and not path.is_file():  # opening a FIFO would block
+        raise OSError(f"{path} is not a regular file")
     with open(path, "rb") as file:
         raw = file.read(max_bytes + 1)
     if len(raw) > max_bytes:
         raise ValueError(f"{path}: larger than {max_bytes} bytes, which no such file needs")
-    return parse_json(raw, str(path))
+    return raw
 
 
 def parse_json(raw: bytes, where: str) -> Any:

@@ -107,6 +107,7 @@ def test_all_namings_of_transformers(tmp_path: pathlib.Path) -> None:
         assert_same_bits({key: t.read() for key, t in opened.tensors.items()}, tensors)
 
 
+@pytest.mark.torch
 def test_transformers_own_files_match_an_independent_table(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("torch", reason="PyTorch is the oracle of this test")
     from flax import nnx

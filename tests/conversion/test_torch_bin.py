@@ -38,6 +38,7 @@ def test_our_own_files_come_back(tmp_path: pathlib.Path) -> None:
         assert read.tobytes() == array.tobytes()
 
 
+@pytest.mark.torch
 def test_torch_reads_our_files(tmp_path: pathlib.Path) -> None:
     torch = pytest.importorskip("torch")
     loaded = torch.load(written(tmp_path, encode(TENSORS)), weights_only=True)
@@ -50,6 +51,7 @@ def test_torch_reads_our_files(tmp_path: pathlib.Path) -> None:
         )
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_what_torch_saves_is_read(tmp_path: pathlib.Path, protocol: int) -> None:
     torch = pytest.importorskip("torch")

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from prumerge_jax.data.conversation import chat_template, label_mask
-from prumerge_jax.data.images import ImageError, ImageProcessor
+from prumerge_jax.data.images import ImageError, ImageMode, ImageProcessor
+from prumerge_jax.data.pipeline import Preprocessor
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.engine.build import Draft, RequestBuilder, named_image
@@ -29,7 +30,7 @@ def tokenizer(
     return Tokenizer(path, request.param)
 
 
-def builder_for(tokenizer: Tokenizer, conversation: str = "vicuna_v1", mode="pad"):
+def builder_for(tokenizer: Tokenizer, conversation: str = "vicuna_v1", mode: ImageMode = "pad"):
     images = ImageProcessor(28, MEAN, mode)
     return RequestBuilder(tokenizer, chat_template(conversation), images)
 
@@ -65,6 +66,26 @@ def test_prompts_are_the_beginning_of_training_samples(
     assert (trained.labels[: len(prompt)] == IGNORE).all()
     answer = [*tokenizer.encode("It is a cat"), tokenizer.eos_id]
     assert trained.labels[len(prompt) :].tolist() == answer
+
+
+@pytest.mark.parametrize("mode", ["pad", "crop"])
+@pytest.mark.parametrize(("width", "height"), [(60, 20), (9, 31)])
+def test_pixels_are_those_of_training(
+    tokenizer: Tokenizer, mode: ImageMode, width: int, height: int
+) -> None:
+    """Both doors, for an image that is not square and a tower whose mean is not CLIP's."""
+    content = encoded(width, height)
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It"}]
+    processor = ImageProcessor(28, MEAN, mode)
+    preprocess = Preprocessor(tokenizer, chat_template("vicuna_v1"), processor)
+    example = preprocess({"id": "1", "image": content, "conversations": turns})
+    builder = builder_for(tokenizer, mode=mode)
+    (request,) = builder.requests(builder.drafts([content], ["What?"]))
+    np.testing.assert_array_equal(request.images[0].crops, example.pixels[None])
+    if mode == "pad":
+        assert example.pixels[0, 0].tolist() == [127, 63, 191]
+    prompt = request.token_ids
+    np.testing.assert_array_equal(example.token_ids[: len(prompt)], prompt)
 
 
 def test_several_images_and_literal_placeholders_are_refused(tokenizer: Tokenizer) -> None:

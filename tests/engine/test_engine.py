@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from prumerge_jax import prumerge, sharding
+from prumerge_jax import reductions, sharding
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.encoding import PlacedModel
@@ -23,9 +23,11 @@ from prumerge_jax.engine.request import (
     SamplingParams,
 )
 from prumerge_jax.engine.shapes import EngineShapes
+from prumerge_jax.models import tuning
 from prumerge_jax.models.config import TextConfig, published
 from prumerge_jax.models.llama import KVCache
 from prumerge_jax.models.llava import LlavaModel, abstract_model, inference_layout, random_model
+from prumerge_jax.models.tuning import Tuning
 from tests.conftest import require_eight_devices
 
 SMALL = EngineShapes(
@@ -47,6 +49,13 @@ CONFIG = dataclasses.replace(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def plain() -> Iterator[None]:
+    """The reference forms; tests of others say which."""
+    with tuning.use(Tuning.plain()):
+        yield
+
+
 @pytest.fixture(scope="module")
 def model() -> LlavaModel:
     model = random_model(CONFIG, seed=0)
@@ -61,12 +70,12 @@ def make_engine(
     model: LlavaModel,
     shapes: EngineShapes = SMALL,
     reduction: str = "prumerge",
-    implementation: str = "xla",
     **overrides: int,
 ) -> Engine:
     graphdef, state = nnx.split(model)
-    placed = PlacedModel(graphdef, state, CONFIG, jnp.dtype(jnp.float32), implementation)
-    return Engine(placed, prumerge.preset(reduction, **overrides), shapes)
+    spelling = reductions.with_parameters(reduction, **overrides)
+    placed = PlacedModel(graphdef, state, CONFIG, jnp.dtype(jnp.float32))
+    return Engine(placed, reductions.parse(spelling), shapes)
 
 
 def make_requests(count: int, seed: int = 0, max_new_tokens: int | None = None) -> list[Request]:
@@ -120,9 +129,8 @@ def naive_logits(
         reduced = programs.encode(
             *nnx.split(model),
             jnp.asarray(request.images[0].crops),
-            reduction=prumerge.preset(reduction),
+            reduction=reductions.parse(reduction),
             dtype=jnp.dtype(jnp.float32),
-            implementation="xla",
         )
         count = int(reduced.lengths[0])
         (at,) = np.flatnonzero(tokens == IMAGE_TOKEN)
@@ -181,19 +189,21 @@ def test_generation_equals_one_at_a_time_recomputation(model: LlavaModel) -> Non
 def test_shapes_and_arrival_order_change_nothing(model: LlavaModel, shapes: dict[str, int]) -> None:
     requests = make_requests(13, seed=2, max_new_tokens=7)
     order = np.random.default_rng(0).permutation(len(requests))
-    other = make_engine(model, EngineShapes(longest_prompt=64, **shapes), implementation="blocks")
-    expected = by_key(make_engine(model).generate(requests))
-    got = by_key(other.generate([requests[i] for i in order]))
-    assert tokens_of(got) == tokens_of(expected)
-    requests = make_requests(13, seed=2)
-    expected = by_key(make_engine(model).score(requests))
-    for key, answer in by_key(other.score([requests[i] for i in order])).items():
+    other = make_engine(model, EngineShapes(longest_prompt=64, **shapes))
+    scored = make_requests(13, seed=2)
+    with tuning.use(Tuning(attention="blocks")):
+        got = by_key(other.generate([requests[i] for i in order]))
+        scores = by_key(other.score([scored[i] for i in order]))
+    assert tokens_of(got) == tokens_of(by_key(make_engine(model).generate(requests)))
+    expected = by_key(make_engine(model).score(scored))
+    for key, answer in scores.items():
         assert answer.log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-4)
 
 
 def test_layers_apart_compute_what_a_stack_does(model: LlavaModel) -> None:
     copy = jax.tree.map(jnp.copy, nnx.state(model))
-    separate = nnx.merge(*inference_layout(nnx.graphdef(model), copy))
+    with tuning.use(Tuning(layers="list")):
+        separate = nnx.merge(*inference_layout(nnx.graphdef(model), copy))
     assert len(separate.decoder.layers) == CONFIG.text.num_layers
     apart, stack = make_engine(separate), make_engine(model)
     requests = make_requests(9, seed=12)
@@ -461,7 +471,7 @@ def without_continuation(request: Request) -> Request:
 def sharded_engine(model: LlavaModel, sizes: tuple[int, int, int] | None) -> Engine:
     """An engine on a mesh, or on one device that the weights are committed to."""
     graphdef, state = nnx.split(model)
-    reduction, dtype = prumerge.preset("prumerge"), jnp.dtype(jnp.float32)
+    reduction, dtype = reductions.parse("prumerge"), jnp.dtype(jnp.float32)
     if sizes is None:
         state = jax.device_put(state, jax.devices()[0])
         return Engine(PlacedModel(graphdef, state, CONFIG, dtype), reduction, SMALL)

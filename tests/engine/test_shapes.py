@@ -12,7 +12,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prumerge_jax import prumerge
+from prumerge_jax import reductions
 from prumerge_jax.data import packing
 from prumerge_jax.data.conversation import TEMPLATES, evaluation_prompt
 from prumerge_jax.data.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ STAGES = {
 def fitted(reduction: str, patches: int, text_tokens: np.ndarray, **fields: int) -> EngineShapes:
     return fit(
         EngineConfig(**fields),
-        prumerge.preset(reduction),
+        reductions.parse(reduction),
         patches,
         text_tokens,
         max_new_tokens=2,
@@ -110,8 +110,8 @@ def test_every_sequence_has_room_and_no_length_of_the_choice_pads_less(
 ) -> None:
     text = np.array(lengths)
     for name in ("full", "prumerge", "prumerge+"):
-        reduction = prumerge.preset(name, capacity=capacity)
-        most = prumerge.preset(name).capacity_for(DIGITS_PATCHES)
+        reduction = reductions.parse(f"{name}:capacity={capacity}")
+        most = reductions.parse(name).capacity_for(DIGITS_PATCHES)
         shapes = fit(EngineConfig(), reduction, DIGITS_PATCHES, text, max_positions=4096)
         assert text.max() + most <= shapes.longest_prompt <= shapes.row_length
         assert text.max() + most <= shapes.cache_length
@@ -207,10 +207,10 @@ def test_two_thousand_images_compile_once_and_waste_less_than_a_twentieth(
     else:
         patches, counts, text_tokens = LLAVA_PATCHES, lognormal_counts(rng), np.full(IMAGES, 60)
     config = tiny_config(width + (run is Engine.score))
-    capacity = prumerge.preset("prumerge").capacity_for(patches)
+    capacity = reductions.parse("prumerge").capacity_for(patches)
     model = PlacedModel(*nnx.split(random_model(config, seed=0)), config, jnp.dtype(jnp.float32))
     shapes = fitted("prumerge", patches, text_tokens)
-    engine = Engine(model, prumerge.preset("prumerge", capacity=capacity), shapes)
+    engine = Engine(model, reductions.parse(f"prumerge:capacity={capacity}"), shapes)
     engine.encoder = encoder = DrawnCounts(model, shapes)
     encoder.counts = np.rint(counts).astype(np.int32)
     side = config.vision.image_size

@@ -61,6 +61,7 @@ def test_any_prefix_of_the_journal_resumes_to_the_same_bytes(straight, tmp_path,
     assert sorted(answered) == [index for index in range(ROWS) if index % 7 != 3]
 
 
+@pytest.mark.slow
 def test_killed_runs_finish_with_the_bytes_of_an_uninterrupted_one(tmp_path) -> None:
     num_rows, generator = 300, random.Random(7)
     uninterrupted = tmp_path / "straight"

@@ -14,6 +14,8 @@ from prumerge_jax.models.config import TextConfig, VisionConfig, published  # no
 from prumerge_jax.models.llava import LlavaModel  # noqa: E402
 from tests.models.torch_llava import our_model, random_torch_llava  # noqa: E402
 
+pytestmark = pytest.mark.torch
+
 TINY = dataclasses.replace(
     published("tiny"), text=dataclasses.replace(published("tiny").text, vocab_size=32010)
 )

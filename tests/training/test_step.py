@@ -11,8 +11,8 @@ from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.sharding.mesh import use_mesh
 from prumerge_jax.sharding.processes import to_global_array
-from prumerge_jax.training.next_token import RowBatch
-from prumerge_jax.training.stages import ImageEncoder
+from prumerge_jax.training.batches import RowBatch
+from prumerge_jax.training.objectives.next_token import ImageEncoder
 from prumerge_jax.training.step import Sums
 from tests.training.bench import EXAMPLES, MODEL, Bench, lora_config
 
@@ -39,7 +39,7 @@ def one_per_row(
 
 def test_packed_rows_have_the_loss_of_one_sample_per_row(bench: Bench) -> None:
     with use_mesh(bench.mesh):
-        encode = ImageEncoder(bench.config, MODEL.vision, bench.frozen, bench.mesh)
+        encode = ImageEncoder(bench.config, bench.frozen, bench.mesh)
         visual = encode(to_global_array(np.stack([e.pixels for e in EXAMPLES]), bench.mesh))
         layout = packing.VisualLayout(
             np.asarray(visual.lengths), np.asarray(visual.patch_indices), MODEL.vision.num_patches

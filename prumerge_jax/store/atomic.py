@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all."""
+"""Files and directories that appear complete or not at all."""
 
 import fcntl
 import os
@@ -7,13 +7,47 @@ import shutil
 import types
 from typing import Self
 
-from prumerge_jax.store.manifest import DirectoryError
+from prumerge_jax.store.errors import DirectoryError
+
+_INCOMPLETE = ".incomplete"
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Writes a file so that a crash leaves the old one or the complete new one, never a part.
+
+    The content goes to `<name>.incomplete` in the same folder, reaches the disk, and is renamed
+    into place. A failure removes it; what a killed process leaves is overwritten by the next write.
+
+    Raises:
+      OSError: the folder is missing, not writable or full; the file is as it was.
+    """
+    final = pathlib.Path(path)
+    incomplete = final.with_name(final.name + _INCOMPLETE)
+    try:
+        with open(incomplete, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        incomplete.replace(final)
+    except BaseException:
+        incomplete.unlink(missing_ok=True)
+        raise
+    sync_folder(final.parent)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Makes what was created, renamed or removed in a folder survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class StagedDirectory:
     """Collects files in `<name>.incomplete` and renames it to `<name>` on a clean exit.
 
-    An exception removes what was written. What a killed process leaves behind is cleared by the
+    An exception removes what was written. What a killed process leaves is cleared by the
     next one that stages the same directory.
 
     Attributes:
@@ -23,7 +57,7 @@ class StagedDirectory:
 
     def __init__(self, final: str | os.PathLike[str]) -> None:
         self.final = pathlib.Path(final)
-        self.path = self.final.with_name(self.final.name + ".incomplete")
+        self.path = self.final.with_name(self.final.name + _INCOMPLETE)
 
     def __enter__(self) -> Self:
         """Creates the staging directory, empty and locked against other writers.
@@ -60,6 +94,7 @@ class StagedDirectory:
         try:
             if kind is None:
                 os.rename(self.path, self.final)
+                sync_folder(self.final.parent)
         finally:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
