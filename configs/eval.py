@@ -33,17 +33,16 @@ def get_config() -> ConfigDict:
     )
     config.dtype = placeholder(str)  # None: as stored
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
-    # Shapes of the compiled programs; see EngineConfig. None fits a length to the questions, and
-    # a count to the data shards of the mesh.
+    # Shapes of the compiled programs, see engine/shapes.py. None: fitted to questions and mesh.
     config.engine = ConfigDict(
         {
-            "batch_size": placeholder(int),
-            "window": placeholder(int),
-            "row_length": placeholder(int),
-            "rows": placeholder(int),
-            "slots": placeholder(int),
-            "cache_length": placeholder(int),
-            "chunk": placeholder(int),
+            "batch_size": placeholder(int),  # images per encode step
+            "window_size": placeholder(int),  # questions that are planned together
+            "row_length": placeholder(int),  # tokens per packed row
+            "prefill_rows": placeholder(int),  # packed rows per prefill
+            "slots": placeholder(int),  # sequences decoded at once
+            "cache_length": placeholder(int),  # tokens of the longest sequence
+            "decode_steps_per_call": placeholder(int),
         }
     )
     config.chip = placeholder(str)  # print achieved speed against this chip's floor

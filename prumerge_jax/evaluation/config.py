@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from prumerge_jax import cost
 from prumerge_jax.data import conversation as conversations
 from prumerge_jax.data.packing import PositionIds
-from prumerge_jax.engine.shapes import EngineConfig
+from prumerge_jax.engine.shapes import EVALUATION_SIZES, EngineConfig
 from prumerge_jax.evaluation.benchmarks.base import PROTOCOLS, Benchmark, TaskFiles
 from prumerge_jax.evaluation.benchmarks.registry import BENCHMARKS, benchmark, unnamed_benchmark
 from prumerge_jax.reductions import parse_list
@@ -30,11 +30,6 @@ FIELDS = (
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**31
 """Seeds are below; row i draws with seed + i, which must stay a uint32."""
-
-_SIZES = {"batch_size": 32, "window": 256, "rows": 2, "slots": 64, "chunk": 8}
-"""Shapes of an evaluation where none are set: thousands of questions with short answers."""
-_SPLIT = ("batch_size", "rows", "slots")
-"""Those that are split over the data shards of a mesh."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,38 +166,31 @@ def parse_config(config: ConfigDict) -> EvalConfig:
         position_ids=decoding.get("position_ids"),
         dtype=None if dtype is None else jnp.dtype(_one_of("dtype", dtype, DTYPES)),
         mesh=mesh,
-        engine=engine_config(fields["engine"], mesh),
+        engine=engine_config(fields["engine"], mesh.get("data", 1) * mesh.get("fsdp", 1)),
         chip=None if chip is None else _one_of("chip", chip, sorted(cost.CHIPS)),
     )
 
 
-def engine_config(fields: Mapping[str, Any], mesh: Mapping[str, int]) -> EngineConfig:
-    """The engine's shapes; what is None is chosen to divide over the data shards of the mesh.
+def engine_config(fields: Mapping[str, Any], shards: int = 1) -> EngineConfig:
+    """The engine's shapes, those of an evaluation where the fields are None.
+
+    Args:
+      fields: of `EngineConfig`.
+      shards: data shards of the mesh.
 
     Raises:
-      ValueError: a shape that was set does not, or is not allowed; the message names its flag.
+      ValueError: a shape that was set is not allowed, or does not divide over the shards; the
+        message names its flag.
     """
     fields = _mapping("engine", fields)
-    _check_names("engine", fields, [field.name for field in dataclasses.fields(EngineConfig)])
-    shapes = {name: value for name, value in fields.items() if value is not None}
-    shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
-    for name, value in shapes.items():
-        if _typed(f"engine.{name}", value, int) < 1:
-            raise ValueError(f"--config.engine.{name}={value}: expected at least 1")
-        if name in _SPLIT and value % shards:
-            raise ValueError(
-                f"--config.engine.{name}={value} does not divide over the {shards} data shards of "
-                f"the mesh; give a multiple of {shards}, or leave it out"
-            )
-    for name, value in _SIZES.items():
-        of = shards if name in _SPLIT else shapes["batch_size"] if name == "window" else 1
-        shapes.setdefault(name, -(-value // of) * of)
-    if shapes["window"] % shapes["batch_size"]:
-        raise ValueError(
-            f"--config.engine.window={shapes['window']} is not a multiple of "
-            f"--config.engine.batch_size={shapes['batch_size']}"
-        )
-    return EngineConfig(**shapes)
+    known = {field.name for field in dataclasses.fields(EngineConfig)} - {"defaults"}
+    _check_names("engine", fields, sorted(known))
+    for name, value in fields.items():
+        if value is not None:
+            _typed(f"engine.{name}", value, int)
+    config = EngineConfig(**fields, defaults=EVALUATION_SIZES)
+    config.sizes(shards)
+    return config
 
 
 def _tasks(

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from prumerge_jax.data import conversation as conversations
-from prumerge_jax.data.images import ImageError
-from prumerge_jax.data.loading import stream_pixels
+from prumerge_jax.data.conversation import chat_template
+from prumerge_jax.data.images import ImageProcessor
 from prumerge_jax.data.tokens import IMAGE_TOKEN
-from prumerge_jax.engine.decoding import generate, warm_up
-from prumerge_jax.engine.engine import Engine, Query, Result
-from prumerge_jax.engine.programs import Sampling
+from prumerge_jax.engine.build import Draft, RequestBuilder
+from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.request import MAX_SEED, Answer, SamplingParams
 from prumerge_jax.evaluation import jsonfiles
 from prumerge_jax.evaluation.answers import Answers, Fingerprint, complete_row
 from prumerge_jax.evaluation.benchmarks.base import Question
@@ -151,7 +150,7 @@ def answer(
         engine = answerer.engine()
         with model.placed():
             if todo:
-                warm_up(engine, answerer.sampling)
+                engine.warm_up()
             started = time.monotonic()
             _commit(journal, answerer.outcomes(engine, todo), len(todo), engine)
         seconds = time.monotonic() - started
@@ -224,13 +223,25 @@ class _Answerer:
     ) -> None:
         self.model, self.rows, self.reduction = model, rows, reduction
         self.decoding, self.fingerprint = decoding, fingerprint
-        self.limit = decoding.max_new_tokens or rows.task.benchmark.max_new_tokens
-        self.sampling = Sampling(decoding.temperature, decoding.top_p)
+        limit = decoding.max_new_tokens
+        if limit is None:
+            limit = rows.task.benchmark.max_new_tokens
+        self.sampling = SamplingParams(
+            decoding.temperature, decoding.top_p, limit, seed=decoding.seed
+        )
+        vision = model.config.vision
+        mode = rows.task.benchmark.image_mode(decoding.protocol)
+        self.builder = RequestBuilder(
+            model.tokenizer,
+            chat_template(decoding.conversation),
+            ImageProcessor(model.image_size(reduction), vision.pixel_mean, mode),
+            decoding.num_workers,
+        )
         self.prompts = [self._prompt(question) for question in rows.questions]
         self.refused: collections.deque[RowOutcome] = collections.deque()
 
     def engine(self) -> Engine:
-        """An engine fitted to all questions, so that a run which goes on has the same shapes."""
+        """An engine fitted to all questions, so that a run which resumes has the same shapes."""
         lengths = [
             int(np.count_nonzero(prompt != IMAGE_TOKEN))
             for prompt in self.prompts
@@ -239,47 +250,39 @@ class _Answerer:
         return self.model.engine(
             self.reduction,
             lengths,
-            max_new_tokens=self.limit,
+            max_new_tokens=self.sampling.max_new_tokens,
             position_ids=self.decoding.position_ids,
         )
 
     def outcomes(self, engine: Engine, todo: list[int]) -> Iterator[RowOutcome]:
         """One outcome per row, in any order."""
-        for result in generate(engine, self._queries(todo), self.sampling):
+        for answer in engine.generate(self.builder.requests(self._drafts(todo), self._refuse)):
             yield from self._take_refused()
-            yield self._outcome(result)
+            yield self._outcome(answer)
         yield from self._take_refused()
+
+    def _refuse(self, index: int, error: ValueError) -> None:
+        question_id = self.rows.questions[index].question_id
+        self.refused.append(RowOutcome(index, question_id, error=str(error)))
 
     def _take_refused(self) -> Iterator[RowOutcome]:
         while self.refused:
             yield self.refused.popleft()
 
-    def _queries(self, todo: list[int]) -> Iterator[Query]:
-        questions = [self.rows.questions[index] for index in todo]
-        pixels = stream_pixels(
-            (self._image(index) for index in todo),
-            size=self.model.image_size(self.reduction),
-            mode=self.rows.task.benchmark.image_mode(self.decoding.protocol),
-            mean=self.model.config.vision.pixel_mean,
-            num_workers=self.decoding.num_workers,
-        )
-        for index, question, image in zip(todo, questions, pixels, strict=True):
+    def _drafts(self, todo: list[int]) -> Iterator[Draft]:
+        for index in todo:
             prompt = self.prompts[index]
-            if isinstance(image, ImageError) or isinstance(prompt, ValueError):
-                error = image if isinstance(image, ImageError) else prompt
-                self.refused.append(RowOutcome(index, question.question_id, error=str(error)))
+            if isinstance(prompt, ValueError):
+                self._refuse(index, prompt)
                 continue
-            shared = question.image if isinstance(question.image, str) else None
-            seed = self.decoding.seed + index
-            yield Query(index, prompt, image, shared, max_new_tokens=self.limit, seed=seed)
+            seed = (self.sampling.seed + index) % MAX_SEED
+            sampling = dataclasses.replace(self.sampling, seed=seed)
+            yield Draft(index, prompt, self._image(index), sampling=sampling)
 
     def _prompt(self, question: Question) -> np.ndarray | ValueError:
         """Token ids [T] int32, or why there are none."""
-        template = conversations.TEMPLATES[self.decoding.conversation]
-        has_image = question.image is not None
         try:
-            prompt = conversations.evaluation_prompt(template, question.text, has_image=has_image)
-            return np.array(self.model.tokenizer.encode_prompt(prompt), np.int32)
+            return self.builder.token_ids(question.text, int(question.image is not None))
         except ValueError as error:
             return error
 
@@ -293,13 +296,8 @@ class _Answerer:
         path = self.rows.task.images / image
         return str(path), path
 
-    def _outcome(self, result: Result) -> RowOutcome:
+    def _outcome(self, result: Answer) -> RowOutcome:
         question: Question = self.rows.questions[result.key]
-        measured = {
-            "visual_tokens": result.visual_tokens,
-            "text_tokens": result.text_tokens,
-            "new_tokens": len(result.token_ids),
-        }
         if result.error is not None:
             return RowOutcome(result.key, question.question_id, error=result.error)
         text = self.model.tokenizer.decode(result.token_ids)
@@ -309,6 +307,7 @@ class _Answerer:
             fingerprint=self.fingerprint,
             model_id=str(self.fingerprint["model_id"]),
         )
+        measured = result.usage._asdict()
         return RowOutcome(result.key, question.question_id, answer=answer, measured=measured)
 
 

@@ -46,7 +46,7 @@ def against_floor(entry: ScoredRun, model: Llava, chip: str) -> str:
     questions, images = metrics["questions_per_second"], metrics["images_per_second"]
     if not questions:
         return f"{name}: not timed; all answers were there"
-    batch = model.engine_config.slots
+    batch = model.engine_sizes.slots
     workload = cost.Workload(
         visual_tokens=float(metrics["visual_tokens_mean"] or 0),
         text_tokens=float(metrics["text_tokens_mean"] or 0),

@@ -21,7 +21,13 @@ from prumerge_jax.reductions import parse
 from tests.tiny_llava import write_tiny_llava
 
 ENGINE = EngineConfig(
-    batch_size=4, window=8, row_length=256, rows=2, slots=4, cache_length=256, chunk=4
+    batch_size=4,
+    window_size=8,
+    row_length=256,
+    prefill_rows=2,
+    slots=4,
+    cache_length=256,
+    decode_steps_per_call=4,
 )
 SCENES = 6
 DECODING = Decoding(max_new_tokens=3)
