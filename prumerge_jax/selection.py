@@ -54,6 +54,11 @@ def count_before(member: jax.Array) -> jax.Array:
     return jnp.cumsum(member, axis=-1, dtype=jnp.int32) - member
 
 
+def members(indices: jax.Array, num_patches: int) -> jax.Array:
+    """Whether each patch is among the indices: [B, K], -1 for none -> [B, N] bool."""
+    return (indices[..., None] == jnp.arange(num_patches)).any(1)
+
+
 def in_slot(member: jax.Array, slot_of: jax.Array, capacity: int) -> jax.Array:
     """Whether patch n is a member and has slot r: [B, N] bool, [B, N] -> [B, R, N] bool."""
     return member[:, None] & (slot_of[:, None] == jnp.arange(capacity)[:, None])
@@ -63,11 +68,6 @@ def patch_in_slot(is_in_slot: jax.Array) -> jax.Array:
     """Patch of every slot, -1 for an empty one: [B, R, N] bool -> [B, R] int32."""
     patches = jnp.where(is_in_slot, jnp.arange(is_in_slot.shape[-1]), 0).sum(-1)
     return jnp.where(is_in_slot.any(-1), patches, -1).astype(jnp.int32)
-
-
-def members(patch_indices: jax.Array, num_patches: int) -> jax.Array:
-    """Whether patch n is among the indices, -1 being none: [B, R] int32 -> [B, N] bool."""
-    return (patch_indices[..., None] == jnp.arange(num_patches)).any(1)
 
 
 def rows(x: jax.Array, index: jax.Array) -> jax.Array:

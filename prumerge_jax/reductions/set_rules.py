@@ -124,8 +124,7 @@ class SetRule(Reduction):
             return jnp.full(batch, min(self.tokens, num_patches), jnp.int32)
         most = num_patches if self.max_tokens is None else min(self.max_tokens, num_patches)
         if self.adaptive == "attention":
-            rank = selection.descending_rank(evidence.attention)
-            outliers = prumerge.number_of_outliers(evidence.attention, rank, 1.5)
+            outliers = prumerge.number_of_outliers(evidence.attention)
             count = jnp.floor(outliers * self.factor + 0.5).astype(jnp.int32)
             return jnp.clip(count, self.min_tokens, most)
         assert order.coverage is not None

@@ -16,7 +16,7 @@ from configs import common
 from prumerge_jax.aot.compile import DoesNotFit, Program
 from prumerge_jax.aot.hlo import ProgramCost, Traffic
 from prumerge_jax.aot.topology import Topology, topology
-from prumerge_jax.aot.training import PACKING, Samples, TrainingPlan, plan_training
+from prumerge_jax.aot.training import PACKING_OVERHEAD, Samples, TrainingPlan, plan_training
 from prumerge_jax.cost import CHIPS, counts
 from prumerge_jax.models.config import LlavaConfig, TextConfig, published
 
@@ -55,7 +55,7 @@ def test_rows_hold_all_samples_and_time_follows_the_micro_batches(
 ) -> None:
     found = plan(Samples(count, visual, text))
     positions = found.micro_batches * found.row_positions
-    tokens = PACKING * count * (visual + text)
+    tokens = PACKING_OVERHEAD * count * (visual + text)
     assert positions - found.row_positions < tokens <= positions
     # 15 and 3 million cycles at 1.5 GHz; 1 s of computing hides behind 1.5 s on the links.
     assert math.isclose(found.seconds, 0.010 + found.micro_batches * 1.5 + 0.002)
