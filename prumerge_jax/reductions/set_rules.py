@@ -42,18 +42,15 @@ class SetRule(Reduction):
     Attributes:
       tokens: patches kept per image where `adaptive` is `none`.
       adaptive: `attention` keeps as many patches as there are outliers among the attention
-        (PruMerge's rule, section 3.2 of its paper), times `factor`; `coverage` as many as reach
-        `threshold`.
+        (PruMerge's rule, section 3.2 of its paper), times `factor`.
       factor: of the count of outliers.
-      threshold: mean similarity of an image's patches to the nearest kept one.
       min_tokens, max_tokens: bounds on adaptive counts; None is no bound.
       capacity: R; None is the most that an image can need.
     """
 
     tokens: Tokens = 64
-    adaptive: Literal["none", "attention", "coverage"] = "none"
+    adaptive: Literal["none", "attention"] = "none"
     factor: Annotated[float, Bounds(0.01, 100.0)] = 1.0
-    threshold: Annotated[float, Bounds(0.0, 1.0)] = 0.95
     min_tokens: Tokens = 1
     max_tokens: Tokens | None = None
     capacity: Tokens | None = None
@@ -77,16 +74,16 @@ class SetRule(Reduction):
 
     def capacity_for(self, num_patches: int) -> int:
         """R: the capacity that was asked for, or the most tokens that an image can need."""
-        most = self.tokens
-        if self.adaptive == "attention":
-            # At most a quarter of all values can lie above the third quartile.
-            most = max(int(num_patches // 4 * self.factor + 0.5), self.min_tokens)
-        elif self.adaptive == "coverage":
-            most = num_patches
+        most = self.most_for(num_patches) if self.varying else self.tokens
         if self.varying and self.max_tokens is not None:
             most = min(most, self.max_tokens)
         most = min(most, num_patches)
         return most if self.capacity is None else min(self.capacity, most)
+
+    def most_for(self, num_patches: int) -> int:
+        """The largest adaptive count, without its bounds."""
+        # At most a quarter of all values can be above the third quartile.
+        return max(int(num_patches // 4 * self.factor + 0.5), self.min_tokens)
 
     def uncapped(self) -> Self:
         """The same rule without a capacity."""
@@ -108,7 +105,7 @@ class SetRule(Reduction):
         if available is None:
             available = jnp.ones((batch, num_patches), bool)
         order = self.order(evidence, available, steps)
-        required = jnp.minimum(self._required(evidence, order, steps), available.sum(-1))
+        required = jnp.minimum(self.required(evidence, order), available.sum(-1))
         in_prefix = jnp.arange(steps) < required[:, None]
         chosen = selection.members(jnp.where(in_prefix, order.patches, -1), num_patches)
         patch_indices = selection.patch_in_slot(
@@ -117,20 +114,19 @@ class SetRule(Reduction):
         required = jnp.where(finite, required, -1).astype(jnp.int32)
         return kept_rows(evidence.hidden, patch_indices, required)
 
-    def _required(self, evidence: Evidence, order: Order, steps: int) -> jax.Array:
-        """Tokens an image needs, [B] int32; above `steps` where the capacity ends before it."""
+    def required(self, evidence: Evidence, order: Order) -> jax.Array:
+        """Number of tokens that every image needs, [B] int32; may be above the capacity."""
         batch, num_patches, _ = evidence.hidden.shape
-        if self.adaptive == "none":
+        if not self.varying:
             return jnp.full(batch, min(self.tokens, num_patches), jnp.int32)
         most = num_patches if self.max_tokens is None else min(self.max_tokens, num_patches)
-        if self.adaptive == "attention":
-            outliers = prumerge.number_of_outliers(evidence.attention)
-            count = jnp.floor(outliers * self.factor + 0.5).astype(jnp.int32)
-            return jnp.clip(count, self.min_tokens, most)
-        assert order.coverage is not None
-        # One more than there are steps where none reaches the threshold: more capacity decides.
-        reached = jnp.pad(order.coverage >= self.threshold, ((0, 0), (0, 1)), constant_values=True)
-        return jnp.clip(jnp.argmax(reached, axis=-1) + 1, self.min_tokens, most)
+        least = min(self.min_tokens, most)
+        return jnp.clip(self.adaptive_count(evidence, order), least, most)
+
+    def adaptive_count(self, evidence: Evidence, order: Order) -> jax.Array:
+        """The count that the image itself asks for, [B] int32, without its bounds."""
+        outliers = prumerge.number_of_outliers(evidence.attention)
+        return jnp.floor(outliers * self.factor + 0.5).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,10 +137,14 @@ class Cover(SetRule):
     one most; SCOPE (arXiv 2510.24214) with alpha 1.
 
     Attributes:
+      adaptive: as in `SetRule`; `coverage` keeps as many patches as reach `threshold`.
+      threshold: mean similarity of an image's patches to the nearest kept one.
       alpha: exponent of the attention that multiplies a gain; 0 is coverage alone.
       block: patches kept per look at all gains.
     """
 
+    adaptive: Literal["none", "attention", "coverage"] = "none"  # type: ignore[assignment]
+    threshold: Annotated[float, Bounds(0.0, 1.0)] = 0.95
     alpha: Annotated[float, Bounds(0.0, 8.0)] = 0.0
     block: Annotated[int, Bounds(1, 64)] = 1
 
@@ -152,6 +152,19 @@ class Cover(SetRule):
     def reads_attention(self) -> bool:
         """Whether the CLS attention decides anything."""
         return self.alpha > 0 or super().reads_attention
+
+    def most_for(self, num_patches: int) -> int:
+        """The largest adaptive count, without its bounds."""
+        return num_patches if self.adaptive == "coverage" else super().most_for(num_patches)
+
+    def adaptive_count(self, evidence: Evidence, order: Order) -> jax.Array:
+        """The count that the image itself asks for, [B] int32, without its bounds."""
+        if self.adaptive != "coverage":
+            return super().adaptive_count(evidence, order)
+        assert order.coverage is not None
+        # One more than there are steps where none reaches the threshold: more capacity decides.
+        reached = jnp.pad(order.coverage >= self.threshold, ((0, 0), (0, 1)), constant_values=True)
+        return jnp.argmax(reached, axis=-1).astype(jnp.int32) + 1
 
     def order(self, evidence: Evidence, available: jax.Array, steps: int) -> Order:
         """By the largest gain in coverage."""
@@ -177,10 +190,6 @@ class DivPrune(SetRule):
 
     features: Literal["projected", "hidden"] = "projected"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _without_coverage(self)
-
     @property
     def needs(self) -> frozenset[str]:
         """The projected patches, where they are what is measured."""
@@ -200,10 +209,6 @@ class Top(SetRule):
     Attention is the mean over heads of the CLS row in the layer that made the features.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _without_coverage(self)
-
     @property
     def needs(self) -> frozenset[str]:
         """The attention of every head."""
@@ -218,10 +223,6 @@ class Top(SetRule):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dpp(SetRule):
     """Greedy determinantal point process with attention as quality (CDPruner without its text)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _without_coverage(self)
 
     @property
     def reads_attention(self) -> bool:
@@ -245,10 +246,6 @@ class IdSelection(SetRule):
 
     gamma: Annotated[float, Bounds(0.0, 1e6)] = 20.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _without_coverage(self)
-
     @property
     def reads_attention(self) -> bool:
         """True: attention is what is suppressed."""
@@ -267,11 +264,6 @@ def unit_range(score: jax.Array, available: jax.Array) -> jax.Array:
     high = jnp.where(available, score, -jnp.inf).max(-1, keepdims=True)
     span = high - low
     return jnp.where(available & (span > 0), (score - low) / jnp.where(span > 0, span, 1), 0)
-
-
-def _without_coverage(rule: SetRule) -> None:
-    if rule.adaptive == "coverage":
-        raise ValueError("adaptive is 'coverage'; expected none or attention: only cover knows it")
 
 
 def _without_nan(evidence: Evidence, finite: jax.Array) -> Evidence:
