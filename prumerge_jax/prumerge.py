@@ -237,7 +237,7 @@ def select(attention: jax.Array, config: PruMergeConfig) -> Selection:
     attention = jnp.where(finite[:, None], attention, 0)  # keeps NaN out of the integers below
 
     rank = selection.descending_rank(attention)
-    number = _number_selected(attention, rank, config)
+    number = _number_selected(attention, config)
     selected = rank < number[:, None]
     added = _added(selected, number, config)
 
@@ -321,7 +321,16 @@ def comparable(keys: jax.Array, config: PruMergeConfig) -> jax.Array:
     return selection.unit_rows(keys) if config.similarity == "cosine" else keys.astype(jnp.float32)
 
 
-def _number_selected(attention: jax.Array, rank: jax.Array, config: PruMergeConfig) -> jax.Array:
+def number_of_outliers(attention: jax.Array, iqr_factor: float = 1.5) -> jax.Array:
+    """Number of patches whose attention [B, N] exceeds Q3 + iqr_factor * (Q3 - Q1), [B] int32."""
+    rank = selection.descending_rank(attention)
+    q1 = selection.quantile(attention, rank, 0.25)
+    q3 = selection.quantile(attention, rank, 0.75)
+    bound = q3 + iqr_factor * (q3 - q1)
+    return (attention > bound[:, None]).sum(-1)
+
+
+def _number_selected(attention: jax.Array, config: PruMergeConfig) -> jax.Array:
     """Number of patches that the count rule keeps, [B] int32."""
     num_patches = attention.shape[-1]
     if config.count_rule == "all":
@@ -330,10 +339,7 @@ def _number_selected(attention: jax.Array, rank: jax.Array, config: PruMergeConf
         fixed = config.fixed_count(num_patches)
         number = jnp.full(attention.shape[:1], fixed, jnp.int32)
     else:
-        q1 = selection.quantile(attention, rank, 0.25)
-        q3 = selection.quantile(attention, rank, 0.75)
-        bound = q3 + config.iqr_factor * (q3 - q1)
-        number = (attention > bound[:, None]).sum(-1)
+        number = number_of_outliers(attention, config.iqr_factor)
     highest = num_patches if config.max_tokens is None else min(config.max_tokens, num_patches)
     return jnp.clip(number, min(config.min_tokens, num_patches), highest)
 

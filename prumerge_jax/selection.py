@@ -54,6 +54,11 @@ def count_before(member: jax.Array) -> jax.Array:
     return jnp.cumsum(member, axis=-1, dtype=jnp.int32) - member
 
 
+def members(indices: jax.Array, num_patches: int) -> jax.Array:
+    """Whether each patch is among the indices: [B, K], -1 for none -> [B, N] bool."""
+    return (indices[..., None] == jnp.arange(num_patches)).any(1)
+
+
 def in_slot(member: jax.Array, slot_of: jax.Array, capacity: int) -> jax.Array:
     """Whether patch n is a member and has slot r: [B, N] bool, [B, N] -> [B, R, N] bool."""
     return member[:, None] & (slot_of[:, None] == jnp.arange(capacity)[:, None])

@@ -108,6 +108,11 @@ def said(program: str, *arguments: str) -> str:
             "convert_weights.py --input=x --output=y --to=hf --dtype=float16 --adapter_base=z",
             "--to=hf takes no --dtype --adapter_base",
         ),
+        ("convert_weights.py --input=x --output=y --merge", "--merge is about an adapter"),
+        (
+            "convert_weights.py --download=a/b --output=y --to=llava",
+            "--to=llava takes no --download",
+        ),
         ("prumerge-visualize --image=x --output=y.png", "--checkpoint is missing"),
         (
             "prumerge-visualize --checkpoint=miniature --image=x --output=y.jpg",

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from configs import eval as eval_config
 from prumerge_jax.digits import benchmark as digits
+from prumerge_jax.evaluation import run
 from tests.tiny_llava import write_tiny_llava
 
 pytestmark = pytest.mark.slow
@@ -54,6 +56,26 @@ def test_several_reductions_with_baselines(model: pathlib.Path, tmp_path: pathli
     page = (tmp_path / "report.html").read_text()
     assert "prumerge:neighbours=4" in page
     assert "number of digits" in page
+
+
+@pytest.mark.parametrize(
+    ("reduction", "message"),
+    [
+        ("full prumerg", "unknown reduction 'prumerg'; did you mean 'prumerge'"),
+        ("full prumerge:neighbours=0", "neighbours is 0; expected an integer"),
+        ("full,prumerge:neighbours=8", "several reductions are separated by a space"),
+        ("", "no reduction is named"),
+    ],
+)
+def test_every_reduction_is_checked_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, reduction: str, message: str
+) -> None:
+    monkeypatch.setattr(run, "load", lambda *_: pytest.fail("the model was loaded"))
+    config = eval_config.get_config()
+    config.digits.scenes = 1
+    config.reduction = reduction
+    with pytest.raises(ValueError, match=message):
+        run.evaluate(config, tmp_path)
 
 
 def test_a_bad_image_gives_status_3_and_the_rest(
@@ -104,9 +126,6 @@ def test_an_answers_file_is_scored_without_a_model(
         ("--config.checkpoint=nowhere", "nowhere"),
         ("--config.checkpoint=", "no model to score"),
         ("--config.reduction=tome", "unknown reduction 'tome'"),
-        ("--config.reduction=full prumerg", "unknown reduction 'prumerg'; did you mean"),
-        ("--config.reduction=", "no reduction is named"),
-        ("--config.reduction=full downsample:4", "a grid from 1 to 3"),
     ],
 )
 def test_what_cannot_run_says_why_in_one_line(

@@ -16,6 +16,7 @@ import prumerge_jax
 from prumerge_jax import prumerge, reductions, sharding
 from prumerge_jax.data.images import ImageError
 from prumerge_jax.engine.shapes import EngineConfig
+from prumerge_jax.models import attention, tuning
 from prumerge_jax.store import model_directory as directories
 from prumerge_jax.store.model_directory import DirectoryError
 from tests.conftest import require_eight_devices
@@ -347,3 +348,24 @@ def test_pil_images_and_arrays_are_the_same(
     sources = [images[0], Image.fromarray(images[0]), path, path.read_bytes()]
     scores = model.score(sources, [PROMPTS[0]] * 4, ["a cat"] * 4)
     assert np.ptp(scores) < 1e-5
+
+
+def test_explain_and_generate_attend_alike(
+    model: prumerge_jax.Llava, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is drawn over an image is what was generated from, to the last bit of the tower."""
+    used = []
+    for name, attend in attention._BACKENDS.items():
+
+        def spy(*arrays: jax.Array, name=name, attend=attend, **options: object) -> jax.Array:
+            used.append(name)
+            return attend(*arrays, **options)
+
+        monkeypatch.setitem(attention._BACKENDS, name, spy)
+    # A tuning that nothing else is compiled with: what is cached would not be traced again.
+    with tuning.use(tuning.Tuning(attention="blocks", rotary="matmul")):
+        model.explain(images[0])
+        explained, used[:] = set(used), []
+        model.generate(images[:1], PROMPTS[:1], max_new_tokens=2)
+        generated = set(used)
+    assert explained == generated == {"blocks"}

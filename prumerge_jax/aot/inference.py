@@ -20,17 +20,18 @@ from prumerge_jax.aot.compile import (
     Sizes,
     bytes_per_chip,
     compile_program,
+    decoder_kernel_flops,
     first_that_fits,
     memory_line,
     peak_bytes,
     program_lines,
+    tower_kernel_flops,
 )
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
 from prumerge_jax.cost.roofline import Operation
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit
-from prumerge_jax.models.attention import backend_for
 from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import abstract_model
@@ -43,8 +44,8 @@ from prumerge_jax.sharding.mesh import (
     weight_shardings,
 )
 
-TEXT_TOKENS, NEW_TOKENS = 60, 64
-"""Of a question and its answer, where the engine's lengths are left open."""
+ASSUMED_TEXT_TOKENS, ASSUMED_NEW_TOKENS = 60, 64
+"""Tokens of a question and of its answer, where the engine's lengths are left open."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class InferencePlan:
     @property
     def prompts(self) -> float:
         """Number of prompts of the assumed length that full rows hold."""
-        length = self.visual_tokens.mean + TEXT_TOKENS
+        length = self.visual_tokens.mean + ASSUMED_TEXT_TOKENS
         return self.shapes.prefill_rows * self.shapes.row_length / length
 
     def lines(self) -> list[str]:
@@ -96,8 +97,8 @@ class InferencePlan:
             f"{self.topology.name}: {used} of {len(self.topology.devices)} chips, mesh "
             + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
             *(f"  rejected: {reason}" for reason in self.rejected),
-            f"{self.reduction} in {self.dtype}, assumed {self.visual_tokens.mean:g} visual tokens "
-            f"per image ({self.visual_tokens.reason}) and {TEXT_TOKENS} of text: "
+            f"{self.reduction} in {self.dtype}, assumed {self.visual_tokens.mean:.4g} visual "
+            f"tokens per image ({self.visual_tokens.reason}) and {ASSUMED_TEXT_TOKENS} of text: "
             f"{self.prompts:.0f} prompts in the rows of a read or prefill",
             f"{self.shapes.batch_size} images, {self.shapes.prefill_rows} rows of "
             f"{self.shapes.row_length}, {self.shapes.slots} slots of {self.shapes.cache_length}",
@@ -142,8 +143,8 @@ def plan_inference(
         engine,
         parse(reduction),
         _resized(model, parse(reduction)).vision.num_patches,
-        np.array([TEXT_TOKENS]),
-        max_new_tokens=NEW_TOKENS,
+        np.array([ASSUMED_TEXT_TOKENS]),
+        max_new_tokens=ASSUMED_NEW_TOKENS,
         max_positions=model.text.max_positions,
         shards=mesh["data"] * mesh["fsdp"],
     )
@@ -197,9 +198,11 @@ def _plan(
     rows = programs.Rows(*[row] * 4)  # type: ignore[arg-type]  # shapes stand for arrays
     slots = _abstract_slots(graphdef, state, engine, mesh, dtype)
     with use_mesh(mesh):
-        of_tower, of_rows = (
-            flops / mesh.size for flops in _splash_flops(model, engine, jnp.dtype(dtype))
+        pairs = splash_pairs(
+            engine.row_length, causal=True, max_segment_length=engine.longest_prompt
         )
+        of_tower = tower_kernel_flops(model.vision, engine.batch_size, dtype) / mesh.size
+        of_rows = decoder_kernel_flops(model.text, engine.prefill_rows, pairs, dtype) / mesh.size
         encode = programs.encode.lower(graphdef, state, pixels, reduction=reduction, dtype=dtype)
         longest = engine.longest_prompt
         read = programs.hidden_before_last_mlp.lower(
@@ -264,23 +267,6 @@ def _abstract_slots(
         ),
         shapes,
     )
-
-
-def _splash_flops(
-    model: LlavaConfig, engine: EngineShapes, dtype: jnp.dtype
-) -> tuple[float, float]:
-    """FLOPs of the attention kernel, for a batch of images and for rows; 0 where it is not used."""
-    of_tower, of_rows = 0.0, 0.0
-    if backend_for(dtype, model.vision.head_dim) == "splash":
-        pairs = engine.batch_size * splash_pairs(model.vision.num_patches + 1, causal=False)
-        of_tower = counts.tower_attention_flops(model.vision, pairs)
-    if backend_for(dtype, model.text.head_dim) == "splash":
-        longest = engine.longest_prompt
-        pairs = engine.prefill_rows * splash_pairs(
-            engine.row_length, causal=True, max_segment_length=longest
-        )
-        of_rows = counts.attention_flops(model.text, pairs)
-    return of_tower, of_rows
 
 
 def _pairs(engine: EngineShapes) -> float:

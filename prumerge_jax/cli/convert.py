@@ -9,6 +9,7 @@ convert_weights.py --to hf --input llava-1.5-7b --output llava-1.5-7b-hf
 """
 
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -18,15 +19,15 @@ from prumerge_jax.cli import command_line
 # Rounding weights to bfloat16 costs well below this; a wrong layout far more.
 _MAX_KL = 0.01
 
-_ONLY_IMPORT = ("dtype", "vision_tower", "projector", "adapter", "allow_pickle", "verify")
-"""Flags that say how a checkpoint is read."""
-_UNUSED = {
-    "jax": (),
-    "hf": (*_ONLY_IMPORT, "adapter_base"),
-    "llava": (*_ONLY_IMPORT, "adapter_base"),
-    "peft": (*_ONLY_IMPORT, "merge"),
+_READ_WITH = {
+    **dict.fromkeys(
+        ("dtype", "vision_tower", "projector", "adapter", "allow_pickle", "verify"), ("jax",)
+    ),
+    **dict.fromkeys(("download", "revision"), ("jax",)),
+    "adapter_base": ("jax", "peft"),
+    "merge": ("jax", "hf", "llava"),
 }
-"""Flags that mean nothing for a value of `--to`."""
+"""Flags that mean something only with these values of `--to`."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,7 +81,9 @@ def _main(argv: Sequence[str]) -> None:
 
     from prumerge_jax.conversion.detect import Kind, detect
     from prumerge_jax.conversion.download import download
+    from prumerge_jax.store.atomic import require_new
 
+    require_new(pathlib.Path(values.output))
     jax.config.update("jax_platforms", "cpu")  # weights pass through host memory only
     if values.input is not None:
         folder = pathlib.Path(values.input)
@@ -104,9 +107,12 @@ def _check(values: flags.FlagValues) -> None:
         raise ValueError("give one of --input and --download")
     if values.revision and not values.download:
         raise ValueError("--revision is the commit of --download, which is not given")
-    target = values.to
-    if unused := [name for name in _UNUSED[target] if values[name].value]:
-        raise ValueError(f"--to={target} takes no --{' --'.join(unused)}")
+    unused = [name for name, targets in _READ_WITH.items() if values.to not in targets]
+    if unused := [name for name in unused if values[name].value]:
+        raise ValueError(f"--to={values.to} takes no --{' --'.join(unused)}")
+    for name in ("merge", "adapter_base"):
+        if values.to == "jax" and values[name].value and not values.adapter:
+            raise ValueError(f"--{name} is about an adapter; give it as --adapter")
 
 
 def _import(folder: pathlib.Path, values: flags.FlagValues) -> None:
@@ -116,11 +122,12 @@ def _import(folder: pathlib.Path, values: flags.FlagValues) -> None:
 
     from prumerge_jax.conversion.checkpoint_reader import Sources, open_model
     from prumerge_jax.conversion.convert import convert
-    from prumerge_jax.conversion.verify import compare_with_torch
+    from prumerge_jax.conversion.tokenizer_file import missing_tokenizer_warning
+    from prumerge_jax.conversion.verify import check_comparable, compare_with_torch
 
     tower, projector, adapter = (
-        pathlib.Path(folder) if folder else None
-        for folder in (values.vision_tower, values.projector, values.adapter)
+        pathlib.Path(path) if path else None
+        for path in (values.vision_tower, values.projector, values.adapter)
     )
     sources = Sources(
         folder,
@@ -133,16 +140,14 @@ def _import(folder: pathlib.Path, values: flags.FlagValues) -> None:
     )
     output = pathlib.Path(values.output)
     model = open_model(sources)
-    total = sum(tensor.info.nbytes for tensor in model.tensors.values())
-    if model.adapter is not None:
-        total += sum(tensor.info.nbytes for tensor in model.adapter.tensors.values())
+    if values.verify:
+        check_comparable(model.config)
     dtype = jax.numpy.dtype(values.dtype) if values.dtype else None
-    with tqdm.tqdm(total=total, unit="B", unit_scale=True) as bar:
+    with tqdm.tqdm(total=model.nbytes, unit="B", unit_scale=True) as bar:
         report = convert(model, output, dtype=dtype, progress=bar.update)
-    print(
-        f"{output}: {report.parameters:,} parameters from {report.tensors_in} tensors, "
-        f"{report.kept_aside} unused ones kept aside, {len(model.ignored)} left out"
-    )
+    print(f"{output}: {report.summary()}")
+    if not model.has_tokenizer:
+        print(missing_tokenizer_warning(output), file=sys.stderr)
     if values.verify:
         comparison = compare_with_torch(model, output)
         print(comparison.summary())

@@ -6,13 +6,14 @@
         --config.reduction="full prumerge+"
     eval.py --workdir DIR --config.benchmark=pope --config.questions=FILE
         --config.images=DIR --config.annotations=PATH --config.answers=FILE
+    eval.py --workdir DIR --config.checkpoint=DIR --config.questions=FILE --config.images=DIR
     eval.py --aot v5e:2x4 --config.checkpoint=llava-1.5-7b --config.reduction=prumerge+
 
-The first scores the shipped miniature on its digits. Every field of configs/eval.py is a flag. A
-run that was interrupted resumes. With `--aot` the engine's programs are compiled for a TPU slice
-and not run; the checkpoint is then the name of a published size, and every reduction is planned.
-Exit status: 0 if every row was scored, 3 if some failed (errors.jsonl says why), 1 if it could not
-run.
+The first scores the shipped miniature on its digits; the fourth answers your own questions, without
+a score. Every field of configs/eval.py is a flag. A run that was interrupted resumes. With `--aot`
+the engine's programs are compiled for a TPU slice and not run; the checkpoint is then the name of a
+published size, and every reduction is planned. Exit status: 0 if every row was scored, 3 if some
+failed (errors.jsonl says why), 1 if it could not run.
 """
 
 import pathlib
@@ -54,7 +55,8 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _evaluate(config: ConfigDict, workdir: pathlib.Path) -> int:
-    # It takes seconds to import; a mistyped flag is answered before.
+    # These take seconds to import; a mistyped flag is answered before.
+    import prumerge_jax.digits.benchmark  # noqa: F401, registers itself
     from prumerge_jax.evaluation.run import evaluate
 
     try:
@@ -65,20 +67,19 @@ def _evaluate(config: ConfigDict, workdir: pathlib.Path) -> int:
 
 def _plan(config: ConfigDict, slice_name: str) -> int:
     import jax
+    import jax.numpy as jnp
 
     from prumerge_jax import reductions
     from prumerge_jax.aot.compile import DoesNotFit
     from prumerge_jax.aot.inference import plan_inference
     from prumerge_jax.aot.topology import topology
-    from prumerge_jax.engine.encoding import compute_dtype
-    from prumerge_jax.engine.shapes import EVALUATION_SIZES, EngineConfig
+    from prumerge_jax.evaluation.config import engine_config
     from prumerge_jax.models.config import published
 
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
     spellings = reductions.parse_list(config.reduction)
     model, where = published(config.checkpoint), topology(slice_name)
-    shapes = EngineConfig(**config.engine, defaults=EVALUATION_SIZES)
-    dtype = compute_dtype(config.dtype or "bfloat16")
+    shapes, dtype = engine_config(config.engine, config.mesh), jnp.dtype(config.dtype or "bfloat16")
     for spelling in spellings:
         try:
             plan = plan_inference(model, shapes, spelling, where, config.mesh, dtype)

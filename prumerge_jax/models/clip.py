@@ -149,7 +149,7 @@ class VisionMLP(nnx.Module):
 
 
 class LastBlock(nnx.Module):
-    """The part of the last block that decides which tokens stay: LN1, keys, CLS query."""
+    """The part of the last block that decides which tokens are kept: LN1, keys, CLS query."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
         width = config.width

@@ -27,7 +27,7 @@ class PackedRows:
     """What attention over packed rows needs besides the hidden states.
 
     Attributes:
-      rotation: of the positions.
+      rotation: rotary embedding of the positions.
       segment_ids: [B, T] int32; 0 is padding.
       max_segment_length: see `attention.attend`.
     """

@@ -96,7 +96,7 @@ class Llama(nnx.Module):
         remat: str = "none",
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Runs packed rows through all layers and the final norm, fit to be differentiated.
+        """Runs packed rows through all layers and the final norm; the form to be differentiated.
 
         Args:
           x: [B, T, D] embeddings in the compute dtype.
@@ -146,7 +146,7 @@ class Llama(nnx.Module):
         last = self.config.num_layers - 1
         x, _ = self._rows(x, rows, num_layers=last)
         layer = self._layer(last)
-        attended, _ = layer.attend(_kept_apart(layer.qkv_projections(x)), rows)
+        attended, _ = layer.attend(_projection_barrier(layer.qkv_projections(x)), rows)
         return PartialHidden(x, attended)
 
     def last_mlp_at(self, hidden: PartialHidden, index: jax.Array) -> jax.Array:
@@ -181,7 +181,7 @@ class Llama(nnx.Module):
             _: None,
         ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
             x, cache_k, cache_v = carry
-            q, k, v = layer.split_and_rotate(_kept_apart(layer.qkv_projections(x)), at)
+            q, k, v = layer.split_and_rotate(_projection_barrier(layer.qkv_projections(x)), at)
             cache_k = cache_k.at[index, slots, lengths].set(k[:, 0].astype(cache_k.dtype))
             cache_v = cache_v.at[index, slots, lengths].set(v[:, 0].astype(cache_v.dtype))
             attended = attend_to_cache(q, cache_k, cache_v, index, lengths + 1)
@@ -209,8 +209,7 @@ class Llama(nnx.Module):
           rows: what attention needs.
           num_layers: how many of the first layers; by default all.
           keep_cache: whether keys and values are returned too.
-          remat: see `layers.rematerialise`; None (inference) makes a pass that no gradient is to be
-            taken of.
+          remat: see `layers.rematerialise`; None is inference, of which no gradient is taken.
           dropout_key: where given, adapters drop their inputs.
 
         Returns:
@@ -225,7 +224,7 @@ class Llama(nnx.Module):
             drop = split_key(key, 3)
             projected = layer.qkv_projections(x, drop[0])
             if remat is None:
-                projected = _kept_apart(projected)
+                projected = _projection_barrier(projected)
             attended, heads = layer.attend(projected, rows)
             x = layer.after_attention(x, attended, drop[1], drop[2])
             return x, KVCache(heads.k, heads.v) if keep_cache else None
@@ -248,7 +247,7 @@ class Llama(nnx.Module):
           body: (carry, layer, its index, its key) -> (carry, output).
           carry: the first one.
           count: number of layers; all where `remat` is given.
-          keys: [L] keys; None gives every layer None.
+          keys: one per layer; None gives every layer None.
           remat: as in `_rows`.
 
         Returns:
@@ -263,10 +262,11 @@ class Llama(nnx.Module):
             return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs or [None])
         if remat is None:
             # By index: a part of the stack, to scan over, would be a copy.
-            def at(carry: Any, index: jax.Array) -> tuple[Any, Any]:
-                return body(carry, self._layer(index), index, None)
+            def at(carry: Any, scanned: tuple[Any, Any]) -> tuple[Any, Any]:
+                index, key = scanned
+                return body(carry, self._layer(index), index, key)
 
-            return jax.lax.scan(at, carry, jnp.arange(count))
+            return jax.lax.scan(at, carry, (jnp.arange(count), keys))
         graphdef, weights = nnx.split(self.layers)
 
         # Over the weights: their gradients come out stacked, where by index every layer's would be
@@ -286,9 +286,9 @@ class Llama(nnx.Module):
         return nnx.merge(graphdef, jax.tree.map(lambda stacked: stacked[index], weights))
 
 
-def _kept_apart(projected: QKV) -> QKV:
-    """The projections, which XLA is kept from merging with what is done to their heads, where
-    `tuning.Tuning.projection_barrier` says so."""
+def _projection_barrier(projected: QKV) -> QKV:
+    """The same projections; with `Tuning.projection_barrier` XLA sees nothing of what is done to
+    their heads while it lays out the weights."""
     if not tuning.current().projection_barrier:
         return projected
     return jax.lax.optimization_barrier(projected)

@@ -92,8 +92,8 @@ def gather_visual_tokens(visual_tokens: jax.Array, visual_index: jax.Array) -> j
       visual_index: [rows, T] int32, b * R + r, -1 for none.
 
     Returns:
-      [rows, T, Dv]; zero where there is none, so that whatever lies in unused slots reaches neither
-      values nor gradients. NaN where an index lies on another shard: a wrong plan, made visible.
+      [rows, T, Dv]; zero where there is none, so that whatever is in unused slots reaches neither
+      values nor gradients. NaN where an index is on another shard: a wrong plan, made visible.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

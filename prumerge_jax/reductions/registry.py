@@ -27,7 +27,7 @@ class _Entry:
 
 _ENTRIES: dict[str, _Entry] = {}
 # Names of their own for the baselines of `prumerge`.
-_BASELINES = {"random": "prumerge:ranking=random", "uniform": "prumerge:ranking=uniform"}
+_BASELINES = {"random": ("prumerge", "ranking=random"), "uniform": ("prumerge", "ranking=uniform")}
 
 
 def register(
@@ -55,7 +55,7 @@ def names() -> tuple[str, ...]:
 
 def parameters(name: str) -> Mapping[str, options.Option]:
     """The parameters of a registered reduction, by name."""
-    name = _BASELINES.get(name, name).partition(":")[0]
+    name, _ = _BASELINES.get(name, (name, ""))
     return {**options.options(_ENTRIES[name].method), **options.options(Choice)}
 
 
@@ -68,24 +68,25 @@ def parse(spelling: str) -> Reduction:
     Raises:
       ValueError: one line that names the nearest valid name, or what was expected.
     """
-    name, _, written = spelling.partition(":")
+    name, separator, written = spelling.partition(":")
     if name not in names():
         raise ValueError(options.unknown("unknown reduction", name, names()))
+    parts = written.split(",") if separator else []
     if name in _BASELINES:
-        name, _, ranking = _BASELINES[name].partition(":")
-        written = f"{ranking},{written}" if written else ranking
+        name, ranking = _BASELINES[name]
+        parts = [ranking, *parts]
     try:
-        return _make(name, written)
+        return _make(name, parts)
     except ValueError as error:
         raise ValueError(f"reduction {quote(spelling)}: {error}") from None
 
 
-def _make(name: str, written: str) -> Reduction:
+def _make(name: str, parts: Sequence[str]) -> Reduction:
     entry = _ENTRIES[name]
     choice = options.options(Choice)
     known = {**options.options(entry.method), **choice}
     values: dict[str, Any] = {}
-    for part in written.split(",") if written else []:
+    for part in parts:
         parameter, separator, text = part.partition("=")
         if not separator and entry.shorthand and not values:
             parameter, text = entry.shorthand, part

@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from prumerge_jax.data import packing
 from prumerge_jax.data.pipeline import Example
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.prumerge import VisualTokens
+from prumerge_jax.sharding.mesh import logical_spec
 from prumerge_jax.sharding.processes import (
     DataShards,
     addressable_rows,
@@ -133,12 +135,12 @@ class BatchPacker:
     def _no_visual_tokens(self, local: int, image: tuple[int, ...]) -> VisualTokens:
         """Zeros of the shape that the tower gives for as many images."""
         pixels = jax.ShapeDtypeStruct((self._global(local), *image), np.uint8)
-        return jax.tree.map(
-            lambda leaf: to_global_array(
-                np.zeros((local, *leaf.shape[1:]), leaf.dtype), self._mesh
-            ),
-            jax.eval_shape(self._encode, pixels),
+        shapes = jax.eval_shape(self._encode, pixels)
+        zeros = jax.jit(
+            lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
+            out_shardings=NamedSharding(self._mesh, logical_spec("batch")),
         )
+        return zeros()
 
     def _global(self, rows: int) -> int:
         return rows * self._shards.total // len(self._shards.local)

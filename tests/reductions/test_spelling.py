@@ -125,6 +125,7 @@ def test_any_parameter_is_valid_or_one_line(name: str, parameter: str, value: st
         ("prumerge:neighbour=8", "no such parameter 'neighbour'; did you mean 'neighbours'?"),
         ("prumerge:speed=9", "no such parameter 'speed'"),
         ("prumerge:neighbours", "'neighbours' is not 'parameter=value'"),
+        ("prumerge:", "'' is not 'parameter=value'"),
         ("prumerge:neighbours=0", "neighbours is 0; expected an integer from 1 to 65536"),
         ("prumerge:neighbours=8.5", "neighbours is '8.5'; expected an integer"),
         ("prumerge:neighbours=8,neighbours=9", "neighbours is given twice"),

@@ -7,6 +7,7 @@ import ml_collections
 import numpy as np
 
 from configs import common
+from prumerge_jax.data.pipeline import Example
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 from prumerge_jax.sharding.mesh import make_mesh, use_mesh
 from prumerge_jax.training.batches import BatchPacker, RowBatch, RowShape
@@ -70,14 +71,14 @@ class Bench:
         self.shardings = state_shardings(optimizer, self.objective.trained(), shardings, self.mesh)
         self.step = TrainStep(self.objective.loss, optimizer, seed=1, shardings=self.shardings)
 
-    def batches(self, rows: int) -> list[RowBatch]:
+    def batches(self, rows: int, examples: list[Example] = EXAMPLES) -> list[RowBatch]:
         packer = BatchPacker(
             ImageEncoder(self.config, self.frozen, self.mesh),
             num_patches=self.model.vision.num_patches,
             shape=RowShape(rows, self.config.row_length),
             mesh=self.mesh,
         )
-        (prepared,) = packer([EXAMPLES], 0)
+        (prepared,) = packer([examples], 0)
         return prepared.batches
 
     def train(self, rows: int, steps: int) -> tuple[TrainState, list[float]]:

@@ -165,6 +165,7 @@ def write(folder: pathlib.Path, conversations: list[list[str]]) -> ml_collection
     config.data.json_file = str(folder / "data.json")
     config.data.directory = str(folder / "prepared")
     config.batch_size = 1
+    config.run.num_workers = 0
     return config
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -15,6 +16,7 @@ from prumerge_jax.training.batches import RowBatch
 from prumerge_jax.training.objectives.next_token import ImageEncoder
 from prumerge_jax.training.step import Sums
 from tests.training.bench import EXAMPLES, MODEL, Bench, lora_config
+from tests.training.conftest import make_examples
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +130,19 @@ def test_dropout_depends_on_seed_and_step_alone() -> None:
 
         assert loss(3) == loss(3)
         assert loss(3) != loss(4)
+
+
+def test_text_alone_takes_the_same_step_and_the_tower_would_change_nothing(bench: Bench) -> None:
+    texts = make_examples(8, image_size=48, vocabulary=64, seed=3, text_only=tuple(range(8)))
+    with use_mesh(bench.mesh):
+        encode = ImageEncoder(bench.config, bench.frozen, bench.mesh)
+        (with_images,), (without,) = bench.batches(8), bench.batches(8, texts)
+        pixels = to_global_array(np.stack([e.pixels for e in texts]), bench.mesh)
+        encoded = without._replace(visual_tokens=encode(pixels).tokens)
+    sums_of(bench, with_images)
+    compiled = bench.step.accumulate._cache_size()
+    skipped, ran = sums_of(bench, without), sums_of(bench, encoded)
+    assert bench.step.accumulate._cache_size() == compiled
+    assert float(skipped.targets) > 0
+    for ours, theirs in zip(jax.tree.leaves(skipped), jax.tree.leaves(ran), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
