@@ -334,9 +334,7 @@ def test_streamed_tokens_add_up_to_the_answers(model: LlavaModel) -> None:
             answers[event.key] = event
     assert pieces > 2 * len(requests)
     assert {key: tuple(tokens) for key, tokens in streamed.items()} == tokens_of(answers)
-    assert answers == by_key(make_engine(model).generate(requests)) or all(
-        np.isnan(answer.log_likelihood) for answer in answers.values()
-    )
+    assert tokens_of(answers) == tokens_of(by_key(make_engine(model).generate(requests)))
 
 
 def test_images_over_capacity_are_encoded_again(model: LlavaModel) -> None:
