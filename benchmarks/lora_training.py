@@ -23,11 +23,10 @@ from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms,
 from models import add_geometry_argument, geometry, random_llava
 from prefill import packed_rows
 
-from prumerge_jax import prumerge, sharding
+from prumerge_jax import reductions, sharding
 from prumerge_jax.cost import training_flops
 from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.engine import programs
-from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.layers import AdapterConfig
 from prumerge_jax.training.batches import RowBatch
@@ -46,7 +45,6 @@ class Trainer:
         self, config: LlavaConfig, adapter: AdapterConfig, dtype: jnp.dtype, remat: str
     ) -> None:
         self.config, self.dtype = config, dtype
-        self.attention = default_implementation(dtype, config.text.head_dim)
         self.model = random_llava(config, dtype, adapter)
         module = llava_module(config, adapter)
         weights = {
@@ -63,7 +61,6 @@ class Trainer:
                 batch,
                 dropout_key=key,
                 remat=remat,
-                implementation=self.attention,
             )
 
         mesh = sharding.make_mesh()
@@ -80,9 +77,9 @@ class Trainer:
         pixels = np.random.default_rng(0).integers(
             0, 256, (samples, vision.image_size, vision.image_size, 3), np.uint8
         )
-        reduction = prumerge.preset("full")
+        reduction = reductions.parse("full")
         if visual < vision.num_patches:
-            reduction = prumerge.preset("prumerge", capacity=visual)
+            reduction = reductions.parse(f"prumerge:capacity={visual}")
         learnt = (plan.visual_index < 0) & (plan.positions > visual + text // 2)
         targets = np.where(learnt, plan.ids, IGNORE)
         placed = dataclasses.replace(plan, targets=targets)
@@ -95,7 +92,6 @@ class Trainer:
                 raw,
                 reduction=reduction,
                 dtype=self.dtype,
-                implementation=self.attention,
             )
             batch = RowBatch(**fields, visual_tokens=encoded.tokens)
             self.state, metrics = self.step(self.state, self.frozen, [batch], step=0)

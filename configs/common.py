@@ -26,8 +26,7 @@ def training() -> ConfigDict:
     config.image_mode = "pad"
     config.group_by_modality_length = False
 
-    config.reduction = "full"
-    config.reduction_options = ConfigDict()  # fields of PruMergeConfig to override
+    config.reduction = "full"  # as prumerge:neighbours=8, see reductions/
     config.position_ids = "compact"
     config.max_length = 2048
 

@@ -1,7 +1,10 @@
 """Fixtures shared by all tests."""
 
+import hashlib
 import os
 import pathlib
+import platform
+from importlib import metadata
 
 import hypothesis
 import pytest
@@ -17,6 +20,29 @@ os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1",
 )
+
+
+def compilation_cache() -> pathlib.Path:
+    """Folder of compiled functions, one per jaxlib, XLA flags and kind of processor."""
+    cpu = pathlib.Path("/proc/cpuinfo")
+    features = [line for line in cpu.read_text().splitlines() if line.startswith("flags")][:1]
+    key = [metadata.version("jaxlib"), os.environ["XLA_FLAGS"], platform.machine(), *features]
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+    return home / "prumerge_jax_tests" / hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
+
+
+# Inherited by the programs that tests start. Every entry is kept, however fast it was compiled:
+# the many small ones make up most of a first run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what reads the golden data."""
+    for item in items:
+        if "golden" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.golden)
 
 
 def golden_dir() -> pathlib.Path | None:

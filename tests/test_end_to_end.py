@@ -20,6 +20,8 @@ from prumerge_jax.models.config import LlavaConfig, TextConfig, published  # noq
 from tests.models.torch_llava import random_torch_llava  # noqa: E402
 from tests.tiny_llava import tokenizer_model  # noqa: E402
 
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = dataclasses.replace(
     published("tiny"),
@@ -36,7 +38,13 @@ PROMPTS = [
     "Name it.\nAnswer the question using a single word or phrase.",
 ]
 ENGINE = EngineConfig(
-    batch_size=4, window=4, row_length=256, rows=2, slots=4, cache_length=256, chunk=8
+    batch_size=4,
+    window_size=4,
+    row_length=256,
+    prefill_rows=2,
+    slots=4,
+    cache_length=256,
+    decode_steps_per_call=8,
 )
 
 

@@ -60,6 +60,7 @@ def test_it_is_unpacked_once_and_is_intact(directory: pathlib.Path) -> None:
     assert miniature.model_directory(directory) == directory
 
 
+@pytest.mark.slow
 def test_it_answers_and_prumerge_reads_more_than_random_patches(model: Llava) -> None:
     full = accuracy(model, digits_questions.FAMILIES, "full")
     assert min(full["read"], full["presence"], full["count"]) > 0.85

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
+from prumerge_jax.aot.assumptions import mean_visual_tokens
 from prumerge_jax.aot.compile import (
     CAVEAT,
     DoesNotFit,
@@ -23,21 +24,23 @@ from prumerge_jax.aot.compile import (
     bytes_per_chip,
     candidates,
     compile_program,
+    decoder_kernel_flops,
     first_that_fits,
     memory_line,
     peak_bytes,
+    placed,
     program_lines,
+    tower_kernel_flops,
 )
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
-from prumerge_jax.models.attention import default_implementation, splash_pairs
+from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.sharding.mesh import logical_spec, mesh_on, use_mesh
 from prumerge_jax.training.config import TrainConfig, parse, with_sizes
 from prumerge_jax.training.objectives.next_token import (
     ImageEncoder,
     abstract_rows,
-    visual_capacity,
 )
 from prumerge_jax.training.objectives.registry import Objective, make_objective
 from prumerge_jax.training.optimizer import make_optimizer
@@ -45,12 +48,10 @@ from prumerge_jax.training.run import fitted_sizes
 from prumerge_jax.training.step import TrainStep, state_shardings
 from prumerge_jax.training.weights import Shapes, load_pretrained
 
-TEXT_TOKENS = 200
-"""Mean per sample that a plan assumes; lengths vary widely with the data."""
-PACKING = 1.02
-"""Positions computed over real ones where rows are packed."""
-MEAN_VISUAL_TOKENS = {"prumerge": 40, "prumerge+": 144}
-"""As the paper reports them (arXiv 2403.15388); any other reduction is planned at its capacity."""
+ASSUMED_TEXT_TOKENS = 200
+"""Mean number of text tokens per sample; lengths vary widely with the data."""
+PACKING_OVERHEAD = 1.02
+"""Computed positions per real token where rows are packed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +61,17 @@ class Samples:
     Attributes:
       count: the global batch.
       visual_tokens, text_tokens: means per sample.
+      source: where the mean of the visual tokens is from, for people.
     """
 
     count: int
     visual_tokens: float
     text_tokens: float
+    source: str = ""
 
     @property
     def tokens(self) -> float:
-        """Of all samples together."""
+        """Number of tokens of all samples together."""
         return self.count * (self.visual_tokens + self.text_tokens)
 
 
@@ -104,8 +107,8 @@ class TrainingPlan:
 
     @property
     def micro_batches(self) -> int:
-        """Of a step."""
-        return math.ceil(PACKING * self.samples.tokens / self.row_positions)
+        """Number of micro-batches per step."""
+        return math.ceil(PACKING_OVERHEAD * self.samples.tokens / self.row_positions)
 
     @property
     def filled(self) -> float:
@@ -124,7 +127,7 @@ class TrainingPlan:
 
     @property
     def model_flops(self) -> Mapping[str, float]:
-        """Of a step over all chips, by component; what is recomputed does not count."""
+        """Model FLOPs of a step over all chips, by component, without recomputation."""
         flops = counts.training_flops(
             self.model, self.samples.visual_tokens, self.samples.text_tokens, self.lora_rank
         )
@@ -145,12 +148,14 @@ class TrainingPlan:
         """The plan for people."""
         chip, samples = self.topology.chip, self.samples
         flops = {name: value / 1e12 for name, value in self.model_flops.items()}
+        source = f" ({samples.source})" if samples.source else ""
         return [
             f"{self.topology.name}: {len(self.topology.devices)} chips, mesh "
             + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
             *(f"  rejected: {reason}" for reason in self.rejected),
-            f"global batch {samples.count}, assumed {samples.visual_tokens:g} visual and "
-            f"{samples.text_tokens:g} text tokens per sample, packed at {PACKING}: "
+            f"global batch {samples.count}, assumed {samples.visual_tokens:.4g} visual and "
+            f"{samples.text_tokens:g} text tokens per sample{source}, packed at "
+            f"{PACKING_OVERHEAD}: "
             f"{self.micro_batches} micro-batches of {self.row_positions} positions, "
             f"{100 * self.filled:.0f} % of them real",
             memory_line(self.memory, self.resident, chip),
@@ -171,7 +176,8 @@ def plan_training(
     Args:
       config: one of `configs/`, with the next-token objective.
       topology: the slice.
-      samples: by default the configuration's batch at `MEAN_VISUAL_TOKENS` and `TEXT_TOKENS`.
+      samples: by default the configuration's batch, its reduction at `mean_visual_tokens`, and
+        `ASSUMED_TEXT_TOKENS`.
 
     Raises:
       ValueError: the configuration is none that can be planned, or its mesh does not fit the
@@ -184,7 +190,9 @@ def plan_training(
     model = load_pretrained(parsed).model if parsed.model is None else parsed.model
     parsed = with_sizes(parsed, model)
     if samples is None:
-        samples = Samples(parsed.batch_size, mean_visual_tokens(parsed), TEXT_TOKENS)
+        visual = mean_visual_tokens(parsed.reduction, model.vision)
+        source = f"{parsed.reduction}: {visual.reason}"
+        samples = Samples(parsed.batch_size, visual.mean, ASSUMED_TEXT_TOKENS, source)
     plan, rejected = first_that_fits(
         candidates(fitted_sizes(parsed.run.mesh, model, len(topology.devices))),
         functools.partial(_plan, parsed, topology, samples),
@@ -195,34 +203,30 @@ def plan_training(
     return dataclasses.replace(plan, rejected=rejected)
 
 
-def mean_visual_tokens(config: TrainConfig) -> float:
-    """The mean per sample that a plan assumes where the caller knows none."""
-    return MEAN_VISUAL_TOKENS.get(config.reduction, visual_capacity(config))
-
-
 def _plan(config: TrainConfig, topology: Topology, samples: Samples, sizes: Sizes) -> TrainingPlan:
     model = config.sizes
     _check_divides(config, sizes)
     mesh = mesh_on(topology.devices, **sizes)
     with use_mesh(mesh):
         objective = make_objective(config)
-        attention = default_implementation(objective.dtype, model.text.head_dim)
     step, state, frozen = _abstract_step(config, objective, mesh)
-    rows = _placed(abstract_rows(config, sizes["data"] * sizes["fsdp"]), mesh)
-    kernel = _splash_flops(config, sizes["tensor"]) if attention == "splash" else 0.0
+    batch = NamedSharding(mesh, logical_spec("batch"))
+    rows = placed(abstract_rows(config, sizes["data"] * sizes["fsdp"]), batch)
     with use_mesh(mesh):
+        pairs = splash_pairs(config.row_length, causal=True)
+        forward = decoder_kernel_flops(
+            model.text, config.run.rows_per_shard, pairs, objective.dtype
+        )
+        # 2 matrix products forward, 3 for dq, 4 for dk and dv; `remat` repeats the forward ones.
+        kernel = forward / sizes["tensor"] * (4.5 if config.remat == "none" else 5.5)
         lowered = step.lower(objective.trained(), frozen, rows)
         accumulate = compile_program("accumulate", lowered["accumulate"], kernel)
         update = compile_program("update", lowered["update"])
         side = model.vision.image_size
         pixels = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)
         encoder = ImageEncoder(config, frozen, mesh)
-        of_tower = 0.0
-        if attention == "splash":
-            of_image = splash_pairs(model.vision.num_patches + 1, causal=False)
-            images = config.batch_size / mesh.size
-            of_tower = counts.tower_attention_flops(model.vision, images * of_image)
-        encode = compile_program("encode", encoder.lower(_placed(pixels, mesh)), of_tower)
+        kernel = tower_kernel_flops(model.vision, config.batch_size, objective.dtype) / mesh.size
+        encode = compile_program("encode", encoder.lower(placed(pixels, batch)), kernel)
     # The gradient sums are as large as the trained weights; the tokens of two batches are there.
     visual = rows.visual_tokens
     resident = bytes_per_chip((state, state.trained, frozen, visual, visual))
@@ -265,18 +269,3 @@ def _abstract_step(
         for path, shape in objective.frozen().items()
     }
     return step, step.abstract_state(objective.trained()), frozen
-
-
-def _placed(tree: Any, mesh: Mesh) -> Any:
-    """Shapes whose leading axis lies over the data shards."""
-    sharding = NamedSharding(mesh, logical_spec("batch"))
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-    )
-
-
-def _splash_flops(config: TrainConfig, tensor: int) -> float:
-    """Of one micro-batch on one chip: 2 matrix products forward, 3 for dq, 4 for dk and dv."""
-    pairs = config.run.rows_per_shard * splash_pairs(config.row_length, causal=True)
-    forward = counts.attention_flops(config.sizes.text, pairs) / tensor
-    return forward * (4.5 if config.remat == "none" else 5.5)

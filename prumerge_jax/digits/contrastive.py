@@ -18,11 +18,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prumerge_jax import prumerge
+from prumerge_jax.models import tuning
 from prumerge_jax.models.clip import ClipVision
 from prumerge_jax.models.config import TextConfig, VisionConfig
 from prumerge_jax.models.layers import Linear
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.llava import normalize_pixels
+from prumerge_jax.models.tuning import Tuning
 from prumerge_jax.training.weights import AbstractModule, Leaf, Weights
 
 _POSITIONS = "vision.position_embedding"
@@ -116,8 +118,10 @@ def contrastive_loss(
     rows = jnp.concatenate([cls, 1 + batch.patches], axis=1)
     model = module.merge({**weights, _POSITIONS: weights[_POSITIONS][rows]})
     groups = (-1, config.group, config.width)
-    images = model.embed_images(batch.pixels).reshape(groups)
-    texts = model.embed_captions(batch.ids, batch.lengths).reshape(groups)
+    # Many short sequences: one product for all of them, whatever a platform prefers for long ones.
+    with tuning.use(Tuning.plain()):
+        images = model.embed_images(batch.pixels).reshape(groups)
+        texts = model.embed_captions(batch.ids, batch.lengths).reshape(groups)
     logits = jnp.einsum("gke,gje->gkj", images, texts) / jnp.exp(model.log_temperature[...])
     captions = batch.ids.reshape(-1, config.group, batch.ids.shape[1])
     same = (captions[:, :, None] == captions[:, None]).all(-1)

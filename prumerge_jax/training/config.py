@@ -11,14 +11,15 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import ml_collections
 
+from prumerge_jax import reductions
 from prumerge_jax.data.conversation import TEMPLATES, LabelProtocol
 from prumerge_jax.data.datasets import DataConfig, known_options
 from prumerge_jax.data.images import ImageMode
 from prumerge_jax.data.packing import PositionIds
-from prumerge_jax.data.samples import quoted
 from prumerge_jax.data.tokenizer import Style
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.layers import AdapterConfig
+from prumerge_jax.store.messages import quoted
 from prumerge_jax.training.optimizer import OptimizerConfig
 
 Kind = TypeVar("Kind")
@@ -99,7 +100,7 @@ class TrainConfig:
       conversation: name of the chat template.
       tokenizer_style, label_protocol, image_mode: see `Style`, `LabelProtocol`, `ImageMode`.
       group_by_modality_length: batches of images and batches of text alone, as in LLaVA.
-      reduction, reduction_options: preset of the token reduction, and overridden fields.
+      reduction: spelling of the token reduction, see `reductions.parse`.
       position_ids: see `packing.pack_window`.
       max_length: row length in tokens, visual ones included; None takes the model's positions, at
         most 2048.
@@ -127,7 +128,6 @@ class TrainConfig:
     image_mode: ImageMode = "pad"
     group_by_modality_length: bool = False
     reduction: str = "full"
-    reduction_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     position_ids: PositionIds = "compact"
     max_length: int | None = None
     batch_size: int = 128
@@ -142,6 +142,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "batch_size", "steps", "max_length")
         _at_least(self, 0, "seed")
+        reductions.parse(self.reduction)
         if not (math.isfinite(self.epochs) and self.epochs > 0):
             raise ValueError(f"epochs is {self.epochs}; expected a positive number")
         for pattern, rate in self.learning_rates:

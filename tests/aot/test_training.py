@@ -103,6 +103,7 @@ def _unsplittable() -> ml_collections.ConfigDict:
     return config
 
 
+@pytest.mark.tpu
 @needs_libtpu
 def test_a_step_compiled_for_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -138,6 +139,7 @@ def train(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.tpu
 @needs_libtpu
 def test_an_unknown_slice_ends_the_command_with_a_reason() -> None:
     out = train("--aot=v9:2x2")

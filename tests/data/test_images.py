@@ -68,6 +68,7 @@ def test_photo_has_the_bits_of_the_reference(golden: pathlib.Path, photo, mode):
     assert sha256_chw(pixels) == expected[mode]["sha256_float32_chw"]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("mode", MODES)
 def test_the_bits_tell_a_torchvision_resize_apart(mode):
     """torchvision resizes a uint8 tensor with this very call."""

@@ -35,8 +35,7 @@ def lora_config(**changes: object) -> TrainConfig:
     config = common.training()
     config.learning_rates = (("decoder.*.lora_?", 1e-2), ("projector.*", 1e-3))
     config.adapter = ml_collections.ConfigDict({"rank": 4, "alpha": 8.0, "dropout": 0.0})
-    config.reduction = "prumerge"
-    config.reduction_options.neighbours = 4
+    config.reduction = "prumerge:neighbours=4"
     config.batch_size = len(EXAMPLES)
     config.dtype = "float32"
     config.max_length = 48

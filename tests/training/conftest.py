@@ -1,8 +1,5 @@
 """What the tests of training share: a tiny model and synthetic samples."""
 
-import os
-
-import jax
 import numpy as np
 import pytest
 
@@ -17,25 +14,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     file.write_bytes(digits_tokenizer.build_for_digits())
     return Tokenizer(file)
-
-
-@pytest.fixture(scope="package", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Programs of this folder compiled once, in subprocesses too; others never see the cache."""
-    folder = tmp_path_factory.mktemp("compiled")
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-        del os.environ[name.upper()]
 
 
 def make_examples(

@@ -146,7 +146,7 @@ def test_every_field_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "--config.weights=/models/llava",
         "--config.optimizer.clip_norm=0.5",
         "--config.run.mesh.tensor=2",
-        "--config.reduction_options.neighbours=16",
+        "--config.reduction=prumerge:neighbours=16",
         "--config.seed=3",
     ]
     monkeypatch.setattr(sys, "argv", arguments)  # where config_flags looks for the fields
@@ -155,7 +155,7 @@ def test_every_field_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     assert values.learning_rates == (("projector.*", 1e-5),)
     assert (values.adapter.rank, values.weights, values.seed) == (8, "/models/llava", 3)
     assert (values.optimizer.clip_norm, values.run.mesh.tensor) == (0.5, 2)
-    assert (values.reduction_options.neighbours, values.steps) == (16, 4)
+    assert (values.reduction, values.steps) == ("prumerge:neighbours=16", 4)
     data = parse(values).data
     assert (data.name, data.json_file, data.image_folder) == ("llava_json", "own.json", "images")
 

@@ -9,6 +9,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from _pytest.mark import ParameterSet
 from jax.sharding import PartitionSpec
 
 from configs import prumerge_7b_lora, prumerge_13b_lora
@@ -31,7 +32,14 @@ MODEL = LlavaConfig(
 )
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)]
 
-mesh_cases = pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes)))
+
+def mesh_case(sizes: tuple[int, int, int], *more: object) -> ParameterSet:
+    """A case of a test; all meshes but the one that splits every axis are slow."""
+    marks = [] if sizes == (2, 2, 2) else [pytest.mark.slow]
+    return pytest.param(sizes, *more, id="x".join(map(str, sizes)), marks=marks)
+
+
+mesh_cases = pytest.mark.parametrize("sizes", map(mesh_case, MESHES))
 
 
 @functools.cache
@@ -102,15 +110,14 @@ def test_images_keep_their_tokens(sizes: tuple[int, int, int]) -> None:
     ("sizes", "micro_batch", "update"),
     [
         # Weights are replicated: sums of gradients and of the loss.
-        ((8, 1, 1), {"all-reduce"}, set()),
+        mesh_case((8, 1, 1), {"all-reduce"}, set()),
         # Weights are gathered from their shards, and some activations change theirs. The update
         # sums the squares of the gradient's shards for its norm.
-        ((2, 2, 2), {"all-gather", "all-reduce", "collective-permute"}, {"all-reduce"}),
-        ((1, 4, 2), {"all-gather", "all-reduce", "collective-permute"}, {"all-reduce"}),
+        mesh_case((2, 2, 2), {"all-gather", "all-reduce", "collective-permute"}, {"all-reduce"}),
+        mesh_case((1, 4, 2), {"all-gather", "all-reduce", "collective-permute"}, {"all-reduce"}),
         # Partial sums of heads, of the MLP and of the vocabulary; adapters are gathered.
-        ((1, 1, 8), {"all-gather", "all-reduce"}, {"all-reduce"}),
+        mesh_case((1, 1, 8), {"all-gather", "all-reduce"}, {"all-reduce"}),
     ],
-    ids=["8x1x1", "2x2x2", "1x4x2", "1x1x8"],
 )
 def test_collectives_of_the_step(
     sizes: tuple[int, int, int], micro_batch: set[str], update: set[str]
@@ -139,7 +146,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return directory
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (4, 1, 2)])
+@pytest.mark.parametrize("sizes", map(mesh_case, [(1, 1, 1), (2, 2, 2), (4, 1, 2)]))
 def test_a_checkpoint_of_eight_devices_is_restored_on_others(
     saved: pathlib.Path, sizes: tuple[int, int, int]
 ) -> None:

@@ -11,6 +11,7 @@ SHAPES = {"decoder.kernel": (3, 4), "decoder.bias": (4,), "projector.kernel": (2
 RATES = {"decoder.kernel": 2e-2, "decoder.bias": 2e-2, "projector.kernel": 5e-3}
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_updates_equal_pytorch(decay: float, clip: float | None) -> None:

@@ -22,6 +22,8 @@ from prumerge_jax.training.checkpoint import verify
 from prumerge_jax.training.run import run
 from prumerge_jax.training.workdir import StopFlag
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS, DEVICES, HEARTBEAT = 10, 2, 10
 PATIENCE = 600  # seconds; far beyond what a slow machine takes to compile, save and end

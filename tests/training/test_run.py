@@ -149,6 +149,7 @@ def test_the_contrastive_objective_leaves_its_tower_sharpened(
         )
 
 
+@pytest.mark.slow
 def test_a_terminated_and_then_killed_run_ends_bit_identical(
     config: ml_collections.ConfigDict, straight: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

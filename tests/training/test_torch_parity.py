@@ -30,6 +30,8 @@ from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer  # n
 from prumerge_jax.training.step import Sums, TrainStep, state_shardings  # noqa: E402
 from tests.models.torch_llava import our_state, random_torch_llava  # noqa: E402
 
+pytestmark = pytest.mark.torch
+
 IMAGE_ID = 350
 MODEL = dataclasses.replace(
     published("tiny"),

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from prumerge_jax import prumerge
+from prumerge_jax import reductions
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE
-from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.clip import ClipVision
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.llava import LlavaModel, encode_images
+from prumerge_jax.prumerge import VisualTokens
+from prumerge_jax.reductions import Reduction
 from prumerge_jax.sharding.mesh import constrain, logical_spec
 from prumerge_jax.training.batches import BatchPacker, RowBatch, RowShape
 from prumerge_jax.training.config import ConfigError, TrainConfig
@@ -37,7 +38,6 @@ def next_token_loss(
     *,
     dropout_key: jax.Array | None,
     remat: str = "none",
-    implementation: str = "xla",
 ) -> tuple[jax.Array, jax.Array]:
     """Cross entropy in nats, summed over the target tokens, and their number; both float32.
 
@@ -46,14 +46,12 @@ def next_token_loss(
       batch: packed rows; each segment sees only itself.
       dropout_key: key of the adapters' dropout; None for none.
       remat: see `layers.rematerialise`.
-      implementation: attention backend, see `attention.attend`.
     """
     x = model.embed_rows(batch.ids, batch.visual_tokens, batch.visual_index)
     hidden = model.decoder(
         constrain(x, "batch", None, None),
         batch.positions,
         batch.segment_ids,
-        implementation=implementation,
         remat=remat,
         dropout_key=dropout_key,
     )
@@ -94,7 +92,6 @@ def make(config: TrainConfig) -> Objective:
     model = config.sizes
     dtype = jnp.dtype(config.dtype)
     module = llava_module(model, config.adapter)
-    attention = default_implementation(dtype, model.text.head_dim)
     capacity, length = visual_capacity(config), config.row_length
     if capacity > length:
         raise ConfigError(
@@ -112,7 +109,6 @@ def make(config: TrainConfig) -> Objective:
             batch,
             dropout_key=key,
             remat=config.remat,
-            implementation=attention,
         )
 
     def open_source(tokenizer: Tokenizer) -> TrainingSource:
@@ -144,20 +140,29 @@ def abstract_rows(config: TrainConfig, shards: int) -> RowBatch:
     return RowBatch(row, row, row, row, row, visual)
 
 
-def reduction_config(config: TrainConfig) -> prumerge.PruMergeConfig:
-    """The token reduction of a run: a preset with single parameters overridden."""
-    return prumerge.preset(config.reduction, **config.reduction_options)
+def run_reduction(config: TrainConfig) -> Reduction:
+    """The token reduction of a run.
+
+    Raises:
+      ConfigError: it resizes images, which only inference does.
+    """
+    reduction, vision = reductions.parse(config.reduction), config.sizes.vision
+    if reduction.image_size(vision.image_size, vision.patch_size) != vision.image_size:
+        raise ConfigError(
+            f"reduction {config.reduction!r} resizes images, which training does not; "
+            "train with another, or on a model of that image size"
+        )
+    return reduction
 
 
 def visual_capacity(config: TrainConfig) -> int:
     """R: visual token slots per image."""
-    return reduction_config(config).capacity_for(config.sizes.vision.num_patches)
+    return run_reduction(config).capacity_for(config.sizes.vision.num_patches)
 
 
 def fewest_visual_tokens(config: TrainConfig) -> int:
     """Lower bound of the visual tokens per image; a reduction that depends on it may keep one."""
-    varying = reduction_config(config).selection == "iqr"
-    return 1 if varying else visual_capacity(config)
+    return 1 if run_reduction(config).varying else visual_capacity(config)
 
 
 class ImageEncoder:
@@ -179,14 +184,13 @@ class ImageEncoder:
             functools.partial(
                 _encode,
                 module,
-                reduction=reduction_config(config),
+                reduction=run_reduction(config),
                 dtype=dtype,
-                implementation=default_implementation(dtype, vision.width // vision.num_heads),
             ),
             out_shardings=NamedSharding(mesh, logical_spec("batch")),
         )
 
-    def __call__(self, pixels: jax.Array) -> prumerge.VisualTokens:
+    def __call__(self, pixels: jax.Array) -> VisualTokens:
         """[B, S, S, 3] uint8 -> visual tokens, dispatched and not waited for."""
         return self._encode(self._weights, pixels)
 
@@ -200,9 +204,8 @@ def _encode(
     weights: Weights,
     pixels: jax.Array,
     *,
-    reduction: prumerge.PruMergeConfig,
+    reduction: Reduction,
     dtype: jnp.dtype,
-    implementation: str,
-) -> prumerge.VisualTokens:
+) -> VisualTokens:
     vision = module.merge(weights)
-    return encode_images(vision, pixels, reduction, dtype=dtype, implementation=implementation)
+    return encode_images(vision, pixels, reduction, dtype=dtype)

@@ -1,15 +1,10 @@
-"""The overlay, judged by its drawn pixels, and the command around it."""
-
-import dataclasses
-import pathlib
+"""The overlay, judged by its drawn pixels."""
 
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from PIL import Image
 
-import prumerge_jax
-from prumerge_jax import visualize
+from prumerge_jax.evaluation.report import overlay as drawing
 
 GREY = 200
 
@@ -40,8 +35,7 @@ def numbers(figure, panel, grid):
     return written
 
 
-@pytest.fixture
-def small():
+def small_case():
     """16 patches; 6 and 1 are kept in this order, 3, 7 and 12 merge, the rest do not."""
     patch_indices = np.array([6, 1], np.int32)
     assignment = np.full(16, -1, np.int32)
@@ -50,13 +44,18 @@ def small():
     return grey_image(), patch_indices, assignment
 
 
+@pytest.fixture
+def small():
+    return small_case()
+
+
 def test_kept_patches_are_lit_and_numbered_in_order(small):
     _, patch_indices, _ = small
-    figure = visualize.overlay(*small)
+    figure = drawing.overlay(*small)
     drawn = sample(figure, 1, grid=4)
     dimmed = np.delete(drawn, patch_indices, axis=0)
     np.testing.assert_allclose(drawn[patch_indices], GREY, atol=2)
-    np.testing.assert_allclose(dimmed, visualize.DIM * GREY, atol=2)
+    np.testing.assert_allclose(dimmed, drawing.DIM * GREY, atol=2)
     written = numbers(figure, 1, grid=4)
     assert {patch: text for patch, text in enumerate(written) if text} == {6: "1", 1: "2"}
     np.testing.assert_allclose(sample(figure, 0, grid=4), GREY, atol=2)
@@ -64,7 +63,7 @@ def test_kept_patches_are_lit_and_numbered_in_order(small):
 
 def test_merged_patches_have_the_colour_and_number_of_their_kept_token(small):
     _, _, assignment = small
-    figure = visualize.overlay(*small)
+    figure = drawing.overlay(*small)
     drawn = sample(figure, 2, grid=4)
     first, second, none = (drawn[assignment == slot] for slot in (0, 1, -1))
     for group in (first, second, none):
@@ -84,7 +83,7 @@ def test_every_kept_token_of_576_patches_keeps_its_own_colour(count):
     patch_indices = rng.permutation(576)[:count].astype(np.int32)
     assignment = rng.integers(-1, count, 576).astype(np.int32)
     assignment[patch_indices] = np.arange(count)
-    figure = visualize.overlay(pixels, patch_indices, assignment)
+    figure = drawing.overlay(pixels, patch_indices, assignment)
     drawn = sample(figure, 2, grid=24)[patch_indices]
     assert len({tuple(colour) for colour in drawn}) == count
     consecutive = np.abs(np.diff(drawn, axis=0)).max(axis=1)
@@ -98,7 +97,7 @@ def test_numbers_fit_into_their_patches():
     assignment = np.full(576, -1, np.int32)
     patch_indices = np.arange(count, dtype=np.int32)
     assignment[patch_indices] = patch_indices
-    figure = visualize.overlay(grey_image(336), patch_indices, assignment)
+    figure = drawing.overlay(grey_image(336), patch_indices, assignment)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     patch_width = figure.axes[1].get_window_extent().width / 24
@@ -110,77 +109,19 @@ def test_numbers_fit_into_their_patches():
 
 def test_a_patch_kept_twice_shows_its_first_number(small):
     pixels, _, assignment = small
-    figure = visualize.overlay(pixels, np.array([6, 1, 6]), assignment)
+    figure = drawing.overlay(pixels, np.array([6, 1, 6]), assignment)
     assert numbers(figure, 1, grid=4)[6] == "1"
 
 
 def test_contradicting_arrays_are_refused(small):
     pixels, patch_indices, assignment = small
     with pytest.raises(ValueError, match=r"expected uint8 \[S, S, 3\]"):
-        visualize.overlay(pixels.astype(np.float32), patch_indices, assignment)
+        drawing.overlay(pixels.astype(np.float32), patch_indices, assignment)
     with pytest.raises(ValueError, match="N the square of a number that divides"):
-        visualize.overlay(pixels, patch_indices, assignment[:15])
+        drawing.overlay(pixels, patch_indices, assignment[:15])
     with pytest.raises(ValueError, match="from 0 to 15, no padding"):
-        visualize.overlay(pixels, np.array([6, 1, -1]), assignment)
+        drawing.overlay(pixels, np.array([6, 1, -1]), assignment)
     with pytest.raises(ValueError, match="between -1 and 1"):
-        visualize.overlay(pixels, patch_indices, np.where(assignment < 0, 2, assignment))
+        drawing.overlay(pixels, patch_indices, np.where(assignment < 0, 2, assignment))
     with pytest.raises(ValueError, match="kept patch 1 is assigned to another token"):
-        visualize.overlay(pixels, patch_indices, np.zeros(16, np.int32))
-
-
-@dataclasses.dataclass
-class Explanation:
-    pixels: np.ndarray
-    patch_indices: np.ndarray
-    assignment: np.ndarray
-
-
-@pytest.fixture
-def loaded(monkeypatch, small):
-    """Stands in for the model; lists what the command asked of it."""
-    calls = []
-
-    class Llava:
-        @classmethod
-        def load(cls, directory):
-            calls.append(directory)
-            return cls()
-
-        def explain(self, image, *, reduction):
-            calls.append((image.size, reduction))
-            return Explanation(*small)
-
-    monkeypatch.setattr(prumerge_jax, "Llava", Llava, raising=False)
-    return calls
-
-
-def test_command_writes_the_overlay_of_the_model(tmp_path, loaded):
-    Image.fromarray(grey_image(20)).save(tmp_path / "photo.png")
-    output = tmp_path / "out.png"
-    arguments = ["--checkpoint", "weights", "--image", str(tmp_path / "photo.png")]
-    visualize.main([*arguments, "--reduction", "prumerge+", "--output", str(output)])
-    assert loaded == [pathlib.Path("weights"), ((20, 20), "prumerge+")]
-    with Image.open(output) as written:
-        width, height = written.size
-    assert width > 2.5 * height > 1000
-
-
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [("out.jpg", "does not end in .png"), ("missing/out.png", "no such folder")],
-)
-def test_command_refuses_a_bad_output_before_loading(tmp_path, loaded, capsys, output, message):
-    Image.fromarray(grey_image(20)).save(tmp_path / "photo.png")
-    arguments = ["--checkpoint", "weights", "--image", str(tmp_path / "photo.png")]
-    with pytest.raises(SystemExit):
-        visualize.main([*arguments, "--output", str(tmp_path / output)])
-    assert message in capsys.readouterr().err
-    assert loaded == []
-
-
-def test_command_names_an_unreadable_image_before_loading(tmp_path, loaded):
-    (tmp_path / "photo.png").write_text("no image")
-    arguments = ["--checkpoint", "weights", "--image", str(tmp_path / "photo.png")]
-    with pytest.raises(OSError, match=r"photo\.png"):
-        visualize.main([*arguments, "--output", str(tmp_path / "out.png")])
-    assert loaded == []
+        drawing.overlay(pixels, patch_indices, np.zeros(16, np.int32))
