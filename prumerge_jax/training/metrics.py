@@ -12,6 +12,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from prumerge_jax.store.atomic import write_atomically
+
 _logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
@@ -240,6 +242,4 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             _logger.warning("%s: dropping a torn line", path)
-    rewritten = path.with_suffix(".rewritten")
-    rewritten.write_text("".join(kept))
-    rewritten.replace(path)
+    write_atomically(path, "".join(kept).encode())
