@@ -232,14 +232,14 @@ class _EventFile:
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Keeps the records up to `step`; a torn last line goes too."""
+    """Keeps the records up to `step`; a torn last line and damaged ones are dropped."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            _logger.warning("%s: dropping a torn line", path)
-    write_atomically(path, "".join(kept).encode())
+        except (ValueError, KeyError, TypeError):
+            _logger.warning("%s: dropping a torn or damaged line", path)
+    write_atomically(path, b"".join(kept))
