@@ -172,6 +172,7 @@ def _count_targets(
     dataset: Dataset, preprocess: Preprocessor, fewest_visual_tokens: int
 ) -> dict[str, Any]:
     """How many samples there are, how many of them have no target, and the ids of the first."""
+    _logger.info("counting what can be learned in %d samples, once", dataset.samples)
     samples, without = 0, 0
     first: list[str] = []
     for sample in dataset.conversations():
