@@ -309,6 +309,7 @@ def test_the_miniature_has_a_name() -> None:
     assert model.config.vision.num_patches == 144
 
 
+@pytest.mark.slow
 def test_defaults_of_the_engine_fit_the_mesh(
     directory: pathlib.Path, model: prumerge_jax.Llava, images: list[np.ndarray]
 ) -> None:

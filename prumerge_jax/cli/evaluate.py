@@ -79,7 +79,7 @@ def _plan(config: ConfigDict, slice_name: str) -> int:
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
     spellings = reductions.parse_list(config.reduction)
     model, where = published(config.checkpoint), topology(slice_name)
-    shapes = engine_config(config.engine)
+    shapes = engine_config(config.engine, config.mesh)
     dtype = compute_dtype(config.dtype or "bfloat16")
     for spelling in spellings:
         try:
