@@ -24,7 +24,7 @@ from prumerge_jax.engine.engine import Encoding, Engine, Images, Query, Result
 from prumerge_jax.engine.scoring import score
 from prumerge_jax.engine.shapes import EngineConfig, Shapes, fit, tight_row_length
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
-from prumerge_jax.models.llava import random_model
+from tests.tiny_llava import random_llava
 
 IMAGES = 2000
 LLAVA_PATCHES, DIGITS_PATCHES = 576, 144
@@ -167,7 +167,7 @@ def test_two_thousand_images_compile_once_and_waste_less_than_a_twentieth(
     config = tiny_config(width + (run is score))
     capacity = prumerge.preset("prumerge").capacity_for(patches)
     engine = DrawnCounts(
-        *nnx.split(random_model(config, seed=0)),
+        *nnx.split(random_llava(config)),
         config,
         prumerge.preset("prumerge", capacity=capacity),
         fitted("prumerge", patches, text_tokens),
