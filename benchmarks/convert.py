@@ -35,7 +35,7 @@ from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig, published
 from prumerge_jax.sharding.mesh import make_mesh
 from prumerge_jax.store import model_directory as directory
-from prumerge_jax.training.stages import llava_template
+from prumerge_jax.training.weights import llava_module
 
 DEVICES = 8
 
@@ -43,7 +43,7 @@ DEVICES = 8
 def write_random_checkpoint(config: LlavaConfig, folder: pathlib.Path) -> int:
     """A checkpoint of random bfloat16 numbers; returns its bytes of tensors."""
     folder.mkdir(parents=True)
-    shapes = keys.expected_shapes(keys.weights(config)) | keys.passthrough(config.vision)
+    shapes = keys.expected_shapes(keys.weights(config)) | keys.unused_tower_tensors(config.vision)
     infos = {
         keys.dialect_key(key, Dialect.HF, config): TensorInfo(shape, np.dtype(jnp.bfloat16))
         for key, shape in shapes.items()
@@ -66,11 +66,11 @@ def to_ours(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def to_devices(source: pathlib.Path, target: pathlib.Path) -> None:
     """Our directory -> 8 devices. Weights are split as in training; `target` is not used."""
-    template = llava_template(config_json.read_config(source), None)
-    shardings = template.shardings(make_mesh(fsdp=DEVICES))
+    module = llava_module(config_json.read_config(source), None)
+    shardings = module.shardings(make_mesh(fsdp=DEVICES))
     targets = {
         path: jax.ShapeDtypeStruct(shape.shape, jnp.bfloat16, sharding=shardings[path])
-        for path, shape in template.shapes().items()
+        for path, shape in module.shapes().items()
     }
     jax.block_until_ready(directory.load_arrays(source, targets))
 

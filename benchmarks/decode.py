@@ -19,7 +19,7 @@ from models import add_geometry_argument, geometry, random_llava_for_inference
 
 from prumerge_jax.cost import Workload, operations
 from prumerge_jax.engine import programs
-from prumerge_jax.models.attention import default_implementation
+from prumerge_jax.engine.request import MAX_STOP_IDS
 
 
 def decoding(
@@ -28,7 +28,6 @@ def decoding(
     context: int,
     steps: int,
     dtype: jnp.dtype,
-    attention: str,
 ) -> Callable[[], jax.Array]:
     """`steps` tokens for every slot, each time from the same context."""
     length = context + steps
@@ -43,16 +42,18 @@ def decoding(
             positions=jnp.full(shape, context, jnp.int32),
             token=jnp.ones(shape, jnp.int32),
             remaining=jnp.full(shape, steps + 1, jnp.int32),
-            seeds=jnp.zeros(shape, jnp.uint32),
             drawn=jnp.ones(shape, jnp.int32),
+            sampling=programs.Sampling(
+                temperature=jnp.zeros(shape),
+                top_p=jnp.ones(shape),
+                seed=jnp.zeros(shape, jnp.uint32),
+                stop_ids=jnp.full((slots, MAX_STOP_IDS), -1, jnp.int32),
+            ),
         )
         after, emitted = programs.decode(
             *model,
             busy,
             steps=steps,
-            eos=-1,
-            sampling=programs.Sampling(),
-            implementation=attention,
         )
         cache = after.cache
         return emitted
@@ -76,12 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     chip = peak_rates(arguments.chip, dtype)
     model = random_llava_for_inference(config, dtype)
-    attention = default_implementation(dtype, config.text.head_dim)
     context, steps = arguments.context, arguments.steps
 
-    arms = {
-        slots: decoding(model, slots, context, steps, dtype, attention) for slots in arguments.slots
-    }
+    arms = {slots: decoding(model, slots, context, steps, dtype) for slots in arguments.slots}
     seconds = interleaved(arms, arguments.repeats)
     results = []
     for slots, times in seconds.items():

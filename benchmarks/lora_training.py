@@ -23,18 +23,17 @@ from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms,
 from models import add_geometry_argument, geometry, random_llava
 from prefill import packed_rows
 
-from prumerge_jax import prumerge, sharding
+from prumerge_jax import reductions, sharding
 from prumerge_jax.cost import training_flops
 from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.engine import programs
-from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.layers import AdapterConfig
-from prumerge_jax.training.next_token import RowBatch, next_token_loss
+from prumerge_jax.training.batches import RowBatch
+from prumerge_jax.training.objectives.next_token import next_token_loss
 from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer
-from prumerge_jax.training.parameters import Weights, trained_paths
-from prumerge_jax.training.stages import llava_template
 from prumerge_jax.training.step import TrainState, TrainStep, state_shardings
+from prumerge_jax.training.weights import Weights, llava_module, trained_paths
 
 LEARNING_RATES = (("*lora_*", 2e-4), ("projector.*", 2e-5))
 
@@ -46,9 +45,8 @@ class Trainer:
         self, config: LlavaConfig, adapter: AdapterConfig, dtype: jnp.dtype, remat: str
     ) -> None:
         self.config, self.dtype = config, dtype
-        self.attention = default_implementation(dtype, config.text.head_dim)
         self.model = random_llava(config, dtype, adapter)
-        template = llava_template(config, adapter)
+        module = llava_module(config, adapter)
         weights = {
             ".".join(map(str, path)): variable[...]
             for path, variable in nnx.to_flat_state(self.model[1])
@@ -59,17 +57,16 @@ class Trainer:
 
         def loss(weights: Weights, batch: RowBatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
             return next_token_loss(
-                template.merge(weights),
+                module.merge(weights),
                 batch,
                 dropout_key=key,
                 remat=remat,
-                implementation=self.attention,
             )
 
         mesh = sharding.make_mesh()
         optimizer = make_optimizer(OptimizerConfig(), 10_000, rates)
-        shapes = {path: template.shapes()[path] for path in rates}
-        placed = state_shardings(optimizer, shapes, template.shardings(mesh), mesh)
+        shapes = {path: module.shapes()[path] for path in rates}
+        placed = state_shardings(optimizer, shapes, module.shardings(mesh), mesh)
         self.step = TrainStep(loss, optimizer, seed=0, shardings=placed)
         self.state: TrainState = self.step.init(trained)
 
@@ -80,9 +77,9 @@ class Trainer:
         pixels = np.random.default_rng(0).integers(
             0, 256, (samples, vision.image_size, vision.image_size, 3), np.uint8
         )
-        reduction = prumerge.preset("full")
+        reduction = reductions.parse("full")
         if visual < vision.num_patches:
-            reduction = prumerge.preset("prumerge", capacity=visual)
+            reduction = reductions.parse(f"prumerge:capacity={visual}")
         learnt = (plan.visual_index < 0) & (plan.positions > visual + text // 2)
         targets = np.where(learnt, plan.ids, IGNORE)
         placed = dataclasses.replace(plan, targets=targets)
@@ -95,7 +92,6 @@ class Trainer:
                 raw,
                 reduction=reduction,
                 dtype=self.dtype,
-                implementation=self.attention,
             )
             batch = RowBatch(**fields, visual_tokens=encoded.tokens)
             self.state, metrics = self.step(self.state, self.frozen, [batch], step=0)

@@ -19,6 +19,7 @@ largest `figure` that passes; the exit status is 1 where one does not. What the 
 """
 
 import argparse
+import dataclasses
 import functools
 import pathlib
 import sys
@@ -38,16 +39,18 @@ from models import (
     random_llava_for_inference,
 )
 from prefill import packed_rows
-from scoring import requests
+from scoring import random_requests
 
-from prumerge_jax import prumerge
+from prumerge_jax import prumerge, reductions
 from prumerge_jax.engine import programs
-from prumerge_jax.engine.decoding import generate
-from prumerge_jax.engine.engine import Engine, Query
-from prumerge_jax.engine.scoring import score
+from prumerge_jax.engine.encoding import PlacedModel
+from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.request import Request
 from prumerge_jax.engine.shapes import EngineConfig, fit
-from prumerge_jax.models.attention import default_implementation
+from prumerge_jax.models import tuning
+from prumerge_jax.models.attention import backend_for
 from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.models.tuning import Tuning
 from prumerge_jax.sharding.mesh import mesh_on, replicated, use_mesh
 
 Model = tuple[nnx.GraphDef, nnx.State]
@@ -106,94 +109,96 @@ def selection(
     ]
 
 
-def logits(model: Model, rows: programs.Rows, tokens: jax.Array, attention: str) -> np.ndarray:
+def logits(model: Model, rows: programs.Rows, tokens: jax.Array, form: Tuning) -> np.ndarray:
     """[M, V] float32 at every eighth position."""
     graphdef, state = model
     longest = rows.ids.shape[1]
-    hidden, _ = programs.prefill(
-        *model, tokens, rows, max_segment_length=longest, implementation=attention
-    )
+    with tuning.use(form):
+        hidden, _ = programs.prefill(*model, tokens, rows, max_segment_length=longest)
     flat = hidden.reshape(-1, hidden.shape[-1])[::8]
     head = jax.jit(lambda state, x: nnx.merge(graphdef, state).decoder.logits(x))
     return np.asarray(head(state, flat))
 
 
 def compare_logits(
-    config: LlavaConfig, model: Model, dtype: jnp.dtype, attention: str, mesh: Mesh
+    config: LlavaConfig, model: Model, dtype: jnp.dtype, mesh: Mesh
 ) -> dict[str, Any]:
-    """The line `logits`: this dtype and attention, and float32 with plain attention on `mesh`."""
+    """The line `logits`: this dtype and tuning, and float32 without any tuning on `mesh`."""
     visual = config.vision.num_patches // 4
     plan, number = packed_rows(visual, 60, 2 * (visual + 60) + 7, rows=2)
     fields = (plan.ids, plan.visual_index, plan.positions, plan.segment_ids)
     shape = (number, visual, config.vision.width)
     tokens = np.random.default_rng(1).standard_normal(shape, np.float32)
     rows = programs.Rows(*map(jnp.asarray, fields))
-    got = logits(model, rows, jnp.asarray(tokens, dtype), attention)
+    got = logits(model, rows, jnp.asarray(tokens, dtype), tuning.current())
 
     graphdef, state = model
     exact = jax.tree.map(lambda weight: np.asarray(weight, np.float32), state)
     with use_mesh(mesh), jax.default_matmul_precision("highest"):
         exact, rows, tokens = jax.device_put((exact, rows, tokens), replicated(mesh))
-        expected = logits((graphdef, exact), rows, tokens, "xla")
+        expected = logits((graphdef, exact), rows, tokens, Tuning.plain())
     valid = plan.segment_ids.reshape(-1)[::8] > 0
     error = np.sqrt(np.mean((got - expected)[valid] ** 2) / np.mean(expected[valid] ** 2))
+    attention = backend_for(dtype, config.text.head_dim)
     return line("logits", float(error), LOGITS[dtype.name], f"{dtype.name}, attention {attention}")
 
 
 def engine(
-    config: LlavaConfig, model: Model, queries: Sequence[Query], dtype: jnp.dtype, attention: str
+    config: LlavaConfig, model: Model, requests: Sequence[Request], dtype: jnp.dtype
 ) -> Engine:
-    """Of PruMerge, two rows and eight slots."""
-    reduction = prumerge.preset("prumerge")
-    new = max(query.max_new_tokens for query in queries)
+    """An engine of PruMerge with two rows and eight slots."""
+    reduction = reductions.parse("prumerge")
+    new = max(request.sampling.max_new_tokens for request in requests)
     shapes = fit(
-        EngineConfig(batch_size=4, window=8, rows=2, slots=8),
+        EngineConfig(batch_size=4, window_size=8, prefill_rows=2, slots=8),
         reduction,
         config.vision.num_patches,
-        np.array([query.text_tokens + len(query.continuation) for query in queries]),
+        np.array([request.text_tokens + len(request.continuation) for request in requests]),
         max_new_tokens=new,
         max_positions=config.text.max_positions,
     )
-    return Engine(*model, config, reduction, shapes, dtype=dtype, implementation=attention)
+    return Engine(PlacedModel(*model, config, dtype), reduction, shapes)
 
 
-def scores(engine: Engine, queries: Sequence[Query]) -> dict[int, float]:
-    """The log-likelihood of every query's continuation, by its key."""
-    return {result.key: result.log_likelihood for result in score(engine, queries)}
+def scores(engine: Engine, requests: Sequence[Request]) -> dict[int, float]:
+    """The log-likelihood of every request's continuation, by its key."""
+    return {answer.key: answer.log_likelihood for answer in engine.score(requests)}
 
 
-def company(
-    config: LlavaConfig, model: Model, dtype: jnp.dtype, attention: str
-) -> list[dict[str, Any]]:
+def company(config: LlavaConfig, model: Model, dtype: jnp.dtype) -> list[dict[str, Any]]:
     """The lines `packed` and `greedy`."""
     limit = NATS[dtype.name]
     asked = [
-        query._replace(token_ids=query.token_ids[: 8 + 5 * query.key])
-        for query in requests(config, number=8, text_tokens=60, output_tokens=16)
+        dataclasses.replace(request, token_ids=request.token_ids[: 8 + 5 * request.key])
+        for request in random_requests(config, number=8, text_tokens=60, output_tokens=16)
     ]
-    answering = engine(config, model, asked, dtype, attention)
-    together = {result.key: result.token_ids for result in generate(answering, asked)}
-    alone = {q.key: next(iter(generate(answering, [q]))).token_ids for q in asked}
+    answering = engine(config, model, asked, dtype)
+    together = {answer.key: answer.token_ids for answer in answering.generate(asked)}
+    alone = {r.key: next(answering.generate([r])).token_ids for r in asked}
 
     answered = [
-        query._replace(max_new_tokens=0, continuation=np.array(alone[query.key], np.int32))
-        for query in asked
+        dataclasses.replace(request, continuation=np.array(alone[request.key], np.int32))
+        for request in asked
     ]
-    scoring = engine(config, model, answered, dtype, attention)
+    scoring = engine(config, model, answered, dtype)
     in_company = scores(scoring, answered)
-    furthest = max(abs(scores(scoring, [q])[q.key] - in_company[q.key]) for q in answered)
+    furthest = max(abs(scores(scoring, [r])[r.key] - in_company[r.key]) for r in answered)
 
     other, ties = 0, 0
-    for query in answered:
-        ours, expected = together[query.key], alone[query.key]
+    for request in answered:
+        key = request.key
+        ours, expected = together[key], alone[key]
         if ours == expected:
             continue
         until = 1 + next(i for i, (a, b) in enumerate(zip(ours, expected, strict=True)) if a != b)
         both = [
-            scores(scoring, [query._replace(continuation=np.array(answer[:until], np.int32))])
+            scores(
+                scoring,
+                [dataclasses.replace(request, continuation=np.array(answer[:until], np.int32))],
+            )
             for answer in (ours, expected)
         ]
-        tie = abs(both[0][query.key] - both[1][query.key]) <= limit
+        tie = abs(both[0][key] - both[1][key]) <= limit
         ties, other = ties + tie, other + (not tie)
     return [
         line("packed", furthest, limit, f"{len(asked)} answers of 16 tokens"),
@@ -229,11 +234,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"no CPU to compare with ({error}); set JAX_PLATFORMS=cuda,cpu or tpu,cpu")
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     model = random_llava_for_inference(config, dtype)
-    attention = default_implementation(dtype, config.text.head_dim)
 
     results = selection(config, arguments.kept, arguments.cases, cpu)
-    results.append(compare_logits(config, model, dtype, attention, mesh_on([cpu])))
-    results += company(config, model, dtype, attention)
+    results.append(compare_logits(config, model, dtype, mesh_on([cpu])))
+    results += company(config, model, dtype)
     report("numerics", arguments, results)
     if any(result["passed"] == "NO" for result in results):
         sys.exit(1)

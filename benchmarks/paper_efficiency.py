@@ -19,9 +19,8 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from prumerge_jax.cost.counts import decoder_linears
 from prumerge_jax.cost.roofline import CHIPS, Chip, Operation
-from prumerge_jax.models.config import TextConfig, published
+from prumerge_jax.models.config import TextConfig, decoder_linears, published
 
 VICUNA_VOCABULARY = 32000
 

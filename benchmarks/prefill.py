@@ -23,7 +23,7 @@ from prumerge_jax.cost import Workload, floor_seconds, operations
 from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
-from prumerge_jax.models.attention import default_implementation
+from prumerge_jax.engine.request import MAX_STOP_IDS
 
 
 def packed_rows(visual: int, text: int, length: int, rows: int) -> tuple[packing.Rows, int]:
@@ -36,11 +36,12 @@ def packed_rows(visual: int, text: int, length: int, rows: int) -> tuple[packing
     requests = [
         packing.Request(np.insert(ids, 1, IMAGE_TOKEN), (image,)) for image in range(number)
     ]
-    return packing.pack(requests, layout, length, rows), number
+    (filled,) = packing.pack_window(requests, layout, length, rows)
+    return filled, number
 
 
 def arms(
-    model: tuple[nnx.GraphDef, nnx.State], rows: packing.Rows, tokens: jax.Array, attention: str
+    model: tuple[nnx.GraphDef, nnx.State], rows: packing.Rows, tokens: jax.Array
 ) -> dict[str, Callable[[], object]]:
     """Both prefills over these rows."""
     device = programs.Rows(
@@ -48,18 +49,25 @@ def arms(
     )
     last = rows.row_of * rows.ids.shape[1] + rows.start_of + rows.length_of - 1
     index, targets = jnp.asarray(last), jnp.ones(len(last), jnp.int32)
-    integers = (rows.row_of, rows.start_of, rows.length_of, rows.length_of, rows.length_of)
-    segments = programs.Segments(*map(jnp.asarray, integers))
-    static = {"max_segment_length": int(rows.length_of.max()), "implementation": attention}
+    integers = (rows.row_of, rows.start_of, rows.length_of, rows.length_of)
+    greedy = programs.Sampling(
+        temperature=jnp.zeros(len(last)),
+        top_p=jnp.ones(len(last)),
+        seed=jnp.zeros(len(last), jnp.uint32),
+        stop_ids=jnp.full((len(last), MAX_STOP_IDS), -1, jnp.int32),
+    )
+    segments = programs.Segments(*map(jnp.asarray, integers), greedy)
+    longest = int(rows.length_of.max())
 
     def read() -> jax.Array:
-        unfinished = programs.read(*model, tokens, device, **static)
-        return programs.log_likelihoods(*model, unfinished, index, targets)
+        partial = programs.hidden_before_last_mlp(
+            *model, tokens, device, max_segment_length=longest
+        )
+        return programs.log_likelihoods(*model, partial, index, targets)
 
     def prefill() -> tuple[jax.Array, object]:
-        hidden, cache = programs.prefill(*model, tokens, device, **static)
-        greedy = programs.Sampling()
-        return programs.first_tokens(*model, hidden, segments, sampling=greedy), cache
+        hidden, cache = programs.prefill(*model, tokens, device, max_segment_length=longest)
+        return programs.first_tokens(*model, hidden, segments), cache
 
     return {"read": read, "prefill": prefill}
 
@@ -79,7 +87,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     chip = peak_rates(arguments.chip, dtype)
     model = random_llava_for_inference(config, dtype)
-    attention = default_implementation(dtype, config.text.head_dim)
 
     results = []
     for visual in arguments.visual:
@@ -87,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             visual, arguments.text_tokens, arguments.row_length, arguments.rows
         )
         tokens = jnp.ones((number, visual, config.vision.width), dtype)
-        seconds = interleaved(arms(model, rows, tokens, attention), arguments.repeats)
+        seconds = interleaved(arms(model, rows, tokens), arguments.repeats)
         workload = Workload(visual, arguments.text_tokens, batch=number)
         floors = floor_seconds(config, workload, chip)
         stages = operations(config, workload)
@@ -102,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "segments": number,
                     **quartiles_ms(times),
                     "segments_per_s": number / median,
-                    "efficiency": packing.token_efficiency([rows]),
+                    "efficiency": float((rows.segment_ids > 0).mean()),
                     "floor_ms": 1e3 * floor,
                     "floor_share": floor / median,
                     "utilisation": flops / median / chip.flops,

@@ -27,7 +27,6 @@ from models import GEOMETRIES, outlier_attention, random_weights
 
 from prumerge_jax import prumerge
 from prumerge_jax.cost import Operation, Workload, operations
-from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.clip import ClipVision, VisionFeatures
 from prumerge_jax.models.config import VisionConfig
 
@@ -59,11 +58,10 @@ def tower_seconds(config: VisionConfig, batch: int, dtype: jnp.dtype, repeats: i
     """Median time of the tower over `batch` images, random weights."""
     graphdef, state = random_weights(lambda rngs: ClipVision(config, rngs=rngs), dtype)
     pixels = jnp.zeros((batch, config.image_size, config.image_size, 3), dtype)
-    implementation = default_implementation(dtype, config.width // config.num_heads)
 
     @jax.jit
     def tower(state: nnx.State, pixels: jax.Array) -> VisionFeatures:
-        return nnx.merge(graphdef, state)(pixels, implementation=implementation)
+        return nnx.merge(graphdef, state)(pixels)
 
     seconds = interleaved({"tower": lambda: tower(state, pixels)}, repeats)
     return float(np.median(seconds["tower"]))

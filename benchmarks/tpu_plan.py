@@ -17,18 +17,19 @@ from typing import Any
 
 import jax
 
-from configs import prumerge_7b_lora, prumerge_13b_lora
+from prumerge_jax.aot.assumptions import mean_visual_tokens
 from prumerge_jax.aot.compile import DoesNotFit, tpu
 from prumerge_jax.aot.topology import topology
 from prumerge_jax.aot.training import (
     ASSUMED_TEXT_TOKENS,
-    MEAN_VISUAL_TOKENS,
     Samples,
     TrainingPlan,
     plan_training,
 )
+from prumerge_jax.cli import recipes
+from prumerge_jax.training.config import parse
 
-RECIPES = {"7b": prumerge_7b_lora, "13b": prumerge_13b_lora}
+RECIPES = {"7b": "prumerge_7b_lora", "13b": "prumerge_13b_lora"}
 SLICES = (
     "v5e:2x4", "v5p:2x2x2", "v6e:2x4",
     "v5e:8x8", "v5p:4x4x4", "v6e:8x8",
@@ -44,10 +45,11 @@ HEADER = (
 def plan(model: str, name: str, samples_per_chip: int, text_tokens: int) -> TrainingPlan:
     """The plan of a recipe with PruMerge+ on a slice."""
     where = topology(name)
-    config = RECIPES[model].get_config()
+    config = recipes.load(RECIPES[model])
     config.reduction = REDUCTION
     config.batch_size = samples_per_chip * len(where.devices)
-    samples = Samples(config.batch_size, MEAN_VISUAL_TOKENS[REDUCTION], text_tokens)
+    visual, source = mean_visual_tokens(REDUCTION, parse(config).sizes.vision)
+    samples = Samples(config.batch_size, visual, text_tokens, source)
     return plan_training(config, where, samples)
 
 

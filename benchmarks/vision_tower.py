@@ -18,21 +18,18 @@ from flax import nnx
 from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms, report
 from models import add_geometry_argument, geometry, random_llava
 
-from prumerge_jax import prumerge
+from prumerge_jax import reductions
 from prumerge_jax.cost import Workload, floor_seconds, operations
 from prumerge_jax.engine import programs
-from prumerge_jax.models.attention import default_implementation
 from prumerge_jax.models.clip import VisionFeatures
 
 REDUCTIONS = {"encode full": "full", "encode prumerge": "prumerge", "encode prumerge+": "prumerge+"}
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "implementation"))
-def tower(
-    graphdef: nnx.GraphDef, state: nnx.State, pixels: jax.Array, *, implementation: str
-) -> VisionFeatures:
+@functools.partial(jax.jit, static_argnames=("graphdef",))
+def tower(graphdef: nnx.GraphDef, state: nnx.State, pixels: jax.Array) -> VisionFeatures:
     """[B, S, S, 3] normalised pixels to features."""
-    return nnx.merge(graphdef, state).vision(pixels, implementation=implementation)
+    return nnx.merge(graphdef, state).vision(pixels)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     vision = config.vision
     chip = peak_rates(arguments.chip, dtype)
     model = random_llava(config, dtype)
-    implementation = default_implementation(dtype, vision.width // vision.num_heads)
 
     results = []
     for batch in arguments.batches:
@@ -58,17 +54,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             0, 256, (batch, vision.image_size, vision.image_size, 3), np.uint8
         )
         raw, normalised = jnp.asarray(pixels), jnp.asarray(pixels / 255, dtype)
-        arms = {
-            "tower": functools.partial(tower, *model, normalised, implementation=implementation)
-        }
+        arms = {"tower": functools.partial(tower, *model, normalised)}
         for name, reduction in REDUCTIONS.items():
             arms[name] = functools.partial(
                 programs.encode,
                 *model,
                 raw,
-                reduction=prumerge.preset(reduction),
+                reduction=reductions.parse(reduction),
                 dtype=dtype,
-                implementation=implementation,
             )
         seconds = interleaved(arms, arguments.repeats)
         for name in arms:

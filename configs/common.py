@@ -2,39 +2,37 @@
 
 import dataclasses
 
-import ml_collections
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from prumerge_jax.models.config import LlavaConfig, published
-
-ConfigDict = ml_collections.ConfigDict
 
 
 def training() -> ConfigDict:
     """All fields, with the settings that LLaVA-1.5 and PruMerge share; not yet a recipe."""
     config = ConfigDict()
-    config.objective = "next_token"  # or "contrastive"
-    config.model = ConfigDict()  # sizes
-    config.weights = ml_collections.config_dict.placeholder(str)  # model directory to start from
+    config.objective = "next_token"
+    config.objective_options = ConfigDict()  # fields that only this objective has
+    config.model = ConfigDict()  # sizes; empty: those of the weights
+    config.weights = placeholder(str)  # model directory, or "miniature", or "random"
+    config.tokenizer = placeholder(str)  # for random weights alone: a tokenizer.model
     config.learning_rates = ()  # (path pattern, rate); what is not named is frozen
-    config.adapter = None  # rank, alpha, dropout
-    config.contrastive = None  # parts of that stage
+    config.adapter = lora(rank=0)  # no adapters
 
-    config.data = ConfigDict()
+    config.data = llava_json()
     config.conversation = "v1"
     config.tokenizer_style = "4.31"
     config.label_protocol = "prumerge"
     config.image_mode = "pad"
     config.group_by_modality_length = False
 
-    config.reduction = "full"  # None: no images at all
-    config.reduction_options = ConfigDict()  # fields of PruMergeConfig to override
-    config.patch_dropout = None  # pictures, least: see training/patch_dropout.py
+    config.reduction = "full"  # as prumerge:neighbours=8, see reductions/
     config.position_ids = "compact"
     config.max_length = 2048
 
     config.batch_size = 128  # samples of an optimizer step, over all devices
     config.epochs = 1.0
-    config.steps = ml_collections.config_dict.placeholder(int)  # where given, instead of epochs
+    config.steps = placeholder(int)  # where given, instead of epochs
     config.optimizer = ConfigDict(
         {
             "warmup_ratio": 0.03,
@@ -43,7 +41,7 @@ def training() -> ConfigDict:
             "b2": 0.999,
             "eps": 1e-8,
             # DeepSpeed's files set none, so the published runs were most likely not clipped.
-            "clip_norm": ml_collections.config_dict.placeholder(float),
+            "clip_norm": placeholder(float),
         }
     )
     config.dtype = "bfloat16"
@@ -72,13 +70,19 @@ def sizes(model: str | LlavaConfig) -> ConfigDict:
     return ConfigDict(dataclasses.asdict(config))
 
 
+def lora(rank: int, alpha: float = 256.0, dropout: float = 0.05) -> ConfigDict:
+    """Adapters on every linear layer of the decoder; a rank of 0 means none."""
+    return ConfigDict({"rank": rank, "alpha": alpha, "dropout": dropout})
+
+
 def llava_json() -> ConfigDict:
-    """A fine-tuning file in LLaVA's form; its three paths are given on the command line."""
+    """A fine-tuning file in LLaVA's form; its paths are given on the command line."""
     return ConfigDict(
         {
             "name": "llava_json",
             "json_file": "",
             "image_folder": "",
-            "directory": "~/.cache/prumerge_jax",  # where the prepared records go
+            "directory": "~/.cache/prumerge_jax",  # where prepared records are stored
+            "skip_bad_images": False,  # leave such samples out instead of refusing all
         }
     )

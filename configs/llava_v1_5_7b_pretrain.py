@@ -7,7 +7,6 @@ def get_config() -> common.ConfigDict:
     """The column `pretrain` of LLaVA's scripts/v1_5/pretrain.sh."""
     config = common.training()
     config.model = common.sizes("llava-1.5-7b")
-    config.data = common.llava_json()
     config.learning_rates = (("projector.*", 1e-3),)
     config.conversation = "plain"
     config.image_mode = "crop"

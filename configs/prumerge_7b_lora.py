@@ -11,9 +11,8 @@ def get_config() -> common.ConfigDict:
     """
     config = common.training()
     config.model = common.sizes("llava-1.5-7b")
-    config.data = common.llava_json()
     config.learning_rates = (("decoder.*.lora_?", 2e-4), ("projector.*", 2e-5))
-    config.adapter = common.ConfigDict({"rank": 128, "alpha": 256.0, "dropout": 0.05})
+    config.adapter = common.lora(rank=128)
     config.group_by_modality_length = True
     config.reduction = "prumerge"
     config.batch_size = 160  # 20 x 4 devices x 2 accumulated

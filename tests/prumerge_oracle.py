@@ -1,4 +1,4 @@
-"""PruMerge written out with loops over patches and tokens, float64, from its specification."""
+"""PruMerge written out with loops over patches and tokens, float64, and inputs for it."""
 
 import numpy as np
 
@@ -12,14 +12,14 @@ def reduce_one(
     hidden, keys = hidden.astype(np.float64), keys.astype(np.float64)
     num = len(attention)
     by_attention = sorted(range(num), key=lambda i: (-attention[i], i))
-    if config.selection == "all":
+    if config.count_rule == "all":
         number = num
-    elif config.selection == "top":
+    elif config.count_rule == "top":
         number = int(num * config.ratio)
     else:
         q1, q3 = np.percentile(attention, [25, 75])
         number = sum(bool(a > q3 + config.iqr_factor * (q3 - q1)) for a in attention)
-    if config.selection != "all":
+    if config.count_rule != "all":
         number = max(number, config.min_tokens)
         number = min(number, num if config.max_tokens is None else config.max_tokens)
     selected = by_attention[:number]
@@ -52,16 +52,16 @@ def reduce_one(
 
 def _added(selected: list[int], number: int, num: int, config: PruMergeConfig) -> list[int]:
     others = [i for i in range(num) if i not in selected]
-    if config.spatial == "raster":
+    if config.added_patches == "raster":
         stride = max(1, num // max(number, 1) // 3)
         return [i for i in range(0, num - 1, stride) if i not in selected]
-    if config.spatial == "raster_fixed":
+    if config.added_patches == "raster_fixed":
         stride = int(1 / config.ratio)
         return list(range(stride // 2, num - 1, stride))
-    if config.spatial == "uniform":
+    if config.added_patches == "uniform":
         points = min(number, len(others))
         return sorted({others[(2 * i + 1) * len(others) // (2 * points)] for i in range(points)})
-    if config.spatial == "lattice":
+    if config.added_patches == "lattice":
         side = int(num**0.5)
         points = int(np.ceil(np.sqrt(number)))
         lines = {(2 * i + 1) * side // (2 * points) for i in range(points)}
@@ -73,3 +73,15 @@ def _similarity(a: np.ndarray, b: np.ndarray, kind: str) -> float:
     if kind == "dot":
         return float(a @ b)
     return float(a @ b / max(np.linalg.norm(a), 1e-12) / max(np.linalg.norm(b), 1e-12))
+
+
+def random_batch(
+    batch: int, patches: int, width: int, seed: int = 0, skew: float = 2.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hidden states, keys, and attention with a heavy tail."""
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(batch, patches, width)).astype(np.float32)
+    keys = rng.normal(size=(batch, patches, width)).astype(np.float32)
+    attention = np.exp(skew * rng.normal(size=(batch, patches)))
+    attention = (attention / attention.sum(-1, keepdims=True) * 0.9).astype(np.float32)
+    return hidden, keys, attention

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from configs import eval as eval_config
 from prumerge_jax.digits import benchmark as digits
+from prumerge_jax.evaluation import run
 from tests.programs import run_program
 from tests.tiny_llava import write_tiny_llava
 
@@ -38,7 +40,7 @@ def test_several_reductions_with_baselines(model: pathlib.Path, tmp_path: pathli
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     names = {"full", "prumerge_neighbours=4", "downsample_2"}
-    names |= {f"prumerge_neighbours=4_choice={choice}" for choice in ("random", "uniform")}
+    names |= {f"prumerge_neighbours=4_ranking={ranking}" for ranking in ("random", "uniform")}
     assert {path.name for path in (tmp_path / "digits").iterdir()} == names
     metrics = {
         name: json.loads((tmp_path / "digits" / name / "metrics.json").read_text())
@@ -48,7 +50,7 @@ def test_several_reductions_with_baselines(model: pathlib.Path, tmp_path: pathli
     assert metrics["full"]["visual_tokens_mean"] == 16
     assert 1 < ours["visual_tokens_mean"] < 16
     assert (
-        metrics["prumerge_neighbours=4_choice=random"]["visual_tokens_mean"]
+        metrics["prumerge_neighbours=4_ranking=random"]["visual_tokens_mean"]
         == ours["visual_tokens_mean"]
     )
     assert ours["images_per_second"] > 0
@@ -56,6 +58,26 @@ def test_several_reductions_with_baselines(model: pathlib.Path, tmp_path: pathli
     page = (tmp_path / "report.html").read_text()
     assert "prumerge:neighbours=4" in page
     assert "number of digits" in page
+
+
+@pytest.mark.parametrize(
+    ("reduction", "message"),
+    [
+        ("full prumerg", "unknown reduction 'prumerg'; did you mean 'prumerge'"),
+        ("full prumerge:neighbours=0", "neighbours is 0; expected an integer"),
+        ("full,prumerge:neighbours=8", "several reductions are separated by a space"),
+        ("", "no reduction is named"),
+    ],
+)
+def test_every_reduction_is_checked_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, reduction: str, message: str
+) -> None:
+    monkeypatch.setattr(run, "load", lambda *_: pytest.fail("the model was loaded"))
+    config = eval_config.get_config()
+    config.digits.scenes = 1
+    config.reduction = reduction
+    with pytest.raises(ValueError, match=message):
+        run.evaluate(config, tmp_path)
 
 
 def test_a_bad_image_gives_status_3_and_the_rest(

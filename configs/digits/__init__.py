@@ -1,1 +1,1 @@
-"""The stages of the miniature, in order: contrastive, align, finetune, lora; two ablations."""
+"""The stages of the miniature, in order: contrastive, align, finetune, lora."""

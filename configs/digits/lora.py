@@ -9,9 +9,8 @@ def get_config(mode: str = "") -> common.ConfigDict:
     config = miniature.training()
     config.weights = "runs/digits/finetune/model"
     config.learning_rates = (("decoder.*.lora_?", 2e-3), ("projector.*", 5e-4))
-    config.adapter = common.ConfigDict({"rank": 16, "alpha": 32.0, "dropout": 0.05})
-    config.reduction = "prumerge"
-    config.reduction_options.neighbours = 8
+    config.adapter = common.lora(rank=16, alpha=32.0)
+    config.reduction = "prumerge:neighbours=8"
     config.position_ids = "original"
     config.data.train_scenes = 14_400
     config.data.questions_per_family = 1

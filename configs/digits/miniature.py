@@ -1,5 +1,6 @@
 """What the stages of the miniature share: sizes and data. Not a stage itself."""
 
+import prumerge_jax.digits.training  # noqa: F401, registers data set, tokenizer and objective
 from configs import common
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 
@@ -21,19 +22,15 @@ def training() -> common.ConfigDict:
     """A stage of the miniature: float32 on one device, data in `data.form`."""
     config = common.training()
     config.model = common.sizes(MODEL)
-    config.data = common.ConfigDict(
-        {
-            "name": "digits_vqa",
-            "form": "conversation",
-            "directory": "~/.cache/prumerge_jax",
-            "train_scenes": 32_000,
-            "validation_scenes": 500,
-            "test_scenes": 1_000,
-            "questions_per_family": 2,
-            "scenes_per_layout": 8,
-            "seed": 0,
-        }
-    )
+    config.tokenizer = "digits"
+    config.data.name = "digits_vqa"
+    config.data.form = "conversation"
+    config.data.train_scenes = 32_000
+    config.data.validation_scenes = 500
+    config.data.test_scenes = 1_000
+    config.data.questions_per_family = 2
+    config.data.scenes_per_layout = 8
+    config.data.seed = 0
     config.max_length = 320
     config.batch_size = 64
     config.dtype = "float32"
@@ -58,7 +55,7 @@ def at_scale(config: common.ConfigDict, mode: str) -> common.ConfigDict:
     if mode not in ("", "tiny"):
         raise ValueError(f"mode is {mode!r}; expected none or 'tiny'")
     if mode == "tiny":
-        config.weights = None
+        config.weights = "random"
         config.data.train_scenes = 64
         config.data.validation_scenes = config.data.test_scenes = 8
         config.batch_size = 32

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from prumerge_jax.aot.hlo import ProgramCost, program_cost
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import Chip, Tpu, counts
-from prumerge_jax.models.attention import default_implementation, splash_pairs
+from prumerge_jax.models.attention import backend_for
+from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import TextConfig, VisionConfig
 
 Sizes = Mapping[str, int]
@@ -127,19 +128,21 @@ def placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     )
 
 
-def tower_attention(vision: VisionConfig, dtype: jnp.dtype) -> str:
-    """The attention that the tower gets on the current mesh, by the width of its own heads."""
-    return default_implementation(dtype, vision.width // vision.num_heads)
+def tower_kernel_flops(vision: VisionConfig, images: int, dtype: jnp.dtype) -> float:
+    """FLOPs of the TPU's attention kernel for a batch of images, padding included.
 
-
-def tower_kernel_flops(vision: VisionConfig, images: int) -> float:
-    """FLOPs of the TPU's attention kernel for a batch of images, padding included."""
+    0 where the tower gets another backend on the current mesh.
+    """
+    if backend_for(dtype, vision.head_dim) != "splash":
+        return 0.0
     pairs = splash_pairs(vision.num_patches + 1, causal=False)
     return counts.tower_attention_flops(vision, images * pairs)
 
 
-def decoder_kernel_flops(text: TextConfig, rows: int, pairs: float) -> float:
-    """FLOPs of the TPU's attention kernel for rows of `pairs` (query, key) pairs each, forward."""
+def decoder_kernel_flops(text: TextConfig, rows: int, pairs: float, dtype: jnp.dtype) -> float:
+    """FLOPs of that kernel, forward, for rows of `pairs` (query, key) pairs each; 0 likewise."""
+    if backend_for(dtype, text.head_dim) != "splash":
+        return 0.0
     return counts.attention_flops(text, rows * pairs)
 
 

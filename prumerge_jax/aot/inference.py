@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from prumerge_jax import prumerge
+from prumerge_jax.aot.assumptions import MeanTokens, mean_visual_tokens
 from prumerge_jax.aot.compile import (
     CAVEAT,
     Program,
@@ -25,17 +25,17 @@ from prumerge_jax.aot.compile import (
     memory_line,
     peak_bytes,
     program_lines,
-    tower_attention,
     tower_kernel_flops,
 )
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
 from prumerge_jax.cost.roofline import Operation
 from prumerge_jax.engine import programs
-from prumerge_jax.engine.shapes import EngineConfig, Shapes, fit
-from prumerge_jax.models.attention import default_implementation, splash_pairs
+from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit
+from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import abstract_model
+from prumerge_jax.reductions import Reduction, parse
 from prumerge_jax.sharding.mesh import (
     logical_spec,
     mesh_on,
@@ -55,6 +55,9 @@ class InferencePlan:
     Attributes:
       topology: the slice.
       mesh: sizes of the mesh's axes.
+      reduction: as it was spelled.
+      dtype: of weights and computation.
+      visual_tokens: assumed mean per image.
       shapes: of the programs.
       programs: encode, read (scoring), prefill and decode, one run each.
       work: by program, what it computes on all chips together, by the cost model.
@@ -64,7 +67,10 @@ class InferencePlan:
 
     topology: Topology
     mesh: Sizes
-    shapes: Shapes
+    reduction: str
+    dtype: jnp.dtype
+    visual_tokens: MeanTokens
+    shapes: EngineShapes
     programs: tuple[Program, ...]
     work: Mapping[str, Operation]
     resident: int
@@ -74,6 +80,12 @@ class InferencePlan:
     def memory(self) -> int:
         """Peak bytes per chip: what stays, and the largest working set of a program."""
         return peak_bytes(self.resident, self.programs)
+
+    @property
+    def prompts(self) -> float:
+        """Number of prompts of the assumed length that full rows hold."""
+        length = self.visual_tokens.mean + ASSUMED_TEXT_TOKENS
+        return self.shapes.prefill_rows * self.shapes.row_length / length
 
     def lines(self) -> list[str]:
         """The plan for people."""
@@ -85,7 +97,10 @@ class InferencePlan:
             f"{self.topology.name}: {used} of {len(self.topology.devices)} chips, mesh "
             + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
             *(f"  rejected: {reason}" for reason in self.rejected),
-            f"{self.shapes.batch_size} images, {self.shapes.rows} rows of "
+            f"{self.reduction} in {self.dtype}, assumed {self.visual_tokens.mean:.4g} visual "
+            f"tokens per image ({self.visual_tokens.reason}) and {ASSUMED_TEXT_TOKENS} of text: "
+            f"{self.prompts:.0f} prompts in the rows of a read or prefill",
+            f"{self.shapes.batch_size} images, {self.shapes.prefill_rows} rows of "
             f"{self.shapes.row_length}, {self.shapes.slots} slots of {self.shapes.cache_length}",
             memory_line(self.memory, self.resident, chip),
             *program_lines([(program, 1) for program in self.programs], chip),
@@ -104,7 +119,7 @@ class InferencePlan:
 def plan_inference(
     model: LlavaConfig,
     engine: EngineConfig,
-    reduction: prumerge.PruMergeConfig,
+    reduction: str,
     topology: Topology,
     mesh: Sizes,
     dtype: jnp.dtype = jnp.bfloat16,
@@ -114,28 +129,24 @@ def plan_inference(
     Args:
       model: sizes.
       engine: shapes of the programs; lengths that it leaves open are fitted to short questions.
-      reduction: what happens to the visual tokens.
+      reduction: spelling of what happens to the visual tokens.
       topology: the slice.
       mesh: sizes of the mesh's axes; those that are tried next have more `tensor`.
       dtype: of weights and computation.
 
     Raises:
-      ValueError: the mesh is larger than the slice, or a shape does not divide over its shards.
+      ValueError: the mesh is larger than the slice, a shape does not divide over its shards, or
+        the reduction is not valid.
       DoesNotFit: no mesh of the slice has the memory.
     """
-    shards = mesh["data"] * mesh["fsdp"]
-    for name in ("batch_size", "rows", "slots"):
-        if getattr(engine, name) % shards:
-            raise ValueError(
-                f"{name} {getattr(engine, name)} does not divide over the {shards} data shards"
-            )
     shapes = fit(
         engine,
-        reduction,
-        model.vision.num_patches,
+        parse(reduction),
+        _resized(model, parse(reduction)).vision.num_patches,
         np.array([ASSUMED_TEXT_TOKENS]),
         max_new_tokens=ASSUMED_NEW_TOKENS,
         max_positions=model.text.max_positions,
+        shards=mesh["data"] * mesh["fsdp"],
     )
     plan, rejected = first_that_fits(
         _larger(mesh, model, len(topology.devices)),
@@ -144,6 +155,12 @@ def plan_inference(
         "has the memory; make the engine's shapes smaller or take a larger slice",
     )
     return dataclasses.replace(plan, rejected=rejected)
+
+
+def _resized(model: LlavaConfig, reduction: Reduction) -> LlavaConfig:
+    """The model with images of the size that a reduction wants."""
+    side = reduction.image_size(model.vision.image_size, model.vision.patch_size)
+    return dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_size=side))
 
 
 def _larger(mesh: Sizes, model: LlavaConfig, devices: int) -> Iterator[dict[str, int]]:
@@ -160,53 +177,43 @@ def _larger(mesh: Sizes, model: LlavaConfig, devices: int) -> Iterator[dict[str,
 
 def _plan(
     model: LlavaConfig,
-    engine: Shapes,
-    reduction: prumerge.PruMergeConfig,
+    engine: EngineShapes,
+    spelling: str,
     topology: Topology,
     dtype: jnp.dtype,
     sizes: Sizes,
 ) -> InferencePlan:
     mesh = mesh_on(topology.devices, **sizes)
     graphdef, state = _abstract_state(model, mesh, dtype)
+    visual_tokens = mean_visual_tokens(spelling, model.vision)
+    reduction = parse(spelling)
+    model = _resized(model, reduction)
     batch = NamedSharding(mesh, logical_spec("batch"))
     side, capacity = model.vision.image_size, reduction.capacity_for(model.vision.num_patches)
     pixels = jax.ShapeDtypeStruct((engine.batch_size, side, side, 3), jnp.uint8, sharding=batch)
     pool = jax.ShapeDtypeStruct(
-        (2 * engine.window, capacity, model.vision.width), dtype, sharding=batch
+        (2 * engine.window_size, capacity, model.vision.width), dtype, sharding=batch
     )
-    row = jax.ShapeDtypeStruct((engine.rows, engine.row_length), jnp.int32, sharding=batch)
+    row = jax.ShapeDtypeStruct((engine.prefill_rows, engine.row_length), jnp.int32, sharding=batch)
     rows = programs.Rows(*[row] * 4)  # type: ignore[arg-type]  # shapes stand for arrays
     slots = _abstract_slots(graphdef, state, engine, mesh, dtype)
     with use_mesh(mesh):
-        attention = default_implementation(dtype, model.text.head_dim)
-        tower_implementation = tower_attention(model.vision, dtype)
-        of_tower, of_rows = 0.0, 0.0
-        if tower_implementation == "splash":
-            of_tower = tower_kernel_flops(model.vision, engine.batch_size) / mesh.size
-        if attention == "splash":
-            pairs = splash_pairs(
-                engine.row_length, causal=True, max_segment_length=engine.longest_prompt
-            )
-            of_rows = decoder_kernel_flops(model.text, engine.rows, pairs) / mesh.size
-        encode = programs.encode.lower(
-            graphdef,
-            state,
-            pixels,
-            reduction=reduction,
-            dtype=dtype,
-            implementation=tower_implementation,
+        pairs = splash_pairs(
+            engine.row_length, causal=True, max_segment_length=engine.longest_prompt
         )
-        static = {"max_segment_length": engine.longest_prompt, "implementation": attention}
-        read = programs.read.lower(graphdef, state, pool, rows, **static)
-        prefill = programs.prefill.lower(graphdef, state, pool, rows, **static)
+        of_tower = tower_kernel_flops(model.vision, engine.batch_size, dtype) / mesh.size
+        of_rows = decoder_kernel_flops(model.text, engine.prefill_rows, pairs, dtype) / mesh.size
+        encode = programs.encode.lower(graphdef, state, pixels, reduction=reduction, dtype=dtype)
+        longest = engine.longest_prompt
+        read = programs.hidden_before_last_mlp.lower(
+            graphdef, state, pool, rows, max_segment_length=longest
+        )
+        prefill = programs.prefill.lower(graphdef, state, pool, rows, max_segment_length=longest)
         decode = programs.decode.lower(
             graphdef,
             state,
             slots,
-            steps=engine.chunk,
-            eos=model.eos_token_id,
-            sampling=programs.Sampling(),
-            implementation=attention,
+            steps=engine.decode_steps_per_call,
         )
         compiled = (
             compile_program("encode", encode, of_tower),
@@ -217,6 +224,9 @@ def _plan(
     return InferencePlan(
         topology,
         sizes,
+        spelling,
+        dtype,
+        visual_tokens,
         engine,
         compiled,
         _work(model, engine),
@@ -241,7 +251,7 @@ def _abstract_state(
 
 
 def _abstract_slots(
-    graphdef: nnx.GraphDef, state: nnx.State, engine: Shapes, mesh: Mesh, dtype: jnp.dtype
+    graphdef: nnx.GraphDef, state: nnx.State, engine: EngineShapes, mesh: Mesh, dtype: jnp.dtype
 ) -> programs.Slots:
     """The slots as shapes with shardings."""
     shapes = jax.eval_shape(
@@ -259,17 +269,17 @@ def _abstract_slots(
     )
 
 
-def _pairs(engine: Shapes) -> float:
+def _pairs(engine: EngineShapes) -> float:
     """Queries and the keys before them that are near enough to be of the same prompt."""
     length, longest = engine.row_length, engine.longest_prompt
-    return engine.rows * (length - longest / 2) * longest
+    return engine.prefill_rows * (length - longest / 2) * longest
 
 
-def _work(model: LlavaConfig, engine: Shapes) -> dict[str, Operation]:
+def _work(model: LlavaConfig, engine: EngineShapes) -> dict[str, Operation]:
     """What each program has to compute and to read, by the cost model; rows count as full."""
     sizes, text = counts.parameters(model), model.text
     width = counts.ACTIVATION_BYTES
-    positions = engine.rows * engine.row_length
+    positions = engine.prefill_rows * engine.row_length
     flops: float = 2 * counts.block_parameters(text) * positions
     flops += counts.attention_flops(text, _pairs(engine))
     rows = Operation(flops, width * sizes.blocks)

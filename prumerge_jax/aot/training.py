@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
+from prumerge_jax.aot.assumptions import mean_visual_tokens
 from prumerge_jax.aot.compile import (
     CAVEAT,
     DoesNotFit,
@@ -29,33 +30,28 @@ from prumerge_jax.aot.compile import (
     peak_bytes,
     placed,
     program_lines,
-    tower_attention,
     tower_kernel_flops,
 )
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
-from prumerge_jax.models.attention import default_implementation, splash_pairs
+from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.sharding.mesh import logical_spec, mesh_on, use_mesh
-from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer
-from prumerge_jax.training.parameters import Shapes
-from prumerge_jax.training.run import fitted_sizes
-from prumerge_jax.training.stages import (
+from prumerge_jax.training.config import TrainConfig, parse, with_sizes
+from prumerge_jax.training.objectives.next_token import (
     ImageEncoder,
-    Stage,
     abstract_rows,
-    make_stage,
-    model_config,
-    visual_capacity,
 )
+from prumerge_jax.training.objectives.registry import Objective, make_objective
+from prumerge_jax.training.optimizer import make_optimizer
+from prumerge_jax.training.run import fitted_sizes
 from prumerge_jax.training.step import TrainStep, state_shardings
+from prumerge_jax.training.weights import Shapes, load_pretrained
 
 ASSUMED_TEXT_TOKENS = 200
 """Mean number of text tokens per sample; lengths vary widely with the data."""
 PACKING_OVERHEAD = 1.02
 """Computed positions per real token where rows are packed."""
-MEAN_VISUAL_TOKENS = {"prumerge": 40, "prumerge+": 144}
-"""As the paper reports them (arXiv 2403.15388); any other reduction is planned at its capacity."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +61,13 @@ class Samples:
     Attributes:
       count: the global batch.
       visual_tokens, text_tokens: means per sample.
+      source: where the mean of the visual tokens is from, for people.
     """
 
     count: int
     visual_tokens: float
     text_tokens: float
+    source: str = ""
 
     @property
     def tokens(self) -> float:
@@ -88,7 +86,7 @@ class TrainingPlan:
       samples: assumed of the data.
       row_positions: positions of a micro-batch, over all chips.
       lora_rank: of the adapters, 0 without.
-      encode: the tower and the reduction, once per step; None without images.
+      encode: the tower and the reduction, once per step.
       accumulate: one micro-batch, forward and backward.
       update: the optimizer, once per step.
       resident: bytes per chip of weights, optimizer, gradient sums and visual tokens.
@@ -101,7 +99,7 @@ class TrainingPlan:
     samples: Samples
     row_positions: int
     lora_rank: int
-    encode: Program | None
+    encode: Program
     accumulate: Program
     update: Program
     resident: int
@@ -120,8 +118,7 @@ class TrainingPlan:
     @property
     def programs(self) -> list[tuple[Program, int]]:
         """The programs of a step and how often each runs."""
-        encode = [] if self.encode is None else [(self.encode, 1)]
-        return [*encode, (self.accumulate, self.micro_batches), (self.update, 1)]
+        return [(self.encode, 1), (self.accumulate, self.micro_batches), (self.update, 1)]
 
     @property
     def memory(self) -> int:
@@ -134,8 +131,6 @@ class TrainingPlan:
         flops = counts.training_flops(
             self.model, self.samples.visual_tokens, self.samples.text_tokens, self.lora_rank
         )
-        if self.encode is None:
-            flops |= {"vision": 0.0, "projector": 0.0}
         return {component: self.samples.count * value for component, value in flops.items()}
 
     @property
@@ -153,12 +148,14 @@ class TrainingPlan:
         """The plan for people."""
         chip, samples = self.topology.chip, self.samples
         flops = {name: value / 1e12 for name, value in self.model_flops.items()}
+        source = f" ({samples.source})" if samples.source else ""
         return [
             f"{self.topology.name}: {len(self.topology.devices)} chips, mesh "
             + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
             *(f"  rejected: {reason}" for reason in self.rejected),
-            f"global batch {samples.count}, assumed {samples.visual_tokens:g} visual and "
-            f"{samples.text_tokens:g} text tokens per sample, packed at {PACKING_OVERHEAD}: "
+            f"global batch {samples.count}, assumed {samples.visual_tokens:.4g} visual and "
+            f"{samples.text_tokens:g} text tokens per sample{source}, packed at "
+            f"{PACKING_OVERHEAD}: "
             f"{self.micro_batches} micro-batches of {self.row_positions} positions, "
             f"{100 * self.filled:.0f} % of them real",
             memory_line(self.memory, self.resident, chip),
@@ -179,7 +176,7 @@ def plan_training(
     Args:
       config: one of `configs/`, with the next-token objective.
       topology: the slice.
-      samples: by default the configuration's batch at `MEAN_VISUAL_TOKENS` and
+      samples: by default the configuration's batch, its reduction at `mean_visual_tokens`, and
         `ASSUMED_TEXT_TOKENS`.
 
     Raises:
@@ -187,14 +184,18 @@ def plan_training(
         slice.
       DoesNotFit: no mesh of the slice has the memory and divides the batch.
     """
-    if config.objective != "next_token":
-        raise ValueError(f"objective is {config.objective!r}; plans are for 'next_token'")
-    model = model_config(config.model)
+    parsed = parse(config)
+    if parsed.objective != "next_token":
+        raise ValueError(f"objective is {parsed.objective!r}; plans are for 'next_token'")
+    model = load_pretrained(parsed).model if parsed.model is None else parsed.model
+    parsed = with_sizes(parsed, model)
     if samples is None:
-        samples = Samples(config.batch_size, mean_visual_tokens(config, model), ASSUMED_TEXT_TOKENS)
+        visual = mean_visual_tokens(parsed.reduction, model.vision)
+        source = f"{parsed.reduction}: {visual.reason}"
+        samples = Samples(parsed.batch_size, visual.mean, ASSUMED_TEXT_TOKENS, source)
     plan, rejected = first_that_fits(
-        candidates(fitted_sizes(config, len(topology.devices))),
-        functools.partial(_plan, config, model, topology, samples),
+        candidates(fitted_sizes(parsed.run.mesh, model, len(topology.devices))),
+        functools.partial(_plan, parsed, topology, samples),
         topology,
         "takes this configuration; lower run.rows_per_shard or max_length, change batch_size or "
         "take another slice",
@@ -202,47 +203,30 @@ def plan_training(
     return dataclasses.replace(plan, rejected=rejected)
 
 
-def mean_visual_tokens(config: ml_collections.ConfigDict, model: LlavaConfig) -> float:
-    """The mean per sample that a plan assumes where the caller knows none."""
-    if config.reduction is None:
-        return 0.0
-    return MEAN_VISUAL_TOKENS.get(config.reduction, visual_capacity(config, model.vision))
-
-
-def _plan(
-    config: ml_collections.ConfigDict,
-    model: LlavaConfig,
-    topology: Topology,
-    samples: Samples,
-    sizes: Sizes,
-) -> TrainingPlan:
-    _check_divides(config, model, sizes)
+def _plan(config: TrainConfig, topology: Topology, samples: Samples, sizes: Sizes) -> TrainingPlan:
+    model = config.sizes
+    _check_divides(config, sizes)
     mesh = mesh_on(topology.devices, **sizes)
     with use_mesh(mesh):
-        stage = make_stage(config, model)
-        attention = default_implementation(stage.dtype, model.text.head_dim)
-    step, state, frozen = _abstract_step(config, stage, mesh)
+        objective = make_objective(config)
+    step, state, frozen = _abstract_step(config, objective, mesh)
     batch = NamedSharding(mesh, logical_spec("batch"))
-    rows = placed(abstract_rows(config, model, sizes["data"] * sizes["fsdp"]), batch)
-    kernel = 0.0
-    if attention == "splash":
-        pairs = splash_pairs(config.max_length, causal=True)
-        forward = decoder_kernel_flops(model.text, config.run.rows_per_shard, pairs)
+    rows = placed(abstract_rows(config, sizes["data"] * sizes["fsdp"]), batch)
+    with use_mesh(mesh):
+        pairs = splash_pairs(config.row_length, causal=True)
+        forward = decoder_kernel_flops(
+            model.text, config.run.rows_per_shard, pairs, objective.dtype
+        )
         # 2 matrix products forward, 3 for dq, 4 for dk and dv; `remat` repeats the forward ones.
         kernel = forward / sizes["tensor"] * (4.5 if config.remat == "none" else 5.5)
-    with use_mesh(mesh):
-        lowered = step.lower(stage.trained(), frozen, rows)
+        lowered = step.lower(objective.trained(), frozen, rows)
         accumulate = compile_program("accumulate", lowered["accumulate"], kernel)
         update = compile_program("update", lowered["update"])
-        encode = None
-        if config.reduction is not None:
-            side = model.vision.image_size
-            pixels = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)
-            encoder = ImageEncoder(config, model.vision, frozen, mesh)
-            of_tower = 0.0
-            if tower_attention(model.vision, stage.dtype) == "splash":
-                of_tower = tower_kernel_flops(model.vision, config.batch_size) / mesh.size
-            encode = compile_program("encode", encoder.lower(placed(pixels, batch)), of_tower)
+        side = model.vision.image_size
+        pixels = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)
+        encoder = ImageEncoder(config, frozen, mesh)
+        kernel = tower_kernel_flops(model.vision, config.batch_size, objective.dtype) / mesh.size
+        encode = compile_program("encode", encoder.lower(placed(pixels, batch)), kernel)
     # The gradient sums are as large as the trained weights; the tokens of two batches are there.
     visual = rows.visual_tokens
     resident = bytes_per_chip((state, state.trained, frozen, visual, visual))
@@ -260,28 +244,28 @@ def _plan(
     )
 
 
-def _check_divides(config: ml_collections.ConfigDict, model: LlavaConfig, sizes: Sizes) -> None:
+def _check_divides(config: TrainConfig, sizes: Sizes) -> None:
     shards, tensor = sizes["data"] * sizes["fsdp"], sizes["tensor"]
     if config.batch_size % shards:
         raise DoesNotFit(
             f"batch_size {config.batch_size} is no multiple of its {shards} data shards"
         )
-    if model.text.num_kv_heads % tensor:
-        raise DoesNotFit(f"{model.text.num_kv_heads} heads do not divide by {tensor}")
+    heads = config.sizes.text.num_kv_heads
+    if heads % tensor:
+        raise DoesNotFit(f"{heads} heads do not divide by {tensor}")
 
 
 def _abstract_step(
-    config: ml_collections.ConfigDict, stage: Stage, mesh: Mesh
+    config: TrainConfig, objective: Objective, mesh: Mesh
 ) -> tuple[TrainStep, Any, Shapes]:
     """The step, its state and the frozen weights, all as shapes with shardings."""
-    shardings = stage.template.shardings(mesh)
+    shardings = objective.module.shardings(mesh)
     # The length of the run is in the schedule alone; no shape depends on it.
-    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), 1000, stage.learning_rates)
-    placed = state_shardings(optimizer, stage.trained(), shardings, mesh)
-    step = TrainStep(stage.loss, optimizer, seed=config.seed, shardings=placed)
+    optimizer = make_optimizer(config.optimizer, 1000, objective.learning_rates)
+    placed = state_shardings(optimizer, objective.trained(), shardings, mesh)
+    step = TrainStep(objective.loss, optimizer, seed=config.seed, shardings=placed)
     frozen = {
         path: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[path])
-        for path, shape in stage.shapes().items()
-        if path not in stage.learning_rates
+        for path, shape in objective.frozen().items()
     }
-    return step, step.abstract_state(stage.trained()), frozen
+    return step, step.abstract_state(objective.trained()), frozen

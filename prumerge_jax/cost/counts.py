@@ -6,7 +6,7 @@ Embedding lookups, norms, activation functions and softmax are not counted.
 
 import dataclasses
 
-from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
+from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig, decoder_linears
 from prumerge_jax.models.llava import projector_depth
 
 ACTIVATION_BYTES = 2
@@ -34,20 +34,6 @@ class Parameters:
         """The whole checkpoint, biases, norms and unused last vision block included."""
         decoder = self.embedding + self.blocks + self.norms + self.head
         return self.vision + self.projector + decoder
-
-
-def decoder_linears(text: TextConfig) -> dict[str, tuple[int, int]]:
-    """Input and output width of the seven linear layers of one decoder block."""
-    queries, keys = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    return {
-        "q_proj": (text.width, queries),
-        "k_proj": (text.width, keys),
-        "v_proj": (text.width, keys),
-        "o_proj": (queries, text.width),
-        "gate_proj": (text.width, text.mlp_width),
-        "up_proj": (text.width, text.mlp_width),
-        "down_proj": (text.mlp_width, text.width),
-    }
 
 
 def parameters(config: LlavaConfig) -> Parameters:

@@ -3,7 +3,8 @@
 A training run composes four steps::
 
     source = samples.record_source(builder, "train")
-    dataset = examples(source, Preprocessor(tokenizer, template, image_size=336))
+    processor = ImageProcessor(336, vision.pixel_mean)
+    dataset = examples(source, Preprocessor(tokenizer, template, processor))
     dataset = grouped(stream(dataset, seed=0, epochs=1), 16)  # lists of 16, for packing
     iterator = read(dataset)
 
@@ -17,10 +18,12 @@ from typing import Any
 import grain
 import numpy as np
 
-from prumerge_jax.data import images, samples
-from prumerge_jax.data.conversation import LabelProtocol, Template, label_mask
+from prumerge_jax.data import samples
+from prumerge_jax.data.conversation import LabelledText, LabelProtocol, Template, label_mask
+from prumerge_jax.data.images import ImageProcessor
 from prumerge_jax.data.samples import Sample
 from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.store.messages import quoted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,7 +34,7 @@ class Example:
       id: name of the sample.
       pixels: uint8 [S, S, 3], all zero for text alone.
       has_image: whether `pixels` shows anything.
-      token_ids: int32 [T], BOS first, `IMAGE_TOKEN` (-200) where the picture's tokens go.
+      token_ids: int32 [T], BOS first, `IMAGE_TOKEN` (-200) where the image's tokens go.
       labels: int32 [T], the token itself where it is learned and -100 elsewhere.
       mismatch: the sample's rounds did not add up, so nothing of it is learned; to be counted.
     """
@@ -46,36 +49,36 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessor:
-    """Makes examples of samples: decodes and resizes the picture, tokenises and labels the text.
+    """Makes examples of samples: decodes and resizes the image, tokenises and labels the text.
 
     Nothing is truncated here: how much text fits depends on the visual tokens.
 
     Attributes:
       tokenizer: its style says how `</s>` between rounds is read.
       template: one with a training form, such as `vicuna_v1` or `plain`.
-      image_size: S, side of the pixels.
-      image_mode: what happens to a picture that is not square.
+      processor: from image files to the tower's pixels.
       protocol: whose rule of label lengths.
+      max_length: tokens that a sample is later cut to; a longer one is not checked for mismatch.
     """
 
     tokenizer: Tokenizer
     template: Template
-    image_size: int
-    image_mode: images.ImageMode = "pad"
+    processor: ImageProcessor
     protocol: LabelProtocol = "prumerge"
+    max_length: int = 2048
 
     def __call__(self, sample: Sample) -> Example:
         """The example of a sample.
 
         Raises:
           SampleError: the conversation breaks LLaVA's format; the message names the sample.
-          ImageError: the picture cannot be used; the message names the sample.
+          ImageError: the image cannot be used; the message names the sample.
         """
-        text = label_mask(self.tokenizer, sample, self.template, self.protocol)
-        pixels = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+        text = self.label(sample)
+        size = self.processor.image_size
+        pixels = np.zeros((size, size, 3), np.uint8)
         if "image" in sample:
-            image = images.load_image(sample["image"], name=f"image of sample {sample['id']!r}")
-            pixels = images.preprocess(image, self.image_size, self.image_mode)
+            pixels = self.processor(sample["image"], f"image of sample {quoted(sample['id'])}")
         return Example(
             id=sample["id"],
             pixels=pixels,
@@ -83,6 +86,12 @@ class Preprocessor:
             token_ids=text.ids,
             labels=text.labels,
             mismatch=text.mismatch,
+        )
+
+    def label(self, sample: Sample) -> LabelledText:
+        """Token ids and labels alone; the image file is not looked at."""
+        return label_mask(
+            self.tokenizer, sample, self.template, self.protocol, max_length=self.max_length
         )
 
 
@@ -97,7 +106,7 @@ def examples(
     Args:
       source: what `samples.record_source` returns.
       preprocess: makes an example of a sample; must be picklable for worker processes.
-      to_sample: reads a record; `digits_vqa.caption_sample` and `text_sample` are others.
+      to_sample: reads a record.
     """
     return grain.MapDataset.source(source).map(to_sample).map(preprocess)
 
@@ -147,7 +156,7 @@ def read(
     Args:
       dataset: usually batches.
       num_threads: readers in this process, or in each worker process.
-      num_workers: worker processes, for pictures that take long to decode; 0 for none. A state
+      num_workers: worker processes, for images that take long to decode; 0 for none. A state
         fits an iterator with the same number only.
     """
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)

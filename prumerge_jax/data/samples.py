@@ -11,7 +11,7 @@ Turn = TypedDict("Turn", {"from": str, "value": str})
 
 
 class Sample(TypedDict):
-    """An entry of LLaVA's data file with the picture's encoded file in the place of its path."""
+    """An entry of LLaVA's data file with the encoded image file in place of its path."""
 
     id: str
     image: NotRequired[bytes]
@@ -48,5 +48,5 @@ def prepare(
 
 
 def record_source(builder: tfds.core.GeneratorBasedBuilder, split: str) -> Sequence[dict[str, Any]]:
-    """Random access to the records of a prepared split, pictures still encoded."""
+    """Random access to the records of a prepared split, images still encoded."""
     return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})

@@ -3,11 +3,11 @@
 PruMerge reads which patches matter off the attention of the CLS token in the tower's last block.
 Here the image embedding is pooled by that very attention, so the loss teaches it to look at what
 the caption speaks of, and it becomes sparse. The loss is CLIP's (arXiv 2103.00020), over groups of
-pictures that are told apart by the detail to be learned; equal captions are positives of each
+images that are told apart by the detail to be learned; equal captions are positives of each
 other. The text tower and the two output layers are needed only here and are not exported; the
-vision tower leaves with its attention sharpened.
+vision tower is exported with its attention sharpened.
 
-Axes: B pictures, G groups, K pictures per group, N patches of a window, T caption tokens.
+Axes: B images, G groups, K images per group, N patches of a window, T caption tokens.
 """
 
 import dataclasses
@@ -18,23 +18,25 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prumerge_jax import prumerge
+from prumerge_jax.models import tuning
 from prumerge_jax.models.clip import ClipVision
 from prumerge_jax.models.config import TextConfig, VisionConfig
 from prumerge_jax.models.layers import Linear
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.llava import normalize_pixels
-from prumerge_jax.training.parameters import Leaf, Template, Weights
+from prumerge_jax.models.tuning import Tuning
+from prumerge_jax.training.weights import AbstractModule, Leaf, Weights
 
 _POSITIONS = "vision.position_embedding"
 _QUERIES = ("vision.last.q_proj.kernel", "vision.last.q_proj.bias")
 
 
 class CaptionBatch(NamedTuple):
-    """Pictures with captions, K consecutive ones per group.
+    """Images with captions, K consecutive ones per group.
 
     Attributes:
-      pixels: uint8 [B, s, s, 3], a square window of a picture, or all of it.
-      patches: int32 [B, N], where its patches lie in the whole picture, as raster indices.
+      pixels: uint8 [B, s, s, 3], a square window of an image, or all of it.
+      patches: int32 [B, N], its patches' places in the full image, as raster indices.
       ids: int32 [B, T], caption tokens, padded with 0.
       lengths: int32 [B], tokens per caption.
     """
@@ -47,13 +49,13 @@ class CaptionBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveConfig:
-    """The parts that only this stage has.
+    """The parts that only this objective has.
 
     Attributes:
       text: sizes of the text tower, a small LLaMA read at the caption's last token.
-      width: of the common embedding space.
-      group: K, how many consecutive pictures compete.
-      temperature: initial one; it is learned.
+      width: width of the common embedding space.
+      group: K, how many consecutive images compete.
+      temperature: initial temperature; it is learned.
     """
 
     text: TextConfig
@@ -90,34 +92,36 @@ class ContrastiveModel(nnx.Module):
         return _unit(self.text_out(last))
 
 
-def contrastive_template(
+def contrastive_module(
     vision: VisionConfig, config: ContrastiveConfig
-) -> Template[ContrastiveModel]:
-    """The template of a `ContrastiveModel`."""
-    return Template.of(lambda seed: ContrastiveModel(vision, config, rngs=nnx.Rngs(seed)))
+) -> AbstractModule[ContrastiveModel]:
+    """The abstract module of a `ContrastiveModel`."""
+    return AbstractModule.of(lambda seed: ContrastiveModel(vision, config, rngs=nnx.Rngs(seed)))
 
 
 def contrastive_loss(
     weights: Weights, batch: CaptionBatch, *, vision: VisionConfig, config: ContrastiveConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """InfoNCE in both directions, summed over the pictures, and their number.
+    """InfoNCE in both directions, summed over the images, and their number.
 
     Args:
-      weights: of a `ContrastiveModel`.
+      weights: those of a `ContrastiveModel`.
       batch: its size a multiple of `config.group`.
       vision: sizes of the tower.
       config: the other sizes.
     """
-    # A window is a smaller picture that has the position embeddings of its place in the whole one.
-    template = contrastive_template(
+    # A window is a smaller image that has the position embeddings of its place in the full one.
+    module = contrastive_module(
         dataclasses.replace(vision, image_size=batch.pixels.shape[1]), config
     )
     cls = jnp.zeros_like(batch.patches[:, :1])
     rows = jnp.concatenate([cls, 1 + batch.patches], axis=1)
-    model = template.merge({**weights, _POSITIONS: weights[_POSITIONS][rows]})
+    model = module.merge({**weights, _POSITIONS: weights[_POSITIONS][rows]})
     groups = (-1, config.group, config.width)
-    images = model.embed_images(batch.pixels).reshape(groups)
-    texts = model.embed_captions(batch.ids, batch.lengths).reshape(groups)
+    # Many short sequences: one product for all of them, whatever a platform prefers for long ones.
+    with tuning.use(Tuning.plain()):
+        images = model.embed_images(batch.pixels).reshape(groups)
+        texts = model.embed_captions(batch.ids, batch.lengths).reshape(groups)
     logits = jnp.einsum("gke,gje->gkj", images, texts) / jnp.exp(model.log_temperature[...])
     captions = batch.ids.reshape(-1, config.group, batch.ids.shape[1])
     same = (captions[:, :, None] == captions[:, None]).all(-1)
@@ -125,20 +129,20 @@ def contrastive_loss(
     return loss.sum() / 2, jnp.float32(len(batch.pixels))
 
 
-def sharpened(weights: Weights, pooling_temperature: float) -> Weights:
-    """The weights with the logits of the CLS attention multiplied by `pooling_temperature`.
+def scale_cls_queries(weights: Weights, cls_attention_gain: float) -> Weights:
+    """The weights with the logits of the CLS attention multiplied by `cls_attention_gain`.
 
-    Seen from these weights, pictures were pooled by a softmax at this temperature. The loss likes
-    attention on all patches that show a detail. Where details cover more than a quarter of a
-    picture, the third quartile then lies among them, and PruMerge keeps few patches of each. LLaVA
-    takes its features from the block before the last, so nothing else depends on these queries.
+    The loss likes attention on all patches that show a detail. Where details cover more than a
+    quarter of an image, the third quartile is then among them, and PruMerge keeps few patches of
+    each. LLaVA takes its features from the block before the last, so nothing else depends on these
+    queries.
 
     Args:
-      weights: of a `ContrastiveModel`, or some of them.
-      pooling_temperature: 1 leaves them as they are.
+      weights: those of a `ContrastiveModel`, or some of them.
+      cls_attention_gain: 1 leaves them as they are.
     """
     return {
-        path: weight * pooling_temperature if path in _QUERIES else weight
+        path: weight * cls_attention_gain if path in _QUERIES else weight
         for path, weight in weights.items()
     }
 

@@ -1,8 +1,8 @@
 """The data set `digits_vqa`: scenes of handwritten digits with conversations about them.
 
 Every record is in LLaVA's form and holds a scene's questions as the turns of one conversation; a
-last turn asks for the caption. What the scene shows is stored beside it. `caption_sample` and
-`text_sample` give the same record as the sample of another training stage.
+last turn asks for the caption. What the scene shows is stored in addition. `caption_sample` gives
+the same record as a sample of an image with its caption.
 """
 
 import dataclasses
@@ -107,22 +107,10 @@ class DigitsVqa(tfds.core.GeneratorBasedBuilder):
 
 
 def caption_sample(record: Mapping[str, Any]) -> Sample:
-    """A stored record as a picture with its caption: for projector and contrastive training."""
+    """A stored record as an image with its caption, for training the projector."""
     sample = samples.from_record(record)
     sample["conversations"] = _turns([(IMAGE_PLACEHOLDER, record["caption"].decode())])
     return sample
-
-
-def text_sample(record: Mapping[str, Any]) -> Sample:
-    """A stored record without its picture: the caption stands in the picture's place.
-
-    With it the language model learns what the questions mean before it sees any picture. The
-    turn that asks for the caption is left out, since its answer would only be copied.
-    """
-    sample = samples.from_record(record)
-    question, *later = sample["conversations"][:-2]
-    text = question["value"].replace(IMAGE_PLACEHOLDER, record["caption"].decode())
-    return {"id": sample["id"], "conversations": [{"from": "human", "value": text}, *later]}
 
 
 def _record(scene: digits.Scene, questions: Sequence[digits_questions.Question]) -> dict[str, Any]:

@@ -50,13 +50,12 @@ class ClipVision(nnx.Module):
         )
         self.last = LastBlock(config, rngs=rngs)
 
-    def __call__(self, pixels: jax.Array, *, implementation: str = "xla") -> VisionFeatures:
+    def __call__(self, pixels: jax.Array) -> VisionFeatures:
         """Encodes normalised images.
 
         Args:
           pixels: [B, S, S, 3] in the compute dtype. S is `config.image_size`; for a smaller image
             the position embedding is shrunk bilinearly, the usual way to run a ViT at another size.
-          implementation: attention backend, see `attention.attend`.
         """
         pixels = constrain(pixels, "images", None, None, None)
         patches = self.patch_embedding(pixels)
@@ -69,7 +68,7 @@ class ClipVision(nnx.Module):
         graphdef, weights = nnx.split(self.layers)
 
         def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, layer)(x, implementation=implementation), None
+            return nnx.merge(graphdef, layer)(x), None
 
         hidden, _ = jax.lax.scan(body, x, weights)
         query_cls, keys = self.last(hidden)
@@ -111,9 +110,9 @@ class VisionLayer(nnx.Module):
         self.layer_norm2 = LayerNorm(config.width, config.layer_norm_eps)
         self.mlp = VisionMLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array, *, implementation: str) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N+1, D] -> [B, N+1, D]."""
-        x = x + self.self_attn(self.layer_norm1(x), implementation=implementation)
+        x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -128,12 +127,12 @@ class VisionAttention(nnx.Module):
         self.v_proj = Linear(width, width, ("embed", None), bias=True, rngs=rngs)
         self.out_proj = Linear(width, width, (None, "embed"), bias=True, rngs=rngs)
 
-    def __call__(self, x: jax.Array, *, implementation: str) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N+1, D] -> [B, N+1, D]."""
         split = (*x.shape[:2], self.num_heads, -1)
         q, k, v = (proj(x).reshape(split) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        seen = attend(q, k, v, axes=("images", None, None, None), implementation=implementation)
-        return self.out_proj(seen.reshape(x.shape))
+        attended = attend(q, k, v, axes=("images", None, None, None))
+        return self.out_proj(attended.reshape(x.shape))
 
 
 class VisionMLP(nnx.Module):
@@ -150,7 +149,7 @@ class VisionMLP(nnx.Module):
 
 
 class LastBlock(nnx.Module):
-    """The part of the last block that decides which tokens stay: LN1, keys, CLS query."""
+    """The part of the last block that decides which tokens are kept: LN1, keys, CLS query."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
         width = config.width

@@ -42,6 +42,11 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
     @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.num_heads
+
+    @property
     def num_patches(self) -> int:
         """N, the CLS token not counted."""
         return self.grid**2
@@ -71,7 +76,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LlavaConfig:
-    """A whole LLaVA.
+    """All sizes of a LLaVA.
 
     `projector` is `linear`, `mlpNx_gelu` or `identity`, LLaVA's own names. `image_token_id` and
     `pad_token_id` are the ids a Hugging Face directory declares; an original LLaVA directory has
@@ -85,6 +90,20 @@ class LlavaConfig:
     pad_token_id: int | None = 32001
     bos_token_id: int = 1
     eos_token_id: int = 2
+
+
+def decoder_linears(text: TextConfig) -> dict[str, tuple[int, int]]:
+    """Input and output width of the seven linear layers of one decoder block."""
+    queries, keys = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    return {
+        "q_proj": (text.width, queries),
+        "k_proj": (text.width, keys),
+        "v_proj": (text.width, keys),
+        "o_proj": (queries, text.width),
+        "gate_proj": (text.width, text.mlp_width),
+        "up_proj": (text.width, text.mlp_width),
+        "down_proj": (text.mlp_width, text.width),
+    }
 
 
 _TEXT_13B = TextConfig(

@@ -1,4 +1,4 @@
-"""Which activations dropout keeps: random bits cheap enough to be made anew wherever they are read.
+"""Masks for dropout: random bits cheap enough to be made anew wherever they are read.
 
 Drawn with JAX's Threefry, the masks of LoRA's dropout take an eighth of a training step on a TPU,
 and they have to be kept in memory between their uses. Here a mask is a few operations per element
@@ -12,19 +12,19 @@ import jax
 import jax.numpy as jnp
 
 
-def kept(key: jax.Array, probability: float, shape: tuple[int, ...]) -> jax.Array:
-    """Independent draws that are true with this probability.
+def bernoulli_mask(key: jax.Array, probability: float, shape: tuple[int, ...]) -> jax.Array:
+    """Independent draws, true with this probability.
 
     The last index and the others together are hashed with the key each, and the two hashes with
     each other.
 
     Args:
-      key: of `jax.random`.
-      probability: of an element to be kept, 0 to 1.
-      shape: of the activations, [..., D].
+      key: a key of `jax.random`.
+      probability: how likely an element is true, 0 to 1.
+      shape: shape of the activations, [..., D].
 
     Returns:
-      bool of that shape.
+      [..., D] bool.
     """
     first, second = jax.random.key_data(key)[:2]  # four words of some generators say it twice
     *leading, width = shape

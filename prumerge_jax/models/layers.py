@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prumerge_jax.models.dropout import kept
-from prumerge_jax.sharding.mesh import unshard_embed
-
-Axes = tuple[str | None, ...]
+from prumerge_jax.models.dropout import bernoulli_mask
+from prumerge_jax.sharding.mesh import Axes, unshard_embed
 
 # By the fan-in: at LLaMA's widths the usual 0.02, but a small model would hardly start with that.
 _fan_in = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -89,7 +87,7 @@ class Linear(nnx.Module):
             return y
         if dropout_key is not None and self.adapter.dropout:
             keep = 1 - self.adapter.dropout
-            x = jnp.where(kept(dropout_key, keep, x.shape), x / keep, 0)
+            x = jnp.where(bernoulli_mask(dropout_key, keep, x.shape), x / keep, 0)
         a = unshard_embed(self.lora_a[...].astype(x.dtype), self.axes[0], None)
         b = unshard_embed(self.lora_b[...].astype(x.dtype), None, self.axes[1])
         return y + self.adapter.scale * (x @ a @ b)

@@ -1,8 +1,11 @@
 """The LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Two ways through the same layers. Rows (`__call__`, `read`, `prefill`) hold one or several packed
-segments, each position sees the earlier ones of its own segment. Slots (`decode`) hold one growing
-sequence each, whose keys and values live in a `KVCache`.
+Two ways through the same layers:
+
+* Packed rows hold one or several segments each, and a position sees the earlier ones of its own
+  segment. One pass (`Llama._rows`) serves training (`__call__`), scoring (`hidden_before_last_mlp`
+  and `last_mlp_at`) and the prompts of generation (`prefill`).
+* Slots (`decode`) hold one growing sequence each, whose keys and values are kept in a `KVCache`.
 """
 
 from collections.abc import Callable
@@ -12,13 +15,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prumerge_jax.models.attention import attend, attend_to_cache
+from prumerge_jax.models import tuning
+from prumerge_jax.models.attention import attend_to_cache
 from prumerge_jax.models.config import TextConfig
+from prumerge_jax.models.decoder_layer import QKV, DecoderLayer, PackedRows, split_key
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, rematerialise, stack
-from prumerge_jax.sharding.mesh import constrain, platform
+from prumerge_jax.models.rotary import rotation
+from prumerge_jax.sharding.mesh import constrain
 
 Index = jax.Array | int
-"""The number of a layer."""
+"""Number of a layer."""
 
 
 class KVCache(NamedTuple):
@@ -28,12 +34,12 @@ class KVCache(NamedTuple):
     v: jax.Array
 
 
-class Unfinished(NamedTuple):
-    """Rows in the last layer, behind its attention.
+class PartialHidden(NamedTuple):
+    """Rows in the last layer, after its attention.
 
     Attributes:
       x: [B, T, D], the layer's input.
-      attended: [B, T, H, Dh], what its attention returned.
+      attended: [B, T, H, Dh], the output of its attention.
     """
 
     x: jax.Array
@@ -53,10 +59,10 @@ class Llama(nnx.Module):
     """A LLaMA language model (transformers `modeling_llama.py`).
 
     Attributes:
-      layers: one layer whose weights carry a leading axis L, or a list (`inference_layout`).
+      layers: one layer whose weights carry a leading axis L, or a list (`llava.inference_layout`).
     """
 
-    layers: "DecoderLayer | nnx.List[DecoderLayer]"
+    layers: DecoderLayer | nnx.List
 
     def __init__(
         self, config: TextConfig, *, adapter: AdapterConfig | None = None, rngs: nnx.Rngs
@@ -87,77 +93,24 @@ class Llama(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         *,
-        implementation: str = "xla",
         remat: str = "none",
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Runs rows through all layers, which must be stacked, and the final norm.
+        """Runs packed rows through all layers and the final norm; the form to be differentiated.
 
         Args:
           x: [B, T, D] embeddings in the compute dtype.
           positions: [B, T] int32, rotary positions.
           segment_ids: [B, T] int32; 0 is padding.
-          implementation: attention backend, see `attention.attend`.
-          remat: see `layers.rematerialise`.
+          remat: see `layers.rematerialise`; takes effect on stacked layers.
           dropout_key: where given, adapters drop their inputs (training).
 
         Returns:
           [B, T, D].
         """
-        graphdef, weights = nnx.split(self.layers)
-        rope = rotary(positions, self.config)
-        x = without_padding(x, segment_ids)
-        keys = None
-        if dropout_key is not None:
-            keys = jax.random.split(dropout_key, self.config.num_layers)
-
-        def body(
-            x: jax.Array, scanned: tuple[nnx.State, jax.Array | None]
-        ) -> tuple[jax.Array, None]:
-            weights, key = scanned
-            layer = nnx.merge(graphdef, weights)
-            return layer(x, rope, segment_ids, implementation, key), None
-
-        x, _ = jax.lax.scan(rematerialise(body, remat), x, (weights, keys))
+        rows = PackedRows(rotation(positions, self.config), segment_ids)
+        x, _ = self._rows(x, rows, remat=remat, dropout_key=dropout_key)
         return self.norm(x)
-
-    def read(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        *,
-        max_segment_length: int | None = None,
-        implementation: str = "xla",
-    ) -> Unfinished:
-        """`__call__` as far as positions need each other; `finish` does the rest for some of them.
-
-        Most of the last layer is its feed-forward part, and scoring asks for few positions. See
-        `attention.attend` for `max_segment_length`.
-        """
-        rope = rotary(positions, self.config)
-        x = without_padding(x, segment_ids)
-
-        def body(x: jax.Array, index: Index) -> tuple[jax.Array, None]:
-            layer = self._layer(index)
-            seen, _ = layer.attend(
-                _projected(layer, x), rope, segment_ids, implementation, max_segment_length
-            )
-            return layer.rest(x, seen), None
-
-        last = self.config.num_layers - 1
-        x, _ = self._through_layers(body, x, last)
-        layer = self._layer(last)
-        seen, _ = layer.attend(
-            _projected(layer, x), rope, segment_ids, implementation, max_segment_length
-        )
-        return Unfinished(x, seen)
-
-    def finish(self, rows: Unfinished, index: jax.Array) -> jax.Array:
-        """Final hidden states [M, D] of the positions index [M] int32 into the flattened rows."""
-        x, attended = (part.reshape(-1, *part.shape[2:])[index][None] for part in rows)
-        layer = self._layer(self.config.num_layers - 1)
-        return self.norm(layer.feed_forward(layer.mix(x, attended))[0])
 
     def prefill(
         self,
@@ -166,33 +119,44 @@ class Llama(nnx.Module):
         segment_ids: jax.Array,
         *,
         max_segment_length: int | None = None,
-        implementation: str = "xla",
     ) -> tuple[jax.Array, KVCache]:
-        """`__call__` that also returns the rows' keys and values, [L, B, T, K, D] each.
+        """Final hidden states [B, T, D] of packed rows, and their keys and values [L, B, T, K, D].
 
-        See `attention.attend` for `max_segment_length`.
+        Arguments as in `__call__` and `attention.attend`.
         """
-        rope = rotary(positions, self.config)
-        x = without_padding(x, segment_ids)
-
-        def body(x: jax.Array, index: Index) -> tuple[jax.Array, KVCache]:
-            layer = self._layer(index)
-            seen, cache = layer.attend(
-                _projected(layer, x), rope, segment_ids, implementation, max_segment_length
-            )
-            return layer.rest(x, seen), cache
-
-        x, cache = self._through_layers(body, x, self.config.num_layers)
+        rows = PackedRows(rotation(positions, self.config), segment_ids, max_segment_length)
+        x, cache = self._rows(x, rows, keep_cache=True)
+        assert cache is not None
         return self.norm(x), cache
 
-    def decode(
+    def hidden_before_last_mlp(
         self,
         x: jax.Array,
         positions: jax.Array,
-        cache: KVCache,
-        lengths: jax.Array,
+        segment_ids: jax.Array,
         *,
-        implementation: str = "xla",
+        max_segment_length: int | None = None,
+    ) -> PartialHidden:
+        """Packed rows as far as positions need each other; `last_mlp_at` does the rest for some.
+
+        Most of the last layer is its MLP, and scoring asks for few positions. Arguments as in
+        `prefill`.
+        """
+        rows = PackedRows(rotation(positions, self.config), segment_ids, max_segment_length)
+        last = self.config.num_layers - 1
+        x, _ = self._rows(x, rows, num_layers=last)
+        layer = self._layer(last)
+        attended, _ = layer.attend(_projection_barrier(layer.qkv_projections(x)), rows)
+        return PartialHidden(x, attended)
+
+    def last_mlp_at(self, hidden: PartialHidden, index: jax.Array) -> jax.Array:
+        """Final hidden states [M, D] of the positions index [M] int32 into the flattened rows."""
+        x, attended = (part.reshape(-1, *part.shape[2:])[index][None] for part in hidden)
+        layer = self._layer(self.config.num_layers - 1)
+        return self.norm(layer.feed_forward(layer.add_attention_output(x, attended))[0])
+
+    def decode(
+        self, x: jax.Array, positions: jax.Array, cache: KVCache, lengths: jax.Array
     ) -> tuple[jax.Array, KVCache]:
         """One new token per slot.
 
@@ -201,46 +165,120 @@ class Llama(nnx.Module):
           positions: [B] int32, their rotary positions.
           cache: [L, B, S, K, D]; the new entries are written at index `lengths`.
           lengths: [B] int32, valid entries before this token; at S the write is dropped.
-          implementation: attention backend, see `attention.attend_to_cache`.
 
         Returns:
           [B, 1, D] after the final norm, and the cache with one entry more per slot.
         """
-        rope = rotary(positions[:, None], self.config)
+        at = rotation(positions[:, None], self.config)
         slots = jnp.arange(len(lengths))
 
         # The cache travels in the carry and is written in place; as a scanned input and output
-        # it would be copied whole at every step.
+        # all of it would be copied at every step.
         def body(
-            carry: tuple[jax.Array, jax.Array, jax.Array], index: Index
+            carry: tuple[jax.Array, jax.Array, jax.Array],
+            layer: DecoderLayer,
+            index: Index,
+            _: None,
         ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
             x, cache_k, cache_v = carry
-            layer = self._layer(index)
-            q, k, v = layer.heads(_projected(layer, x), rope)
+            q, k, v = layer.split_and_rotate(_projection_barrier(layer.qkv_projections(x)), at)
             cache_k = cache_k.at[index, slots, lengths].set(k[:, 0].astype(cache_k.dtype))
             cache_v = cache_v.at[index, slots, lengths].set(v[:, 0].astype(cache_v.dtype))
-            seen = attend_to_cache(
-                q, cache_k, cache_v, index, lengths + 1, implementation=implementation
-            )
-            return (layer.feed_forward(layer.mix(x, seen)), cache_k, cache_v), None
+            attended = attend_to_cache(q, cache_k, cache_v, index, lengths + 1)
+            x = layer.feed_forward(layer.add_attention_output(x, attended))
+            return (x, cache_k, cache_v), None
 
         carry = (x, cache.k, cache.v)
         (x, k, v), _ = self._through_layers(body, carry, self.config.num_layers)
         return self.norm(x), KVCache(k, v)
 
-    def _through_layers(
-        self, body: Callable[[Any, Index], tuple[Any, Any]], carry: Any, count: int
-    ) -> tuple[Any, Any]:
-        """`jax.lax.scan` over the first `count` layers; one after another where they are a list."""
-        if not isinstance(self.layers, nnx.List):
-            return jax.lax.scan(body, carry, jnp.arange(count))
-        outputs = []
-        for index in range(count):
-            carry, output = body(carry, index)
-            outputs.append(output)
-        return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+    def _rows(
+        self,
+        x: jax.Array,
+        rows: PackedRows,
+        *,
+        num_layers: int | None = None,
+        keep_cache: bool = False,
+        remat: str | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Packed rows through layers: the one pass of training, scoring and prefill.
 
-    def _layer(self, index: Index) -> "DecoderLayer":
+        Args:
+          x: [B, T, D].
+          rows: what attention needs.
+          num_layers: how many of the first layers; by default all.
+          keep_cache: whether keys and values are returned too.
+          remat: see `layers.rematerialise`; None is inference, of which no gradient is taken.
+          dropout_key: where given, adapters drop their inputs.
+
+        Returns:
+          [B, T, D], before the final norm, and the rows' cache or None.
+        """
+        count = self.config.num_layers if num_layers is None else num_layers
+        keys = None if dropout_key is None else jax.random.split(dropout_key, count)
+
+        def body(
+            x: jax.Array, layer: DecoderLayer, _: Index, key: jax.Array | None
+        ) -> tuple[jax.Array, KVCache | None]:
+            drop = split_key(key, 3)
+            projected = layer.qkv_projections(x, drop[0])
+            if remat is None:
+                projected = _projection_barrier(projected)
+            attended, heads = layer.attend(projected, rows)
+            x = layer.after_attention(x, attended, drop[1], drop[2])
+            return x, KVCache(heads.k, heads.v) if keep_cache else None
+
+        x = without_padding(x, rows.segment_ids)
+        return self._through_layers(body, x, count, keys=keys, remat=remat)
+
+    def _through_layers(
+        self,
+        body: Callable[..., tuple[Any, Any]],
+        carry: Any,
+        count: int,
+        *,
+        keys: jax.Array | None = None,
+        remat: str | None = None,
+    ) -> tuple[Any, Any]:
+        """`jax.lax.scan` over the first `count` layers; one after another where they are a list.
+
+        Args:
+          body: (carry, layer, its index, its key) -> (carry, output).
+          carry: the first one.
+          count: number of layers; all where `remat` is given.
+          keys: one per layer; None gives every layer None.
+          remat: as in `_rows`.
+
+        Returns:
+          The last carry, and the outputs stacked on a leading axis.
+        """
+        if isinstance(self.layers, nnx.List):
+            outputs = []
+            for index, layer in enumerate(self.layers[:count]):
+                key = None if keys is None else keys[index]
+                carry, output = body(carry, layer, index, key)
+                outputs.append(output)
+            return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs or [None])
+        if remat is None:
+            # By index: a part of the stack, to scan over, would be a copy.
+            def at(carry: Any, scanned: tuple[Any, Any]) -> tuple[Any, Any]:
+                index, key = scanned
+                return body(carry, self._layer(index), index, key)
+
+            return jax.lax.scan(at, carry, (jnp.arange(count), keys))
+        graphdef, weights = nnx.split(self.layers)
+
+        # Over the weights: their gradients come out stacked, where by index every layer's would be
+        # added to a stack of zeros.
+        def over(carry: Any, scanned: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+            weights, index, key = scanned
+            return body(carry, nnx.merge(graphdef, weights), index, key)
+
+        scanned = (weights, jnp.arange(count), keys)
+        return jax.lax.scan(rematerialise(over, remat), carry, scanned)
+
+    def _layer(self, index: Index) -> DecoderLayer:
         """One of the layers."""
         if isinstance(self.layers, nnx.List):
             return self.layers[int(index)]
@@ -248,175 +286,15 @@ class Llama(nnx.Module):
         return nnx.merge(graphdef, jax.tree.map(lambda stacked: stacked[index], weights))
 
 
-def _projected(layer: "DecoderLayer", x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`layer.project(x)`, whose products stay apart from what is done to their heads.
-
-    XLA for TPUs would copy the projections' weights into another layout. Training does without: its
-    weights are gathered into the layout that suits, and backward a barrier costs copies of its own.
-    """
-    return jax.lax.optimization_barrier(layer.project(x))
-
-
-class DecoderLayer(nnx.Module):
-    """A pre-norm block: whole for rows, and in the pieces between which attention happens."""
-
-    def __init__(
-        self, config: TextConfig, *, adapter: AdapterConfig | None, rngs: nnx.Rngs
-    ) -> None:
-        self.input_layernorm = RMSNorm(config.width, config.rms_norm_eps)
-        self.self_attn = Projections(config, adapter=adapter, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.width, config.rms_norm_eps)
-        self.mlp = SwiGLU(config, adapter=adapter, rngs=rngs)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        segment_ids: jax.Array,
-        implementation: str,
-        dropout_key: jax.Array | None,
-    ) -> jax.Array:
-        """Rows [B, T, D] -> [B, T, D]."""
-        drop = split_key(dropout_key, 3)
-        seen, _ = self.attend(self.project(x, drop[0]), rope, segment_ids, implementation)
-        return self.rest(x, seen, drop[1], drop[2])
-
-    def project(
-        self, x: jax.Array, dropout_key: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, T, D] -> q [B, T, H * Dh], k and v [B, T, K * Dh]."""
-        return self.self_attn.qkv(self.input_layernorm(x), dropout_key)
-
-    def heads(
-        self,
-        projected: tuple[jax.Array, jax.Array, jax.Array],
-        rope: tuple[jax.Array, jax.Array],
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What `project` returned -> q [B, T, H, Dh], k and v [B, T, K, Dh]; q and k rotated."""
-        split = (*projected[0].shape[:2], -1, self.self_attn.head_dim)
-        q, k, v = (x.reshape(split) for x in projected)
-        return rotate(q, rope), rotate(k, rope), v
-
-    def attend(
-        self,
-        projected: tuple[jax.Array, jax.Array, jax.Array],
-        rope: tuple[jax.Array, jax.Array],
-        segment_ids: jax.Array,
-        implementation: str,
-        max_segment_length: int | None = None,
-    ) -> tuple[jax.Array, KVCache]:
-        """What `project` returned for rows -> what each position sees of its segment [B, T, H, Dh],
-        and keys and values [B, T, K, Dh]."""
-        q, k, v = self.heads(projected, rope)
-        seen = attend(
-            q,
-            k,
-            v,
-            segment_ids=segment_ids,
-            causal=True,
-            max_segment_length=max_segment_length,
-            implementation=implementation,
-        )
-        return seen, KVCache(k, v)
-
-    def rest(
-        self,
-        x: jax.Array,
-        attended: jax.Array,
-        mix_key: jax.Array | None = None,
-        feed_forward_key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Rows behind attention: [B, T, D] and attention's result [B, T, H, Dh] -> [B, T, D]."""
-        x = self.feed_forward(self.mix(x, attended, mix_key), feed_forward_key)
-        return constrain(x, "batch", None, None)
-
-    def mix(
-        self, x: jax.Array, attended: jax.Array, dropout_key: jax.Array | None = None
-    ) -> jax.Array:
-        """Adds attention's result [B, T, H, Dh] to the residual [B, T, D]."""
-        flat = attended.reshape(*attended.shape[:2], -1)
-        return x + self.self_attn.o_proj(flat, dropout_key)
-
-    def feed_forward(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
-        return x + self.mlp(self.post_attention_layernorm(x), dropout_key)
-
-
-class Projections(nnx.Module):
-    """The four projections of grouped-query attention, none with bias."""
-
-    def __init__(
-        self, config: TextConfig, *, adapter: AdapterConfig | None, rngs: nnx.Rngs
-    ) -> None:
-        width, inner = config.width, config.num_heads * config.head_dim
-        shared = config.num_kv_heads * config.head_dim
-        into, out = ("embed", "heads"), ("heads", "embed")
-        self.head_dim = config.head_dim
-        self.q_proj = Linear(width, inner, into, adapter=adapter, rngs=rngs)
-        self.k_proj = Linear(width, shared, into, adapter=adapter, rngs=rngs)
-        self.v_proj = Linear(width, shared, into, adapter=adapter, rngs=rngs)
-        self.o_proj = Linear(inner, width, out, adapter=adapter, rngs=rngs)
-
-    def qkv(
-        self, x: jax.Array, dropout_key: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, T, D] -> [B, T, H * Dh] and twice [B, T, K * Dh]."""
-        keys = split_key(dropout_key, 3)
-        return self.q_proj(x, keys[0]), self.k_proj(x, keys[1]), self.v_proj(x, keys[2])
-
-
-class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x))."""
-
-    def __init__(
-        self, config: TextConfig, *, adapter: AdapterConfig | None, rngs: nnx.Rngs
-    ) -> None:
-        width, inner = config.width, config.mlp_width
-        self.gate_proj = Linear(width, inner, ("embed", "mlp"), adapter=adapter, rngs=rngs)
-        self.up_proj = Linear(width, inner, ("embed", "mlp"), adapter=adapter, rngs=rngs)
-        self.down_proj = Linear(inner, width, ("mlp", "embed"), adapter=adapter, rngs=rngs)
-
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
-        keys = split_key(dropout_key, 3)
-        gated = jax.nn.silu(self.gate_proj(x, keys[0])) * self.up_proj(x, keys[1])
-        return self.down_proj(gated, keys[2])
+def _projection_barrier(projected: QKV) -> QKV:
+    """The same projections; with `Tuning.projection_barrier` XLA sees nothing of what is done to
+    their heads while it lays out the weights."""
+    if not tuning.current().projection_barrier:
+        return projected
+    return jax.lax.optimization_barrier(projected)
 
 
 def without_padding(x: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Zeroes x [B, T, D] where segment_ids [B, T] is 0: masked attention still multiplies values
     by zero, and 0 * NaN is NaN."""
     return jnp.where(segment_ids[..., None] > 0, x, 0)
-
-
-def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
-    """`count` keys, or as many Nones where there is no key."""
-    return [None] * count if key is None else list(jax.random.split(key, count))
-
-
-def rotary(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotary embedding for positions [B, T], each [B, T, Dh] float32.
-
-    Both halves of the last axis have the same angles; in the first one sines have the other sign.
-    """
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-
-
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates heads [B, T, H, Dh], pairing dimension i with i + Dh/2 (HF's layout)."""
-    cos, sin = (part[:, :, None, :] for part in rope)
-    return (x.astype(jnp.float32) * cos + swapped(x) * sin).astype(x.dtype)
-
-
-def swapped(x: jax.Array) -> jax.Array:
-    """[B, T, H, Dh] -> float32, the two halves of the last axis in each other's place."""
-    half = x.shape[-1] // 2
-    if platform() != "tpu":
-        return jnp.roll(x.astype(jnp.float32), half, axis=-1)
-    # The matrix unit moves lanes faster than the vector unit does, and as exactly.
-    order = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=-1)
-    return jnp.einsum("bthd,de->bthe", x, order, precision="highest").astype(jnp.float32)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from prumerge_jax import prumerge, sharding
+from prumerge_jax import prumerge, reductions, sharding
+from prumerge_jax.models import tuning
 from prumerge_jax.models.clip import ClipVision, gelu
 from prumerge_jax.models.config import LlavaConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear
@@ -54,26 +55,30 @@ class LlavaModel(nnx.Module):
 def encode_images(
     vision: ClipVision,
     pixels: jax.Array,
-    reduction: prumerge.PruMergeConfig,
+    reduction: reductions.ReductionLike,
     *,
     dtype: jnp.dtype = jnp.float32,
-    implementation: str = "xla",
 ) -> prumerge.VisualTokens:
     """Pixels to reduced visual tokens, one compiled step of fixed shape.
 
     Args:
       vision: the tower.
       pixels: [B, S, S, 3] uint8, resized and cropped or padded.
-      reduction: what `prumerge.reduce_tokens` does; static under `jax.jit`.
+      reduction: what happens to the patch features; static under `jax.jit`.
       dtype: compute dtype of the tower and dtype of the tokens.
-      implementation: attention backend, see `attention.attend`.
     """
+    evidence = gather_evidence(vision, pixels, dtype=dtype)
+    return reductions.reduce(evidence, reduction)
+
+
+def gather_evidence(
+    vision: ClipVision, pixels: jax.Array, *, dtype: jnp.dtype
+) -> reductions.Evidence:
+    """What the tower shows of images [B, S, S, 3] uint8; arguments as in `encode_images`."""
     normalised = normalize_pixels(pixels, vision.config).astype(dtype)
-    features = vision(normalised, implementation=implementation)
+    features = vision(normalised)
     attention = prumerge.cls_attention(features.query_cls, features.keys)
-    return prumerge.reduce_tokens(
-        features.hidden[:, 1:], features.keys[:, 1:], attention, reduction
-    )
+    return reductions.Evidence(features.hidden[:, 1:], features.keys[:, 1:], attention)
 
 
 def gather_visual_tokens(visual_tokens: jax.Array, visual_index: jax.Array) -> jax.Array:
@@ -87,8 +92,8 @@ def gather_visual_tokens(visual_tokens: jax.Array, visual_index: jax.Array) -> j
       visual_index: [rows, T] int32, b * R + r, -1 for none.
 
     Returns:
-      [rows, T, Dv]; zero where there is none, so that whatever lies in unused slots reaches neither
-      values nor gradients. NaN where an index lies on another shard: a wrong plan, made visible.
+      [rows, T, Dv]; zero where there is none, so that whatever is in unused slots reaches neither
+      values nor gradients. NaN where an index is on another shard: a wrong plan, made visible.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -173,17 +178,16 @@ def abstract_model(
 
 
 def inference_layout(graphdef: nnx.GraphDef, state: nnx.State) -> tuple[nnx.GraphDef, nnx.State]:
-    """The same model with its weights as inference reads them fastest on the current platform.
+    """The same model with the decoder's layers as `tuning.Tuning.layers` says.
 
-    A TPU reads a layer's weights where they lie in the stack. On CPUs and GPUs XLA copies them out
-    of it, at every step of decoding, which does little else than read weights: there the decoder's
-    layers become a list.
+    Where XLA copies a layer's weights out of a stack, it does so at every step of decoding, which
+    does little else than read weights.
 
     Args:
       graphdef, state: of a `LlavaModel`; stacked weights that are taken apart are deleted, one
         after the other.
     """
-    if sharding.platform() == "tpu":
+    if tuning.current().layers == "stack":
         return graphdef, state
     model = nnx.merge(graphdef, state)
     layer, stacked = nnx.split(model.decoder.layers)

@@ -17,6 +17,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
+Axes = tuple[str | None, ...]
+"""Logical names of an array's axes, keys of `RULES`; None is an axis that is not sharded."""
 
 # logical axis -> mesh axis (or axes). `None` in an annotation means "not sharded".
 RULES: dict[str, str | tuple[str, ...]] = {

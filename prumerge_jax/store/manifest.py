@@ -1,7 +1,12 @@
-"""`manifest.json`: what a model directory holds, and whether it still does."""
+"""`manifest.json`: what a model directory holds, and whether it still does.
+
+Format version 2 adds the SHA-256 of every weight's content and, as the last field, that of the
+manifest itself. Directories of version 1 are read too; their weights are hashed when needed.
+"""
 
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -11,26 +16,37 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from prumerge_jax.store.strict_json import load_json
+from prumerge_jax.store.array_files import ArrayFile
+from prumerge_jax.store.atomic import write_atomically
+from prumerge_jax.store.errors import DirectoryError
+from prumerge_jax.store.strict_json import parse_json, read_bounded
 
 MANIFEST = "manifest.json"
 PARAMS = "params"
 FORMAT = "prumerge_jax"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, 2)
+
+# One entry of some 150 bytes per 32 MB of weights and per file.
+MAX_MANIFEST_BYTES = 16 << 20
+_SEAL = b',\n "sha256": "%s"\n}\n'
 
 DOTTED_PATH = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 
 
-class DirectoryError(ValueError):
-    """A model directory is incomplete, damaged, or not what was asked for."""
-
-
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """What the manifest says of one weight."""
+    """What the manifest says of one weight.
+
+    Attributes:
+      shape: layers stacked on the leading axis.
+      dtype: as stored.
+      sha256: of the bytes in C order, hex; None in directories of format version 1.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    sha256: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +64,7 @@ class Manifest:
     source: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as `read_manifest` reads it."""
+        """The manifest as `read_manifest` reads it, but for its own checksum."""
         dtypes = sorted({str(stored.dtype) for stored in self.arrays.values()})
         return {
             "format": FORMAT,
@@ -56,7 +72,11 @@ class Manifest:
             "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
             "source": dict(self.source),
             "arrays": {
-                path: {"shape": list(stored.shape), "dtype": str(stored.dtype)}
+                path: {
+                    "shape": list(stored.shape),
+                    "dtype": str(stored.dtype),
+                    "sha256": stored.sha256,
+                }
                 for path, stored in sorted(self.arrays.items())
             },
             "files": {
@@ -66,12 +86,18 @@ class Manifest:
         }
 
 
+def write_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Writes `manifest.json`, its own checksum as the last field."""
+    text = json.dumps(manifest.to_json(), indent=1, allow_nan=False)
+    write_atomically(pathlib.Path(directory) / MANIFEST, seal(text.encode()))
+
+
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     """Parses `manifest.json`.
 
     Raises:
       DirectoryError: it is missing (the directory was never finished), of another format version,
-        malformed, or names files outside the directory.
+        altered, malformed, or names files outside the directory.
     """
     path = pathlib.Path(directory) / MANIFEST
     if not path.is_file():
@@ -80,10 +106,15 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
             "write it with convert_weights.py"
         )
     try:
-        sections = load_json(path, max_bytes=256 << 20)
-        _check_format(sections, path)
+        raw = read_bounded(path, MAX_MANIFEST_BYTES)
+        sections = parse_json(raw, str(path))
+        _check_format(sections, raw, path)
         arrays = {
-            name: StoredArray(tuple(int(n) for n in entry["shape"]), jnp.dtype(entry["dtype"]))
+            name: StoredArray(
+                tuple(int(n) for n in entry["shape"]),
+                jnp.dtype(entry["dtype"]),
+                None if sections["format_version"] == 1 else str(entry["sha256"]),
+            )
             for name, entry in sections["arrays"].items()
         }
         files = {
@@ -92,15 +123,35 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         }
         source = dict(sections["source"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise DirectoryError(f"{path}: malformed: {error!r}") from None
+        raise DirectoryError(f"{path}: malformed: {error!r:.200}") from None
+    except ValueError as error:
+        raise DirectoryError(str(error)) from None
     for name in files:
         parts = pathlib.PurePosixPath(name).parts
         if not parts or ".." in parts or name.startswith("/"):
-            raise DirectoryError(f"{path}: {name!r} leads out of the directory")
+            raise DirectoryError(f"{path}: {name!r:.80} leads out of the directory")
     for name in arrays:
         if not DOTTED_PATH.fullmatch(name):
-            raise DirectoryError(f"{path}: {name!r} is not a dotted weight path")
+            raise DirectoryError(f"{path}: {name!r:.80} is not a dotted weight path")
     return Manifest(arrays, files, source)
+
+
+def weights_identity(directory: str | os.PathLike[str]) -> str:
+    """SHA-256 (hex) over path, dtype, shape and content of every weight.
+
+    The same weights have the same identity whenever, wherever and in however many pieces they were
+    written; other files of the directory play no part. The manifest is trusted, see `verify`; of a
+    directory of format version 1, which lacks the content's hashes, every weight is read.
+
+    Raises:
+      DirectoryError: no finished model directory, or a weight cannot be read.
+    """
+    root = pathlib.Path(directory)
+    digest = hashlib.sha256()
+    for path, stored in sorted(read_manifest(root).arrays.items()):
+        content = stored.sha256 or ArrayFile(root / PARAMS / path, stored.shape).sha256()
+        digest.update(f"{path} {stored.dtype} {list(stored.shape)} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def verify(directory: str | os.PathLike[str], *, hashes: bool = True) -> None:
@@ -139,10 +190,24 @@ def size_and_sha256(file: pathlib.Path) -> tuple[int, str]:
     return file.stat().st_size, digest
 
 
-def _check_format(sections: Mapping[str, Any], path: pathlib.Path) -> None:
-    found = sections["format"], sections["format_version"]
-    if found != (FORMAT, FORMAT_VERSION):
+def seal(text: bytes) -> bytes:
+    """A JSON object with the SHA-256 of its own text appended as the last field, `sha256`."""
+    body = text.rstrip().removesuffix(b"}").rstrip()
+    return body + _SEAL % hashlib.sha256(body).hexdigest().encode()
+
+
+def _is_intact(sealed: bytes) -> bool:
+    """Whether no byte differs from what `seal` returned."""
+    body = sealed[: -len(_SEAL % bytes(64))]
+    return sealed == body + _SEAL % hashlib.sha256(body).hexdigest().encode()
+
+
+def _check_format(sections: Mapping[str, Any], raw: bytes, path: pathlib.Path) -> None:
+    found, version = sections["format"], sections["format_version"]
+    if found != FORMAT or version not in _READABLE_VERSIONS:
         raise DirectoryError(
-            f"{path}: format {found[0]!r} version {found[1]!r}; "
-            f"this program reads {FORMAT!r} version {FORMAT_VERSION}: convert again"
+            f"{path}: format {found!r:.80} version {version!r:.80}; this program reads "
+            f"{FORMAT!r} version {FORMAT_VERSION}: convert again"
         )
+    if version != 1 and not _is_intact(raw):
+        raise DirectoryError(f"{path} was altered: its own checksum differs; convert again")

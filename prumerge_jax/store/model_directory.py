@@ -2,8 +2,8 @@
 
     config.json               sizes of the model, of its adapters if it has any
     params/<dotted path>/     one Orbax checkpoint per weight, layers stacked
-    manifest.json             every file's size and SHA-256, every weight's shape and dtype
-    ...                       tokenizer and processor files, passed through
+    manifest.json             every file's size and SHA-256; every weight's shape, dtype, SHA-256
+    ...                       tokenizer and processor files, copied
 
 One checkpoint per weight lets a writer hold a single weight in memory and lets a reader put each
 one straight into its shards. Orbax does not notice a flipped bit and casts silently, so integrity
@@ -12,35 +12,34 @@ what has no manifest was never finished, and nothing here reads it.
 """
 
 import concurrent.futures
-import contextlib
 import json
-import logging
 import os
 import pathlib
 import shutil
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
 import numpy as np
-import tensorstore
-from orbax.checkpoint import v1 as ocp
 
+from prumerge_jax.store.array_files import ArrayFile, save
+from prumerge_jax.store.atomic import StagedDirectory
+from prumerge_jax.store.errors import DirectoryError
 from prumerge_jax.store.manifest import (
     DOTTED_PATH,
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
     PARAMS,
-    DirectoryError,
     Manifest,
     StoredArray,
     read_manifest,
     size_and_sha256,
     verify,
+    weights_identity,
+    write_manifest,
 )
-from prumerge_jax.store.staging import StagedDirectory
 from prumerge_jax.store.strict_json import load_json, to_json
 
 __all__ = [
@@ -52,13 +51,10 @@ __all__ = [
     "read_manifest",
     "read_sections",
     "verify",
+    "weights_identity",
 ]
 
 CONFIG = "config.json"
-
-# Bytes of one stored piece of a weight: what a device reads beyond its own shard is less than this
-# at each edge.
-_CHUNK_BYTES = 32 << 20
 
 
 class DirectoryWriter:
@@ -92,7 +88,8 @@ class DirectoryWriter:
         self._config = config
         self._adapter = adapter
         self._source = dict(source or {})
-        self._arrays: dict[str, StoredArray] = {}
+        self._arrays: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        self._digests: dict[str, concurrent.futures.Future[str]] = {}
         self._files: dict[str, concurrent.futures.Future[tuple[int, str]]] = {}
 
     def __enter__(self) -> Self:
@@ -105,12 +102,16 @@ class DirectoryWriter:
         if not self._is_first:
             return self
         self._staged.__enter__()
-        (self._root / PARAMS).mkdir()
         self._hasher = concurrent.futures.ThreadPoolExecutor(max_workers=1)
-        sections = {"format": FORMAT, "format_version": FORMAT_VERSION}
-        sections["model"] = to_json(self._config)
-        sections["adapter"] = None if self._adapter is None else to_json(self._adapter)
-        self.write_file(CONFIG, _dump(sections))
+        try:
+            (self._root / PARAMS).mkdir()
+            sections = {"format": FORMAT, "format_version": FORMAT_VERSION}
+            sections["model"] = to_json(self._config)
+            sections["adapter"] = None if self._adapter is None else to_json(self._adapter)
+            self.write_file(CONFIG, _dump(sections))
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def write_array(self, path: str, array: np.ndarray | jax.Array) -> None:
@@ -127,11 +128,15 @@ class DirectoryWriter:
             raise DirectoryError(f"{path!r} is not a dotted weight path")
         if path in self._arrays:
             raise DirectoryError(f"weight {path} was written twice")
-        _save(self._root / PARAMS / path, array)
+        folder = self._root / PARAMS / path
+        save(folder, array)
         if not self._is_first:
             return
-        self._arrays[path] = StoredArray(tuple(array.shape), np.dtype(array.dtype))
-        for file in sorted((self._root / PARAMS / path).rglob("*")):
+        self._arrays[path] = tuple(array.shape), np.dtype(array.dtype)
+        # What was written is read back: of an array sharded over processes nobody holds all.
+        stored = ArrayFile(folder, tuple(array.shape))
+        self._digests[path] = self._hasher.submit(stored.sha256)
+        for file in sorted(folder.rglob("*")):
             if file.is_file():
                 self._add(file)
 
@@ -174,15 +179,15 @@ class DirectoryWriter:
             self._staged.__exit__(kind, error, traceback)
 
     def _write_manifest(self) -> None:
-        files = {name: future.result() for name, future in sorted(self._files.items())}
-        manifest = Manifest(self._arrays, files, self._source)
-        with open(self._root / MANIFEST, "wb") as file:
-            file.write(_dump(manifest.to_json()))
-            file.flush()
-            os.fsync(file.fileno())
+        files = {name: future.result() for name, future in self._files.items()}
+        arrays = {
+            path: StoredArray(shape, dtype, self._digests[path].result())
+            for path, (shape, dtype) in self._arrays.items()
+        }
+        write_manifest(self._root, Manifest(arrays, files, self._source))
 
     def _add(self, file: pathlib.Path) -> None:
-        # Hashed beside the next weight's reading, while the file is still in the page cache.
+        # Hashed while the next weight is read; the file is still in the page cache.
         name = file.relative_to(self._root).as_posix()
         self._files[name] = self._hasher.submit(size_and_sha256, file)
 
@@ -240,17 +245,13 @@ def load_array(
 ) -> jax.Array:
     """Reads one weight straight into its shards; see `load_arrays`.
 
-    The host holds the weight once, beside its shards, until it is on the devices.
+    The host holds the weight once, in addition to its shards, until it is on the devices.
     """
     sharding = target.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    folder = pathlib.Path(directory).resolve() / PARAMS / path
+    folder = pathlib.Path(directory) / PARAMS / path
     places = sharding.addressable_devices_indices_map(target.shape)
-    # Shards share pieces: with a cache each is read from disk once.
-    cache = {"cache_pool": {"total_bytes_limit": 1 << 40}} if len(places) > 1 else {}
-    stored = _open(folder, target.shape, cache)
-    shards = [
-        jax.device_put(_read(stored, folder, index), device) for device, index in places.items()
-    ]
+    stored = ArrayFile(folder, target.shape, is_read_in_parts=len(places) > 1)
+    shards = [jax.device_put(stored.read(index), device) for device, index in places.items()]
     array = jax.make_array_from_single_device_arrays(target.shape, sharding, shards)
     array.block_until_ready()
     if array.dtype == target.dtype:
@@ -268,69 +269,7 @@ def read_array(directory: str | os.PathLike[str], path: str) -> np.ndarray:
     stored = read_manifest(directory).arrays.get(path)
     if stored is None:
         raise DirectoryError(f"{directory} lacks the weight {path}")
-    folder = pathlib.Path(directory).resolve() / PARAMS / path
-    return _read(_open(folder, stored.shape, {}), folder, ())
-
-
-def _save(folder: pathlib.Path, array: np.ndarray | jax.Array) -> None:
-    context = ocp.Context()
-    saving = context.array.saving
-    # One uncompressed file per chunk. OCDBT would buffer a second copy of the weight, and random
-    # mantissas hardly compress.
-    saving.use_ocdbt = False
-    saving.use_zarr3 = False
-    saving.use_compression = False
-    saving.enable_write_sharding_file = False
-    if array.nbytes > _CHUNK_BYTES:  # Orbax would cut a small one into single rows, a file each
-        saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-        saving.storage_options.shard_axes = (0,)
-    # Guards asynchronous saves against later changes; this one is synchronous.
-    context.memory.deepcopy_host_arrays = False
-    with context, _quiet():
-        ocp.save(folder.resolve(), {"value": array})
-
-
-def _open(
-    folder: pathlib.Path, shape: tuple[int, ...], context: Mapping[str, Any]
-) -> tensorstore.TensorStore:
-    """The array that `_save` wrote. Not through Orbax, which holds a weight on the host twice."""
-    try:
-        (header,) = folder.rglob(".zarray")
-        spec = {
-            "driver": "zarr",
-            "kvstore": {"driver": "file", "path": str(header.parent)},
-            "fill_missing_data_reads": False,
-            "context": context,
-        }
-        stored = tensorstore.open(spec, open=True, read=True).result()
-        if stored.shape != shape:
-            raise ValueError(f"its shape is {stored.shape}")
-    except (ValueError, OSError) as error:
-        raise DirectoryError(f"{folder} cannot be read as {shape}: {error}") from error
-    return stored
-
-
-def _read(stored: tensorstore.TensorStore, folder: pathlib.Path, index: Any) -> np.ndarray:
-    try:
-        return stored[index].read().result()
-    except (ValueError, OSError) as error:
-        raise DirectoryError(f"{folder} cannot be read: {error}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Drops what Orbax reports of every single weight, and that there is no OCDBT to merge."""
-
-    def is_news(record: logging.LogRecord) -> bool:
-        is_routine = "Skipping merge of OCDBT" in record.getMessage()
-        return record.levelno >= logging.WARNING and not is_routine
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(is_news)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_news)
+    return ArrayFile(pathlib.Path(directory) / PARAMS / path, stored.shape).read()
 
 
 def _dump(values: Mapping[str, Any]) -> bytes:

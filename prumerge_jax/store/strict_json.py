@@ -20,11 +20,23 @@ def load_json(path: pathlib.Path, max_bytes: int = _MAX_JSON_BYTES) -> Any:
         Infinity, or repeats a key within one object; the message names the file.
       OSError: it cannot be read.
     """
+    return parse_json(read_bounded(path, max_bytes), str(path))
+
+
+def read_bounded(path: pathlib.Path, max_bytes: int) -> bytes:
+    """The content of a file.
+
+    Raises:
+      ValueError: it is larger than `max_bytes`.
+      OSError: it cannot be read, or is no regular file.
+    """
+    if path.exists() and not path.is_file():  # opening a FIFO would block
+        raise OSError(f"{path} is not a regular file")
     with open(path, "rb") as file:
         raw = file.read(max_bytes + 1)
     if len(raw) > max_bytes:
         raise ValueError(f"{path}: larger than {max_bytes} bytes, which no such file needs")
-    return parse_json(raw, str(path))
+    return raw
 
 
 def parse_json(raw: bytes, where: str) -> Any:
@@ -34,7 +46,7 @@ def parse_json(raw: bytes, where: str) -> Any:
             raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
         )
     except RecursionError:
-        raise ValueError(f"{where}: nested too deeply for a configuration") from None
+        raise ValueError(f"{where}: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from None
 
@@ -49,7 +61,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         counts = collections.Counter(key for key, _ in pairs)
         repeated = sorted(key for key, count in counts.items() if count > 1)
-        raise ValueError(f"repeated keys {repeated[:5]}")
+        raise ValueError(f"repeated keys {[key[:80] for key in repeated[:5]]}")
     return values
 
 

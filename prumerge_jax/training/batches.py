@@ -2,40 +2,61 @@
 
 A global batch is a fixed number of samples. How many visual tokens they have is known only once
 their images are encoded; then they are packed into as many micro-batches of one shape as they need.
-The images of the next batch are encoded while the current step runs.
+The images of the next batch are encoded while the current step runs; a batch of text alone skips
+the tower.
 
 Each process reads, encodes and packs the samples of its own data shards. All run the same number of
-micro-batches: those that need fewer go on with empty rows.
+micro-batches: those that need fewer add empty rows.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from prumerge_jax.data import packing
 from prumerge_jax.data.pipeline import Example
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.prumerge import VisualTokens
+from prumerge_jax.sharding.mesh import logical_spec
 from prumerge_jax.sharding.processes import (
     DataShards,
     addressable_rows,
     allgather_ints,
     to_global_array,
 )
-from prumerge_jax.training.next_token import RowBatch
+from prumerge_jax.store.messages import quoted
+from prumerge_jax.training.inputs import kept_tokens
+from prumerge_jax.training.weights import Leaf
 
 
-class Prepared(NamedTuple):
+class RowBatch(NamedTuple):
+    """A micro-batch on the device; the fields [rows, T] int32 are those of `packing.Rows`.
+
+    Attributes:
+      visual_tokens: [B, R, Dv] of all images of the global batch; its dtype is the compute dtype.
+    """
+
+    ids: Leaf
+    visual_index: Leaf
+    positions: Leaf
+    segment_ids: Leaf
+    targets: Leaf
+    visual_tokens: Leaf
+
+
+class GlobalBatch(NamedTuple):
     """One global batch, ready for a step.
 
     Attributes:
       batches: its micro-batches.
       samples: samples used so far over all processes, this batch included: where a resumed run
-        goes on.
+        continues.
       counts: totals over all processes, for the record. `samples`, `images`; `visual_tokens` of all
         images after the reduction; `tokens`, real positions of all rows, and `positions`, computed
         ones; `truncated_samples`, cut to the row length; `mismatched_samples`, of which nothing is
@@ -52,8 +73,8 @@ class RowShape:
     """The one shape of every micro-batch.
 
     Attributes:
-      rows: of all devices together; a multiple of the mesh's data shards.
-      length: T, also the longest sample: what goes beyond is cut off, as in LLaVA, and counted.
+      rows: number of rows on all devices together; a multiple of the mesh's data shards.
+      length: T, also the longest sample: what is beyond is cut off, as in LLaVA, and counted.
       position_ids: see `packing.pack_window`.
     """
 
@@ -62,13 +83,13 @@ class RowShape:
     position_ids: packing.PositionIds = "compact"
 
 
-class RowFeed:
+class BatchPacker:
     """Encodes, packs and places the batches of a run.
 
     Args:
       encode: images [B, S, S, 3] uint8 on the devices -> their visual tokens.
       num_patches: N, the patches of an unreduced image.
-      shape: of the rows.
+      shape: shape of the rows.
       mesh: the devices.
     """
 
@@ -86,17 +107,16 @@ class RowFeed:
         self._mesh = mesh
         self._shards = DataShards.of(mesh)
 
-    def __call__(self, lists: Iterable[list[Example]], samples: int) -> Iterator[Prepared]:
+    def __call__(self, batches: Iterable[list[Example]], samples: int) -> Iterator[GlobalBatch]:
         """Prepares global batches, encoding one ahead.
 
         Args:
-          lists: this process's samples of each global batch.
+          batches: this process's samples of each global batch.
           samples: used before the first of them, over all processes.
         """
         waiting: tuple[list[Example], VisualTokens] | None = None
-        for examples in lists:
-            pixels = np.stack([example.pixels for example in examples])
-            ahead = examples, self._encode(to_global_array(pixels, self._mesh))
+        for examples in batches:
+            ahead = examples, self._visual_tokens(examples)
             if waiting is not None:
                 samples += self._global(len(waiting[0]))
                 yield self._prepare(*waiting, samples)
@@ -104,10 +124,30 @@ class RowFeed:
         if waiting is not None:
             yield self._prepare(*waiting, samples + self._global(len(waiting[0])))
 
+    def _visual_tokens(self, examples: Sequence[Example]) -> VisualTokens:
+        # The tower is one computation of all processes: it runs where any of them has an image.
+        if allgather_ints([any(example.has_image for example in examples)]).any():
+            pixels = np.stack([example.pixels for example in examples])
+            return self._encode(to_global_array(pixels, self._mesh))
+        return self._no_visual_tokens(len(examples), examples[0].pixels.shape)
+
+    @functools.cache  # noqa: B019, a packer lives as long as its run
+    def _no_visual_tokens(self, local: int, image: tuple[int, ...]) -> VisualTokens:
+        """Zeros of the shape that the tower gives for as many images."""
+        pixels = jax.ShapeDtypeStruct((self._global(local), *image), np.uint8)
+        shapes = jax.eval_shape(self._encode, pixels)
+        zeros = jax.jit(
+            lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
+            out_shardings=NamedSharding(self._mesh, logical_spec("batch")),
+        )
+        return zeros()
+
     def _global(self, rows: int) -> int:
         return rows * self._shards.total // len(self._shards.local)
 
-    def _prepare(self, examples: Sequence[Example], visual: VisualTokens, samples: int) -> Prepared:
+    def _prepare(
+        self, examples: Sequence[Example], visual: VisualTokens, samples: int
+    ) -> GlobalBatch:
         layout = self._layout(examples, visual)
         requests = [
             fit_request(example, row, int(layout.lengths[row]), self._shape.length)
@@ -145,7 +185,7 @@ class RowFeed:
         windows += [_empty(windows[0])] * (most - len(windows))
         image_rows = np.array(self._shards.rows(self._global(len(examples))))
         batches = [self._place_rows(rows, visual.tokens, image_rows) for rows in windows]
-        return Prepared(batches, samples, counts)
+        return GlobalBatch(batches, samples, counts)
 
     def _layout(self, examples: Sequence[Example], visual: VisualTokens) -> packing.VisualLayout:
         """What the planner must know of the encoded images, fetched from the devices.
@@ -157,16 +197,18 @@ class RowFeed:
         required = addressable_rows(visual.required)
         capacity = visual.tokens.shape[1]
         for example, needed in zip(examples, required, strict=True):
+            if not example.has_image:
+                continue
             if needed < 0:
                 raise FloatingPointError(
                     f"the vision tower's attention is not finite on the image of sample "
-                    f"{example.id!r}"
+                    f"{quoted(example.id)}"
                 )
             if needed > capacity:
                 raise ValueError(
-                    f"the image of sample {example.id!r} needs {needed} visual tokens, the "
-                    f"capacity is {capacity}; set reduction_options.capacity to at least {needed}, "
-                    "or to None for the most any image can need"
+                    f"the image of sample {quoted(example.id)} needs {needed} visual tokens, the "
+                    f"capacity is {capacity}; give the reduction more, as in --config.reduction="
+                    f"prumerge:capacity={needed}, or none for the most any image can need"
                 )
         return packing.VisualLayout(
             addressable_rows(visual.lengths),
@@ -194,14 +236,9 @@ class RowFeed:
 def fit_request(
     example: Example, image_row: int, visual_tokens: int, length: int
 ) -> packing.Request:
-    """The longest beginning of a sample that fits into `length` tokens, visual ones included.
-
-    LLaVA cuts at the same place, after the visual tokens are inserted; fewer of them leave room
-    for more text. An image that would not fit whole goes, with all that follows it.
-    """
+    """The longest beginning of a sample that fits into `length` tokens; see `kept_tokens`."""
+    kept = kept_tokens(example.token_ids, visual_tokens, length)
     is_image = example.token_ids == IMAGE_TOKEN
-    ends = np.cumsum(np.where(is_image, visual_tokens, 1))
-    kept = int(np.searchsorted(ends, length, side="right"))
     return packing.Request(
         example.token_ids[:kept],
         (image_row,) * int(is_image[:kept].sum()),

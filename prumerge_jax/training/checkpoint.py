@@ -3,7 +3,7 @@
     step_00000100/
       weights/        trained weights alone (adapters, projector, …), Orbax
       optimizer/      the optimizer's state, Orbax
-      data.json       where in the data the run stands
+      data.json       where the data and the record of the run stand
       metadata.json   step, configuration, hash of the frozen base weights, versions
       manifest.json   size and SHA-256 of every other file
 
@@ -32,8 +32,8 @@ from orbax.checkpoint import v1 as ocp
 from prumerge_jax.sharding.processes import allgather_ints
 from prumerge_jax.store.manifest import size_and_sha256
 from prumerge_jax.store.strict_json import load_json
-from prumerge_jax.training.parameters import Shapes, Weights
 from prumerge_jax.training.step import TrainState
+from prumerge_jax.training.weights import Shapes, Weights
 
 _logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class CheckpointError(ValueError):
 
 
 class Restored(NamedTuple):
-    """What `Checkpoints.restore` returns: the step reached, the state, the place in the data."""
+    """What `Checkpoints.restore` returns: the step reached, the state, and `save`'s position."""
 
     step: int
     state: TrainState
@@ -91,12 +91,12 @@ class Checkpoints:
         """Starts to save a step, after an earlier save has ended; `state` may be donated at once.
 
         A step that is there already is not saved again. A save that fails (a full disk) is logged,
-        its files are removed, older steps stay, and the run goes on; only `close` raises.
+        its files are removed, older steps are kept, and the run continues; only `close` raises.
 
         Args:
           step: number of optimizer steps done.
           state: saved in its shards.
-          position: where to go on in the data, JSON values.
+          position: where the data and the record of the run stand, JSON values.
         """
         if step in self.steps():
             return
@@ -106,7 +106,7 @@ class Checkpoints:
         records = {DATA: dict(position), METADATA: {"step": step, **self._metadata}}
         items = {WEIGHTS: state.trained, OPTIMIZER: state.optimizer}
         try:
-            # Returns when the arrays are copied; writing goes on behind.
+            # Returns when the arrays are copied; files are written in the background.
             writing = ocp.save_checkpointables_async(incomplete, items)
         except Exception as error:
             self._saving = concurrent.futures.Future()
@@ -145,7 +145,7 @@ class Checkpoints:
           CheckpointError: every step is damaged, or the step belongs to another run: a weight is
             missing, unknown or of another shape or dtype, or the base weights are others.
         """
-        # One process looks and all load the same: directories and files change under their eyes.
+        # One process looks and all load the same: files may change while other processes look.
         newest = self._newest_intact() if self._is_writer else None
         step = int(allgather_ints([newest or 0])[0, 0])
         return self._load(self._path(step), step, target) if step else None

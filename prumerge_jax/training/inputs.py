@@ -1,122 +1,204 @@
 """The samples of a run: which data set, in which order, from where on.
 
-A place in the data is one number, the samples used so far over all hosts. The order depends on the
-seed alone, so a resumed run continues exactly where the saved one stood.
+A place in the data is one number, the samples used so far over all processes. The order depends on
+the seed alone, so a resumed run continues exactly where the saved one stood.
 """
 
 import dataclasses
-import fcntl
+import functools
+import hashlib
 import json
+import logging
 import pathlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import grain
-import ml_collections
 import numpy as np
-import tensorflow_datasets as tfds
 
-from prumerge_jax.data import llava_json, pipeline, samples
-from prumerge_jax.data.conversation import TEMPLATES
-from prumerge_jax.data.pipeline import Example
+from prumerge_jax.data import pipeline
+from prumerge_jax.data.conversation import chat_template
+from prumerge_jax.data.datasets import DataConfig, Dataset, exclusive, open_dataset
+from prumerge_jax.data.images import ImageProcessor
+from prumerge_jax.data.pipeline import Example, Preprocessor
 from prumerge_jax.data.tokenizer import Tokenizer
-from prumerge_jax.digits import dataset as digits_vqa
-from prumerge_jax.training.grouping import ModalityOrder
+from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
+from prumerge_jax.store.messages import quoted
+from prumerge_jax.training.config import ExecutionConfig, TrainConfig
 
-# What a record of `digits_vqa` becomes, by `data.form`.
-_DIGITS_FORMS: Mapping[str, Callable[[Mapping[str, Any]], samples.Sample]] = {
-    "conversation": samples.from_record,
-    "caption": digits_vqa.caption_sample,
-    "text": digits_vqa.text_sample,
-}
+_logger = logging.getLogger(__name__)
+
 _FOREVER = 1 << 40  # samples; more than any run uses
+_NAMED = 5  # samples whose ids a warning gives
 
 
-class Inputs(NamedTuple):
+class TrainingData(NamedTuple):
     """The training samples of a run.
 
     Attributes:
-      lists: (samples used, rows) -> those rows of every global batch from there on; each a list.
-      samples: how many samples an epoch has.
+      batches: (samples used, rows) -> those rows of every global batch from there on; each a list.
+      samples: number of samples of an epoch.
     """
 
-    lists: Callable[[int, Collection[int]], Iterator[list[Any]]]
+    batches: Callable[[int, Collection[int]], Iterator[list[Any]]]
     samples: int
 
 
-def conversations(
-    config: ml_collections.ConfigDict, tokenizer: Tokenizer, image_size: int
-) -> Inputs:
+class TrainingSource(NamedTuple):
+    """Samples that were found and checked; nothing is written before `prepare`.
+
+    Attributes:
+      samples: upper bound of the samples of an epoch.
+      prepare: writes the records if they are not there yet, and gives the training samples.
+    """
+
+    samples: int
+    prepare: Callable[[], TrainingData]
+
+
+def open_conversations(
+    config: TrainConfig, tokenizer: Tokenizer, fewest_visual_tokens: int
+) -> TrainingSource:
     """Labelled conversations as `Example`s, for the next-token loss.
 
     Args:
-      config: of the run; `data`, `conversation`, `image_mode`, `label_protocol`, `batch_size`,
-        `group_by_modality_length`, `seed` and `run` are read.
+      config: configuration of the run, model sizes included.
       tokenizer: the model's.
-      image_size: S of the tower.
+      fewest_visual_tokens: lower bound of the tokens of an image.
     """
-    if config.conversation not in TEMPLATES:
-        raise ValueError(
-            f"conversation is {config.conversation!r}; expected one of {sorted(TEMPLATES)}"
-        )
-    preprocess = pipeline.Preprocessor(
+    dataset = open_dataset(config.data)
+    vision = config.sizes.vision
+    preprocess = Preprocessor(
         tokenizer,
-        TEMPLATES[config.conversation],
-        image_size,
-        image_mode=config.image_mode,
-        protocol=config.label_protocol,
+        chat_template(config.conversation),
+        ImageProcessor(vision.image_size, vision.pixel_mean, config.image_mode),
+        config.label_protocol,
+        config.row_length,
     )
-    source = record_source(config.data)
-    to_sample: Callable[[Mapping[str, Any]], samples.Sample] = samples.from_record
-    if config.data.name == "digits_vqa":
-        to_sample = _DIGITS_FORMS[config.data.form]
-    dataset = pipeline.examples(source, preprocess, to_sample=to_sample)
+
+    def prepare() -> TrainingData:
+        check_targets(config, dataset, preprocess, fewest_visual_tokens)
+        return _conversations(config, dataset, preprocess)
+
+    return TrainingSource(dataset.samples, prepare)
+
+
+def _conversations(config: TrainConfig, dataset: Dataset, preprocess: Preprocessor) -> TrainingData:
+    records = dataset.records()
+    examples = pipeline.examples(records.source, preprocess, to_sample=records.to_sample)
     order = None
     if config.group_by_modality_length:
-        order = ModalityOrder(_has_image(config.data), config.batch_size, config.seed)
+        order = ModalityOrder(records.has_image, config.batch_size, config.seed)
 
-    def lists(used: int, rows: Collection[int]) -> Iterator[list[Example]]:
+    def batches(start: int, rows: Collection[int]) -> Iterator[list[Example]]:
         if order is None:
-            ordered = pipeline.stream(dataset, seed=config.seed, start=used)
+            ordered = pipeline.stream(examples, seed=config.seed, start=start)
         else:
-            ordered = grain.MapDataset.range(_FOREVER)[used:].map(order).map(dataset.__getitem__)
-        return read(rows_of_batches(ordered, config.batch_size, rows), config)
+            ordered = grain.MapDataset.range(_FOREVER)[start:].map(order)
+            ordered = ordered.map(examples.__getitem__)
+        return read(rows_of_batches(ordered, config.batch_size, rows), config.run)
 
-    return Inputs(lists, len(source) if order is None else order.epoch_size)
+    return TrainingData(batches, len(records.source) if order is None else order.epoch_size)
 
 
-def record_source(data: ml_collections.ConfigDict) -> Sequence[dict[str, Any]]:
-    """The training split that `config.data` names, written below `data.directory` if need be.
+def record_source(data: DataConfig) -> Sequence[Mapping[str, Any]]:
+    """The training records that `data` names, written below `data.directory` if need be.
 
     Raises:
-      ValueError: there is no data set of that name.
+      ValueError: there is no data set of that name, or its samples cannot be used.
+      OSError: a file cannot be read.
     """
-    builder: type[tfds.core.GeneratorBasedBuilder]
-    source: tfds.core.BuilderConfig
-    if data.name == "digits_vqa":
-        if data.form not in _DIGITS_FORMS:
-            raise ValueError(f"data.form is {data.form!r}; expected one of {list(_DIGITS_FORMS)}")
-        builder = digits_vqa.DigitsVqa
-        source = digits_vqa.DigitsVqaConfig(
-            train_scenes=data.train_scenes,
-            validation_scenes=data.validation_scenes,
-            test_scenes=data.test_scenes,
-            questions_per_family=data.questions_per_family,
-            scenes_per_layout=data.scenes_per_layout,
-            seed=data.seed,
-        )
-    elif data.name == "llava_json":
-        builder = llava_json.LlavaJson
-        source = llava_json.LlavaJsonConfig(
-            json_file=data.json_file, image_folder=data.image_folder
-        )
-    else:
-        raise ValueError(f"data.name is {data.name!r}; expected 'digits_vqa' or 'llava_json'")
-    directory = pathlib.Path(data.directory).expanduser()
-    with _locked(directory):
-        prepared = samples.prepare(builder, source, directory)
-    return samples.record_source(prepared, "train")
+    return open_dataset(data).records().source
+
+
+def check_targets(
+    config: TrainConfig, dataset: Dataset, preprocess: Preprocessor, fewest_visual_tokens: int
+) -> None:
+    """Warns of samples that nothing can be learned from.
+
+    That is so where no answer is labelled, or where all labels are cut off. The outcome is stored
+    with the records, since it takes about a millisecond per sample.
+
+    Args:
+      config: configuration of the run.
+      dataset: the samples.
+      preprocess: says which tokens are labelled.
+      fewest_visual_tokens: lower bound of the tokens of an image; a sample that only a larger
+        number pushes over the row's end is not found here.
+
+    Raises:
+      ValueError: no sample has anything to learn.
+    """
+    key = [
+        dataset.identity, preprocess.tokenizer.sha256(), preprocess.tokenizer.style,
+        config.conversation, config.label_protocol, config.row_length, fewest_visual_tokens,
+    ]  # fmt: skip
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    folder = pathlib.Path(config.data.directory).expanduser() / "targets"
+    file = folder / f"{name}.json"
+    found = _stored_targets(file)
+    if found is None:
+        found = _count_targets(dataset, preprocess, fewest_visual_tokens)
+        if found["without"] == found["samples"]:
+            raise ValueError(
+                f"none of the {found['samples']} samples has anything to learn (the first are "
+                f"{', '.join(found['first'])}): {_CAUSES}"
+            )
+        with exclusive(folder):
+            new = file.with_suffix(".new")
+            new.write_text(json.dumps(found))
+            new.replace(file)
+    if found["without"]:
+        _logger.warning(
+            "%d of %d samples have nothing to learn (the first are %s): %s",
+            found["without"], found["samples"], ", ".join(found["first"]), _CAUSES,
+        )  # fmt: skip
+
+
+_CAUSES = (
+    "their answers are empty or cut off by max_length, the conversation ends with the human, or "
+    "its rounds do not add up (a role's name inside an answer, another tokenizer_style)"
+)
+
+
+def _stored_targets(file: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_text())
+        return {"samples": found["samples"], "without": found["without"], "first": found["first"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not there yet, or damaged: count again
+
+
+def _count_targets(
+    dataset: Dataset, preprocess: Preprocessor, fewest_visual_tokens: int
+) -> dict[str, Any]:
+    """How many samples there are, how many of them have no target, and the ids of the first."""
+    samples, without = 0, 0
+    first: list[str] = []
+    for sample in dataset.conversations():
+        text = preprocess.label(sample)
+        kept = kept_tokens(text.ids, fewest_visual_tokens, preprocess.max_length)
+        samples += 1
+        if not (text.labels[1:kept] != IGNORE).any():
+            without += 1
+            if len(first) < _NAMED:
+                first.append(quoted(sample["id"], 40))
+    return {"samples": samples, "without": without, "first": first}
+
+
+def kept_tokens(token_ids: np.ndarray, visual_tokens: int, length: int) -> int:
+    """How many leading tokens of a sample fit into `length` once its image is inserted.
+
+    LLaVA cuts at the same place; fewer visual tokens leave room for more text. An image that would
+    not fit as a whole is dropped, with all that follows it.
+
+    Args:
+      token_ids: int32 [T], with `IMAGE_TOKEN` (-200) where the image's tokens go.
+      visual_tokens: tokens of an image.
+      length: row length.
+    """
+    ends = np.cumsum(np.where(token_ids == IMAGE_TOKEN, visual_tokens, 1))
+    return int(np.searchsorted(ends, length, side="right"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,26 +221,60 @@ def rows_of_batches(
     return batches.map(_RowsOfBatch(ordered, size, tuple(rows)))
 
 
-def read(dataset: grain.MapDataset[Any], config: ml_collections.ConfigDict) -> Iterator[Any]:
+def read(dataset: grain.MapDataset[Any], execution: ExecutionConfig) -> Iterator[Any]:
     """Reads ahead with the run's threads and worker processes."""
     return pipeline.read(
-        dataset, num_threads=config.run.num_threads, num_workers=config.run.num_workers
+        dataset, num_threads=execution.num_threads, num_workers=execution.num_workers
     )
 
 
-@contextmanager
-def _locked(directory: pathlib.Path) -> Iterator[None]:
-    """Lets one process at a time prepare data below a directory; the next ones find it there."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModalityOrder:
+    """LLaVA's `group_by_modality_length`: batches of images and batches of text alone.
+
+    Maps a place in an endless stream to the index of the sample there. The reference also sorts
+    each global batch by length and deals it to the devices. Batches are packed here, so within a
+    batch neither matters, and what is left is which samples share a batch: those of either kind are
+    shuffled and cut into batches, the batches of both kinds are shuffled, and the remainders form
+    the last, mixed ones. The distribution is that of the reference; the order itself depends on
+    torch's generator and is not reproduced.
+
+    Attributes:
+      has_image: bool [n], of every sample.
+      batch_size: global; an epoch is cut to full batches.
+      seed: decides the order of every epoch.
+    """
+
+    has_image: np.ndarray
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if len(self.has_image) < self.batch_size:
+            raise ValueError(
+                f"{len(self.has_image)} samples do not fill one batch of {self.batch_size}"
+            )
+
+    @property
+    def epoch_size(self) -> int:
+        """Number of samples of an epoch."""
+        return len(self.has_image) // self.batch_size * self.batch_size
+
+    def __call__(self, place: int) -> int:
+        """The sample at a place, counted over all epochs."""
+        epoch, index = divmod(place, self.epoch_size)
+        return int(_draw_epoch(self, epoch)[index])
 
 
-def _has_image(data: ml_collections.ConfigDict) -> np.ndarray:
-    if data.name != "llava_json":
-        raise ValueError(
-            f"group_by_modality_length needs data.name='llava_json', not {data.name!r}"
-        )
-    entries = json.loads(pathlib.Path(data.json_file).read_bytes())
-    return np.array(["image" in entry for entry in entries])
+@functools.lru_cache(maxsize=2)  # reading ahead touches two epochs at most
+def _draw_epoch(order: ModalityOrder, epoch: int) -> np.ndarray:
+    random = np.random.default_rng([order.seed, epoch])
+    batches, remainders = [], []
+    for kind in (order.has_image, ~order.has_image):
+        indices = random.permutation(np.flatnonzero(kind))
+        full = len(indices) // order.batch_size * order.batch_size
+        batches.append(indices[:full].reshape(-1, order.batch_size))
+        remainders.append(indices[full:])
+    pure = random.permutation(np.concatenate(batches))
+    mixed = random.permutation(np.concatenate(remainders))
+    return np.concatenate([pure.ravel(), mixed])[: order.epoch_size]

@@ -1,5 +1,8 @@
 """A training run, from its configuration to the model it leaves behind."""
 
+import contextlib
+import dataclasses
+import functools
 import importlib.metadata
 import json
 import logging
@@ -13,38 +16,64 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from prumerge_jax.digits import captions
+from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.sharding.mesh import MESH_AXES, make_mesh, use_mesh
 from prumerge_jax.sharding.processes import DataShards
-from prumerge_jax.training import inputs
-from prumerge_jax.training.base import Base, open_base
-from prumerge_jax.training.batches import RowFeed, RowShape
 from prumerge_jax.training.checkpoint import Checkpoints
-from prumerge_jax.training.loop import LoopConfig, train
-from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule
-from prumerge_jax.training.parameters import Weights
-from prumerge_jax.training.stages import (
-    ImageEncoder,
-    NoImages,
-    adapter_config,
-    make_stage,
-)
+from prumerge_jax.training.config import ConfigError, MeshConfig, TrainConfig, parse, with_sizes
+from prumerge_jax.training.inputs import TrainingSource
+from prumerge_jax.training.loop import LoopConfig, Outputs, train
+from prumerge_jax.training.metrics import MetricWriter
+from prumerge_jax.training.objectives.registry import Objective, make_objective
+from prumerge_jax.training.optimizer import make_optimizer, schedule
 from prumerge_jax.training.step import TrainStep, state_shardings
-from prumerge_jax.training.stop import StopFlag
-from prumerge_jax.training.workdir import CHECKPOINTS, check_config, claim_workdir, write_config
+from prumerge_jax.training.weights import Pretrained, Weights, load_pretrained
+from prumerge_jax.training.workdir import (
+    CHECKPOINTS,
+    MODEL,
+    StopFlag,
+    check_config,
+    claim_workdir,
+    write_config,
+)
 
 _logger = logging.getLogger(__name__)
-
-MODEL = "model"
 
 # A shard holds a multiple of so many rows of every weight. By XLA's estimates for TPU slices 13B
 # takes 1.7 times the cycles over all of 256 v5e chips, in shards of 20 rows, than over 4 x 64; and
 # a third more over 64 v5p chips, where weights are then gathered by all-reduces, than over 2 x 32.
 _SHARD_ROWS = 32
 
+START: Mapping[str, Any] = {"samples": 0, "metrics": {}}
+"""What `loop.train` saves with a step, before the first one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run that was checked: nothing expensive was read, nothing was written.
+
+    Attributes:
+      config: model sizes included.
+      fields: the configuration as plain JSON values, for the record.
+      pretrained: the model it starts from.
+      tokenizer: the model's.
+      objective: what it is trained to do.
+      source: its samples.
+      mesh: the devices.
+    """
+
+    config: TrainConfig
+    fields: Mapping[str, Any]
+    pretrained: Pretrained
+    tokenizer: Tokenizer
+    objective: Objective
+    source: TrainingSource
+    mesh: Mesh
+
 
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], stop: StopFlag) -> None:
-    """Trains, or goes on training, and writes the finished model to `workdir/model`.
+    """Trains, or resumes training, and writes the finished model to `workdir/model`.
 
     Args:
       config: one of `configs/`.
@@ -52,47 +81,69 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], stop
       stop: once raised, the run saves and returns without a model.
 
     Raises:
+      ConfigError: a field of the configuration cannot be.
       WorkdirError: the directory is in use, or its run has another configuration.
       DirectoryError: the base weights are damaged or do not fit.
-      CheckpointError: no checkpoint is intact, or it belongs to other weights.
-      TrainingError: the loss is not finite, or the data ended.
+      CheckpointError: no checkpoint is intact, it belongs to other weights, or the last one could
+        not be saved.
+      TrainingError: the loss is not finite, the data ended, or the record cannot be written.
+      ValueError: samples, mesh and configuration do not fit each other.
+      OSError: a file cannot be read or written.
     """
     workdir = pathlib.Path(workdir)
-    fields = json.loads(config.to_json())
-    with claim_workdir(workdir):
+    parsed, fields = parse(config), json.loads(config.to_json())
+    check_config(workdir, fields)
+    if (workdir / MODEL).exists():
+        _logger.info("%s is finished; its model is in %s", workdir, workdir / MODEL)
+        return
+    setup = check(parsed, fields)
+    with claim_workdir(workdir), use_mesh(setup.mesh):
         check_config(workdir, fields)
-        if (workdir / MODEL).exists():
-            _logger.info("%s is finished; its model is in %s", workdir, workdir / MODEL)
-            return
-        base = open_base(config)
-        mesh = fitted_mesh(config)
-        with use_mesh(mesh):
-            trained = _train(config, fields, workdir, base, mesh, stop)
-            if trained is not None:
-                source = {"training": fields, "base_weights": base.hash()}
-                adapter = adapter_config(config)
-                base.export(workdir / MODEL, trained, adapter, mesh, source)
-                _logger.info("wrote the model to %s", workdir / MODEL)
+        setup.pretrained.verify(hashes=setup.config.run.verify_weights)
+        trained = _train(setup, workdir, stop)
+        if trained is not None:
+            source = {"training": fields, "base_weights": setup.pretrained.identity()}
+            setup.pretrained.export(
+                workdir / MODEL, trained, setup.config.adapter, setup.mesh, source
+            )
+            _logger.info("wrote the model to %s", workdir / MODEL)
 
 
-def fitted_mesh(config: ml_collections.ConfigDict) -> Mesh:
+def check(config: TrainConfig, fields: Mapping[str, Any]) -> Setup:
+    """Finds out whether a run can start, before anything is hashed, decoded or written.
+
+    Raises:
+      ConfigError, DirectoryError, ValueError, OSError: as `run`.
+    """
+    pretrained = load_pretrained(config)
+    config = with_sizes(config, pretrained.model)
+    mesh = fitted_mesh(config)
+    with use_mesh(mesh):
+        objective = make_objective(config)
+    tokenizer = pretrained.tokenizer(config.tokenizer_style)
+    source = objective.open_source(tokenizer)
+    _steps(config, source.samples)
+    return Setup(config, fields, pretrained, tokenizer, objective, source, mesh)
+
+
+def fitted_mesh(config: TrainConfig) -> Mesh:
     """The mesh of all devices of this job that `config.run.mesh` describes.
 
     Raises:
       ValueError: as `fitted_sizes`, or the data shards do not divide the batch.
     """
-    sizes = fitted_sizes(config, jax.device_count())
+    sizes = fitted_sizes(config.run.mesh, config.sizes, jax.device_count())
     shards = sizes["data"] * sizes["fsdp"]
     if config.batch_size % shards:
-        raise ValueError(
+        raise ConfigError(
             f"batch_size is {config.batch_size}; expected a multiple of the {shards} data shards "
-            f"of mesh {sizes}"
+            f"of run.mesh {sizes}"
         )
     return make_mesh(**sizes)
 
 
-def fitted_sizes(config: ml_collections.ConfigDict, devices: int) -> dict[str, int]:
-    """The sizes in `config.run.mesh`, where 0 takes the devices that remain.
+def fitted_sizes(mesh: MeshConfig, model: LlavaConfig, devices: int) -> dict[str, int]:
+    """The sizes of the mesh axes, where 0 takes the devices that remain.
 
     Where `data` and `fsdp` both are 0, `fsdp` takes as many as leave each shard a multiple of 32
     rows of its weight, and `data` the others.
@@ -100,116 +151,115 @@ def fitted_sizes(config: ml_collections.ConfigDict, devices: int) -> dict[str, i
     Raises:
       ValueError: `tensor` and another size are 0, or the sizes do not fit the devices.
     """
-    sizes = {axis: config.run.mesh[axis] for axis in MESH_AXES}
+    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     free = [axis for axis, size in sizes.items() if size == 0]
     if not free:
         return sizes
     remaining, excess = divmod(devices, math.prod(size for size in sizes.values() if size))
     if excess or not remaining or (len(free) > 1 and free != ["data", "fsdp"]):
-        raise ValueError(
+        raise ConfigError(
             f"run.mesh {sizes} cannot be fitted to {devices} devices; expected a size of 0 for one "
             "axis or for data and fsdp, and the others to divide the devices"
         )
     if len(free) > 1:
-        shards = math.gcd(config.model.vision.width, config.model.text.width) // _SHARD_ROWS
+        shards = math.gcd(model.vision.width, model.text.width) // _SHARD_ROWS
         sizes["fsdp"] = math.gcd(remaining, max(shards, 1))
         remaining //= sizes["fsdp"]
     sizes[free[0]] = remaining
     return sizes
 
 
-def _train(
-    config: ml_collections.ConfigDict,
-    fields: Mapping[str, Any],
-    workdir: pathlib.Path,
-    base: Base,
-    mesh: Mesh,
-    stop: StopFlag,
-) -> Weights | None:
-    """Restores or starts, and runs the loop. Returns what trained, None if it was stopped."""
-    stage = make_stage(config, base.model)
-    data, total_steps = open_data(config, base)
-    optimizer_config = OptimizerConfig(**config.optimizer)
-    optimizer = make_optimizer(optimizer_config, total_steps, stage.learning_rates)
-    shardings = state_shardings(optimizer, stage.trained(), stage.template.shardings(mesh), mesh)
-    step_function = TrainStep(stage.loss, optimizer, seed=config.seed, shardings=shardings)
-    checkpoints = Checkpoints(
-        workdir / CHECKPOINTS,
-        keep=config.run.keep,
-        metadata={
-            "base_weights": base.hash(),
-            "config": fields,
-            "version": importlib.metadata.version("prumerge-jax"),
-        },
-    )
-    restored = checkpoints.restore(step_function.abstract_state(stage.trained()))
-    frozen_paths = set(stage.template.variables) - set(stage.learning_rates)
-    frozen = base.weights(stage, frozen_paths, mesh)
-    if restored is None:
-        start, samples = 0, 0
-        state = step_function.init(base.weights(stage, stage.learning_rates, mesh))
-    else:
-        start, state, samples = restored.step, restored.state, restored.position["samples"]
-        _logger.info("resuming after step %d, %d samples", start, samples)
-    feed = make_feed(config, base, frozen, mesh)
-    rows = DataShards.of(mesh).rows(config.batch_size)
-    if jax.process_index() == 0:
-        write_config(workdir, fields)
-    rate = schedule(optimizer_config, total_steps)
-    state, done = train(
-        step_function,
-        state,
-        frozen,
-        feed(data.lists(samples, rows), samples),
-        start=start,
-        config=LoopConfig(total_steps, config.run.save_every, config.run.log_every),
-        learning_rate=lambda step: config.learning_rates[0][1] * rate(step),
-        checkpoints=checkpoints,
-        workdir=workdir,
-        stop=stop,
-    )
-    checkpoints.close()
-    return stage.finished(state.trained) if done == total_steps else None
-
-
-def open_data(config: ml_collections.ConfigDict, base: Base) -> tuple[inputs.Inputs, int]:
-    """The samples of a run, and how many optimizer steps it has.
+def _steps(config: TrainConfig, samples: int) -> int:
+    """How many optimizer steps a run over so many samples per epoch has.
 
     Raises:
-      ValueError: the samples do not fill a batch, or the contrastive stage has no `steps`.
+      ValueError: the samples do not fill a batch.
     """
-    tokenizer, vision = base.tokenizer(config.tokenizer_style), base.model.vision
-    if config.objective == "contrastive":
-        if config.steps is None:
-            raise ValueError("the contrastive stage needs steps: its curriculum is a share of them")
-        return captions.windows(config, tokenizer, vision, config.steps), config.steps
-    data = inputs.conversations(config, tokenizer, vision.image_size)
-    steps = config.steps
-    if steps is None:
-        steps = int(config.epochs * data.samples) // config.batch_size
-    if not steps:
-        raise ValueError(f"{data.samples} samples do not fill one batch of {config.batch_size}")
-    return data, steps
-
-
-def make_feed(
-    config: ml_collections.ConfigDict, base: Base, frozen: Weights, mesh: Mesh
-) -> captions.CaptionFeed | RowFeed:
-    """What turns the samples of a run into micro-batches."""
-    if config.objective == "contrastive":
-        return captions.CaptionFeed(
-            base.tokenizer(config.tokenizer_style),
-            max_length=config.contrastive.text.max_positions,
-            mesh=mesh,
+    if samples < config.batch_size:
+        raise ValueError(
+            f"{samples} samples do not fill one batch of {config.batch_size}; set batch_size to at "
+            f"most {samples}"
         )
-    vision = base.model.vision
-    encode: ImageEncoder | NoImages = NoImages(config, vision, mesh)
-    if config.reduction is not None:
-        encode = ImageEncoder(config, vision, frozen, mesh)
-    rows = config.run.rows_per_shard * mesh.shape["data"] * mesh.shape["fsdp"]
-    return RowFeed(
-        encode,
-        num_patches=vision.num_patches,
-        shape=RowShape(rows, config.max_length, config.position_ids),
-        mesh=mesh,
+    if config.steps is not None:
+        return config.steps
+    steps = int(config.epochs * samples) // config.batch_size
+    if not steps:
+        raise ValueError(
+            f"{config.epochs} epochs of {samples} samples do not fill one batch of "
+            f"{config.batch_size}"
+        )
+    return steps
+
+
+def _train(setup: Setup, workdir: pathlib.Path, stop: StopFlag) -> Weights | None:
+    """Restores or starts, and runs the loop. Returns what trained, None if it was stopped."""
+    config, objective, mesh = setup.config, setup.objective, setup.mesh
+    data = setup.source.prepare()
+    total_steps = _steps(config, data.samples)
+    step_function = _step_function(setup, total_steps)
+    checkpoints = _checkpoints(setup, workdir)
+    restored = checkpoints.restore(step_function.abstract_state(objective.trained()))
+    load = functools.partial(
+        setup.pretrained.load, objective.module, trained=objective.learning_rates, mesh=mesh
+    )
+    frozen = load(objective.frozen())
+    if restored is None:
+        start, position = 0, START
+        state = step_function.init(load(objective.trained()))
+    else:
+        start, state, position = restored
+        _logger.info("resuming after step %d, %d samples", start, position["samples"])
+    if jax.process_index() == 0:
+        write_config(workdir, setup.fields)
+    samples = data.batches(position["samples"], DataShards.of(mesh).rows(config.batch_size))
+    with contextlib.ExitStack() as stack:
+        metrics = None
+        if jax.process_index() == 0:
+            metrics = _metrics(config, workdir, start, total_steps, position["metrics"])
+            stack.callback(metrics.close)
+        state, done = train(
+            step_function,
+            state,
+            frozen,
+            objective.packer(setup.tokenizer, frozen, mesh)(samples, position["samples"]),
+            LoopConfig(start, total_steps, config.run.save_every),
+            Outputs(checkpoints, metrics),
+            stop,
+        )
+    checkpoints.close()
+    return objective.finish(state.trained) if done == total_steps else None
+
+
+def _step_function(setup: Setup, total_steps: int) -> TrainStep:
+    objective, config = setup.objective, setup.config
+    optimizer = make_optimizer(config.optimizer, total_steps, objective.learning_rates)
+    shardings = objective.module.shardings(setup.mesh)
+    placed = state_shardings(optimizer, objective.trained(), shardings, setup.mesh)
+    return TrainStep(objective.loss, optimizer, seed=config.seed, shardings=placed)
+
+
+def _checkpoints(setup: Setup, workdir: pathlib.Path) -> Checkpoints:
+    metadata = {
+        "base_weights": setup.pretrained.identity(),
+        "config": setup.fields,
+        "version": importlib.metadata.version("prumerge-jax"),
+    }
+    return Checkpoints(workdir / CHECKPOINTS, keep=setup.config.run.keep, metadata=metadata)
+
+
+def _metrics(
+    config: TrainConfig,
+    workdir: pathlib.Path,
+    start: int,
+    total_steps: int,
+    totals: Mapping[str, float],
+) -> MetricWriter:
+    factor, peak = schedule(config.optimizer, total_steps), config.learning_rates[0][1]
+    return MetricWriter(
+        workdir,
+        start=start,
+        total=total_steps,
+        every=config.run.log_every,
+        learning_rate=lambda step: peak * factor(step),
+        totals=totals,
     )

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from prumerge_jax.sharding.mesh import replicated
-from prumerge_jax.training.parameters import Leaf, Shapes, Weights
+from prumerge_jax.training.weights import Leaf, Shapes, Weights
 
 Loss = Callable[[Weights, Any, jax.Array], tuple[jax.Array, jax.Array]]
 """(all weights, micro-batch, dropout key) -> (sum of the loss, number of targets), float32."""
@@ -45,12 +45,13 @@ class StepMetrics(NamedTuple):
 
 
 class TrainStep:
-    """The compiled functions of a step, each of one shape.
+    """The jitted functions of a step, each of one shape.
 
     Args:
-      loss: of one micro-batch; differentiated in the trained weights alone.
+      loss: loss of one micro-batch; differentiated in the trained weights alone.
       optimizer: takes the gradient of the mean loss.
-      seed: of dropout; step and micro-batch are folded in, so that a resumed run drops the same.
+      seed: seed of dropout; step and micro-batch are folded in, so that a resumed run draws the
+        same.
       shardings: declared shardings of the state (`state_shardings`).
     """
 
@@ -66,16 +67,16 @@ class TrainStep:
         self._optimizer = optimizer
         self._seed = seed
         self._shardings = shardings
-        whole = replicated(next(iter(shardings.trained.values())).mesh)
-        self._whole = whole
-        self._sums = sums = Sums(shardings.trained, whole, whole)
+        everywhere = replicated(next(iter(shardings.trained.values())).mesh)
+        self._replicated = everywhere
+        self._sums = sums = Sums(shardings.trained, everywhere, everywhere)
         self.init = jax.jit(self._init, out_shardings=shardings)
         self.zeros = jax.jit(self._zeros, out_shardings=sums)
         self.accumulate = jax.jit(self._accumulate, donate_argnums=(0,), out_shardings=sums)
         self.update = jax.jit(
             self._update,
             donate_argnums=(0,),
-            out_shardings=(shardings, StepMetrics(whole, whole, whole)),
+            out_shardings=(shardings, StepMetrics(everywhere, everywhere, everywhere)),
         )
 
     def abstract_state(self, trained: Shapes) -> TrainState:
@@ -99,7 +100,7 @@ class TrainStep:
             jax.eval_shape(self._zeros, dict(trained)),
             self._sums,
         )
-        when = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=self._whole)
+        when = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=self._replicated)
         return {
             "accumulate": self.accumulate.lower(sums, state.trained, frozen, batch, when),
             "update": self.update.lower(state, sums),
@@ -154,7 +155,7 @@ def state_shardings(
     shardings: Mapping[str, NamedSharding],
     mesh: Mesh,
 ) -> TrainState:
-    """Shardings of a `TrainState`: moments lie like their weights, counters on every device."""
+    """Shardings of a `TrainState`: moments as their weights, counters replicated."""
     own = {path: shardings[path] for path in trained}
     abstract = jax.eval_shape(optimizer.init, dict(trained))
     of_optimizer = optax.tree_utils.tree_map_params(

@@ -1,19 +1,30 @@
-"""The directory of a run: one run at a time, and always with the same configuration."""
+"""The directory of a run: one run at a time, always with one configuration, and its graceful end.
+
+Graceful shutdown: SIGTERM and SIGINT raise a flag; the loop stops at the next step boundary and
+saves.
+"""
 
 import fcntl
 import json
+import logging
 import os
 import pathlib
+import signal
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 
+from prumerge_jax.store.messages import quoted
 from prumerge_jax.store.strict_json import load_json
+
+_logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+MODEL = "model"
 RUN = "run"
 """The section of a configuration that says how a run is executed, not what it computes: devices,
 cadence, workers. It alone may change when a run is resumed."""
@@ -21,6 +32,41 @@ cadence, workers. It alone may change when a run is resumed."""
 
 class WorkdirError(ValueError):
     """A working directory cannot be used for this run; the message says why."""
+
+
+class StopFlag:
+    """Whether the run was asked to stop, and why."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.reason is not None
+
+    def request(self, reason: str) -> None:
+        """Asks the run to stop at its next step boundary."""
+        self.reason = reason
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopFlag]:
+    """A flag that SIGTERM and SIGINT raise; a second signal of either kind ends at once."""
+    flag = StopFlag()
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, frame: types.FrameType | None) -> None:
+        name = signal.Signals(number).name
+        _logger.info("%s: stopping after this step, with a checkpoint", name)
+        flag.request(name)
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGTERM.value, signal.SIGINT.value):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield flag
+    finally:
+        for number in previous:
+            signal.signal(number, previous[number])
 
 
 @contextmanager
@@ -32,7 +78,10 @@ def claim_workdir(workdir: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
       WorkdirError: another run uses it.
     """
-    os.makedirs(workdir, exist_ok=True)
+    try:
+        os.makedirs(workdir, exist_ok=True)
+    except OSError as error:
+        raise WorkdirError(f"{workdir} cannot be a working directory: {error}") from None
     if jax.process_index() != 0:
         yield
         return
@@ -54,13 +103,17 @@ def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
 
 
 def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """Checks that a run with this configuration may start or go on in a directory.
+    """Checks that a run with this configuration may start or resume in a directory.
 
     Raises:
       WorkdirError: the directory holds other things than a run, or a run with another
         configuration; the message names the differing fields.
     """
     path = pathlib.Path(workdir)
+    if path.exists() and not path.is_dir():
+        raise WorkdirError(f"{path} is not a directory")
+    if not path.exists():
+        return
     file = path / CONFIG
     if not file.exists():
         # An earlier start may have failed before its first step; it left no more than these.
@@ -73,14 +126,17 @@ def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
         return
     stored, given = _flat(load_json(file)), _flat(config)
     differences = [
-        f"{name}: {stored.get(name, 'absent')!r} before, {given.get(name, 'absent')!r} now"
+        f"{name}: {quoted(stored.get(name, 'absent'))} before, "
+        f"{quoted(given.get(name, 'absent'))} now"
         for name in sorted(set(stored) | set(given))
         if stored.get(name, "absent") != given.get(name, "absent")
         and not name.startswith(f"{RUN}.")
     ]
     if differences:
+        more = f"; … and {len(differences) - 10} more" if len(differences) > 10 else ""
         raise WorkdirError(
-            f"{path} holds a run with another configuration ({'; '.join(differences)}); resume it "
+            f"{path} holds a run with another configuration "
+            f"({'; '.join(differences[:10])}{more}); resume it "
             f"with the same, or use another workdir. Only fields of '{RUN}' may change"
         )
 

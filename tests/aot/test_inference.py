@@ -2,30 +2,35 @@
 
 import re
 
+import jax.numpy as jnp
 import pytest
 
-from prumerge_jax import prumerge
+from prumerge_jax.aot.assumptions import MeanTokens
 from prumerge_jax.aot.compile import Program
 from prumerge_jax.aot.hlo import ProgramCost
 from prumerge_jax.aot.inference import InferencePlan, plan_inference
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import CHIPS, Operation
-from prumerge_jax.engine.shapes import EngineConfig, Shapes
+from prumerge_jax.engine.shapes import EngineConfig, EngineShapes
 from prumerge_jax.models.config import published
 
 GIB = 2**30
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 SMALL = EngineConfig(
-    batch_size=2, window=2, row_length=128, rows=2, slots=2, cache_length=128, chunk=2
+    batch_size=2,
+    window_size=4,
+    row_length=128,
+    prefill_rows=2,
+    slots=2,
+    cache_length=128,
+    decode_steps_per_call=2,
 )
 
 
 def test_shapes_that_do_not_divide_are_refused_before_anything_is_compiled() -> None:
     slice_of_8 = Topology("v5e:2x4", CHIPS["tpu-v5e"], (None,) * 8)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch_size 2 does not divide over the 4 data shards"):
-        plan_inference(
-            published("tiny"), SMALL, prumerge.preset("prumerge+"), slice_of_8, ONE | {"fsdp": 4}
-        )
+        plan_inference(published("tiny"), SMALL, "prumerge+", slice_of_8, ONE | {"fsdp": 4})
 
 
 def program(name: str, cycles: int, open_loops: int = 0) -> Program:
@@ -35,10 +40,13 @@ def program(name: str, cycles: int, open_loops: int = 0) -> Program:
 
 def test_the_printed_plan_compares_with_the_floor_of_its_chips() -> None:
     lengths = {"row_length": 128, "longest_prompt": 128, "cache_length": 128}
-    shapes = Shapes(**{**vars(SMALL), **lengths})
+    shapes = EngineShapes(**vars(SMALL.sizes()), **lengths)
     plan = InferencePlan(
         topology=Topology("v5e:2x4", CHIPS["tpu-v5e"], (None,) * 8),  # type: ignore[arg-type]
         mesh=ONE | {"tensor": 2},
+        reduction="prumerge+",
+        dtype=jnp.dtype(jnp.bfloat16),
+        visual_tokens=MeanTokens(68.0, "as it happens"),
         shapes=shapes,
         # 6 and 3 million cycles at 1.5 GHz
         programs=(program("read", 6_000_000), program("decode", 3_000_000, open_loops=1)),
@@ -49,7 +57,8 @@ def test_the_printed_plan_compares_with_the_floor_of_its_chips() -> None:
     assert plan.memory == 2 * GIB + GIB // 2 + GIB // 4
     lines = plan.lines()
     text = "\n".join(lines)
-    for part in ("data=1 fsdp=1 tensor=2", "tensor=1: too large", "2.75", "15.75", "2.00"):
+    more = ("prumerge+", "bfloat16", "68", "60", "as it happens")
+    for part in ("data=1 fsdp=1 tensor=2", "tensor=1: too large", "2.75", "15.75", "2.00", *more):
         assert part in text, part
     assert sum("unknown length" in line for line in lines) == 1
     read, decode = (next(line for line in lines if f"{p}: " in line and "bound" in line)

@@ -9,7 +9,7 @@ import pytest
 from prumerge_jax.aot.compile import candidates
 from prumerge_jax.aot.topology import topology
 from prumerge_jax.cost import CHIPS
-from prumerge_jax.models.attention import default_implementation
+from prumerge_jax.models.attention import backend_for
 from prumerge_jax.sharding.mesh import mesh_on, use_mesh
 
 needs_libtpu = pytest.mark.skipif(
@@ -66,11 +66,11 @@ def test_a_mesh_may_split_the_axes_of_a_torus(name: str, sizes: tuple[int, int, 
 def test_attention_is_that_of_the_mesh_and_not_of_this_machine() -> None:
     mesh = mesh_on(topology("v5e:2x2").devices, fsdp=4)
     with use_mesh(mesh):
-        assert default_implementation(jnp.bfloat16, 128) == "splash"
-        assert default_implementation(jnp.bfloat16, 64) == "splash"
-        assert default_implementation(jnp.bfloat16, 80) == "xla"
+        assert backend_for(jnp.bfloat16, 128) == "splash"
+        assert backend_for(jnp.bfloat16, 64) == "splash"
+        assert backend_for(jnp.bfloat16, 80) == "xla"
     assert jax.default_backend() == "cpu"
-    assert default_implementation(jnp.bfloat16, 128) == "blocks"
+    assert backend_for(jnp.bfloat16, 128) == "blocks"
 
 
 def test_candidate_meshes_use_all_devices_and_split_ever_further() -> None:

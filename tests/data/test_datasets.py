@@ -1,7 +1,9 @@
 """The data sets as they are stored: `digits_vqa` and `llava_json`."""
 
+import dataclasses
 import io
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prumerge_jax.data import llava_json, samples
+from prumerge_jax.data import datasets, llava_json, samples
 from prumerge_jax.digits import dataset as digits_vqa
 from prumerge_jax.digits import questions as digits_questions
 from prumerge_jax.digits import scenes as digits
@@ -58,17 +60,12 @@ def test_digits_vqa_records_are_conversations_that_end_in_the_caption(digits_bui
     assert texts[-1] == record["caption"].decode()
 
 
-def test_digits_vqa_serves_other_training_stages(digits_builder) -> None:
+def test_digits_vqa_gives_captions_too(digits_builder) -> None:
     record = samples.record_source(digits_builder, "train")[0]
     caption = record["caption"].decode()
     with_caption = digits_vqa.caption_sample(record)
     assert with_caption["image"] == record["image"]
     assert [turn["value"] for turn in with_caption["conversations"]] == ["<image>", caption]
-    text_alone = digits_vqa.text_sample(record)
-    assert "image" not in text_alone
-    whole = [turn["value"] for turn in samples.from_record(record)["conversations"]]
-    expected = [whole[0].replace("<image>", caption), *whole[1:-2]]
-    assert [turn["value"] for turn in text_alone["conversations"]] == expected
 
 
 def test_other_sizes_or_seeds_are_another_data_set() -> None:
@@ -142,7 +139,7 @@ def _prepare(folder: pathlib.Path, entries: list[dict[str, Any]], image_folder: 
 def test_llava_json_keeps_samples_and_files_as_they_are(tmp_path, image_folder) -> None:
     entries = [
         {
-            "id": "with picture",
+            "id": "with image",
             "image": "coco/1.jpg",
             "conversations": _turns("<image>\nWhat is this?", "Ein Häuschen.", "Sure?", "Yes."),
         },
@@ -154,7 +151,7 @@ def test_llava_json_keeps_samples_and_files_as_they_are(tmp_path, image_folder) 
     ]
     source = samples.record_source(_prepare(tmp_path, entries, image_folder), "train")
     stored = [samples.from_record(record) for record in source]
-    assert [sample["id"] for sample in stored] == ["with picture", "7", "greeting first"]
+    assert [sample["id"] for sample in stored] == ["with image", "7", "greeting first"]
     assert stored[0]["image"] == (image_folder / "coco" / "1.jpg").read_bytes()
     assert all("image" not in sample for sample in stored[1:])
     for sample, entry in zip(stored, entries, strict=True):
@@ -168,6 +165,12 @@ QUESTION = _turns("<image>\nWhat?", "A cat.")
     ("fault", "message"),
     [
         ({"image": "coco/2.jpg"}, r"no image file .*coco/2\.jpg"),
+        ({"image": "coco"}, "coco' is not a regular file"),
+        ({"image": "a\0b.jpg"}, "no image file"),
+        ({"image": "x" * 5000}, "no image file"),
+        ({"image": 7}, "image is 7; expected a path"),
+        ({"conversations": _turns("<image> \ud83d", "b")}, r"half of a surrogate pair \(.ud83d\)"),
+        ({"conversations": _turns("<image>", "b" * 9000, "c" + "<image>", "d")}, "2 turns"),
         ({"image": "empty.jpg"}, r"empty\.jpg is empty"),
         ({"image": "../mix.json"}, "leads out of the image folder"),
         ({"image": "/etc/hostname"}, "leads out of the image folder"),
@@ -195,9 +198,9 @@ def test_llava_json_names_the_faulty_sample(tmp_path, image_folder, fault, messa
     assert llava_json.read_checked(file, image_folder) == [good, good]
 
 
-def test_llava_json_refuses_a_mark_without_picture(tmp_path, image_folder) -> None:
+def test_llava_json_refuses_a_mark_without_image(tmp_path, image_folder) -> None:
     file = _write(tmp_path, [{"id": "lost", "conversations": QUESTION}])
-    with pytest.raises(ValueError, match="'lost'.*<image> in a text without picture"):
+    with pytest.raises(ValueError, match="'lost'.*<image> in a text without image"):
         llava_json.read_checked(file, image_folder)
 
 
@@ -208,17 +211,56 @@ def test_llava_json_counts_faults_and_shows_the_first_ten(tmp_path, image_folder
     assert "'s10'" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"id": 1}'])
-def test_llava_json_refuses_a_file_that_is_no_list(tmp_path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not a JSON file"),
+        (b"[]", "expected a JSON list with at least one sample"),
+        (b'{"id": 1}', "expected a JSON list with at least one sample"),
+        (b'[{"id":\n"f\xfcr"}]', r"byte 10 \(line 2\) is not UTF-8; convert the file"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[" + b"9" * 5000 + b"]", "not a JSON file"),
+        (b'[{"id": {"a": 1}, "conversations": []}]', "id is {'a': 1}; expected a string"),
+    ],
+)
+def test_llava_json_refuses_a_file_that_is_no_list(tmp_path, content: bytes, message: str) -> None:
     file = tmp_path / "mix.json"
-    file.write_text(content)
-    with pytest.raises(ValueError, match=re.escape(str(file))):
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(file))}.*\n?.*{message}") as error:
         llava_json.read_checked(file, tmp_path)
+    assert len(str(error.value)) < 1000
 
 
-def test_llava_json_refuses_a_file_that_is_no_picture(tmp_path, image_folder) -> None:
+def test_a_byte_order_mark_is_read(tmp_path) -> None:
+    file = tmp_path / "mix.json"
+    entries = [{"id": 1, "conversations": _turns("hi", "x")}]
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(entries).encode())
+    assert llava_json.read_checked(file, tmp_path) == entries
+
+
+@pytest.mark.parametrize("kind", ["json", "image"])
+def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path, image_folder, kind) -> None:
+    pipe = tmp_path / "mix.json" if kind == "json" else image_folder / "1.jpg"
+    if kind == "image":
+        _write(tmp_path, [{"id": "a", "image": "1.jpg", "conversations": QUESTION}])
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match="is not a regular file"):
+        llava_json.read_checked(tmp_path / "mix.json", image_folder)
+
+
+def test_what_is_not_set_or_not_there_is_named(tmp_path, image_folder) -> None:
+    with pytest.raises(ValueError, match="data.json_file is not set"):
+        llava_json.LlavaJsonConfig()
+    file = _write(tmp_path, [{"id": "a", "image": "coco/1.jpg", "conversations": QUESTION}])
+    with pytest.raises(ValueError, match="data.image_folder is not set"):
+        llava_json.LlavaJsonConfig(json_file=str(file))
+    with pytest.raises(FileNotFoundError, match="gone: no such directory; it is data.image_folder"):
+        llava_json.LlavaJsonConfig(json_file=str(file), image_folder=str(tmp_path / "gone"))
+
+
+def test_llava_json_refuses_a_file_that_is_no_image(tmp_path, image_folder) -> None:
     entries = [{"id": "a page", "image": "page.jpg", "conversations": QUESTION}]
-    with pytest.raises(ValueError, match=r"'a page'.*page\.jpg is no JPEG"):
+    with pytest.raises(ValueError, match=r"'a page': .*page\.jpg: the file is HTML or XML text"):
         _prepare(tmp_path, entries, image_folder)
 
 
@@ -236,3 +278,72 @@ def test_an_edited_json_file_is_another_data_set(tmp_path, image_folder) -> None
 def test_a_missing_json_file_is_named(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere.json"):
         llava_json.LlavaJsonConfig(json_file=str(tmp_path / "nowhere.json"))
+
+
+def _samples_with_images(folder: pathlib.Path, count: int) -> list[dict[str, Any]]:
+    for index in range(count):
+        pixels = np.random.default_rng(index).integers(0, 255, (64, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.jpg")
+    return [
+        {"id": f"s{index}", "image": f"{index}.jpg", "conversations": QUESTION}
+        for index in range(count)
+    ]
+
+
+def _first_images(folder: pathlib.Path, entries: list, image_folder: pathlib.Path) -> list[bytes]:
+    source = samples.record_source(_prepare(folder, entries, image_folder), "train")
+    return [record["image"] for record in source]
+
+
+def test_another_folder_or_a_replaced_image_is_read_again(tmp_path) -> None:
+    folders = [tmp_path / name for name in ("sharp", "blurred")]
+    for folder, colour in zip(folders, ("red", "blue"), strict=True):
+        folder.mkdir()
+        Image.new("RGB", (32, 32), colour).save(folder / "a.png")
+    entries = [{"id": "a", "image": "a.png", "conversations": QUESTION}]
+    for folder in folders:
+        assert _first_images(tmp_path, entries, folder) == [(folder / "a.png").read_bytes()]
+    file = folders[0] / "a.png"
+    Image.new("RGB", (32, 32), "green").save(file)  # as many bytes
+    assert _first_images(tmp_path, entries, folders[0]) == [file.read_bytes()]
+
+
+def test_unreadable_images_are_named_together_and_repaired_ones_are_read(tmp_path) -> None:
+    entries = _samples_with_images(tmp_path, 5)
+    intact = {index: (tmp_path / f"{index}.jpg").read_bytes() for index in (1, 3)}
+    for index, content in intact.items():
+        (tmp_path / f"{index}.jpg").write_bytes(content[:-300])
+    with pytest.raises(ValueError, match="2 of 5 samples have an image") as error:
+        _prepare(tmp_path, entries, tmp_path)
+    for index in intact:
+        assert f"sample 's{index}': {tmp_path}/{index}.jpg: " in str(error.value)
+    assert "data.skip_bad_images=true" in str(error.value)
+    for index, content in intact.items():
+        (tmp_path / f"{index}.jpg").write_bytes(content)
+    assert len(_first_images(tmp_path, entries, tmp_path)) == 5
+
+
+def test_samples_with_unreadable_images_can_be_skipped_and_are_counted(tmp_path, caplog) -> None:
+    entries = [*_samples_with_images(tmp_path, 4), {"id": "t", "conversations": _turns("a", "b")}]
+    (tmp_path / "1.jpg").write_bytes((tmp_path / "1.jpg").read_bytes()[:-300])
+    data = datasets.DataConfig(
+        "llava_json", str(tmp_path / "data"), str(_write(tmp_path, entries)), str(tmp_path), True
+    )
+    for _ in range(2):  # written, then found
+        caplog.clear()
+        records = datasets.open_dataset(data).records()
+        assert [record["id"] for record in records.source] == [b"s0", b"s2", b"s3", b"t"]
+        assert records.has_image.tolist() == [True, True, True, False]
+        assert (
+            "1 of 5 samples are left out, as their images cannot be decoded ('s1')" in caplog.text
+        )
+    for index in (0, 2, 3):
+        (tmp_path / f"{index}.jpg").write_bytes(b"\xff\xd8 nothing")
+    data = dataclasses.replace(data, json_file=str(_write(tmp_path, entries[:4])))
+    with pytest.raises(ValueError, match="4 of 4 samples have an image that cannot be used"):
+        datasets.open_dataset(data).records()
+
+
+def test_an_unknown_data_set_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ValueError, match=r"data.name is 'llava-json'.*did you mean 'llava_json'\?"):
+        datasets.open_dataset(datasets.DataConfig("llava-json"))

@@ -9,6 +9,7 @@ import pytest
 from configs.digits import contrastive as stage_config
 from prumerge_jax import prumerge
 from prumerge_jax.data import images, samples
+from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.digits import captions
 from prumerge_jax.digits import dataset as digits_vqa
 from prumerge_jax.digits import scenes as digits
@@ -16,12 +17,14 @@ from prumerge_jax.digits.contrastive import (
     CaptionBatch,
     ContrastiveConfig,
     contrastive_loss,
-    contrastive_template,
-    sharpened,
+    contrastive_module,
+    scale_cls_queries,
 )
 from prumerge_jax.models.config import TextConfig, VisionConfig
 from prumerge_jax.models.llava import normalize_pixels
 from prumerge_jax.sharding.mesh import make_mesh
+from prumerge_jax.training.config import parse
+from prumerge_jax.training.inputs import TrainingSource
 
 VISION = VisionConfig(
     image_size=96, patch_size=8, width=16, mlp_width=16, num_layers=2, num_heads=2
@@ -36,7 +39,7 @@ CONFIG = ContrastiveConfig(TEXT, width=8, group=4)
 @pytest.fixture(scope="module")
 def weights() -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
-    shapes = contrastive_template(VISION, CONFIG).shapes()
+    shapes = contrastive_module(VISION, CONFIG).shapes()
     return {
         path: jnp.asarray(0.3 * rng.normal(size=shape.shape), jnp.float32)
         for path, shape in sorted(shapes.items())
@@ -48,7 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ml_collections.ConfigDic
     config = stage_config.get_config("tiny")
     config.data.directory = str(tmp_path_factory.mktemp("data"))
     config.batch_size, config.steps = 16, 10
-    config.contrastive.curriculum = ((1, 0.3, 2), (2, 0.2, 1), (3, 0.5, 1))
+    config.objective_options.curriculum = ((1, 0.3, 2), (2, 0.2, 1), (3, 0.5, 1))
     return config
 
 
@@ -61,6 +64,12 @@ def records(config: ml_collections.ConfigDict) -> list[dict]:
     )
     source = samples.record_source(builder, "train")
     return [source[index] for index in range(64)]
+
+
+def open_windows(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> TrainingSource:
+    options = config.objective_options
+    curriculum = captions.Curriculum(options.group, tuple(options.curriculum))
+    return captions.open_windows(parse(config), tokenizer, VISION, curriculum)
 
 
 def test_loss_is_info_nce_over_groups_with_equal_captions_as_positives(weights) -> None:
@@ -76,7 +85,7 @@ def test_loss_is_info_nce_over_groups_with_equal_captions_as_positives(weights) 
 
     @jax.jit
     def run(weights, batch):
-        model = contrastive_template(VISION, CONFIG).merge(weights)
+        model = contrastive_module(VISION, CONFIG).merge(weights)
         return (
             contrastive_loss(weights, batch, vision=VISION, config=CONFIG),
             model.embed_images(batch.pixels),
@@ -103,7 +112,7 @@ def test_image_embedding_is_pooled_by_prumerges_attention(weights) -> None:
 
     @jax.jit
     def run(weights, pixels):
-        model = contrastive_template(VISION, CONFIG).merge(weights)
+        model = contrastive_module(VISION, CONFIG).merge(weights)
         features = model.vision(normalize_pixels(pixels, VISION))
         attention = prumerge.cls_attention(features.query_cls, features.keys)[0]
         values = model.value(model.vision.last.layer_norm1(features.hidden[:, 1:]))[0]
@@ -118,12 +127,12 @@ def test_a_sharpened_tower_attends_as_a_power_and_sees_the_same(weights) -> None
 
     @jax.jit
     def run(weights, pixels):
-        model = contrastive_template(VISION, CONFIG).merge(weights)
+        model = contrastive_module(VISION, CONFIG).merge(weights)
         features = model.vision(normalize_pixels(pixels, VISION))
         return features.hidden, prumerge.cls_attention(features.query_cls, features.keys)
 
     hidden, attention = map(np.asarray, run(weights, pixels))
-    changed = sharpened(weights, 3.0)
+    changed = scale_cls_queries(weights, 3.0)
     hidden_sharp, sharp = map(np.asarray, run(changed, pixels))
     np.testing.assert_array_equal(hidden_sharp, hidden)
     everything = np.column_stack([attention, 1 - attention.sum(1)]).astype(np.float64) ** 3
@@ -161,14 +170,14 @@ def _places(group: list[dict]) -> int:
 
 
 def test_captions_are_padded_to_the_longest_of_their_window_size(config, tokenizer) -> None:
-    feed = captions.CaptionFeed(tokenizer, max_length=20, mesh=make_mesh(1, 1, 1))
-    data = captions.windows(config, tokenizer, VISION, config.steps)
+    packer = captions.CaptionPacker(tokenizer, max_length=20, mesh=make_mesh(1, 1, 1))
+    data = open_windows(config, tokenizer).prepare()
     # BOS, place, digit, full stop, EOS; a further digit comes with its comma and its place.
-    shapes = [prepared.batches[0].ids.shape for prepared in feed(data.lists(0, range(16)), 0)]
+    shapes = [prepared.batches[0].ids.shape for prepared in packer(data.batches(0, range(16)), 0)]
     assert shapes == [(16, 5)] * 3 + [(16, 14)] * 2 + [(16, 20)] * 5
-    short = captions.CaptionFeed(tokenizer, max_length=19, mesh=feed._mesh)
+    short = captions.CaptionPacker(tokenizer, max_length=19, mesh=packer._mesh)
     with pytest.raises(ValueError, match="max_positions, now 19, to at least"):
-        list(short(data.lists(0, range(16)), 0))
+        list(short(data.batches(0, range(16)), 0))
 
 
 def test_a_window_uses_the_position_embeddings_of_its_place_alone(weights) -> None:
@@ -189,12 +198,12 @@ def test_a_window_uses_the_position_embeddings_of_its_place_alone(weights) -> No
 
 
 def test_curriculum_resumes_anywhere_in_the_same_order(config, tokenizer) -> None:
-    data = captions.windows(config, tokenizer, VISION, config.steps)
-    straight = list(data.lists(0, range(16)))
+    data = open_windows(config, tokenizer).prepare()
+    straight = list(data.batches(0, range(16)))
     sides = [batch[0].pixels.shape[0] for batch in straight]
     assert sides == [32] * 3 + [64] * 2 + [96] * 5
     for done in (2, 3, 7):
-        for got, expected in zip(data.lists(done * 16, range(16)), straight[done:], strict=True):
+        for got, expected in zip(data.batches(done * 16, range(16)), straight[done:], strict=True):
             for a, b in zip(got, expected, strict=True):
                 np.testing.assert_array_equal(a.pixels, b.pixels)
                 np.testing.assert_array_equal(a.ids, b.ids)
@@ -202,12 +211,12 @@ def test_curriculum_resumes_anywhere_in_the_same_order(config, tokenizer) -> Non
 
 def test_curricula_that_do_not_fit_are_refused(config, tokenizer) -> None:
     changed = config.copy_and_resolve_references()
-    changed.contrastive.curriculum = ((1, 0.5, 1), (3, 0.4, 1))
+    changed.objective_options.curriculum = ((1, 0.5, 1), (3, 0.4, 1))
     with pytest.raises(ValueError, match="do not add up to 1"):
-        captions.windows(changed, tokenizer, VISION, 10)
-    changed.contrastive.curriculum = ((1, 1.0, 4),)
+        open_windows(changed, tokenizer)
+    changed.objective_options.curriculum = ((1, 1.0, 4),)
     with pytest.raises(ValueError, match="expected a multiple of 32"):
-        captions.windows(changed, tokenizer, VISION, 10)
-    changed.contrastive.group = 3
+        open_windows(changed, tokenizer)
+    changed.objective_options.group = 3
     with pytest.raises(ValueError, match="group is 3; expected a divisor"):
-        captions.windows(changed, tokenizer, VISION, 10)
+        open_windows(changed, tokenizer)

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from prumerge_jax import sharding
-from prumerge_jax.models import attention
-from prumerge_jax.models.attention import QUERY_BLOCK, attend, attend_to_cache
+from prumerge_jax.models import tuning
+from prumerge_jax.models.attention import attend, attend_to_cache, backend_for, splash
+from prumerge_jax.models.attention.blocks import QUERY_BLOCK
+from prumerge_jax.models.tuning import Tuning
+from prumerge_jax.sharding.mesh import Axes
 from tests.conftest import require_eight_devices
 
 
@@ -70,7 +73,8 @@ def test_half_precision_rounds_and_no_more(implementation: str, dtype) -> None:
     q, k, v = (x.astype(dtype) for x in random_qkv(length=24))
     got = attend(q, k, v, causal=True, implementation=implementation)
     lengths = jnp.array([24, 24])
-    last = attend_to_cache(q[:, -1:], k[None], v[None], 0, lengths, implementation=implementation)
+    form = {"xla": "xla", "blocks": "products"}[implementation]
+    last = attend_to_cache(q[:, -1:], k[None], v[None], 0, lengths, implementation=form)
     expected = naive(q, k, v, None, causal=True)
     assert got.dtype == last.dtype == dtype
     tolerance = 4 * float(jnp.finfo(dtype).eps)
@@ -83,7 +87,7 @@ def test_half_precision_rounds_and_no_more(implementation: str, dtype) -> None:
 @pytest.mark.parametrize(
     ("implementation", "length", "width"),
     [
-        ("splash", 300, 16),  # behind it padding, up to three blocks
+        ("splash", 300, 16),  # padded at the end, to three blocks
         ("splash", 384, 128),
         ("blocks", 384, 16),
         ("blocks", 3 * QUERY_BLOCK + 40, 16),
@@ -98,7 +102,7 @@ def test_equals_xla_forward_and_backward(
     causal: bool,
 ) -> None:
     """Grouped heads and segments included; the TPU kernel in interpret mode."""
-    monkeypatch.setattr(attention, "SPLASH_BLOCK", 128)
+    monkeypatch.setattr(splash, "MAX_BLOCK", 128)
     q, k, v = random_qkv(length=length, width=width)
     ids = segments(length) if longest is None else short_segments(length, longest)
     probe = jnp.cos(jnp.arange(q.size)).reshape(q.shape) * (ids > 0)[..., None, None]
@@ -115,7 +119,7 @@ def test_equals_xla_forward_and_backward(
         )
         return (out * probe).sum()
 
-    run = jax.value_and_grad(loss, argnums=(1, 2, 3))
+    run = jax.jit(jax.value_and_grad(loss, argnums=(1, 2, 3)), static_argnums=0)
     (got, got_gradients), (value, gradients) = run(implementation, q, k, v), run("xla", q, k, v)
     assert float(got) == pytest.approx(float(value), abs=1e-3)
     for mine, reference in zip(got_gradients, gradients, strict=True):
@@ -132,9 +136,9 @@ def test_a_row_without_segments_sees_no_padding_behind_it(length: int) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_pairs_of_the_kernel_are_those_of_the_blocks_that_its_mask_touches(causal: bool) -> None:
     for length in (1, 128, 577, 640, 641, 1024, 1664, 2048):
-        block, padded = attention._splash_block(length)
+        block, padded = splash.block_sizes(length)
         assert block % 128 == 0
-        assert block <= attention.SPLASH_BLOCK
+        assert block <= splash.MAX_BLOCK
         assert length <= padded < length + 128 * (padded // block)
         for longest in (None, 1, 2, 130, 513, 4096):
             at = np.arange(padded)
@@ -142,7 +146,7 @@ def test_pairs_of_the_kernel_are_those_of_the_blocks_that_its_mask_touches(causa
             reach = padded if longest is None else longest - 1
             seen = (behind <= reach) & (behind >= (0 if causal else -reach))
             blocks = seen.reshape(padded // block, block, -1, block).any(axis=(1, 3))
-            got = attention.splash_pairs(length, causal=causal, max_segment_length=longest)
+            got = splash.splash_pairs(length, causal=causal, max_segment_length=longest)
             assert got == blocks.sum() * block**2, (length, longest)
 
 
@@ -168,7 +172,7 @@ IMAGES = ("images", None, None, None)
     [(4, ROWS), (3, ROWS), (4, IMAGES)],  # 3 heads and 2 images do not divide over the devices
 )
 @pytest.mark.parametrize("implementation", ["splash", "blocks"])
-def test_shards_of_a_mesh(implementation: str, heads: int, axes: attention.Axes) -> None:
+def test_shards_of_a_mesh(implementation: str, heads: int, axes: Axes) -> None:
     require_eight_devices()
     q, k, v = random_qkv(heads=heads, kv_heads=heads, length=128)
     expected = attend(q, k, v, segment_ids=segments(128), causal=True)
@@ -201,7 +205,7 @@ def second_layer(x: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize(
     ("implementation", "heads", "kv_heads"),
-    [("xla", 4, 2), ("splash", 4, 2), ("splash", 24, 12)],  # 12 are not taken at once
+    [("xla", 4, 2), ("products", 4, 2), ("products", 24, 12)],  # 12 are not taken at once
 )
 def test_cache_attention_sees_valid_entries_only(
     implementation: str, heads: int, kv_heads: int
@@ -224,7 +228,7 @@ def test_cache_attention_sees_valid_entries_only(
 
 
 @pytest.mark.parametrize("heads", [4, 3])  # 3 do not divide over 2 devices
-@pytest.mark.parametrize("implementation", ["xla", "splash"])
+@pytest.mark.parametrize("implementation", ["xla", "products"])
 def test_shards_of_a_mesh_attend_to_their_cache(implementation: str, heads: int) -> None:
     require_eight_devices()
     q, k, v = random_qkv(heads=heads, kv_heads=heads, length=32)
@@ -239,3 +243,27 @@ def test_wrong_requests_are_refused() -> None:
     q, k, v = random_qkv(length=100)
     with pytest.raises(ValueError, match="unknown attention 'flash'"):
         attend(q, k, v, implementation="flash")
+    with pytest.raises(ValueError, match="unknown cache attention 'splash'"):
+        attend_to_cache(q[:, :1], k[None], v[None], 0, jnp.ones(2), implementation="splash")
+
+
+@pytest.mark.parametrize(
+    ("preferred", "dtype", "head_dim", "expected"),
+    [
+        ("splash", "bfloat16", 128, "splash"),
+        ("splash", "float32", 64, "splash"),
+        ("splash", "bfloat16", 72, "xla"),  # SigLIP's heads
+        ("cudnn", "bfloat16", 128, "cudnn"),
+        ("cudnn", "float16", 72, "cudnn"),
+        ("cudnn", "float32", 128, "xla"),
+        ("cudnn", "bfloat16", 256, "xla"),
+        ("cudnn", "bfloat16", 12, "xla"),
+        ("blocks", "float32", 12, "blocks"),
+        ("xla", "bfloat16", 128, "xla"),
+    ],
+)
+def test_heads_get_the_preferred_backend_where_it_takes_them(
+    preferred: str, dtype: str, head_dim: int, expected: str
+) -> None:
+    with tuning.use(Tuning(attention=preferred)):
+        assert backend_for(jnp.dtype(dtype), head_dim) == expected

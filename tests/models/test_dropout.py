@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prumerge_jax import sharding
-from prumerge_jax.models.dropout import kept
+from prumerge_jax.models.dropout import bernoulli_mask
 from tests.conftest import require_eight_devices
 
 SHAPE = (2, 512, 1024)
@@ -17,7 +17,7 @@ KEYS = [key for seed in range(3) for key in jax.random.split(jax.random.key(seed
 
 def deviations(probability: float) -> np.ndarray:
     """Of the draws of every key from their mean, in standard deviations, [keys, rows, D]."""
-    draws = np.stack([kept(key, probability, SHAPE) for key in KEYS])
+    draws = np.stack([bernoulli_mask(key, probability, SHAPE) for key in KEYS])
     scale = np.sqrt(probability * (1 - probability))
     return ((draws - probability) / scale).reshape(len(KEYS), -1, SHAPE[-1])
 
@@ -53,7 +53,7 @@ def test_a_mesh_draws_the_same() -> None:
 
     @jax.jit
     def draw(key: jax.Array) -> jax.Array:
-        return sharding.constrain(kept(key, 0.5, (8, 16, 32)), "batch", None, "mlp")
+        return sharding.constrain(bernoulli_mask(key, 0.5, (8, 16, 32)), "batch", None, "mlp")
 
     expected = draw(key)
     jax.clear_caches()
@@ -61,4 +61,6 @@ def test_a_mesh_draws_the_same() -> None:
         got = draw(key)
     assert not got.sharding.is_fully_replicated
     np.testing.assert_array_equal(got, expected)
-    np.testing.assert_array_equal(kept(key, 0.5, (128, 32)), jnp.reshape(expected, (128, 32)))
+    np.testing.assert_array_equal(
+        bernoulli_mask(key, 0.5, (128, 32)), jnp.reshape(expected, (128, 32))
+    )

@@ -134,6 +134,6 @@ def test_gradients_reach_every_weight(pair: tuple[torch.nn.Module, LlavaModel]) 
         hidden = model.decoder(x, jnp.arange(4)[None], jnp.ones((1, 4), jnp.int32), remat="full")
         return model.decoder.logits(hidden).std() + features.keys.std() + features.query_cls.std()
 
-    gradient = jax.grad(loss)(state)
+    gradient = jax.jit(jax.grad(loss))(state)
     for path, leaf in nnx.to_flat_state(gradient):
         assert float(jnp.abs(leaf[...]).max()) > 0, path

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prumerge_jax.models import llama
+from prumerge_jax.models import rotary, tuning
 from prumerge_jax.models.config import published
 
 CONFIG = published("tiny").text
@@ -21,8 +21,8 @@ def test_scores_depend_on_distance_alone() -> None:
     q, k = heads(positions=1), heads(positions=2)[:, 1:]
 
     def score(q_at: int, k_at: int) -> jax.Array:
-        at = [llama.rotary(jnp.full((2, 1), position), CONFIG) for position in (q_at, k_at)]
-        return jnp.sum(llama.rotate(q, at[0]) * llama.rotate(k, at[1]), axis=-1)
+        at = [rotary.rotation(jnp.full((2, 1), position), CONFIG) for position in (q_at, k_at)]
+        return jnp.sum(rotary.rotate(q, at[0]) * rotary.rotate(k, at[1]), axis=-1)
 
     np.testing.assert_allclose(score(7, 4), score(1203, 1200), atol=2e-3)
     np.testing.assert_allclose(score(5, 5), jnp.sum(q * k, axis=-1), atol=1e-5)
@@ -30,15 +30,17 @@ def test_scores_depend_on_distance_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_tpu_moves_halves_by_products_exactly(
-    dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_products_move_halves_exactly(dtype: str) -> None:
     x = heads(dtype)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     expected = jnp.concatenate([second, first], axis=-1)
-    np.testing.assert_array_equal(llama.swapped(x), expected)
-    monkeypatch.setattr(llama, "platform", lambda: "tpu")
-    np.testing.assert_array_equal(llama.swapped(x), expected)
-    lowered = jax.jit(llama.swapped).lower(x).as_text()
-    assert "dot_general" in lowered
-    assert "HIGHEST" in lowered
+    for form in ("roll", "matmul"):
+        np.testing.assert_array_equal(rotary.swap_halves(x, form), expected)
+    at = rotary.rotation(jnp.arange(5)[None], CONFIG)
+    lowered = {}
+    for platform, chosen in tuning.BY_PLATFORM.items():
+        with tuning.use(chosen):
+            lowered[platform] = jax.jit(rotary.rotate).lower(x, at).as_text()
+    assert "dot_general" not in lowered["cpu"]
+    assert "dot_general" in lowered["tpu"]
+    assert "HIGHEST" in lowered["tpu"]

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from prumerge_jax import prumerge, sharding
+from prumerge_jax import reductions, sharding
 from prumerge_jax.aot.hlo import program_cost
 from prumerge_jax.engine import programs
 from prumerge_jax.models.config import published
@@ -85,9 +85,8 @@ def test_images_lie_over_all_devices_and_need_no_collective(batch: int) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, size=(batch, side, side, 3), dtype=np.uint8)
     options = {
-        "reduction": prumerge.preset("prumerge"),
+        "reduction": reductions.parse("prumerge"),
         "dtype": jnp.dtype(jnp.float32),
-        "implementation": "blocks",
     }
     expected = programs.encode(graphdef, state, pixels, **options)
     mesh = sharding.make_mesh(2, 1, 4)

@@ -1,18 +1,22 @@
 """The model directory: what is written comes back, and nothing damaged or unfinished does."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -20,9 +24,11 @@ from jax.sharding import PartitionSpec as P
 from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig, published
 from prumerge_jax.models.layers import AdapterConfig
+from prumerge_jax.store import array_files, strict_json
+from prumerge_jax.store import manifest as manifests
 from prumerge_jax.store import model_directory as directory
-from prumerge_jax.store import strict_json
-from prumerge_jax.store.model_directory import DirectoryError, DirectoryWriter
+from prumerge_jax.store.errors import DirectoryError
+from prumerge_jax.store.model_directory import DirectoryWriter, weights_identity
 
 TINY = published("tiny")
 
@@ -86,7 +92,7 @@ def test_a_weight_is_read_into_host_memory(written: pathlib.Path) -> None:
 def test_a_weight_of_many_chunks_is_whole(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(directory, "_CHUNK_BYTES", 64)
+    monkeypatch.setattr(array_files, "_CHUNK_BYTES", 64)
     array = np.arange(5 * 7 * 9, dtype=np.float32).reshape(5, 7, 9)
     with DirectoryWriter(tmp_path / "m", TINY) as writer:
         # What conversion hands over is often a transposed view.
@@ -160,13 +166,109 @@ def test_strangers_among_the_weights_and_links_are_refused(written: pathlib.Path
         directory.verify(written)
 
 
+def rewrite_manifest(folder: pathlib.Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Alters the manifest and renews its checksum, as somebody who means it would."""
+    values = json.loads((folder / "manifest.json").read_text())
+    del values["sha256"]
+    change(values)
+    (folder / "manifest.json").write_bytes(manifests.seal(json.dumps(values).encode()))
+
+
+FILE_ENTRY = {"size": 1, "sha256": ""}
+
+
+def to_version_1(folder: pathlib.Path) -> None:
+    """The manifest as the first versions of this package wrote it."""
+    values = json.loads((folder / "manifest.json").read_text())
+    del values["sha256"]
+    values["format_version"] = 1
+    for entry in values["arrays"].values():
+        del entry["sha256"]
+    (folder / "manifest.json").write_text(json.dumps(values, indent=1) + "\n")
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b"])
 def test_manifest_entries_stay_inside(written: pathlib.Path, name: str) -> None:
-    manifest = json.loads((written / "manifest.json").read_text())
-    manifest["files"][name] = {"size": 1, "sha256": ""}
-    (written / "manifest.json").write_text(json.dumps(manifest))
+    rewrite_manifest(written, lambda manifest: manifest["files"].update({name: FILE_ENTRY}))
     with pytest.raises(DirectoryError, match="leads out"):
         directory.verify(written)
+
+
+def test_directories_of_version_1_load_and_have_the_same_identity(written: pathlib.Path) -> None:
+    identity = weights_identity(written)
+    to_version_1(written)
+    directory.verify(written)
+    loaded = directory.load_arrays(written, targets(arrays()))
+    for path, array in arrays().items():
+        assert np.asarray(loaded[path]).tobytes() == array.tobytes()
+    assert weights_identity(written) == identity
+
+
+def test_digests_are_of_the_content_in_c_order(written: pathlib.Path) -> None:
+    stored = directory.read_manifest(written).arrays
+    for path, array in arrays().items():
+        assert stored[path].sha256 == hashlib.sha256(array.tobytes()).hexdigest()
+
+
+def write(folder: pathlib.Path, weights: Mapping[str, np.ndarray | jax.Array]) -> pathlib.Path:
+    with DirectoryWriter(folder, TINY) as writer:
+        for path, array in weights.items():
+            writer.write_array(path, array)
+    return folder
+
+
+def test_the_same_weights_have_one_identity_however_they_were_written(
+    tmp_path: pathlib.Path, written: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = weights_identity(written)
+    backwards = dict(reversed(arrays().items()))
+    assert weights_identity(write(tmp_path / "again", backwards)) == identity
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    path = "decoder.layers.mlp.up_proj.kernel"
+    sharded = jax.device_put(arrays()[path], NamedSharding(mesh, P(None, "fsdp", "tensor")))
+    assert weights_identity(write(tmp_path / "s", arrays() | {path: sharded})) == identity
+    monkeypatch.setattr(array_files, "_CHUNK_BYTES", 64)
+    assert weights_identity(write(tmp_path / "cut", arrays() | {path: sharded})) == identity
+    assert weights_identity(write(tmp_path / "cut2", arrays())) == identity
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.update({"decoder.norm.scale": -w["decoder.norm.scale"]}),
+        lambda w: w.update({"decoder.norm.scale": w["decoder.norm.scale"].reshape(2, 4)}),
+        lambda w: w.update({"decoder.norm.scale": w["decoder.norm.scale"].view(np.int32)}),
+        lambda w: w.update({"decoder.norm.bias": w.pop("decoder.norm.scale")}),
+        lambda w: w.pop("decoder.norm.scale"),
+    ],
+)
+def test_other_weights_have_another_identity(
+    tmp_path: pathlib.Path, written: pathlib.Path, change: Callable[[dict[str, np.ndarray]], object]
+) -> None:
+    weights = arrays()
+    change(weights)
+    assert weights_identity(write(tmp_path / "other", weights)) != weights_identity(written)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_flipped_bit_or_a_cut_anywhere_is_noticed(
+    written: pathlib.Path, data: st.DataObject
+) -> None:
+    listed = directory.read_manifest(written).files
+    names = sorted(name for name, (size, _) in listed.items() if size) + ["manifest.json"] * 9
+    file = written / data.draw(st.sampled_from(names))
+    intact = file.read_bytes()
+    place = data.draw(st.integers(0, len(intact) - 1))
+    flipped = bytearray(intact)
+    flipped[place] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        for damaged in (bytes(flipped), intact[:place]):
+            file.write_bytes(damaged)
+            with pytest.raises(DirectoryError, match=re.escape(file.name)):
+                directory.verify(written)
+    finally:
+        file.write_bytes(intact)
 
 
 def test_altered_config_is_refused(written: pathlib.Path) -> None:

@@ -1,4 +1,4 @@
-"""A training stage on a mesh, stepped by hand, for the tests of the step."""
+"""A training objective on a mesh, stepped by hand, for the tests of the step."""
 
 import dataclasses
 
@@ -7,12 +7,14 @@ import ml_collections
 import numpy as np
 
 from configs import common
+from prumerge_jax.data.pipeline import Example
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 from prumerge_jax.sharding.mesh import make_mesh, use_mesh
-from prumerge_jax.training.batches import RowFeed, RowShape
-from prumerge_jax.training.next_token import RowBatch
+from prumerge_jax.training.batches import BatchPacker, RowBatch, RowShape
+from prumerge_jax.training.config import TrainConfig, parse, with_sizes
+from prumerge_jax.training.objectives.next_token import ImageEncoder
+from prumerge_jax.training.objectives.registry import make_objective
 from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer
-from prumerge_jax.training.stages import ImageEncoder, make_stage
 from prumerge_jax.training.step import TrainState, TrainStep, state_shardings
 from tests.training.conftest import make_examples
 
@@ -28,52 +30,55 @@ MODEL = LlavaConfig(
 EXAMPLES = make_examples(8, image_size=48, vocabulary=64, text_only=(2, 5))
 
 
-def lora_config(**changes: object) -> ml_collections.ConfigDict:
+def lora_config(**changes: object) -> TrainConfig:
+    """LoRA of `MODEL`; `Bench` puts its own sizes in."""
     config = common.training()
     config.learning_rates = (("decoder.*.lora_?", 1e-2), ("projector.*", 1e-3))
     config.adapter = ml_collections.ConfigDict({"rank": 4, "alpha": 8.0, "dropout": 0.0})
-    config.reduction = "prumerge"
-    config.reduction_options.neighbours = 4
+    config.reduction = "prumerge:neighbours=4"
     config.batch_size = len(EXAMPLES)
     config.dtype = "float32"
     config.max_length = 48
     config.remat = "none"
     config.seed = 1
     config.update(changes)
-    return config
+    return with_sizes(parse(config), MODEL)
 
 
 @dataclasses.dataclass
 class Bench:
-    """A stage with weights on a mesh, stepped by hand."""
+    """An objective with weights on a mesh, stepped by hand."""
 
-    config: ml_collections.ConfigDict
+    config: TrainConfig
     sizes: tuple[int, int, int] = (1, 1, 1)
     model: LlavaConfig = MODEL
 
     def __post_init__(self) -> None:
         self.mesh = make_mesh(*self.sizes)
-        self.stage = make_stage(self.config, self.model)
-        shardings = self.stage.template.shardings(self.mesh)
+        self.config = with_sizes(self.config, self.model)
+        self.objective = make_objective(self.config)
+        shardings = self.objective.module.shardings(self.mesh)
         rng = np.random.default_rng(0)
         weights = {}
-        for path, shape in sorted(self.stage.shapes().items()):
+        for path, shape in sorted(self.objective.shapes().items()):
             value = 0.2 * rng.normal(size=shape.shape) + path.endswith("scale")
             weights[path] = jax.device_put(value.astype(np.float32), shardings[path])
-        self.trained = {p: w for p, w in weights.items() if p in self.stage.learning_rates}
-        self.frozen = {p: w for p, w in weights.items() if p not in self.stage.learning_rates}
-        optimizer = make_optimizer(OptimizerConfig(warmup_ratio=0.0), 10, self.stage.learning_rates)
-        self.shardings = state_shardings(optimizer, self.stage.trained(), shardings, self.mesh)
-        self.step = TrainStep(self.stage.loss, optimizer, seed=1, shardings=self.shardings)
+        self.trained = {p: w for p, w in weights.items() if p in self.objective.learning_rates}
+        self.frozen = {p: w for p, w in weights.items() if p not in self.objective.learning_rates}
+        optimizer = make_optimizer(
+            OptimizerConfig(warmup_ratio=0.0), 10, self.objective.learning_rates
+        )
+        self.shardings = state_shardings(optimizer, self.objective.trained(), shardings, self.mesh)
+        self.step = TrainStep(self.objective.loss, optimizer, seed=1, shardings=self.shardings)
 
-    def batches(self, rows: int) -> list[RowBatch]:
-        feed = RowFeed(
-            ImageEncoder(self.config, self.model.vision, self.frozen, self.mesh),
+    def batches(self, rows: int, examples: list[Example] = EXAMPLES) -> list[RowBatch]:
+        packer = BatchPacker(
+            ImageEncoder(self.config, self.frozen, self.mesh),
             num_patches=self.model.vision.num_patches,
-            shape=RowShape(rows, self.config.max_length),
+            shape=RowShape(rows, self.config.row_length),
             mesh=self.mesh,
         )
-        (prepared,) = feed([EXAMPLES], 0)
+        (prepared,) = packer([examples], 0)
         return prepared.batches
 
     def train(self, rows: int, steps: int) -> tuple[TrainState, list[float]]:

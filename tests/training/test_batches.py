@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from prumerge_jax.data.pipeline import Example
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.sharding.mesh import make_mesh
-from prumerge_jax.training.batches import RowFeed, RowShape, fit_request
+from prumerge_jax.training.batches import BatchPacker, RowShape, fit_request
 from tests.training.conftest import make_examples
 
 CAPACITY, WIDTH = 5, 4
@@ -37,8 +38,8 @@ def encoder(required: dict[int, int] | None = None, log: list[str] | None = None
     return encode
 
 
-def make_feed(encode, rows: int = 4, length: int = 24) -> RowFeed:
-    return RowFeed(encode, num_patches=16, shape=RowShape(rows, length), mesh=make_mesh())
+def make_packer(encode, rows: int = 4, length: int = 24) -> BatchPacker:
+    return BatchPacker(encode, num_patches=16, shape=RowShape(rows, length), mesh=make_mesh())
 
 
 @settings(max_examples=60)
@@ -54,7 +55,7 @@ def test_a_sample_is_cut_where_its_tokens_exceed_the_row(
     labels = np.where(ids >= 50, ids, IGNORE).astype(np.int32)
     example = Example("x", np.zeros((1, 1, 3), np.uint8), True, ids, labels, False)
     if before == 0 and visual > length:
-        return  # nothing fits at all; the stage refuses such a row length
+        return  # nothing fits at all; the objective refuses such a row length
     request = fit_request(example, 7, visual, length)
     kept = request.token_ids.size
     np.testing.assert_array_equal(request.token_ids, ids[:kept])
@@ -69,7 +70,7 @@ def test_a_sample_is_cut_where_its_tokens_exceed_the_row(
 
 def test_counts_say_what_is_in_the_batches() -> None:
     examples = make_examples(6, image_size=8, vocabulary=90, text_only=(1,))
-    (prepared,) = make_feed(encoder())([examples], 100)
+    (prepared,) = make_packer(encoder())([examples], 100)
     lengths = [
         e.token_ids.size + (row % CAPACITY if e.has_image else 0) for row, e in enumerate(examples)
     ]
@@ -87,14 +88,14 @@ def test_counts_say_what_is_in_the_batches() -> None:
 
 def test_too_many_samples_make_more_batches_and_long_ones_are_counted() -> None:
     examples = make_examples(9, image_size=8, vocabulary=90)
-    (prepared,) = make_feed(encoder(), rows=1, length=14)([examples], 0)
+    (prepared,) = make_packer(encoder(), rows=1, length=14)([examples], 0)
     assert len(prepared.batches) > 3
     assert {batch.ids.shape for batch in prepared.batches} == {(1, 14)}
     lengths = [e.token_ids.size + row % CAPACITY for row, e in enumerate(examples)]
     assert prepared.counts["truncated_samples"] == sum(length > 14 for length in lengths) > 0
 
 
-def test_a_process_that_needs_fewer_micro_batches_goes_on_with_empty_rows(
+def test_a_process_that_needs_fewer_micro_batches_adds_empty_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     examples = make_examples(6, image_size=8, vocabulary=90)
@@ -102,13 +103,15 @@ def test_a_process_that_needs_fewer_micro_batches_goes_on_with_empty_rows(
 
     def allgather_ints(values: list[int]) -> np.ndarray:
         """Of two processes; the other one needs two micro-batches more."""
+        if len(values) == 1:  # whether there are images
+            return np.array([values, values])
         own.extend(values)
         return np.array([values, [values[0] + 2, *values[1:]]])
 
-    feed = make_feed(encoder())
-    feed._shards = dataclasses.replace(feed._shards, representatives=(0, 1))
+    packer = make_packer(encoder())
+    packer._shards = dataclasses.replace(packer._shards, representatives=(0, 1))
     monkeypatch.setattr("prumerge_jax.training.batches.allgather_ints", allgather_ints)
-    (prepared,) = feed([examples], 0)
+    (prepared,) = packer([examples], 0)
     needed = own[0]
     assert len(prepared.batches) == needed + 2
     assert all((batch.segment_ids > 0).any() for batch in prepared.batches[:needed])
@@ -124,7 +127,7 @@ def test_the_next_batch_is_encoded_before_the_current_one_is_stepped() -> None:
     log: list[str] = []
     lists = [make_examples(2, image_size=8, vocabulary=90, seed=seed) for seed in range(3)]
     samples = []
-    for prepared in make_feed(encoder(log=log))(lists, 0):
+    for prepared in make_packer(encoder(log=log))(lists, 0):
         log.append("step")
         samples.append(prepared.samples)
     assert log == ["encode", "encode", "step", "encode", "step", "step"]
@@ -134,6 +137,32 @@ def test_the_next_batch_is_encoded_before_the_current_one_is_stepped() -> None:
 def test_too_many_visual_tokens_and_nan_are_refused_by_name() -> None:
     examples = make_examples(3, image_size=8, vocabulary=90)
     with pytest.raises(ValueError, match="'sample 1' needs 6 visual tokens, the capacity is 5"):
-        next(make_feed(encoder({1: 6}))([examples], 0))
+        next(make_packer(encoder({1: 6}))([examples], 0))
     with pytest.raises(FloatingPointError, match="not finite on the image of sample 'sample 2'"):
-        next(make_feed(encoder({2: -1}))([examples], 0))
+        next(make_packer(encoder({2: -1}))([examples], 0))
+
+
+def test_a_batch_of_text_alone_never_runs_the_tower_and_is_packed_the_same() -> None:
+    texts = make_examples(4, image_size=8, vocabulary=90, text_only=(0, 1, 2, 3))
+    images = make_examples(4, image_size=8, vocabulary=90, seed=1)
+    ran: list[int] = []
+    encode = encoder()
+
+    def counted(pixels):
+        if not isinstance(pixels, jax.core.Tracer):
+            ran.append(len(pixels))
+        return encode(pixels)
+
+    packer = make_packer(counted)
+    text_alone, with_images = packer([texts, images], 0)
+    assert ran == [4]
+    mixed = next(make_packer(encode)([[*texts[:3], images[3]]], 0))
+    for batch in (*text_alone.batches, *mixed.batches):
+        assert batch.visual_tokens.shape == (4, CAPACITY, WIDTH)
+        assert batch.visual_tokens.dtype == with_images.batches[0].visual_tokens.dtype
+    assert text_alone.counts["images"] == text_alone.counts["visual_tokens"] == 0
+    (batch,) = text_alone.batches
+    assert (batch.visual_index == -1).all()
+    assert not batch.visual_tokens.any()
+    targets = sum(int((e.labels[1:] != IGNORE).sum()) for e in texts)
+    assert int((batch.targets != IGNORE).sum()) == targets

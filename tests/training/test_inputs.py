@@ -1,17 +1,26 @@
 """Which samples come when: LLaVA files grouped by modality, resumed at any sample."""
 
+import itertools
 import json
+import logging
+import pathlib
 
 import ml_collections
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from configs import common
 from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.models.config import LlavaConfig, VisionConfig
 from prumerge_jax.training import inputs
+from prumerge_jax.training.config import parse, with_sizes
+from prumerge_jax.training.inputs import ModalityOrder, TrainingData, TrainingSource
 
 IMAGES, TEXTS = 13, 9
+MODEL = LlavaConfig(vision=VisionConfig(image_size=8, patch_size=4, width=8, num_heads=1))
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +47,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ml_collections.ConfigDic
     return config
 
 
-def first_batches(data: inputs.Inputs, used: int, count: int) -> list[list[str]]:
-    batches = data.lists(used, range(4))
+def open_source(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> TrainingSource:
+    return inputs.open_conversations(with_sizes(parse(config), MODEL), tokenizer, 1)
+
+
+def first_batches(data: TrainingData, used: int, count: int) -> list[list[str]]:
+    batches = data.batches(used, range(4))
     return [[e.id for e in batch] for batch, _ in zip(batches, range(count), strict=False)]
 
 
@@ -49,7 +62,7 @@ def test_a_run_continues_at_any_batch_and_shows_every_sample_once_an_epoch(
 ) -> None:
     config = config.copy_and_resolve_references()
     config.group_by_modality_length = grouped
-    data = inputs.conversations(config, tokenizer, 8)
+    data = open_source(config, tokenizer).prepare()
     straight = first_batches(data, 0, 10)
     for done in (1, 5, 7):
         assert first_batches(data, 4 * done, 10 - done) == straight[done:]
@@ -58,14 +71,14 @@ def test_a_run_continues_at_any_batch_and_shows_every_sample_once_an_epoch(
     pure = [len({int(name[1:]) < IMAGES for name in batch}) == 1 for batch in straight[:5]]
     if grouped:
         assert data.samples == 20
-        assert all(pure)  # three batches of pictures and two of text; the sixth would be mixed
+        assert all(pure)  # three batches of images and two of text; the sixth would be mixed
 
 
-def test_pictures_and_labels_are_those_of_the_file(
+def test_images_and_labels_are_those_of_the_file(
     config: ml_collections.ConfigDict, tokenizer: Tokenizer
 ) -> None:
-    data = inputs.conversations(config, tokenizer, 8)
-    for batch, _ in zip(data.lists(0, range(4)), range(5), strict=False):
+    data = open_source(config, tokenizer).prepare()
+    for batch, _ in zip(data.batches(0, range(4)), range(5), strict=False):
         for example in batch:
             index = int(example.id[1:])
             assert example.has_image == (index < IMAGES)
@@ -80,9 +93,13 @@ def test_pictures_and_labels_are_those_of_the_file(
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("conversation", "vicuna", "conversation is 'vicuna'; expected one of"),
+        (
+            "conversation",
+            "vicuna",
+            "'vicuna'; expected one of .* did you mean 'vicuna_v1'",
+        ),
         ("batch_size", 64, "22 samples do not fill one batch of 64"),
-        ("data.name", "coco", "data.name is 'coco'; expected 'digits_vqa' or 'llava_json'"),
+        ("data.name", "coco", "data.name is 'coco'; expected one of .*'llava_json'"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -91,4 +108,105 @@ def test_what_cannot_be_is_refused(
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=message):
-        inputs.conversations(changed, tokenizer, 8)
+        open_source(changed, tokenizer).prepare()
+
+
+@settings(max_examples=40)
+@given(
+    images=st.integers(0, 60), texts=st.integers(0, 60), batch=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_an_epoch_has_every_sample_at_most_once_in_pure_batches(
+    images: int, texts: int, batch: int, seed: int
+) -> None:
+    has_image = np.array([True] * images + [False] * texts)
+    if len(has_image) < batch:
+        with pytest.raises(ValueError, match="do not fill one batch"):
+            ModalityOrder(has_image, batch, seed)
+        return
+    order = ModalityOrder(has_image, batch, seed)
+    drawn = np.array([order(place) for place in range(2 * order.epoch_size)])
+    for epoch in np.split(drawn, 2):
+        assert len(np.unique(epoch)) == len(epoch) == len(has_image) // batch * batch
+        kinds = has_image[epoch].reshape(-1, batch)
+        mixed = [row for row in kinds if row.any() and not row.all()]
+        # Less than one batch of either kind is left over, which makes at most one mixed batch
+        # and one more of what remains.
+        assert len(mixed) <= 2
+        if mixed:
+            pure_end = images // batch + texts // batch
+            assert all((row.all() or not row.any()) for row in kinds[:pure_end])
+
+
+def test_epochs_and_seeds_differ_and_repeat() -> None:
+    has_image = np.arange(100) % 3 > 0
+    first = ModalityOrder(has_image, 10, 0)
+    again, other = ModalityOrder(has_image, 10, 0), ModalityOrder(has_image, 10, 1)
+    places = range(300)
+    assert [first(p) for p in places] == [again(p) for p in reversed(places)][::-1]
+    assert [first(p) for p in places] != [other(p) for p in places]
+    assert [first(p) for p in range(100)] != [first(p) for p in range(100, 200)]
+
+
+def write(folder: pathlib.Path, conversations: list[list[str]]) -> ml_collections.ConfigDict:
+    """A configuration for text alone; turns alternate, the human begins."""
+    entries = [
+        {
+            "id": f"s{index}",
+            "conversations": [
+                {"from": ("human", "gpt")[number % 2], "value": text}
+                for number, text in enumerate(texts)
+            ],
+        }
+        for index, texts in enumerate(conversations)
+    ]
+    (folder / "data.json").write_text(json.dumps(entries))
+    config = common.training()
+    config.data.json_file = str(folder / "data.json")
+    config.data.directory = str(folder / "prepared")
+    config.batch_size = 1
+    config.run.num_workers = 0
+    return config
+
+
+def test_samples_that_teach_nothing_are_counted_and_refused_when_there_are_no_others(
+    tokenizer: Tokenizer, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, ends_with_human = ["Is there a 3?", "no"], ["Is there a 3?", "no", "And a 4?"]
+    config = write(tmp_path, [good, ends_with_human, good, ends_with_human])
+    for _ in range(2):  # counted, then read from the record
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "prumerge_jax"):
+            open_source(config, tokenizer).prepare()
+        ours = [r for r in caplog.records if r.name.startswith("prumerge_jax")]
+        (message,) = [record.getMessage() for record in ours]
+        assert message.startswith("2 of 4 samples have nothing to learn (the first are 's1', 's3')")
+    config = write(tmp_path, [ends_with_human] * 3)
+    records = set((tmp_path / "prepared" / "llava_json").iterdir())
+    with pytest.raises(ValueError, match="none of the 3 samples has anything to learn .*'s0'"):
+        open_source(config, tokenizer).prepare()
+    assert set((tmp_path / "prepared" / "llava_json").iterdir()) == records  # nothing was written
+
+
+def test_an_answer_that_max_length_cuts_off_is_nothing_to_learn(
+    tokenizer: Tokenizer, tmp_path: pathlib.Path
+) -> None:
+    config = write(tmp_path, [["Is there a 3? " * 40, "no"]])
+    open_source(config, tokenizer).prepare()
+    config.max_length = 60
+    with pytest.raises(ValueError, match="none of the 1 samples .*cut off by max_length"):
+        open_source(config, tokenizer).prepare()
+
+
+def test_labels_are_checked_against_the_run_s_own_row_length(
+    tokenizer: Tokenizer, tmp_path: pathlib.Path
+) -> None:
+    """LLaVA checks the rounds of samples that fit a row; which ones do depends on its length."""
+    role_in_answer = ["Is there a 3? " * 600, "no", "Yes?", "no ASSISTANT: yes"]
+    config = write(tmp_path, [role_in_answer, ["A 3?", "no"]])
+    for length, mismatched in ((2048, False), (8192, True)):
+        config.max_length = length
+        data = open_source(config, tokenizer).prepare()
+        epoch = itertools.islice(data.batches(0, [0]), 2)
+        found = {example.id: example.mismatch for (example,) in epoch}
+        assert found == {"s0": mismatched, "s1": False}

@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec
 
 from configs import prumerge_7b_lora, prumerge_13b_lora
 from prumerge_jax.aot.hlo import program_cost
-from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.models.config import LlavaConfig, published
 from prumerge_jax.sharding.mesh import use_mesh
 from prumerge_jax.training.checkpoint import Checkpoints
+from prumerge_jax.training.config import MeshConfig, parse
 from prumerge_jax.training.run import fitted_sizes
 from prumerge_jax.training.step import TrainState
 from tests.conftest import require_eight_devices
@@ -59,25 +60,24 @@ def assert_placed(state: TrainState, declared: TrainState) -> None:
 
 @pytest.mark.parametrize("recipe", [prumerge_7b_lora, prumerge_13b_lora])
 def test_no_device_stays_idle_and_no_shard_is_thin(recipe: types.ModuleType) -> None:
-    config = recipe.get_config()
+    config = parse(recipe.get_config())
+    model = config.sizes
     for devices in (1, 3, 8, 48, 64, 256, 512):
-        sizes = fitted_sizes(config, devices)
+        sizes = fitted_sizes(config.run.mesh, model, devices)
         assert math.prod(sizes.values()) == devices
-        assert config.model.vision.width % (32 * sizes["fsdp"]) == 0
-        assert config.model.text.width % (32 * sizes["fsdp"]) == 0
-    assert fitted_sizes(config, 256) == {"data": 8, "fsdp": 32, "tensor": 1}
-    config.run.mesh.tensor = 2
-    assert fitted_sizes(config, 16) == {"data": 1, "fsdp": 8, "tensor": 2}
-    config.run.mesh.fsdp = 4
-    assert fitted_sizes(config, 16) == {"data": 2, "fsdp": 4, "tensor": 2}
+        assert model.vision.width % (32 * sizes["fsdp"]) == 0
+        assert model.text.width % (32 * sizes["fsdp"]) == 0
+    assert fitted_sizes(config.run.mesh, model, 256) == {"data": 8, "fsdp": 32, "tensor": 1}
+    mesh = MeshConfig(tensor=2)
+    assert fitted_sizes(mesh, model, 16) == {"data": 1, "fsdp": 8, "tensor": 2}
+    mesh = MeshConfig(tensor=2, fsdp=4)
+    assert fitted_sizes(mesh, model, 16) == {"data": 2, "fsdp": 4, "tensor": 2}
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 0), (0, 0, 0), (0, 3, 1), (0, 8, 2)])
 def test_sizes_that_eight_devices_do_not_fit_are_refused(sizes: tuple[int, int, int]) -> None:
-    config = prumerge_7b_lora.get_config()
-    config.run.mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
     with pytest.raises(ValueError, match="cannot be fitted to 8 devices"):
-        fitted_sizes(config, 8)
+        fitted_sizes(MeshConfig(*sizes), published("llava-1.5-7b"), 8)
 
 
 @mesh_cases
@@ -109,7 +109,7 @@ def test_images_keep_their_tokens(sizes: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     ("sizes", "micro_batch", "update"),
     [
-        # Weights lie whole on every device: sums of gradients and of the loss.
+        # Weights are replicated: sums of gradients and of the loss.
         mesh_case((8, 1, 1), {"all-reduce"}, set()),
         # Weights are gathered from their shards, and some activations change theirs. The update
         # sums the squares of the gradient's shards for its norm.
@@ -129,7 +129,7 @@ def test_collectives_of_the_step(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
             (bench.frozen, batch),
         )
-        lowered = bench.step.lower(bench.stage.trained(), *shapes)
+        lowered = bench.step.lower(bench.objective.trained(), *shapes)
         found = {
             name: set(program_cost(program.compile().as_text()).collectives)
             for name, program in lowered.items()
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_others(
     saved: pathlib.Path, sizes: tuple[int, int, int]
 ) -> None:
     bench = bench_on(sizes)
-    target = bench.step.abstract_state(bench.stage.trained())
+    target = bench.step.abstract_state(bench.objective.trained())
     restored = Checkpoints(saved, keep=1, metadata={}).restore(target)
     assert restored is not None
     assert (restored.step, restored.position) == (STEPS, {"samples": 40})

@@ -20,7 +20,7 @@ from configs.digits import lora
 from prumerge_jax.store import model_directory as directories
 from prumerge_jax.training.checkpoint import verify
 from prumerge_jax.training.run import run
-from prumerge_jax.training.stop import StopFlag
+from prumerge_jax.training.workdir import StopFlag
 
 pytestmark = pytest.mark.slow
 

@@ -16,13 +16,11 @@ import pytest
 from configs.digits import contrastive, lora
 from prumerge_jax.models import config_json
 from prumerge_jax.store import model_directory as directories
-from prumerge_jax.training.base import open_base
 from prumerge_jax.training.checkpoint import load_trained
+from prumerge_jax.training.config import parse
 from prumerge_jax.training.loop import TrainingError
-from prumerge_jax.training.run import fitted_mesh, run
-from prumerge_jax.training.stages import make_stage
-from prumerge_jax.training.stop import StopFlag
-from prumerge_jax.training.workdir import WorkdirError
+from prumerge_jax.training.run import check, run
+from prumerge_jax.training.workdir import StopFlag, WorkdirError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS = 10
@@ -41,11 +39,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def first(folder: pathlib.Path) -> ml_collections.ConfigDict:
-    """The tiny contrastive stage."""
+    """The tiny contrastive objective."""
     config = contrastive.get_config("tiny")
     config.data.directory = str(folder / "data")
     config.steps = 2
-    config.contrastive.curriculum = ((1, 1.0, 1),)
+    config.objective_options.curriculum = ((1, 1.0, 1),)
     return config
 
 
@@ -80,12 +78,11 @@ def straight(config: ml_collections.ConfigDict, folder: pathlib.Path) -> pathlib
 def trained_weights(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, step: int
 ) -> dict[str, np.ndarray]:
-    base, mesh = open_base(config), fitted_mesh(config)
-    stage = make_stage(config, base.model)
-    shardings = stage.template.shardings(mesh)
+    setup = check(parse(config), {})
+    shardings = setup.objective.module.shardings(setup.mesh)
     target = {
         path: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[path])
-        for path, shape in stage.trained().items()
+        for path, shape in setup.objective.trained().items()
     }
     weights = load_trained(workdir / "checkpoints" / f"step_{step:08d}", target)
     return {path: np.asarray(weight) for path, weight in weights.items()}
@@ -119,7 +116,7 @@ def interrupt(
     return process.returncode
 
 
-def test_the_contrastive_stage_leaves_its_tower_sharpened(
+def test_the_contrastive_objective_leaves_its_tower_sharpened(
     first: ml_collections.ConfigDict, base: pathlib.Path
 ) -> None:
     tower = {
@@ -128,10 +125,10 @@ def test_the_contrastive_stage_leaves_its_tower_sharpened(
         if path.startswith("vision.")
     }
     factors = dict.fromkeys(tower, 1.0) | {
-        f"vision.last.q_proj.{name}": first.contrastive.pooling_temperature
+        f"vision.last.q_proj.{name}": first.objective_options.cls_attention_gain
         for name in ("kernel", "bias")
     }
-    assert first.contrastive.pooling_temperature != 1
+    assert first.objective_options.cls_attention_gain != 1
     for path, weight in tower.items():
         np.testing.assert_array_equal(
             directories.read_array(base, path), weight * np.float32(factors[path]), path
@@ -184,7 +181,7 @@ def test_a_finished_run_leaves_its_base_as_it_was_and_adapters_that_stand_alone(
             assert np.abs(whole[path] - before).max() > 0, path
 
 
-def test_a_stopped_run_saves_its_step_and_goes_on(
+def test_a_stopped_run_saves_its_step_and_can_be_resumed(
     config: ml_collections.ConfigDict, straight: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     stop = StopFlag()
@@ -231,4 +228,4 @@ def test_weights_of_other_sizes_are_refused_before_anything_is_written(
     other.model.text.num_layers = 4
     with pytest.raises(directories.DirectoryError, match="config.model says"):
         run(other, tmp_path / "run", StopFlag())
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()

@@ -1,5 +1,8 @@
 """The step: packing, accumulation, what changes and what does not."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -9,10 +12,11 @@ from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.sharding.mesh import use_mesh
 from prumerge_jax.sharding.processes import to_global_array
-from prumerge_jax.training.next_token import RowBatch
-from prumerge_jax.training.stages import ImageEncoder
+from prumerge_jax.training.batches import RowBatch
+from prumerge_jax.training.objectives.next_token import ImageEncoder
 from prumerge_jax.training.step import Sums
 from tests.training.bench import EXAMPLES, MODEL, Bench, lora_config
+from tests.training.conftest import make_examples
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +30,18 @@ def sums_of(bench: Bench, batch: RowBatch) -> Sums:
         return bench.step.accumulate(zeros, bench.trained, bench.frozen, batch, when)
 
 
+def one_per_row(
+    requests: list[packing.Request], layout: packing.VisualLayout, row_length: int
+) -> packing.Rows:
+    """Request i alone in row i."""
+    alone = [packing.pack_window([r], layout, row_length, 1)[0] for r in requests]
+    fields = [field.name for field in dataclasses.fields(packing.Rows)]
+    return packing.Rows(*(np.concatenate([getattr(r, f) for r in alone]) for f in fields))
+
+
 def test_packed_rows_have_the_loss_of_one_sample_per_row(bench: Bench) -> None:
     with use_mesh(bench.mesh):
-        encode = ImageEncoder(bench.config, MODEL.vision, bench.frozen, bench.mesh)
+        encode = ImageEncoder(bench.config, bench.frozen, bench.mesh)
         visual = encode(to_global_array(np.stack([e.pixels for e in EXAMPLES]), bench.mesh))
         layout = packing.VisualLayout(
             np.asarray(visual.lengths), np.asarray(visual.patch_indices), MODEL.vision.num_patches
@@ -37,8 +50,8 @@ def test_packed_rows_have_the_loss_of_one_sample_per_row(bench: Bench) -> None:
             packing.Request(e.token_ids, (row,) * e.has_image, e.labels)
             for row, e in enumerate(EXAMPLES)
         ]
-    packed = packing.pack(requests, layout, 48, 8)
-    alone = packing.one_per_row(requests, layout, 48, 8)
+    (packed,) = packing.pack_window(requests, layout, 48, 8)
+    alone = one_per_row(requests, layout, 48)
     assert packed.segment_ids.max() > alone.segment_ids.max() == 1
     sums = []
     for rows in (packed, alone):
@@ -117,3 +130,19 @@ def test_dropout_depends_on_seed_and_step_alone() -> None:
 
         assert loss(3) == loss(3)
         assert loss(3) != loss(4)
+
+
+def test_text_alone_takes_the_same_step_and_the_tower_would_change_nothing(bench: Bench) -> None:
+    texts = make_examples(8, image_size=48, vocabulary=64, seed=3, text_only=tuple(range(8)))
+    with use_mesh(bench.mesh):
+        encode = ImageEncoder(bench.config, bench.frozen, bench.mesh)
+        (with_images,), (without,) = bench.batches(8), bench.batches(8, texts)
+        pixels = to_global_array(np.stack([e.pixels for e in texts]), bench.mesh)
+        encoded = without._replace(visual_tokens=encode(pixels).tokens)
+    sums_of(bench, with_images)
+    compiled = bench.step.accumulate._cache_size()
+    skipped, ran = sums_of(bench, without), sums_of(bench, encoded)
+    assert bench.step.accumulate._cache_size() == compiled
+    assert float(skipped.targets) > 0
+    for ours, theirs in zip(jax.tree.leaves(skipped), jax.tree.leaves(ran), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

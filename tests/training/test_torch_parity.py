@@ -16,14 +16,17 @@ peft = pytest.importorskip("peft", reason="PEFT is the oracle of these tests")
 
 from configs import common  # noqa: E402
 from prumerge_jax.data.conversation import TEMPLATES  # noqa: E402
+from prumerge_jax.data.images import ImageProcessor  # noqa: E402
 from prumerge_jax.data.packing import IMAGE_TOKEN  # noqa: E402
 from prumerge_jax.data.pipeline import Example, Preprocessor  # noqa: E402
 from prumerge_jax.data.tokenizer import Tokenizer  # noqa: E402
 from prumerge_jax.models.config import TextConfig, published  # noqa: E402
 from prumerge_jax.sharding.mesh import make_mesh, use_mesh  # noqa: E402
-from prumerge_jax.training.batches import RowFeed, RowShape  # noqa: E402
+from prumerge_jax.training.batches import BatchPacker, RowShape  # noqa: E402
+from prumerge_jax.training.config import parse, with_sizes  # noqa: E402
+from prumerge_jax.training.objectives.next_token import ImageEncoder  # noqa: E402
+from prumerge_jax.training.objectives.registry import make_objective  # noqa: E402
 from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
-from prumerge_jax.training.stages import ImageEncoder, make_stage  # noqa: E402
 from prumerge_jax.training.step import Sums, TrainStep, state_shardings  # noqa: E402
 from tests.models.torch_llava import our_state, random_torch_llava  # noqa: E402
 
@@ -44,7 +47,11 @@ RANK, ALPHA = 4, 8.0
 @pytest.fixture(scope="module")
 def examples(tokenizer: Tokenizer) -> list[Example]:
     """One turn, several turns, and text alone."""
-    preprocess = Preprocessor(tokenizer, TEMPLATES["v1"], MODEL.vision.image_size)
+    preprocess = Preprocessor(
+        tokenizer,
+        TEMPLATES["v1"],
+        ImageProcessor(MODEL.vision.image_size, MODEL.vision.pixel_mean),
+    )
     rng = np.random.default_rng(0)
 
     def turns(*texts: str) -> list[dict[str, str]]:
@@ -117,25 +124,26 @@ def our_sums(oracle: torch.nn.Module, examples: list[Example]) -> Sums:
     config.batch_size = len(examples)
     config.dtype = "float32"
     config.max_length = 192
-    stage = make_stage(config, MODEL)
+    parsed = with_sizes(parse(config), MODEL)
+    objective = make_objective(parsed)
     base = oracle.get_base_model()
     adapters = {name: w for name, w in base.named_parameters() if "lora_" in name}
     plain = random_torch_llava(MODEL)
     flat = nnx.to_flat_state(our_state(plain, MODEL)[1])
     weights = {".".join(path): variable[...] for path, variable in flat}
-    for path in stage.learning_rates:
+    for path in objective.learning_rates:
         if "lora_" in path:
             weights[path] = jnp.asarray(torch_adapter(adapters, path))
     mesh = make_mesh()
-    shardings = stage.template.shardings(mesh)
+    shardings = objective.module.shardings(mesh)
     weights = {path: jax.device_put(weights[path], shardings[path]) for path in shardings}
-    optimizer = make_optimizer(OptimizerConfig(), 1, stage.learning_rates)
-    state = state_shardings(optimizer, stage.trained(), shardings, mesh)
-    step = TrainStep(stage.loss, optimizer, seed=0, shardings=state)
-    trained = {path: weights[path] for path in stage.learning_rates}
+    optimizer = make_optimizer(OptimizerConfig(), 1, objective.learning_rates)
+    state = state_shardings(optimizer, objective.trained(), shardings, mesh)
+    step = TrainStep(objective.loss, optimizer, seed=0, shardings=state)
+    trained = {path: weights[path] for path in objective.learning_rates}
     with use_mesh(mesh), jax.default_matmul_precision("highest"):
-        feed = RowFeed(
-            ImageEncoder(config, MODEL.vision, weights, mesh),
+        feed = BatchPacker(
+            ImageEncoder(parsed, weights, mesh),
             num_patches=MODEL.vision.num_patches,
             shape=RowShape(2, config.max_length),
             mesh=mesh,

@@ -1,0 +1,1 @@
+"""The programs: `prumerge-train`, `prumerge-eval`, `prumerge-convert`, `prumerge-visualize`."""

@@ -1,0 +1,94 @@
+"""Scores a model, or an answers file, on benchmarks.
+
+    eval.py --workdir DIR
+    eval.py --workdir DIR --config.checkpoint=DIR --config.benchmark=pope
+        --config.questions=FILE --config.images=DIR --config.annotations=PATH
+        --config.reduction="full prumerge+"
+    eval.py --workdir DIR --config.benchmark=pope --config.questions=FILE
+        --config.images=DIR --config.annotations=PATH --config.answers=FILE
+    eval.py --workdir DIR --config.checkpoint=DIR --config.questions=FILE --config.images=DIR
+    eval.py --aot v5e:2x4 --config.checkpoint=llava-1.5-7b --config.reduction=prumerge+
+
+The first scores the shipped miniature on its digits; the fourth answers your own questions, without
+a score. Every field of configs/eval.py is a flag. A run that was interrupted resumes. With `--aot`
+the engine's programs are compiled for a TPU slice and not run; the checkpoint is then the name of a
+published size, and every reduction is planned. Exit status: 0 if every row was scored, 3 if some
+failed (errors.jsonl says why), 1 if it could not run.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from prumerge_jax.cli import command_line
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `eval.py` or `prumerge-eval`."""
+    command_line.run(_main, argv)
+
+
+def _flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    flags.DEFINE_string(
+        "workdir", None, "directory of the run; new, or to be resumed", flag_values=values
+    )
+    flags.DEFINE_string(
+        "aot",
+        None,
+        "a TPU slice such as v5e:2x4: print the plan of the engine on it, and run nothing",
+        flag_values=values,
+    )
+    return values
+
+
+def _main(argv: Sequence[str]) -> int:
+    values = _flags()
+    config = command_line.parse_with_config(argv, values, __doc__, default="eval")
+    if (values.workdir is None) == (values.aot is None):
+        raise ValueError("give one of --workdir=DIR and --aot=SLICE")
+    if values.aot is not None:
+        return _plan(config, values.aot)
+    return _evaluate(config, pathlib.Path(values.workdir))
+
+
+def _evaluate(config: ConfigDict, workdir: pathlib.Path) -> int:
+    # These take seconds to import; a mistyped flag is answered before.
+    import prumerge_jax.digits.benchmark  # noqa: F401, registers itself
+    from prumerge_jax.evaluation.run import evaluate
+
+    try:
+        return evaluate(config, workdir)
+    except RuntimeError as error:  # out of memory, or another process writes to the workdir
+        raise ValueError(str(error)) from error
+
+
+def _plan(config: ConfigDict, slice_name: str) -> int:
+    import jax
+
+    from prumerge_jax import reductions
+    from prumerge_jax.aot.compile import DoesNotFit
+    from prumerge_jax.aot.inference import plan_inference
+    from prumerge_jax.aot.topology import topology
+    from prumerge_jax.engine.encoding import compute_dtype
+    from prumerge_jax.evaluation.config import engine_config
+    from prumerge_jax.models.config import published
+
+    jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
+    spellings = reductions.parse_list(config.reduction)
+    model, where = published(config.checkpoint), topology(slice_name)
+    shapes = engine_config(config.engine)
+    dtype = compute_dtype(config.dtype or "bfloat16")
+    for spelling in spellings:
+        try:
+            plan = plan_inference(model, shapes, spelling, where, config.mesh, dtype)
+        except DoesNotFit as error:
+            raise ValueError(f"{spelling}: {error}") from error
+        print("\n".join(plan.lines()), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Attention: what may see what is stated here, each backend computes it its own way.
+
+Backends, one file each:
+
+* `xla`: plain XLA; every platform, the reference for the others.
+* `blocks`: plain XLA in blocks of queries, for CPUs.
+* `cudnn`: the fused kernel of NVIDIA GPUs; float16 or bfloat16.
+* `splash`: the Pallas kernel of TPUs.
+
+`cache` is the attention of one new token to the cache.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from prumerge_jax.models import tuning
+from prumerge_jax.models.attention import blocks, cache, cudnn, splash, xla
+from prumerge_jax.models.attention.shards import HEADS
+from prumerge_jax.sharding.mesh import Axes
+
+__all__ = ["attend", "attend_to_cache", "backend_for"]
+
+_BACKENDS = {
+    "xla": xla.attend,
+    "blocks": blocks.attend,
+    "cudnn": cudnn.attend,
+    "splash": splash.attend,
+}
+_TAKES = {"cudnn": cudnn.takes, "splash": splash.takes}
+_CACHE_FORMS = {"xla": cache.attend_by_xla, "products": cache.attend_by_products}
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    causal: bool = False,
+    max_segment_length: int | None = None,
+    axes: Axes = HEADS,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Softmax attention of a sequence with itself, scale 1/sqrt(head width).
+
+    Args:
+      q: [B, T, H, D].
+      k, v: [B, T, K, D]; K divides H (grouped-query attention).
+      segment_ids: [B, T] int32; a query sees only keys of its own segment.
+      causal: a query sees only keys at its own index or before.
+      max_segment_length: the promise that no segment has more tokens and that each is in one
+        piece. `blocks` and `splash` then leave out keys that are too far away to be seen; the
+        others do not look at it.
+      axes: logical names of the axes of `q`, `k` and `v`, which say how a mesh splits them.
+      implementation: a backend; by default `backend_for` these heads.
+
+    Returns:
+      [B, T, H, D] in the dtype of `q`.
+
+    Raises:
+      ValueError: an unknown implementation.
+    """
+    name = implementation or backend_for(q.dtype, q.shape[-1])
+    if name not in _BACKENDS:
+        raise ValueError(f"unknown attention {name!r:.80}; expected one of {sorted(_BACKENDS)}")
+    return _BACKENDS[name](
+        q, k, v, segment_ids, causal=causal, max_segment_length=max_segment_length, axes=axes
+    )
+
+
+def attend_to_cache(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layer: jax.Array | int,
+    lengths: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Attention of one new token per sequence to its cache.
+
+    Args:
+      q: [B, 1, H, D].
+      k, v: [L, B, S, K, D], the cache with the new token's entries already written.
+      layer: int32 [], the one whose entries are seen.
+      lengths: [B] int32, the number of valid entries. Entries beyond it are never seen, but must
+        be finite: masking here would read the whole cache once more at every step.
+      implementation: `xla` or `products`; by default `tuning.current().cache_attention`.
+
+    Returns:
+      [B, 1, H, D].
+
+    Raises:
+      ValueError: an unknown implementation.
+    """
+    name = implementation or tuning.current().cache_attention
+    if name not in _CACHE_FORMS:
+        raise ValueError(
+            f"unknown cache attention {name!r:.80}; expected one of {sorted(_CACHE_FORMS)}"
+        )
+    return _CACHE_FORMS[name](q, k, v, layer, jnp.arange(k.shape[2]) < lengths[:, None])
+
+
+def backend_for(dtype: jnp.dtype, head_dim: int) -> str:
+    """The backend for heads of this width and dtype: the tuning's, or `xla` if it takes none such.
+
+    Tower and decoder have heads of their own, so each gets its own answer.
+    """
+    preferred = tuning.current().attention
+    takes = _TAKES.get(preferred)
+    return preferred if takes is None or takes(dtype, head_dim) else "xla"

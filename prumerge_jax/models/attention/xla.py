@@ -1,0 +1,42 @@
+"""Attention in plain XLA: every platform, the reference for the other backends."""
+
+import jax
+import jax.numpy as jnp
+
+from prumerge_jax.sharding.mesh import Axes, platform
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    causal: bool,
+    max_segment_length: int | None,
+    axes: Axes,
+) -> jax.Array:
+    """`attention.attend`; a mesh splits it as its arguments are split."""
+    del max_segment_length, axes
+    return dot_product(q, k, v, segment_mask(segment_ids), causal=causal)
+
+
+def segment_mask(segment_ids: jax.Array | None) -> jax.Array | None:
+    """Which key is of a query's segment, bool [B, 1, T, T]; None without segments."""
+    if segment_ids is None:
+        return None
+    return (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+
+
+def dot_product(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, *, causal: bool
+) -> jax.Array:
+    """Queries [B, T, H, D], keys and values [B, S, K, D], mask [B, 1, T, S] -> [B, T, H, D]."""
+    dtype = q.dtype
+    if dtype == jnp.float16 and platform() == "cpu":
+        # XLA has no product of float16 numbers there whose sum is float32.
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    attended = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=causal, implementation="xla"
+    )
+    return attended.astype(dtype)

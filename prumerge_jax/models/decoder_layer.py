@@ -1,0 +1,139 @@
+"""One layer of the LLaMA decoder, in the pieces between which attention happens."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from prumerge_jax.models.attention import attend
+from prumerge_jax.models.config import TextConfig
+from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm
+from prumerge_jax.models.rotary import Rotation, rotate
+from prumerge_jax.sharding.mesh import constrain
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values: [B, T, H * Dh] and twice [B, T, K * Dh] as they are projected,
+    [B, T, H, Dh] and twice [B, T, K, Dh] once they are split into heads."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedRows:
+    """What attention over packed rows needs besides the hidden states.
+
+    Attributes:
+      rotation: rotary embedding of the positions.
+      segment_ids: [B, T] int32; 0 is padding.
+      max_segment_length: see `attention.attend`.
+    """
+
+    rotation: Rotation
+    segment_ids: jax.Array
+    max_segment_length: int | None = None
+
+
+class DecoderLayer(nnx.Module):
+    """A pre-norm block, in the pieces between which attention happens."""
+
+    def __init__(
+        self, config: TextConfig, *, adapter: AdapterConfig | None, rngs: nnx.Rngs
+    ) -> None:
+        self.input_layernorm = RMSNorm(config.width, config.rms_norm_eps)
+        self.self_attn = AttentionProjections(config, adapter=adapter, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.width, config.rms_norm_eps)
+        self.mlp = SwiGLU(config, adapter=adapter, rngs=rngs)
+
+    def qkv_projections(self, x: jax.Array, dropout_key: jax.Array | None = None) -> QKV:
+        """[B, T, D] -> queries, keys and values, not yet split into heads."""
+        return self.self_attn.qkv(self.input_layernorm(x), dropout_key)
+
+    def split_and_rotate(self, projected: QKV, by: Rotation) -> QKV:
+        """Projections -> heads; queries and keys are rotated."""
+        split = (*projected.q.shape[:2], -1, self.self_attn.head_dim)
+        q, k, v = (x.reshape(split) for x in projected)
+        return QKV(rotate(q, by), rotate(k, by), v)
+
+    def attend(self, projected: QKV, rows: PackedRows) -> tuple[jax.Array, QKV]:
+        """Projections of packed rows -> the attention output of every position [B, T, H, Dh], and
+        the heads it came from."""
+        q, k, v = heads = self.split_and_rotate(projected, rows.rotation)
+        attended = attend(
+            q,
+            k,
+            v,
+            segment_ids=rows.segment_ids,
+            causal=True,
+            max_segment_length=rows.max_segment_length,
+        )
+        return attended, heads
+
+    def after_attention(
+        self,
+        x: jax.Array,
+        attended: jax.Array,
+        output_key: jax.Array | None = None,
+        mlp_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Rows [B, T, D] and their attention output [B, T, H, Dh] -> [B, T, D]."""
+        x = self.feed_forward(self.add_attention_output(x, attended, output_key), mlp_key)
+        return constrain(x, "batch", None, None)
+
+    def add_attention_output(
+        self, x: jax.Array, attended: jax.Array, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Adds the projected attention output [B, T, H, Dh] to the residual [B, T, D]."""
+        flat = attended.reshape(*attended.shape[:2], -1)
+        return x + self.self_attn.o_proj(flat, dropout_key)
+
+    def feed_forward(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        return x + self.mlp(self.post_attention_layernorm(x), dropout_key)
+
+
+class AttentionProjections(nnx.Module):
+    """The four projections of grouped-query attention, none with bias."""
+
+    def __init__(
+        self, config: TextConfig, *, adapter: AdapterConfig | None, rngs: nnx.Rngs
+    ) -> None:
+        width, inner = config.width, config.num_heads * config.head_dim
+        shared = config.num_kv_heads * config.head_dim
+        into, out = ("embed", "heads"), ("heads", "embed")
+        self.head_dim = config.head_dim
+        self.q_proj = Linear(width, inner, into, adapter=adapter, rngs=rngs)
+        self.k_proj = Linear(width, shared, into, adapter=adapter, rngs=rngs)
+        self.v_proj = Linear(width, shared, into, adapter=adapter, rngs=rngs)
+        self.o_proj = Linear(inner, width, out, adapter=adapter, rngs=rngs)
+
+    def qkv(self, x: jax.Array, dropout_key: jax.Array | None) -> QKV:
+        """[B, T, D] -> [B, T, H * Dh] and twice [B, T, K * Dh]."""
+        keys = split_key(dropout_key, 3)
+        return QKV(self.q_proj(x, keys[0]), self.k_proj(x, keys[1]), self.v_proj(x, keys[2]))
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(
+        self, config: TextConfig, *, adapter: AdapterConfig | None, rngs: nnx.Rngs
+    ) -> None:
+        width, inner = config.width, config.mlp_width
+        self.gate_proj = Linear(width, inner, ("embed", "mlp"), adapter=adapter, rngs=rngs)
+        self.up_proj = Linear(width, inner, ("embed", "mlp"), adapter=adapter, rngs=rngs)
+        self.down_proj = Linear(inner, width, ("mlp", "embed"), adapter=adapter, rngs=rngs)
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        keys = split_key(dropout_key, 3)
+        gated = jax.nn.silu(self.gate_proj(x, keys[0])) * self.up_proj(x, keys[1])
+        return self.down_proj(gated, keys[2])
+
+
+def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+    """`count` keys, or as many Nones where there is no key."""
+    return [None] * count if key is None else list(jax.random.split(key, count))

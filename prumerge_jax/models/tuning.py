@@ -1,0 +1,100 @@
+"""Preferences of each platform: which of several equivalent forms of a computation it runs fastest.
+
+Every form computes the same; they differ in time, in memory and in the last bits. The table below
+is the only place that knows what a platform prefers. What a platform *cannot* do is no preference:
+the code that works around it asks for the platform itself.
+
+To compare on a chip:
+
+    with tuning.use(Tuning.plain()):                              # without any of it
+        ...
+    with tuning.use(dataclasses.replace(tuning.current(), rotary="roll")):  # without one of it
+        ...
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import jax
+
+from prumerge_jax.sharding.mesh import platform
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """The form of every computation that has several. The defaults are the plain ones.
+
+    Attributes:
+      attention: backend of `attention.attend`, for the heads whose width and dtype it takes; the
+        others get `xla`.
+      cache_attention: form of `attention.attend_to_cache`.
+      layers: how inference holds the decoder's layers, stacked on a leading axis or one by one
+        (`llava.inference_layout`). Training needs them stacked.
+      rotary: how the two halves of a head change places.
+      projection_barrier: whether inference keeps the query, key and value products apart from the
+        split into heads (`jax.lax.optimization_barrier`). Training does without: its weights are
+        gathered into the layout that suits, and backward a barrier costs copies of its own.
+    """
+
+    attention: Literal["xla", "blocks", "cudnn", "splash"] = "xla"
+    cache_attention: Literal["xla", "products"] = "xla"
+    layers: Literal["stack", "list"] = "stack"
+    rotary: Literal["roll", "matmul"] = "roll"
+    projection_barrier: bool = False
+
+    @classmethod
+    def plain(cls) -> "Tuning":
+        """Everything switched off: what runs on every platform."""
+        return cls()
+
+
+BY_PLATFORM = {
+    # Measured on two cores of a Xeon (AVX-512), float32; docs/performance.md.
+    "cpu": Tuning(
+        # 12.6 µs per token and layer in 8 rows of 640; `xla` took 25.
+        attention="blocks",
+        # XLA's CPU products take no slices: a decoding step of one slot took 610 ms with the layers
+        # in a stack and 236 in a list, of eight slots 1033 and 717.
+        layers="list",
+    ),
+    # Compiled for an H100, not run: figures are what the optimised program copies.
+    "gpu": Tuning(
+        # No figure: a fused kernel keeps the scores out of memory.
+        attention="cudnn",
+        # A loop over a stack copies a layer's weights out of it before they are multiplied: three
+        # times the traffic of decoding, which is bound by it. Nothing is copied of a list.
+        layers="list",
+    ),
+    # XLA's estimates for programs of 7B in bfloat16, not run; docs/performance.md.
+    "tpu": Tuning(
+        # v5e, by the kernel's schedule: an image in the tower 0.7 ms, with `xla` 2 ms.
+        attention="splash",
+        # v5e: a layer of 64 slots 0.35 ms, with `xla` 1.2 ms; the cache's bytes take 0.25.
+        cache_attention="products",
+        # A layer's weights are read in place in the stack; a list saves nothing.
+        layers="stack",
+        # `accumulate` on 64 chips of v5e 667 ms, with `roll` 694; v5p 322 and 331, v6e 206 and 235.
+        rotary="matmul",
+        # Scoring's rows on four chips of v5e 49.1 ms, without this and `rotary` 59.3; v6e 15.6 and
+        # 21.3. XLA copied the projections' weights of all layers into another layout in every run.
+        projection_barrier=True,
+    ),
+}
+
+_override = jax.make_user_context(None)  # part of every jitted function's cache key
+
+
+def current() -> Tuning:
+    """The tuning of the surrounding `use`, else that of the current mesh's platform."""
+    if _override.value is not None:
+        return _override.value
+    return BY_PLATFORM.get(platform(), Tuning.plain())
+
+
+@contextmanager
+def use(tuning: Tuning) -> Iterator[None]:
+    """Runs, and compiles, what is inside with this tuning in place of the platform's own."""
+    with _override(tuning):
+        yield

@@ -1,0 +1,31 @@
+"""Reductions of visual tokens: PruMerge, its baselines and others, by one spelling.
+
+    reduction = reductions.parse("prumerge:neighbours=8")
+    visual = reductions.reduce(reductions.Evidence(hidden, keys, attention), reduction)
+
+A method is a frozen dataclass that derives from `Reduction`, in a file of its own that ends in its
+`register(...)` and is imported here.
+"""
+
+from prumerge_jax.reductions import downsample, prumerge  # noqa: F401  # they register themselves
+from prumerge_jax.reductions.apply import ReductionLike, as_reduction, explain, reduce
+from prumerge_jax.reductions.base import Assignment, Evidence, Reduction, kept_rows
+from prumerge_jax.reductions.baselines import Baseline
+from prumerge_jax.reductions.downsample import Downsample
+from prumerge_jax.reductions.prumerge import PruMerge
+from prumerge_jax.reductions.registry import (
+    equal_count_baselines,
+    names,
+    parameters,
+    parse,
+    parse_list,
+    register,
+    spell,
+    with_parameters,
+)
+
+__all__ = [
+    "Assignment", "Baseline", "Downsample", "Evidence", "PruMerge", "Reduction", "ReductionLike",
+    "as_reduction", "equal_count_baselines", "explain", "kept_rows", "names", "parameters", "parse",
+    "parse_list", "reduce", "register", "spell", "with_parameters",
+]  # fmt: skip

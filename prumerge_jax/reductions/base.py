@@ -1,0 +1,142 @@
+"""What a reduction is, what it may look at, and what it returns.
+
+Axes: B batch, N patches, R capacity, D width of the vision tower, H its heads, Dt width of the
+decoder, M tokens of a question.
+"""
+
+import dataclasses
+from typing import NamedTuple, Protocol, Self, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from prumerge_jax import selection
+from prumerge_jax.prumerge import VisualTokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evidence:
+    """What is known of a batch of images; a pytree. A field that no method asked for is None.
+
+    Attributes:
+      hidden: [B, N, D], patch features: the last hidden state but one, without CLS.
+      keys: [B, N, D], keys of the last block, without CLS.
+      attention: [B, N] float32 from `prumerge.cls_attention`.
+      cls: [B, D], the CLS row of the hidden state.
+      head_attention: [B, H, N] float32, per head the softmax of the CLS row in the layer that made
+        `hidden`, over N+1 entries, its first dropped.
+      feature_keys: [B, N, D], keys of that layer.
+      projected: [B, N, Dt], all patches through the projector.
+      question: ([B, M, Dt], [B, M] bool), the question's embeddings and which of them are real.
+      present: [B, N] bool, False for patches of the padding around an image.
+    """
+
+    hidden: jax.Array
+    keys: jax.Array
+    attention: jax.Array
+    _: dataclasses.KW_ONLY
+    cls: jax.Array | None = None
+    head_attention: jax.Array | None = None
+    feature_keys: jax.Array | None = None
+    projected: jax.Array | None = None
+    question: tuple[jax.Array, jax.Array] | None = None
+    present: jax.Array | None = None
+
+
+class Assignment(NamedTuple):
+    """What became of every patch, for looking at.
+
+    Attributes:
+      patch_indices: [B, R] int32, the patch of every token; -1 for tokens that are no patch, and
+        for padding.
+      targets: [B, N] int32, the slot of the token that holds most of a patch: its own for a kept
+        one, -1 for one that went nowhere.
+      required: [B] int32, as in `VisualTokens`.
+    """
+
+    patch_indices: jax.Array
+    targets: jax.Array
+    required: jax.Array
+
+
+@runtime_checkable
+class Reduction(Protocol):
+    """A way from N patch features to at most R visual tokens per image.
+
+    Implementations are frozen dataclasses whose fields are the parameters (see
+    `prumerge_jax.options`): equal parameters are equal and hash alike, so that a reduction is a
+    static argument under `jax.jit` and an equal one compiles nothing. They derive from this class
+    and override what differs. Images of a batch never see each other.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of `Evidence` that the method reads besides hidden, keys and attention."""
+        return frozenset()
+
+    @property
+    def varying(self) -> bool:
+        """Whether the number of tokens differs from image to image."""
+        return False
+
+    @property
+    def selects_patches(self) -> bool:
+        """Whether some patches are kept and others are not."""
+        return True
+
+    @property
+    def raster_order(self) -> bool:
+        """Whether tokens come in the order of their patches."""
+        return True
+
+    def capacity_for(self, num_patches: int) -> int:
+        """R: token slots per image of `num_patches` patches."""
+        ...
+
+    def uncapped(self) -> Self:
+        """The same reduction with room for the most tokens that any image can need."""
+        return self
+
+    def image_size(self, image_size: int, patch_size: int) -> int:
+        """Side in pixels of the images that the tower is to see.
+
+        Args:
+          image_size: side of the tower's own.
+          patch_size: side of a patch.
+
+        Raises:
+          ValueError: the tower cannot provide it.
+        """
+        return image_size
+
+    def reduce(self, evidence: Evidence) -> VisualTokens:
+        """Tokens for every image; see `reductions.reduce`, which checks the evidence."""
+        ...
+
+    def explain(self, evidence: Evidence) -> Assignment:
+        """What becomes of every patch; by default kept or dropped, as the tokens say."""
+        visual = self.reduce(evidence)
+        num_patches = evidence.hidden.shape[1]
+        own = visual.patch_indices[..., None] == jnp.arange(num_patches)
+        targets = jnp.where(own.any(1), own.argmax(1), -1).astype(jnp.int32)
+        return Assignment(visual.patch_indices, targets, visual.required)
+
+
+def kept_rows(hidden: jax.Array, patch_indices: jax.Array, kept: jax.Array) -> VisualTokens:
+    """Unmerged patch features as visual tokens.
+
+    Args:
+      hidden: [B, N, D].
+      patch_indices: [B, R] int32, the patch of every token, the kept ones first, then -1.
+      kept: [B] int32, patches to keep before the cap; -1 where the evidence was not finite.
+    """
+    capacity = patch_indices.shape[1]
+    patch_indices = jnp.where((kept >= 0)[:, None], patch_indices, -1)
+    valid = (jnp.arange(capacity) < kept[:, None])[..., None]
+    return VisualTokens(
+        tokens=jnp.where(valid, selection.rows(hidden, patch_indices), 0),
+        lengths=jnp.clip(kept, 0, capacity),
+        patch_indices=patch_indices,
+        required=kept,
+    )

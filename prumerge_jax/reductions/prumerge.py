@@ -1,0 +1,77 @@
+"""PruMerge and its published settings, `full` among them, as reductions."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+
+from prumerge_jax import prumerge, selection
+from prumerge_jax.reductions.base import Assignment, Evidence, Reduction
+from prumerge_jax.reductions.registry import register
+
+
+@dataclasses.dataclass(frozen=True)
+class PruMerge(prumerge.PruMergeConfig, Reduction):
+    """`prumerge.reduce_tokens` with these parameters."""
+
+    @property
+    def varying(self) -> bool:
+        """Whether outliers decide how many patches are kept."""
+        return self.count_rule == "iqr"
+
+    @property
+    def selects_patches(self) -> bool:
+        """Whether some patches are kept and others are not."""
+        return self.count_rule != "all"
+
+    @property
+    def raster_order(self) -> bool:
+        """Whether tokens come in the order of their patches."""
+        return self.order == "raster"
+
+    def uncapped(self) -> Self:
+        """The same parameters without a capacity."""
+        return dataclasses.replace(self, capacity=None)
+
+    def reduce(self, evidence: Evidence) -> prumerge.VisualTokens:
+        """Selects and merges the patches of every image."""
+        return prumerge.reduce_tokens(evidence.hidden, evidence.keys, evidence.attention, self)
+
+    def explain(self, evidence: Evidence) -> Assignment:
+        """Kept patches, and for the others the most similar token that takes them in."""
+        chosen = prumerge.select(evidence.attention, self)
+        targets = merge_targets(evidence.keys, chosen, self)
+        return Assignment(chosen.patch_indices, targets, chosen.kept)
+
+
+def merge_targets(
+    keys: jax.Array, chosen: prumerge.Selection, config: prumerge.PruMergeConfig
+) -> jax.Array:
+    """The slot of the token to which every patch contributes most.
+
+    Args:
+      keys: [B, N, D], keys of the last block, without CLS.
+      chosen: from `prumerge.select`.
+      config: the method's parameters.
+
+    Returns:
+      [B, N] int32: for a kept patch its own slot, for a pruned one the slot of the most similar
+      token that takes it in, -1 where none does.
+    """
+    capacity = chosen.patch_indices.shape[1]
+    own = chosen.patch_indices[..., None] == jnp.arange(keys.shape[1])
+    if config.merge == "none":
+        claims = jnp.where(own, 1.0, -jnp.inf)
+    else:
+        comparable = prumerge.comparable(keys, config)
+        kept = selection.rows(comparable, chosen.patch_indices)
+        similarity = selection.einsum("brd,bnd->brn", kept, comparable)
+        is_kept = jnp.arange(capacity)[:, None] < chosen.kept[:, None, None]
+        taken = (prumerge.nearest(keys, chosen, config) > 0) & chosen.pruned[:, None] & is_kept
+        claims = jnp.where(taken, similarity, jnp.where(own, jnp.inf, -jnp.inf))
+    return jnp.where(claims.max(1) > -jnp.inf, claims.argmax(1), -1).astype(jnp.int32)
+
+
+for _name, _values in prumerge.PRESETS.items():
+    register(_name, PruMerge, **_values)
