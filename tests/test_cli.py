@@ -81,6 +81,7 @@ def said(program: str, *arguments: str) -> str:
             "--to=onnx: value should be one of <jax|hf|llava|peft>",
         ),
         ("eval.py", "give one of --workdir=DIR and --aot=SLICE"),
+        ("eval.py --workdir=", "give one of --workdir=DIR and --aot=SLICE"),
         ("eval.py --workdir=x --aot=v5e:2x4", "give one of --workdir=DIR and --aot=SLICE"),
         (f"train.py {PUBLISHED}", "give one of --workdir=DIR and --aot=SLICE"),
         (

@@ -204,6 +204,8 @@ def _wrong_value(values: flags.FlagValues, error: Exception) -> str:
     if not separator or name not in values:
         return str(error)
     expected = _TYPES.get(values[name].parser.flag_type())
+    if "as a ConfigDict" in rest:
+        expected = "a dict such as {'name': value}; its fields are flags, too"
     if expected is None:
         return f"--{name}={rest[:200]}"
     given = rest.partition(": ")[0]

@@ -47,9 +47,9 @@ def _flags() -> flags.FlagValues:
 def _main(argv: Sequence[str]) -> int:
     values = _flags()
     config = command_line.parse_with_config(argv, values, __doc__, default="eval")
-    if (values.workdir is None) == (values.aot is None):
+    if bool(values.workdir) == bool(values.aot):
         raise ValueError("give one of --workdir=DIR and --aot=SLICE")
-    if values.aot is not None:
+    if values.aot:
         return _plan(config, values.aot)
     return _evaluate(config, pathlib.Path(values.workdir))
 
