@@ -43,7 +43,7 @@ DEVICES = 8
 def write_random_checkpoint(config: LlavaConfig, folder: pathlib.Path) -> int:
     """A checkpoint of random bfloat16 numbers; returns its bytes of tensors."""
     folder.mkdir(parents=True)
-    shapes = keys.expected_shapes(keys.weights(config)) | keys.passthrough(config.vision)
+    shapes = keys.expected_shapes(keys.weights(config)) | keys.unused_tower_tensors(config.vision)
     infos = {
         keys.dialect_key(key, Dialect.HF, config): TensorInfo(shape, np.dtype(jnp.bfloat16))
         for key, shape in shapes.items()

@@ -19,6 +19,7 @@ from models import add_geometry_argument, geometry, random_llava_for_inference
 
 from prumerge_jax.cost import Workload, operations
 from prumerge_jax.engine import programs
+from prumerge_jax.engine.request import MAX_STOP_IDS
 
 
 def decoding(
@@ -41,15 +42,18 @@ def decoding(
             positions=jnp.full(shape, context, jnp.int32),
             token=jnp.ones(shape, jnp.int32),
             remaining=jnp.full(shape, steps + 1, jnp.int32),
-            seeds=jnp.zeros(shape, jnp.uint32),
             drawn=jnp.ones(shape, jnp.int32),
+            sampling=programs.Sampling(
+                temperature=jnp.zeros(shape),
+                top_p=jnp.ones(shape),
+                seed=jnp.zeros(shape, jnp.uint32),
+                stop_ids=jnp.full((slots, MAX_STOP_IDS), -1, jnp.int32),
+            ),
         )
         after, emitted = programs.decode(
             *model,
             busy,
             steps=steps,
-            eos=-1,
-            sampling=programs.Sampling(),
         )
         cache = after.cache
         return emitted

@@ -19,6 +19,7 @@ largest `figure` that passes; the exit status is 1 where one does not. What the 
 """
 
 import argparse
+import dataclasses
 import functools
 import pathlib
 import sys
@@ -38,13 +39,13 @@ from models import (
     random_llava_for_inference,
 )
 from prefill import packed_rows
-from scoring import requests
+from scoring import random_requests
 
 from prumerge_jax import prumerge, reductions
 from prumerge_jax.engine import programs
-from prumerge_jax.engine.decoding import generate
-from prumerge_jax.engine.engine import Engine, Query
-from prumerge_jax.engine.scoring import score
+from prumerge_jax.engine.encoding import PlacedModel
+from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.request import Request
 from prumerge_jax.engine.shapes import EngineConfig, fit
 from prumerge_jax.models import tuning
 from prumerge_jax.models.attention import backend_for
@@ -142,56 +143,62 @@ def compare_logits(
     return line("logits", float(error), LOGITS[dtype.name], f"{dtype.name}, attention {attention}")
 
 
-def engine(config: LlavaConfig, model: Model, queries: Sequence[Query], dtype: jnp.dtype) -> Engine:
-    """Of PruMerge, two rows and eight slots."""
+def engine(
+    config: LlavaConfig, model: Model, requests: Sequence[Request], dtype: jnp.dtype
+) -> Engine:
+    """An engine of PruMerge with two rows and eight slots."""
     reduction = reductions.parse("prumerge")
-    new = max(query.max_new_tokens for query in queries)
+    new = max(request.sampling.max_new_tokens for request in requests)
     shapes = fit(
-        EngineConfig(batch_size=4, window=8, rows=2, slots=8),
+        EngineConfig(batch_size=4, window_size=8, prefill_rows=2, slots=8),
         reduction,
         config.vision.num_patches,
-        np.array([query.text_tokens + len(query.continuation) for query in queries]),
+        np.array([request.text_tokens + len(request.continuation) for request in requests]),
         max_new_tokens=new,
         max_positions=config.text.max_positions,
     )
-    return Engine(*model, config, reduction, shapes, dtype=dtype)
+    return Engine(PlacedModel(*model, config, dtype), reduction, shapes)
 
 
-def scores(engine: Engine, queries: Sequence[Query]) -> dict[int, float]:
-    """The log-likelihood of every query's continuation, by its key."""
-    return {result.key: result.log_likelihood for result in score(engine, queries)}
+def scores(engine: Engine, requests: Sequence[Request]) -> dict[int, float]:
+    """The log-likelihood of every request's continuation, by its key."""
+    return {answer.key: answer.log_likelihood for answer in engine.score(requests)}
 
 
 def company(config: LlavaConfig, model: Model, dtype: jnp.dtype) -> list[dict[str, Any]]:
     """The lines `packed` and `greedy`."""
     limit = NATS[dtype.name]
     asked = [
-        query._replace(token_ids=query.token_ids[: 8 + 5 * query.key])
-        for query in requests(config, number=8, text_tokens=60, output_tokens=16)
+        dataclasses.replace(request, token_ids=request.token_ids[: 8 + 5 * request.key])
+        for request in random_requests(config, number=8, text_tokens=60, output_tokens=16)
     ]
     answering = engine(config, model, asked, dtype)
-    together = {result.key: result.token_ids for result in generate(answering, asked)}
-    alone = {q.key: next(iter(generate(answering, [q]))).token_ids for q in asked}
+    together = {answer.key: answer.token_ids for answer in answering.generate(asked)}
+    alone = {r.key: next(answering.generate([r])).token_ids for r in asked}
 
     answered = [
-        query._replace(max_new_tokens=0, continuation=np.array(alone[query.key], np.int32))
-        for query in asked
+        dataclasses.replace(request, continuation=np.array(alone[request.key], np.int32))
+        for request in asked
     ]
     scoring = engine(config, model, answered, dtype)
     in_company = scores(scoring, answered)
-    furthest = max(abs(scores(scoring, [q])[q.key] - in_company[q.key]) for q in answered)
+    furthest = max(abs(scores(scoring, [r])[r.key] - in_company[r.key]) for r in answered)
 
     other, ties = 0, 0
-    for query in answered:
-        ours, expected = together[query.key], alone[query.key]
+    for request in answered:
+        key = request.key
+        ours, expected = together[key], alone[key]
         if ours == expected:
             continue
         until = 1 + next(i for i, (a, b) in enumerate(zip(ours, expected, strict=True)) if a != b)
         both = [
-            scores(scoring, [query._replace(continuation=np.array(answer[:until], np.int32))])
+            scores(
+                scoring,
+                [dataclasses.replace(request, continuation=np.array(answer[:until], np.int32))],
+            )
             for answer in (ours, expected)
         ]
-        tie = abs(both[0][query.key] - both[1][query.key]) <= limit
+        tie = abs(both[0][key] - both[1][key]) <= limit
         ties, other = ties + tie, other + (not tie)
     return [
         line("packed", furthest, limit, f"{len(asked)} answers of 16 tokens"),

@@ -23,6 +23,7 @@ from prumerge_jax.cost import Workload, floor_seconds, operations
 from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
+from prumerge_jax.engine.request import MAX_STOP_IDS
 
 
 def packed_rows(visual: int, text: int, length: int, rows: int) -> tuple[packing.Rows, int]:
@@ -35,7 +36,8 @@ def packed_rows(visual: int, text: int, length: int, rows: int) -> tuple[packing
     requests = [
         packing.Request(np.insert(ids, 1, IMAGE_TOKEN), (image,)) for image in range(number)
     ]
-    return packing.pack(requests, layout, length, rows), number
+    (filled,) = packing.pack_window(requests, layout, length, rows)
+    return filled, number
 
 
 def arms(
@@ -47,8 +49,14 @@ def arms(
     )
     last = rows.row_of * rows.ids.shape[1] + rows.start_of + rows.length_of - 1
     index, targets = jnp.asarray(last), jnp.ones(len(last), jnp.int32)
-    integers = (rows.row_of, rows.start_of, rows.length_of, rows.length_of, rows.length_of)
-    segments = programs.Segments(*map(jnp.asarray, integers))
+    integers = (rows.row_of, rows.start_of, rows.length_of, rows.length_of)
+    greedy = programs.Sampling(
+        temperature=jnp.zeros(len(last)),
+        top_p=jnp.ones(len(last)),
+        seed=jnp.zeros(len(last), jnp.uint32),
+        stop_ids=jnp.full((len(last), MAX_STOP_IDS), -1, jnp.int32),
+    )
+    segments = programs.Segments(*map(jnp.asarray, integers), greedy)
     longest = int(rows.length_of.max())
 
     def read() -> jax.Array:
@@ -59,8 +67,7 @@ def arms(
 
     def prefill() -> tuple[jax.Array, object]:
         hidden, cache = programs.prefill(*model, tokens, device, max_segment_length=longest)
-        greedy = programs.Sampling()
-        return programs.first_tokens(*model, hidden, segments, sampling=greedy), cache
+        return programs.first_tokens(*model, hidden, segments), cache
 
     return {"read": read, "prefill": prefill}
 
@@ -102,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "segments": number,
                     **quartiles_ms(times),
                     "segments_per_s": number / median,
-                    "efficiency": packing.token_efficiency([rows]),
+                    "efficiency": float((rows.segment_ids > 0).mean()),
                     "floor_ms": 1e3 * floor,
                     "floor_share": floor / median,
                     "utilisation": flops / median / chip.flops,

@@ -28,7 +28,7 @@ from measuring import add_arguments, report
 from PIL import Image
 
 from prumerge_jax.cost import CHIPS, Workload, images_per_second
-from prumerge_jax.data.images import CLIP_MEAN, ImageMode, load_image, preprocess
+from prumerge_jax.data.images import CLIP_MEAN, ImageMode, ImageProcessor, load_image, preprocess
 from prumerge_jax.data.loading import Named, stream_pixels
 from prumerge_jax.models.config import published
 
@@ -76,7 +76,7 @@ def stream(
     warm_up = 2 * ahead  # the last worker starts while the first ones are at work
     pixels = stream_pixels(
         itertools.islice(named(paths), warm_up + images),
-        size=SIZE, mode=mode, mean=CLIP_MEAN, num_workers=workers, ahead=ahead,
+        ImageProcessor(SIZE, CLIP_MEAN, mode), num_workers=workers, ahead=ahead,
     )  # fmt: skip
     for number, array in enumerate(itertools.islice(pixels, warm_up)):
         known = expected[number % len(expected)]

@@ -44,9 +44,9 @@ from models import add_geometry_argument, geometry, random_llava_for_inference
 from prumerge_jax import reductions
 from prumerge_jax.cost import Chip, Workload, images_per_second, operations
 from prumerge_jax.data.tokens import IMAGE_TOKEN
-from prumerge_jax.engine.decoding import generate
-from prumerge_jax.engine.engine import Encoding, Engine, Images, Query
-from prumerge_jax.engine.scoring import score
+from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding, PlacedModel
+from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.request import ImageInput, Request, SamplingParams
 from prumerge_jax.engine.shapes import EngineConfig, fit
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.sharding.mesh import make_mesh, replicated, use_mesh
@@ -56,19 +56,19 @@ SIGMA = 0.45  # of the logarithm of the counts
 FULL, PEER = "full", "transformers"
 
 
-class DrawnCounts(Engine):
-    """An engine that takes the number of visual tokens of query i to be `counts[i]`."""
+class DrawnCounts(Encoder):
+    """An encoder that takes the number of visual tokens of request i to be `counts[i]`."""
 
     counts: np.ndarray
 
-    def measure(self, encoding: Encoding) -> Images:
-        """The engine's images with other lengths; every program runs as it does there."""
+    def measure(self, encoding: Encoding) -> EncodedImages:
+        """The encoder's images with other lengths; every program runs as it does there."""
         images = super().measure(encoding)
         lengths = images.lengths.copy()
-        for query, image in zip(encoding.queries, encoding.image_of, strict=True):
+        for request, image in zip(encoding.requests, encoding.image_of, strict=True):
             assert image is not None  # every request has one
             batch, row = divmod(image, len(lengths))
-            lengths[row, batch] = self.counts[query.key]
+            lengths[row, batch] = self.counts[request.key]
         return images._replace(lengths=lengths)
 
 
@@ -95,23 +95,24 @@ def drawn_counts(number: int, mean: float, most: int, seed: int) -> np.ndarray:
     return np.clip(np.rint(draws), 1, most).astype(np.int32)
 
 
-def requests(config: LlavaConfig, number: int, text_tokens: int, output_tokens: int) -> list[Query]:
+def random_requests(
+    config: LlavaConfig, number: int, text_tokens: int, output_tokens: int
+) -> list[Request]:
     """Random images with random text around them."""
     rng = np.random.default_rng(0)
     side = config.vision.image_size
-    queries = []
+    requests = []
     for key in range(number):
         text = rng.integers(3, config.text.vocab_size, text_tokens).astype(np.int32)
-        query = Query(
+        request = Request(
             key,
             np.insert(text, 1, IMAGE_TOKEN),
-            rng.integers(0, 256, (side, side, 3), np.uint8),
+            (ImageInput(rng.integers(0, 256, (1, side, side, 3), np.uint8)),),
+            continuation=text[: int(output_tokens == 1)],
+            sampling=SamplingParams(max_new_tokens=output_tokens),
         )
-        if output_tokens == 1:
-            queries.append(query._replace(continuation=text[:1]))
-        else:
-            queries.append(query._replace(max_new_tokens=output_tokens))
-    return queries
+        requests.append(request)
+    return requests
 
 
 def engine_arm(
@@ -120,54 +121,51 @@ def engine_arm(
     dtype: jnp.dtype,
     reduction: reductions.Reduction,
     counts: np.ndarray,
-    queries: list[Query],
-    shapes: EngineConfig,
+    requests: list[Request],
+    config_of_shapes: EngineConfig,
     mesh: Mesh | None,
 ) -> Arm:
-    """The engine with these counts; lengths that `shapes` leaves open are fitted."""
-    text_tokens = [query.text_tokens + len(query.continuation) for query in queries]
+    """The engine with these counts; what `config_of_shapes` leaves open is fitted."""
+    text_tokens = [request.text_tokens + len(request.continuation) for request in requests]
+    decoding = not len(requests[0].continuation)
+    placed = PlacedModel(*model, config, dtype, mesh)
     fitted = fit(
-        shapes,
+        config_of_shapes,
         reduction,
         config.vision.num_patches,
         np.array(text_tokens),
-        max_new_tokens=queries[0].max_new_tokens,
+        max_new_tokens=requests[0].sampling.max_new_tokens if decoding else 0,
         max_positions=config.text.max_positions,
+        shards=placed.shards,
     )
-    engine = DrawnCounts(
-        *model,
-        config,
-        reduction,
-        fitted,
-        dtype=dtype,
-        mesh=mesh,
-    )
-    engine.counts = counts
+    engine = Engine(placed, reduction, fitted)
+    engine.encoder = encoder = DrawnCounts(placed, fitted)
+    encoder.counts = counts
 
-    def run(some: list[Query]) -> None:
-        decoding = queries[0].max_new_tokens > 0
+    def run(some: list[Request]) -> None:
         with use_mesh(mesh):
-            results = list(generate(engine, some) if decoding else score(engine, some))
-        if failed := [result for result in results if result.error is not None]:
+            answers = list(engine.generate(some) if decoding else engine.score(some))
+        if failed := [answer for answer in answers if answer.error is not None]:
             raise ValueError(f"request {failed[0].key}: {failed[0].error}")
 
     return Arm(
-        lambda: run(queries[: 2 * fitted.window]),  # the second is encoded while the first runs
-        lambda: run(queries),
+        # The second window is encoded while the first runs.
+        lambda: run(requests[: 2 * fitted.window_size]),
+        lambda: run(requests),
         counts,
         lambda: engine.counters.real_tokens / engine.counters.row_tokens,
     )
 
 
 def peer_arm(
-    config: LlavaConfig, queries: list[Query], arguments: argparse.Namespace
+    config: LlavaConfig, requests: list[Request], arguments: argparse.Namespace
 ) -> tuple[Arm, str]:
     """transformers at its best batch size, and a note about which that is."""
     import torch_llava
 
     model = torch_llava.random_model(config, arguments.dtype, compiled=arguments.compile_peer)
-    images = np.stack([query.pixels for query in queries if query.pixels is not None])
-    prompt = queries[0].token_ids[queries[0].token_ids != IMAGE_TOKEN]
+    images = np.concatenate([request.images[0].crops for request in requests])
+    prompt = requests[0].token_ids[requests[0].token_ids != IMAGE_TOKEN]
     sizes = [size for size in arguments.peer_batches if size <= len(images)]
     rates = torch_llava.best_batch_size(
         model, config, images, prompt, arguments.output_tokens, sizes
@@ -204,21 +202,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     mesh = make_mesh(data=arguments.data) if arguments.data > 1 else None
     model = graphdef, state if mesh is None else jax.device_put(state, replicated(mesh))
     patches = config.vision.num_patches
-    queries = requests(config, arguments.requests, arguments.text_tokens, arguments.output_tokens)
-    fewer = queries[: arguments.full_requests]
+    requests = random_requests(
+        config, arguments.requests, arguments.text_tokens, arguments.output_tokens
+    )
+    fewer = requests[: arguments.full_requests]
 
     shapes = EngineConfig(
         batch_size=arguments.batch_size,
-        window=arguments.window,
+        window_size=arguments.window,
         row_length=arguments.row_length,
-        rows=arguments.rows,
+        prefill_rows=arguments.rows,
         slots=arguments.slots,
     )
     full_shapes = dataclasses.replace(
         shapes,
         row_length=arguments.full_row_length,
-        rows=arguments.full_rows,
-        window=arguments.full_window,
+        prefill_rows=arguments.full_rows,
+        window_size=arguments.full_window,
     )
     arms = {
         FULL: engine_arm(
@@ -229,9 +229,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for mean in arguments.means:
         reduction = reductions.parse("prumerge" if mean <= patches // 8 else "prumerge+")
         most = reduction.capacity_for(patches)
-        counts = drawn_counts(len(queries), mean, most, seed=1)
+        counts = drawn_counts(len(requests), mean, most, seed=1)
         arms[f"prumerge {mean:g}"] = engine_arm(
-            model, config, dtype, reduction, counts, queries, shapes, mesh
+            model, config, dtype, reduction, counts, requests, shapes, mesh
         )
     notes = []
     if arguments.peer:

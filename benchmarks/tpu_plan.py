@@ -21,7 +21,7 @@ from prumerge_jax.aot.assumptions import mean_visual_tokens
 from prumerge_jax.aot.compile import DoesNotFit, tpu
 from prumerge_jax.aot.topology import topology
 from prumerge_jax.aot.training import (
-    TEXT_TOKENS,
+    ASSUMED_TEXT_TOKENS,
     Samples,
     TrainingPlan,
     plan_training,
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=list(RECIPES), choices=RECIPES)
     parser.add_argument("--slices", nargs="+", default=SLICES)
     parser.add_argument("--samples_per_chip", type=int, default=16)
-    parser.add_argument("--text_tokens", type=int, nargs="+", default=[TEXT_TOKENS, 60])
+    parser.add_argument("--text_tokens", type=int, nargs="+", default=[ASSUMED_TEXT_TOKENS, 60])
     parser.add_argument("--json", help="also write the plans to this file, one per line")
     arguments = parser.parse_args(argv)
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "libtpu"))

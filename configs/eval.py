@@ -1,4 +1,4 @@
-"""Every field of an evaluation, set to score a model on the miniature's digits."""
+"""Every field of an evaluation; without flags it scores the miniature on its digits."""
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -8,20 +8,22 @@ def get_config() -> ConfigDict:
     """The default of `eval.py`."""
     config = ConfigDict()
     config.checkpoint = "miniature"  # model directory, or this name for the shipped one
-    config.benchmark = "digits"
-    config.questions = placeholder(str)  # None draws the miniature's own
+    # None: answers without a score where there are questions, else the miniature's own digits.
+    config.benchmark = placeholder(str)
+    config.questions = placeholder(str)  # question file of the benchmark, or your own
     config.images = placeholder(str)  # folder of the questions' image paths
     config.annotations = placeholder(str)  # what the scorer compares with
     config.tasks = ()  # several benchmarks: dicts of the four fields above
     config.answers = placeholder(str)  # score this file, without a model
 
-    config.reduction = "full prumerge+ prumerge"  # see reductions/registry.py
-    config.baselines = False  # beside each: random, uniform and a smaller image at equal counts
+    config.reduction = "full prumerge+ prumerge"  # names, separated by spaces
+    config.baselines = False  # also, at equal counts: random, uniform and a smaller image
     config.decoding = ConfigDict(
         {
             "protocol": "llava-1.6",
             "conversation": "vicuna_v1",
-            "position_ids": "compact",
+            # None: the benchmark's own, which is compact but for the digits.
+            "position_ids": placeholder(str),
             "max_new_tokens": placeholder(int),  # None: the benchmark's own limit
             "temperature": 0.0,
             "top_p": 1.0,
@@ -31,16 +33,16 @@ def get_config() -> ConfigDict:
     )
     config.dtype = placeholder(str)  # None: as stored
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
-    # Shapes of the compiled programs; see EngineConfig. None fits a length to the questions.
+    # Shapes of the compiled programs, see engine/shapes.py. None: fitted to questions and mesh.
     config.engine = ConfigDict(
         {
-            "batch_size": 32,
-            "window": 256,
-            "row_length": placeholder(int),
-            "rows": 2,
-            "slots": 64,
-            "cache_length": placeholder(int),
-            "chunk": 8,
+            "batch_size": placeholder(int),  # images per encode step
+            "window_size": placeholder(int),  # questions that are planned together
+            "row_length": placeholder(int),  # tokens per packed row
+            "prefill_rows": placeholder(int),  # packed rows per prefill
+            "slots": placeholder(int),  # sequences decoded at once
+            "cache_length": placeholder(int),  # tokens of the longest sequence
+            "decode_steps_per_call": placeholder(int),
         }
     )
     config.chip = placeholder(str)  # print achieved speed against this chip's floor

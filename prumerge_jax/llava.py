@@ -5,8 +5,8 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +15,23 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from prumerge_jax import reductions, sharding
-from prumerge_jax.data import conversation as conversations
-from prumerge_jax.data.images import ImageMode, ImageSource, load_image, preprocess
+from prumerge_jax.conversion.miniature import model_directory
+from prumerge_jax.data.conversation import chat_template
+from prumerge_jax.data.images import ImageMode, ImageProcessor, ImageSource
 from prumerge_jax.data.packing import PositionIds
-from prumerge_jax.data.tokenizer import Tokenizer
-from prumerge_jax.engine import programs
-from prumerge_jax.engine.decoding import generate
-from prumerge_jax.engine.engine import Engine, Query, Result
-from prumerge_jax.engine.scoring import score
-from prumerge_jax.engine.shapes import EngineConfig, fit
+from prumerge_jax.data.tokenizer import TextStream, Tokenizer
+from prumerge_jax.engine.build import Draft, Images, RequestBuilder, check_list, named_image
+from prumerge_jax.engine.encoding import PlacedModel, compute_dtype, data_shards
+from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.request import Answer, Delta, SamplingParams
+from prumerge_jax.engine.shapes import EngineConfig, EngineSizes, fit
 from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import abstract_model, gather_evidence, inference_layout
 from prumerge_jax.reductions import Reduction, ReductionLike, as_reduction
 from prumerge_jax.store import model_directory as directories
+from prumerge_jax.store.manifest import MANIFEST
+from prumerge_jax.store.messages import quoted
 
 TOKENIZER = "tokenizer.model"
 
@@ -52,81 +55,81 @@ class Llava:
     """A LLaVA on the current devices.
 
     Attributes:
-      config: sizes of the model.
       tokenizer: its SentencePiece tokenizer.
-      dtype: compute dtype.
-      engine_config: shapes of the compiled programs, before they are fitted to the requests.
+      engine_config: what is fixed of the compiled programs' shapes.
     """
 
     def __init__(
-        self,
-        config: LlavaConfig,
-        graphdef: nnx.GraphDef,
-        state: nnx.State,
-        tokenizer: Tokenizer,
-        *,
-        dtype: jnp.dtype,
-        engine: EngineConfig | None = None,
-        mesh: Mesh | None = None,
+        self, model: PlacedModel, tokenizer: Tokenizer, *, engine: EngineConfig | None = None
     ) -> None:
-        """Wraps weights that are on their devices already; see `load`."""
-        if tokenizer.vocab_size > config.text.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} pieces, the model's embedding "
-                f"{config.text.vocab_size} rows; they do not belong together"
-            )
-        self.config, self.tokenizer, self.dtype = config, tokenizer, jnp.dtype(dtype)
-        self._graphdef, self._state, self._mesh = graphdef, state, mesh
+        """Wraps weights that are on their devices already; see `load`.
+
+        Raises:
+          ValueError: tokenizer and model do not belong together, or a size of the engine does not
+            divide over the model's mesh.
+        """
+        _check_vocabulary(tokenizer, model.config)
+        self._model, self.tokenizer = model, tokenizer
         self.engine_config = engine or EngineConfig()
+        self.engine_config.sizes(model.shards)
 
     @classmethod
     def load(
         cls,
         directory: str | os.PathLike[str],
         *,
-        dtype: jnp.dtype | None = None,
+        dtype: jnp.dtype | str | None = None,
         engine: EngineConfig | None = None,
         mesh: Mesh | None = None,
     ) -> "Llava":
         """Loads a directory that `convert_weights.py` or `train.py` wrote.
 
         Args:
-          directory: the converted directory; every file is checked against its manifest.
-          dtype: of the weights on the device and of the computation; by default as stored.
-          engine: shapes of the compiled programs.
-          mesh: devices to lay the weights out on (`distributed.sharding.make_mesh`); by default
-            the first one. Each weight is read straight into its shards.
+          directory: the converted directory, or `miniature` for the model that comes with the
+            package; every file is checked against its manifest.
+          dtype: of the weights on the device and of the computation, `float32`, `bfloat16` or
+            `float16`; by default as stored.
+          engine: what to fix of the compiled programs' shapes.
+          mesh: devices to lay the weights out on (`sharding.make_mesh`); by default the first one.
+            Each weight is read straight into its shards.
 
         Raises:
           DirectoryError: the directory is incomplete or altered; the message names the file.
+          ValueError: another dtype, or a size of the engine that does not divide over the mesh.
         """
-        root = pathlib.Path(directory)
+        chosen = None if dtype is None else compute_dtype(dtype)
+        engine = engine or EngineConfig()
+        engine.sizes(data_shards(mesh))
+        root = model_directory(directory)
+        if (root / MANIFEST).is_file() and not (root / TOKENIZER).is_file():
+            raise directories.DirectoryError(
+                f"{root}: no {TOKENIZER}; convert again with the tokenizer beside the weights"
+            )
         directories.verify(root)
         config = config_json.read_config(root)
         tokenizer = Tokenizer(root / TOKENIZER)
-        graphdef, abstract = abstract_model(config, config_json.read_adapter(root))
-        stored = directories.read_manifest(root).arrays
-        compute = jnp.dtype(dtype or stored["decoder.embed_tokens"].dtype)
-        shardings = None if mesh is None else sharding.weight_shardings(abstract, mesh)
-        placed = {} if shardings is None else dict(nnx.to_flat_state(shardings))
-        leaves = dict(nnx.to_flat_state(abstract))
-        targets = {
-            ".".join(map(str, path)): jax.ShapeDtypeStruct(
-                leaf.shape, compute, sharding=placed[path].get_value() if path in placed else None
-            )
-            for path, leaf in leaves.items()
-        }
-        arrays = directories.load_arrays(root, targets)
-        state = nnx.from_flat_state(
-            {path: leaf.replace(arrays[".".join(map(str, path))]) for path, leaf in leaves.items()}
-        )
-        with sharding.use_mesh(mesh):
-            graphdef, state = inference_layout(graphdef, state)
-        return cls(config, graphdef, state, tokenizer, dtype=compute, engine=engine, mesh=mesh)
+        _check_vocabulary(tokenizer, config)
+        model = _read_weights(root, config, chosen, mesh)
+        return cls(model, tokenizer, engine=engine)
+
+    @property
+    def config(self) -> LlavaConfig:
+        """Sizes of the model."""
+        return self._model.config
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Compute dtype."""
+        return self._model.dtype
+
+    @property
+    def engine_sizes(self) -> EngineSizes:
+        """How much one call of each compiled program takes, before it is fitted to requests."""
+        return self.engine_config.sizes(self._model.shards)
 
     def generate(
         self,
-        images: Sequence[ImageSource | None],
+        images: Images,
         prompts: Sequence[str],
         *,
         reduction: ReductionLike = "prumerge",
@@ -141,7 +144,8 @@ class Llava:
         """Answers a batch of questions about images.
 
         Args:
-          images: one per prompt: a path, bytes, PIL image or uint8 [H, W, 3]; None asks without.
+          images: one per prompt: a path, bytes, PIL image, uint8 [H, W, 3] or data URL; None asks
+            without.
           prompts: the user's text alone.
           reduction: its spelling, as `prumerge:neighbours=8`; see `reductions.parse`.
           max_new_tokens: most tokens per answer.
@@ -150,69 +154,122 @@ class Llava:
           position_ids: `compact` (the reference) or `original`, see `packing.pack_window`.
           temperature: 0 is greedy.
           top_p: smallest probability mass to draw from.
-          seed: prompt i draws with seed + i, whatever its batch mates.
+          seed: prompt i draws with seed + i (modulo 2**32), whatever its batch mates.
 
         Returns:
           One answer per prompt, in order.
 
         Raises:
           ImageError: an image cannot be used; the message names it.
-          ValueError: a prompt cannot run (the message says which and why), or an unknown name.
+          ValueError: a prompt cannot run (the message says which and why), an unknown name, a value
+            out of its bounds, or no lists of prompts and images.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        reduction = as_reduction(reduction)
-        queries = [
-            query._replace(max_new_tokens=max_new_tokens, seed=seed + query.key)
-            for query in self._queries(images, prompts, image_mode, conversation, reduction)
-        ]
-        engine = self.engine(
-            reduction,
-            [query.text_tokens for query in queries],
-            max_new_tokens=max_new_tokens,
-            position_ids=position_ids,
-        )
-        sampling = programs.Sampling(float(temperature), float(top_p))
+        sampling = SamplingParams(temperature, top_p, max_new_tokens, seed=seed)
+        builder = self._builder(image_mode, conversation, reduction)
+        drafts = builder.drafts(images, prompts, sampling)
+        engine = self._engine_for(drafts, reduction, position_ids, max_new_tokens)
         with self.placed():
-            results = _in_order(generate(engine, queries, sampling), len(queries))
-        return [self.tokenizer.decode(result.token_ids) for result in results]
+            answers = _in_order(engine.generate(builder.requests(drafts)), range(len(drafts)))
+        return [self.tokenizer.decode(answer.token_ids) for answer in answers]
+
+    def stream(
+        self,
+        images: Images,
+        prompts: Sequence[str],
+        *,
+        reduction: ReductionLike = "prumerge",
+        max_new_tokens: int = 64,
+        image_mode: ImageMode = "pad",
+        conversation: str = "vicuna_v1",
+        position_ids: PositionIds = "compact",
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[tuple[int, str]]:
+        """The answers of `generate`, piece by piece as they come.
+
+        Arguments and errors as in `generate`. How often pieces come is `decode_steps_per_call` of
+        the engine's configuration.
+
+        Returns:
+          Pairs of a prompt's index and the next piece of its answer, those of several prompts
+          interleaved. The pieces of one prompt joined are what `generate` returns.
+        """
+        sampling = SamplingParams(temperature, top_p, max_new_tokens, seed=seed)
+        builder = self._builder(image_mode, conversation, reduction)
+        drafts = builder.drafts(images, prompts, sampling)
+        engine = self._engine_for(drafts, reduction, position_ids, max_new_tokens)
+        return self._pieces(engine.stream(builder.requests(drafts)), len(drafts))
+
+    @overload
+    def score(
+        self,
+        images: Images,
+        prompts: Sequence[str],
+        continuations: Sequence[str],
+        *,
+        reduction: ReductionLike = ...,
+        image_mode: ImageMode = ...,
+        conversation: str = ...,
+        position_ids: PositionIds = ...,
+    ) -> list[float]: ...
+
+    @overload
+    def score(
+        self,
+        images: Images,
+        prompts: Sequence[str],
+        continuations: Sequence[list[str]] | Sequence[tuple[str, ...]],
+        *,
+        reduction: ReductionLike = ...,
+        image_mode: ImageMode = ...,
+        conversation: str = ...,
+        position_ids: PositionIds = ...,
+    ) -> list[list[float]]: ...
 
     def score(
         self,
-        images: Sequence[ImageSource | None],
+        images: Images,
         prompts: Sequence[str],
-        continuations: Sequence[str],
+        continuations: Sequence[str] | Sequence[list[str]] | Sequence[tuple[str, ...]],
         *,
         reduction: ReductionLike = "prumerge",
         image_mode: ImageMode = "pad",
         conversation: str = "vicuna_v1",
         position_ids: PositionIds = "compact",
-    ) -> list[float]:
+    ) -> list[float] | list[list[float]]:
         """The log-likelihood of each continuation as the answer to its prompt.
 
         Arguments and errors as in `generate`.
 
         Args:
-          continuations: the answers' text; it follows the prompt as in training, behind a space.
+          continuations: the answers' text, one per prompt or a list of several; it follows the
+            prompt as in training, after a space.
 
         Returns:
-          Natural logarithms, summed over the continuation's tokens, in order.
+          Natural logarithms, summed over the continuation's tokens, in order; lists of them where
+          the continuations are lists.
         """
+        builder = self._builder(image_mode, conversation, reduction)
+        asked = builder.drafts(images, prompts)
+        check_list(continuations, "continuations")
         if len(continuations) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(continuations)} continuations")
-        reduction = as_reduction(reduction)
-        prompted = self._queries(images, prompts, image_mode, conversation, reduction)
-        queries = []
-        for query, text in zip(prompted, continuations, strict=True):
-            ids = np.array(self.tokenizer.encode(text), np.int32)
-            if not len(ids):
-                raise ValueError(f"continuation {query.key} is empty; there is nothing to score")
-            queries.append(query._replace(continuation=ids))
-        text_tokens = [query.text_tokens + len(query.continuation) for query in queries]
-        engine = self.engine(reduction, text_tokens, position_ids=position_ids)
+        several = [[each] if isinstance(each, str) else list(each) for each in continuations]
+        drafts: list[Draft] = []
+        prompt_of: list[int] = []
+        for draft, texts in zip(asked, several, strict=True):
+            for text in texts:
+                ids = self._continuation(text, draft.key)
+                drafts.append(dataclasses.replace(draft, key=len(drafts), continuation=ids))
+                prompt_of.append(draft.key)
+        engine = self._engine_for(drafts, reduction, position_ids)
         with self.placed():
-            results = _in_order(score(engine, queries), len(queries))
-        return [result.log_likelihood for result in results]
+            answers = iter(_in_order(engine.score(builder.requests(drafts)), prompt_of))
+        scores = [[next(answers).log_likelihood for _ in texts] for texts in several]
+        if all(isinstance(each, str) for each in continuations):
+            return [score for (score,) in scores]
+        return scores
 
     def explain(
         self,
@@ -223,11 +280,12 @@ class Llava:
     ) -> Explanation:
         """Which patches of an image are kept and where the others go; `overlay` draws it."""
         reduction = as_reduction(reduction)
-        pixels = self._pixels(image, image_mode, "image", reduction)
+        name, source = named_image(image, "image")
+        pixels = self._processor(image_mode, reduction)(source, name)
         with self.placed():
             assignment = _explain(
-                self._graphdef,
-                self._state,
+                self._model.graphdef,
+                self._model.state,
                 jnp.asarray(pixels[None]),
                 reduction=reduction,
                 dtype=self.dtype,
@@ -247,43 +305,29 @@ class Llava:
         max_new_tokens: int = 0,
         position_ids: PositionIds = "compact",
     ) -> Engine:
-        """An engine for this model, its shapes fitted to the queries that will run.
+        """An engine for this model, its shapes fitted to the requests that will run.
 
         Args:
           reduction, position_ids: as in `generate`.
-          text_tokens: of every query, a continuation to score included.
+          text_tokens: of every request, a continuation to score included.
           max_new_tokens: most tokens per answer.
         """
         reduction = as_reduction(reduction)
         vision = dataclasses.replace(self.config.vision, image_size=self.image_size(reduction))
         config = dataclasses.replace(self.config, vision=vision)
+        model = dataclasses.replace(self._model, config=config)
         shapes = fit(
             self.engine_config,
             reduction,
-            config.vision.num_patches,
+            model.config.vision.num_patches,
             np.array(text_tokens, np.int64),
             max_new_tokens=max_new_tokens,
-            max_positions=config.text.max_positions,
+            max_positions=model.config.text.max_positions,
+            shards=model.shards,
         )
-        fitting = 1 << max(len(text_tokens) - 1, 0).bit_length()
-        if self._mesh is None and fitting < shapes.batch_size:
-            shapes = dataclasses.replace(
-                shapes,
-                batch_size=fitting,
-                window=fitting,
-                rows=min(shapes.rows, fitting),
-                slots=min(shapes.slots, fitting),
-            )
-        return Engine(
-            self._graphdef,
-            self._state,
-            config,
-            reduction,
-            shapes,
-            dtype=self.dtype,
-            position_ids=position_ids,
-            mesh=self._mesh,
-        )
+        if model.mesh is None:
+            shapes = shapes.limited_to(len(text_tokens))
+        return Engine(model, reduction, shapes, position_ids=position_ids)
 
     def image_size(self, reduction: ReductionLike) -> int:
         """Side in pixels of the images that a reduction wants.
@@ -296,51 +340,100 @@ class Llava:
 
     def placed(self) -> contextlib.AbstractContextManager[None]:
         """The context in which an engine of this model runs: its mesh, if it has one."""
-        return sharding.use_mesh(self._mesh)
+        return sharding.use_mesh(self._model.mesh)
 
-    def _queries(
+    def _processor(self, mode: ImageMode, reduction: ReductionLike) -> ImageProcessor:
+        return ImageProcessor(self.image_size(reduction), self.config.vision.pixel_mean, mode)
+
+    def _builder(
+        self, mode: ImageMode, conversation: str, reduction: ReductionLike
+    ) -> RequestBuilder:
+        processor = self._processor(mode, reduction)
+        return RequestBuilder(self.tokenizer, chat_template(conversation), processor)
+
+    def _engine_for(
         self,
-        images: Sequence[ImageSource | None],
-        prompts: Sequence[str],
-        image_mode: ImageMode,
-        conversation: str,
-        reduction: Reduction,
-    ) -> list[Query]:
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images but {len(prompts)} prompts; None is no image")
-        if conversation not in conversations.TEMPLATES:
+        drafts: Sequence[Draft],
+        reduction: ReductionLike,
+        position_ids: PositionIds,
+        max_new_tokens: int = 0,
+    ) -> Engine:
+        return self.engine(
+            reduction,
+            [draft.text_tokens for draft in drafts],
+            max_new_tokens=max_new_tokens,
+            position_ids=position_ids,
+        )
+
+    def _continuation(self, text: object, prompt: int) -> np.ndarray:
+        if not isinstance(text, str):
             raise ValueError(
-                f"unknown conversation {conversation!r}; "
-                f"expected one of {sorted(conversations.TEMPLATES)}"
+                f"a continuation of prompt {prompt} is {quoted(text)}; expected a string"
             )
-        template = conversations.TEMPLATES[conversation]
-        queries = []
-        for key, (image, text) in enumerate(zip(images, prompts, strict=True)):
-            prompt = conversations.evaluation_prompt(template, text, has_image=image is not None)
-            ids = np.array(self.tokenizer.encode_prompt(prompt), np.int32)
-            pixels = None
-            if image is not None:
-                pixels = self._pixels(image, image_mode, f"image {key}", reduction)
-            queries.append(Query(key, ids, pixels))
-        return queries
+        ids = np.array(self.tokenizer.encode(text), np.int32)
+        if not len(ids):
+            raise ValueError(f"continuation {prompt} is empty; there is nothing to score")
+        return ids
 
-    def _pixels(
-        self, image: ImageSource, mode: ImageMode, name: str, reduction: Reduction
-    ) -> np.ndarray:
-        named = name if not isinstance(image, str | os.PathLike) else f"{name} ({image})"
-        loaded = load_image(image, name=named)
-        size = self.image_size(reduction)
-        return preprocess(loaded, size, mode, self.config.vision.pixel_mean)
+    def _pieces(self, events: Iterator[Delta | Answer], prompts: int) -> Iterator[tuple[int, str]]:
+        texts = [TextStream(self.tokenizer) for _ in range(prompts)]
+        while True:
+            with self.placed():  # not while the caller has the piece
+                event = next(events, None)
+            if event is None:
+                return
+            if isinstance(event, Delta):
+                piece = texts[event.key].push(event.token_ids)
+            else:
+                piece = texts[_checked(event, event.key).key].finish()
+            if piece:
+                yield event.key, piece
 
 
-def _in_order(results: Iterable[Result], count: int) -> list[Result]:
-    """Results by key; any that carries an error is raised."""
-    ordered: list[Result | None] = [None] * count
-    for result in results:
-        if result.error is not None:
-            raise ValueError(f"prompt {result.key}: {result.error}")
-        ordered[result.key] = result
-    return [result for result in ordered if result is not None]
+def _read_weights(
+    root: pathlib.Path, config: LlavaConfig, dtype: jnp.dtype | None, mesh: Mesh | None
+) -> PlacedModel:
+    """Reads a verified directory, each weight straight into its shards."""
+    graphdef, abstract = abstract_model(config, config_json.read_adapter(root))
+    stored = directories.read_manifest(root).arrays
+    compute = dtype or jnp.dtype(stored["decoder.embed_tokens"].dtype)
+    shardings = None if mesh is None else sharding.weight_shardings(abstract, mesh)
+    placed = {} if shardings is None else dict(nnx.to_flat_state(shardings))
+    leaves = dict(nnx.to_flat_state(abstract))
+    targets = {
+        ".".join(map(str, path)): jax.ShapeDtypeStruct(
+            leaf.shape, compute, sharding=placed[path].get_value() if path in placed else None
+        )
+        for path, leaf in leaves.items()
+    }
+    arrays = directories.load_arrays(root, targets)
+    state = nnx.from_flat_state(
+        {path: leaf.replace(arrays[".".join(map(str, path))]) for path, leaf in leaves.items()}
+    )
+    with sharding.use_mesh(mesh):
+        graphdef, state = inference_layout(graphdef, state)
+    return PlacedModel(graphdef, state, config, compute, mesh)
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: LlavaConfig) -> None:
+    if tokenizer.vocab_size > config.text.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, the model's embedding "
+            f"{config.text.vocab_size} rows; they do not belong together"
+        )
+
+
+def _checked(answer: Answer, prompt: int) -> Answer:
+    """The answer of a prompt, unless it is an error; that is raised."""
+    if answer.error is not None:
+        raise ValueError(f"prompt {prompt}: {answer.error}")
+    return answer
+
+
+def _in_order(answers: Iterable[Answer], prompt_of: Sequence[int]) -> list[Answer]:
+    """Answers by key; an error is raised with the prompt that `prompt_of` has for its key."""
+    found = {answer.key: _checked(answer, prompt_of[answer.key]) for answer in answers}
+    return [found[key] for key in range(len(prompt_of))]
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "reduction", "dtype"))

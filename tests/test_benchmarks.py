@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from prumerge_jax.cost import Chip
-from prumerge_jax.engine.shapes import Shapes
+from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.models.tuning import Tuning
 
 pytestmark = pytest.mark.slow
@@ -122,17 +122,21 @@ def test_drawn_counts_reach_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     scoring, models = importlib.import_module("scoring"), importlib.import_module("models")
     config = models.geometry("tiny")
     counts = scoring.drawn_counts(6, mean=3, most=5, seed=0)
-    queries = scoring.requests(config, number=6, text_tokens=4, output_tokens=1)
+    requests = scoring.random_requests(config, number=6, text_tokens=4, output_tokens=1)
     dtype = np.dtype(np.float32)
-    engine = scoring.DrawnCounts(
-        *models.random_llava(config, dtype),
-        config,
-        scoring.reductions.parse("prumerge"),
-        Shapes(batch_size=2, window=4, row_length=32, longest_prompt=32, cache_length=32, rows=1),
-        dtype=dtype,
+    placed = scoring.PlacedModel(*models.random_llava(config, dtype), config, dtype)
+    shapes = EngineShapes(
+        batch_size=2,
+        window_size=4,
+        row_length=32,
+        longest_prompt=32,
+        cache_length=32,
+        prefill_rows=1,
     )
-    engine.counts = counts
-    visual = {result.key: result.visual_tokens for result in scoring.score(engine, queries)}
+    engine = scoring.Engine(placed, scoring.reductions.parse("prumerge"), shapes)
+    engine.encoder = scoring.DrawnCounts(placed, shapes)
+    engine.encoder.counts = counts
+    visual = {answer.key: answer.usage.visual_tokens for answer in engine.score(requests)}
     assert [visual[key] for key in range(6)] == counts.tolist()
     assert engine.counters.real_tokens == counts.sum() + 6 * (4 + 1)
 

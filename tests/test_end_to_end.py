@@ -38,7 +38,13 @@ PROMPTS = [
     "Name it.\nAnswer the question using a single word or phrase.",
 ]
 ENGINE = EngineConfig(
-    batch_size=4, window=4, row_length=256, rows=2, slots=4, cache_length=256, chunk=8
+    batch_size=4,
+    window_size=4,
+    row_length=256,
+    prefill_rows=2,
+    slots=4,
+    cache_length=256,
+    decode_steps_per_call=8,
 )
 
 

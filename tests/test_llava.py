@@ -1,5 +1,8 @@
 """The public interface, from a directory on disk to answers and scores."""
 
+import base64
+import dataclasses
+import io
 import pathlib
 import re
 
@@ -14,12 +17,19 @@ from prumerge_jax import prumerge, reductions, sharding
 from prumerge_jax.data.images import ImageError
 from prumerge_jax.engine.shapes import EngineConfig
 from prumerge_jax.models import attention, tuning
+from prumerge_jax.store import model_directory as directories
 from prumerge_jax.store.model_directory import DirectoryError
 from tests.conftest import require_eight_devices
 from tests.tiny_llava import CONFIG, write_tiny_llava
 
 ENGINE = EngineConfig(
-    batch_size=4, window=8, row_length=256, rows=2, slots=4, cache_length=256, chunk=8
+    batch_size=4,
+    window_size=8,
+    row_length=256,
+    prefill_rows=2,
+    slots=4,
+    cache_length=256,
+    decode_steps_per_call=8,
 )
 PROMPTS = ["What is this?", "How many digits are there in the picture?", "Name it."]
 
@@ -79,15 +89,14 @@ def test_a_score_is_the_sum_over_its_tokens(
     )
     continuation = model.tokenizer.encode(text)
     total = 0.0
-    from prumerge_jax.engine.engine import Query
-    from prumerge_jax.engine.scoring import score
+    from prumerge_jax.engine.request import Request
 
     engine = model.engine("full", [len(ids) + len(continuation)])
 
     for i in range(len(continuation)):
         prompt = np.array(ids + continuation[:i], np.int32)
-        query = Query(0, prompt, None, continuation=np.array(continuation[i : i + 1], np.int32))
-        total += next(score(engine, [query])).log_likelihood
+        target = np.array(continuation[i : i + 1], np.int32)
+        total += next(engine.score([Request(0, prompt, continuation=target)])).log_likelihood
     assert whole == pytest.approx(total, abs=1e-4)
 
 
@@ -138,9 +147,9 @@ def test_sharded_model_scores_the_same(
     sharded = prumerge_jax.Llava.load(
         directory,
         mesh=mesh,
-        engine=EngineConfig(batch_size=4, window=8, row_length=256, rows=4, slots=4),
+        engine=EngineConfig(batch_size=4, window_size=8, row_length=256, prefill_rows=4, slots=4),
     )
-    kernel = sharded._state["decoder"]["layers"][0]["mlp"]["up_proj"]["kernel"][...]
+    kernel = sharded._model.state["decoder"]["layers"][0]["mlp"]["up_proj"]["kernel"][...]
     assert kernel.sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
     texts = ["a cat"] * 3
     np.testing.assert_allclose(
@@ -188,6 +197,136 @@ def test_errors_name_what_is_wrong(
         model.explain(images[0], reduction="downsample:4")
     with pytest.raises(ValueError, match="continuation 0 is empty"):
         model.score([None], ["Hi"], [""])
+
+
+def test_mistakes_in_arguments_are_said_in_a_line(model: prumerge_jax.Llava) -> None:
+    url = "data:image/png;base64,!" + "A" * 400_000
+    for arguments, options, message in (
+        (("a.jpg", "What?"), {}, r"expected a list of prompts, got str 'What\?'"),
+        (("a.jpg", ["What?"]), {}, r"expected a list of images, got str 'a\.jpg'"),
+        ((np.zeros((4, 4, 3), np.uint8), ["a"] * 4), {}, "expected a list of images, got ndarray"),
+        ((None, ["What?"]), {}, "expected a list of images, got NoneType None"),
+        (([None], [None]), {}, "prompt 0 is None; expected a string"),
+        (([None, None], ["Hi", 7]), {}, "prompt 1 is 7; expected a string"),
+        (([["a.jpg", "b.jpg"]], ["What?"]), {}, "prompt 0 has 2 images; the model takes one image"),
+        (([7], ["What?"]), {}, "image 0 is 7; expected a path"),
+        (([url], ["What?"]), {}, "image 0: the data URL 'data:image/png"),
+        (([None], ["x"]), {"temperature": -1}, "temperature is -1; expected"),
+        (([None], ["x"]), {"top_p": -3.0}, r"top_p is -3\.0; expected"),
+        (([None], ["x"]), {"seed": -1}, "seed is -1; expected"),
+        (([None], ["x"]), {"max_new_tokens": 0}, "max_new_tokens is 0; expected"),
+        (([None], ["x"]), {"image_mode": "stretch"}, "unknown image mode 'stretch'"),
+        (([None], ["x"]), {"position_ids": "sparse"}, "position_ids is 'sparse'"),
+        (([None], ["x"]), {"conversation": "v" * 9000}, "unknown conversation 'vvvv"),
+    ):
+        for call in (model.generate, model.stream):
+            with pytest.raises(ValueError, match=message) as refused:
+                call(*arguments, **options)
+            assert "\n" not in str(refused.value)
+            assert len(str(refused.value)) < 250
+    for continuations, message in (
+        ("yes", "expected a list of continuations, got str 'yes'"),
+        ([3], "a list|expected a string"),
+        ([["a", None]], "a continuation of prompt 0 is None; expected a string"),
+        (["a", "b"], "1 prompts but 2 continuations"),
+        ([["a", ""]], "continuation 0 is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.score([None], ["Hi"], continuations)
+
+
+def test_one_image_may_come_in_a_tuple_or_a_data_url(
+    model: prumerge_jax.Llava, images: list[np.ndarray]
+) -> None:
+    file = io.BytesIO()
+    Image.fromarray(images[0]).save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    sources = [images[0], (images[0],), [images[0]], url]
+    scores = model.score(sources, [PROMPTS[0]] * 4, ["a cat"] * 4)
+    assert np.ptp(scores) < 1e-5
+    assert model.score([()], [PROMPTS[0]], ["a cat"]) == model.score(
+        [None], [PROMPTS[0]], ["a cat"]
+    )
+
+
+def test_several_continuations_of_a_prompt_are_a_list(
+    model: prumerge_jax.Llava, images: list[np.ndarray]
+) -> None:
+    choices = [["a cat", "a table", "three"], ["7"], []]
+    scores = model.score(images, PROMPTS, choices)
+    assert [len(each) for each in scores] == [3, 1, 0]
+    flat = model.score([images[0]] * 3 + [images[1]], [PROMPTS[0]] * 3 + [PROMPTS[1]],
+                       [text for texts in choices for text in texts])  # fmt: skip
+    np.testing.assert_allclose([s for each in scores for s in each], flat, atol=1e-4)
+    assert model.score([], [], []) == []
+
+
+def test_a_stream_adds_up_to_the_answers(
+    model: prumerge_jax.Llava, images: list[np.ndarray]
+) -> None:
+    for options in ({}, {"temperature": 1.0, "top_p": 0.9, "seed": 2**32 - 1}):
+        expected = model.generate(images, PROMPTS, max_new_tokens=20, **options)
+        texts = [""] * len(PROMPTS)
+        count = 0
+        for index, piece in model.stream(images, PROMPTS, max_new_tokens=20, **options):
+            assert piece
+            texts[index] += piece
+            count += 1
+        assert texts == expected
+        assert count > len(PROMPTS)
+
+
+def test_other_dtypes_and_sizes_are_refused_before_a_weight_is_read(
+    directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unexpected(*_: object) -> None:
+        raise AssertionError("weights were hashed or read")
+
+    monkeypatch.setattr(directories, "verify", unexpected)
+    monkeypatch.setattr(directories, "load_arrays", unexpected)
+    for dtype in ("int8", jnp.int8, "float64", "half-ish", 7):
+        with pytest.raises(
+            ValueError, match="dtype is .*; expected one of float32, bfloat16, float16"
+        ):
+            prumerge_jax.Llava.load(directory, dtype=dtype)
+    require_eight_devices()
+    mesh = sharding.make_mesh(data=8)
+    with pytest.raises(ValueError, match="--config.engine.prefill_rows to a multiple of 8"):
+        prumerge_jax.Llava.load(directory, mesh=mesh, engine=EngineConfig(prefill_rows=2))
+
+
+def test_a_directory_without_tokenizer_is_named(tmp_path: pathlib.Path) -> None:
+    directory = write_tiny_llava(tmp_path / "tiny")
+    (directory / "tokenizer.model").unlink()
+    with pytest.raises(DirectoryError, match=r"tiny: no tokenizer\.model"):
+        prumerge_jax.Llava.load(directory)
+
+
+def test_the_miniature_has_a_name() -> None:
+    model = prumerge_jax.Llava.load("miniature")
+    (answer,) = model.generate([None], ["How many digits are there?"], max_new_tokens=3)
+    assert isinstance(answer, str)
+    assert model.config.vision.num_patches == 144
+
+
+def test_defaults_of_the_engine_fit_the_mesh(
+    directory: pathlib.Path, model: prumerge_jax.Llava, images: list[np.ndarray]
+) -> None:
+    require_eight_devices()
+    sharded = prumerge_jax.Llava.load(directory, mesh=sharding.make_mesh(data=8))
+    assert sharded.engine_sizes.prefill_rows == 8
+    texts = ["a cat"] * 3
+    np.testing.assert_allclose(
+        sharded.score(images, PROMPTS, texts), model.score(images, PROMPTS, texts), atol=1e-4
+    )
+
+
+def test_images_are_padded_with_the_towers_own_mean(tmp_path: pathlib.Path) -> None:
+    vision = dataclasses.replace(CONFIG.vision, pixel_mean=(0.5, 0.25, 0.75))
+    config = dataclasses.replace(CONFIG, vision=vision)
+    model = prumerge_jax.Llava.load(write_tiny_llava(tmp_path / "tiny", config), engine=ENGINE)
+    wide = np.full((20, 60, 3), 255, np.uint8)
+    assert model.explain(wide).pixels[0, 0].tolist() == [127, 63, 191]
 
 
 def test_an_altered_directory_is_refused(tmp_path: pathlib.Path) -> None:

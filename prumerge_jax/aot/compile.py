@@ -8,16 +8,20 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from prumerge_jax.aot.hlo import ProgramCost, program_cost
 from prumerge_jax.aot.topology import Topology
-from prumerge_jax.cost import Chip, Tpu
+from prumerge_jax.cost import Chip, Tpu, counts
+from prumerge_jax.models.attention import backend_for
+from prumerge_jax.models.attention.splash import splash_pairs
+from prumerge_jax.models.config import TextConfig, VisionConfig
 
 Sizes = Mapping[str, int]
-"""Of a mesh: the number of devices along each of its axes."""
+"""Number of devices along each axis of a mesh."""
 CAVEAT = (
     "(compiled, not run: XLA's cycle estimates, kernels and links at their peaks, "
     "collectives overlapped)"
@@ -115,6 +119,31 @@ def bytes_per_chip(tree: object) -> int:
             size *= side
         total += size
     return total
+
+
+def placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The shapes and dtypes of a tree, each with this sharding."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+
+
+def tower_kernel_flops(vision: VisionConfig, images: int, dtype: jnp.dtype) -> float:
+    """FLOPs of the TPU's attention kernel for a batch of images, padding included.
+
+    0 where the tower gets another backend on the current mesh.
+    """
+    if backend_for(dtype, vision.head_dim) != "splash":
+        return 0.0
+    pairs = splash_pairs(vision.num_patches + 1, causal=False)
+    return counts.tower_attention_flops(vision, images * pairs)
+
+
+def decoder_kernel_flops(text: TextConfig, rows: int, pairs: float, dtype: jnp.dtype) -> float:
+    """FLOPs of that kernel, forward, for rows of `pairs` (query, key) pairs each; 0 likewise."""
+    if backend_for(dtype, text.head_dim) != "splash":
+        return 0.0
+    return counts.attention_flops(text, rows * pairs)
 
 
 def peak_bytes(resident: int, programs: Iterable[Program]) -> int:

@@ -20,17 +20,18 @@ from prumerge_jax.aot.compile import (
     Sizes,
     bytes_per_chip,
     compile_program,
+    decoder_kernel_flops,
     first_that_fits,
     memory_line,
     peak_bytes,
     program_lines,
+    tower_kernel_flops,
 )
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
 from prumerge_jax.cost.roofline import Operation
 from prumerge_jax.engine import programs
-from prumerge_jax.engine.shapes import EngineConfig, Shapes, fit
-from prumerge_jax.models.attention import backend_for
+from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit
 from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import abstract_model
@@ -43,8 +44,8 @@ from prumerge_jax.sharding.mesh import (
     weight_shardings,
 )
 
-TEXT_TOKENS, NEW_TOKENS = 60, 64
-"""Of a question and its answer, where the engine's lengths are left open."""
+ASSUMED_TEXT_TOKENS, ASSUMED_NEW_TOKENS = 60, 64
+"""Tokens of a question and of its answer, where the engine's lengths are left open."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ class InferencePlan:
     reduction: str
     dtype: jnp.dtype
     visual_tokens: MeanTokens
-    shapes: Shapes
+    shapes: EngineShapes
     programs: tuple[Program, ...]
     work: Mapping[str, Operation]
     resident: int
@@ -83,8 +84,8 @@ class InferencePlan:
     @property
     def prompts(self) -> float:
         """Number of prompts of the assumed length that full rows hold."""
-        length = self.visual_tokens.mean + TEXT_TOKENS
-        return self.shapes.rows * self.shapes.row_length / length
+        length = self.visual_tokens.mean + ASSUMED_TEXT_TOKENS
+        return self.shapes.prefill_rows * self.shapes.row_length / length
 
     def lines(self) -> list[str]:
         """The plan for people."""
@@ -97,9 +98,9 @@ class InferencePlan:
             + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
             *(f"  rejected: {reason}" for reason in self.rejected),
             f"{self.reduction} in {self.dtype}, assumed {self.visual_tokens.mean:.4g} visual "
-            f"tokens per image ({self.visual_tokens.reason}) and {TEXT_TOKENS} of text: "
+            f"tokens per image ({self.visual_tokens.reason}) and {ASSUMED_TEXT_TOKENS} of text: "
             f"{self.prompts:.0f} prompts in the rows of a read or prefill",
-            f"{self.shapes.batch_size} images, {self.shapes.rows} rows of "
+            f"{self.shapes.batch_size} images, {self.shapes.prefill_rows} rows of "
             f"{self.shapes.row_length}, {self.shapes.slots} slots of {self.shapes.cache_length}",
             memory_line(self.memory, self.resident, chip),
             *program_lines([(program, 1) for program in self.programs], chip),
@@ -138,19 +139,14 @@ def plan_inference(
         the reduction is not valid.
       DoesNotFit: no mesh of the slice has the memory.
     """
-    shards = mesh["data"] * mesh["fsdp"]
-    for name in ("batch_size", "rows", "slots"):
-        if getattr(engine, name) % shards:
-            raise ValueError(
-                f"{name} {getattr(engine, name)} does not divide over the {shards} data shards"
-            )
     shapes = fit(
         engine,
         parse(reduction),
         _resized(model, parse(reduction)).vision.num_patches,
-        np.array([TEXT_TOKENS]),
-        max_new_tokens=NEW_TOKENS,
+        np.array([ASSUMED_TEXT_TOKENS]),
+        max_new_tokens=ASSUMED_NEW_TOKENS,
         max_positions=model.text.max_positions,
+        shards=mesh["data"] * mesh["fsdp"],
     )
     plan, rejected = first_that_fits(
         _larger(mesh, model, len(topology.devices)),
@@ -181,7 +177,7 @@ def _larger(mesh: Sizes, model: LlavaConfig, devices: int) -> Iterator[dict[str,
 
 def _plan(
     model: LlavaConfig,
-    engine: Shapes,
+    engine: EngineShapes,
     spelling: str,
     topology: Topology,
     dtype: jnp.dtype,
@@ -196,15 +192,17 @@ def _plan(
     side, capacity = model.vision.image_size, reduction.capacity_for(model.vision.num_patches)
     pixels = jax.ShapeDtypeStruct((engine.batch_size, side, side, 3), jnp.uint8, sharding=batch)
     pool = jax.ShapeDtypeStruct(
-        (2 * engine.window, capacity, model.vision.width), dtype, sharding=batch
+        (2 * engine.window_size, capacity, model.vision.width), dtype, sharding=batch
     )
-    row = jax.ShapeDtypeStruct((engine.rows, engine.row_length), jnp.int32, sharding=batch)
+    row = jax.ShapeDtypeStruct((engine.prefill_rows, engine.row_length), jnp.int32, sharding=batch)
     rows = programs.Rows(*[row] * 4)  # type: ignore[arg-type]  # shapes stand for arrays
     slots = _abstract_slots(graphdef, state, engine, mesh, dtype)
     with use_mesh(mesh):
-        of_tower, of_rows = (
-            flops / mesh.size for flops in _splash_flops(model, engine, jnp.dtype(dtype))
+        pairs = splash_pairs(
+            engine.row_length, causal=True, max_segment_length=engine.longest_prompt
         )
+        of_tower = tower_kernel_flops(model.vision, engine.batch_size, dtype) / mesh.size
+        of_rows = decoder_kernel_flops(model.text, engine.prefill_rows, pairs, dtype) / mesh.size
         encode = programs.encode.lower(graphdef, state, pixels, reduction=reduction, dtype=dtype)
         longest = engine.longest_prompt
         read = programs.hidden_before_last_mlp.lower(
@@ -215,9 +213,7 @@ def _plan(
             graphdef,
             state,
             slots,
-            steps=engine.chunk,
-            eos=model.eos_token_id,
-            sampling=programs.Sampling(),
+            steps=engine.decode_steps_per_call,
         )
         compiled = (
             compile_program("encode", encode, of_tower),
@@ -255,7 +251,7 @@ def _abstract_state(
 
 
 def _abstract_slots(
-    graphdef: nnx.GraphDef, state: nnx.State, engine: Shapes, mesh: Mesh, dtype: jnp.dtype
+    graphdef: nnx.GraphDef, state: nnx.State, engine: EngineShapes, mesh: Mesh, dtype: jnp.dtype
 ) -> programs.Slots:
     """The slots as shapes with shardings."""
     shapes = jax.eval_shape(
@@ -273,32 +269,17 @@ def _abstract_slots(
     )
 
 
-def _splash_flops(model: LlavaConfig, engine: Shapes, dtype: jnp.dtype) -> tuple[float, float]:
-    """FLOPs of the attention kernel, for a batch of images and for rows; 0 where it is not used."""
-    of_tower, of_rows = 0.0, 0.0
-    if backend_for(dtype, model.vision.head_dim) == "splash":
-        pairs = engine.batch_size * splash_pairs(model.vision.num_patches + 1, causal=False)
-        of_tower = counts.tower_attention_flops(model.vision, pairs)
-    if backend_for(dtype, model.text.head_dim) == "splash":
-        longest = engine.longest_prompt
-        pairs = engine.rows * splash_pairs(
-            engine.row_length, causal=True, max_segment_length=longest
-        )
-        of_rows = counts.attention_flops(model.text, pairs)
-    return of_tower, of_rows
-
-
-def _pairs(engine: Shapes) -> float:
+def _pairs(engine: EngineShapes) -> float:
     """Queries and the keys before them that are near enough to be of the same prompt."""
     length, longest = engine.row_length, engine.longest_prompt
-    return engine.rows * (length - longest / 2) * longest
+    return engine.prefill_rows * (length - longest / 2) * longest
 
 
-def _work(model: LlavaConfig, engine: Shapes) -> dict[str, Operation]:
+def _work(model: LlavaConfig, engine: EngineShapes) -> dict[str, Operation]:
     """What each program has to compute and to read, by the cost model; rows count as full."""
     sizes, text = counts.parameters(model), model.text
     width = counts.ACTIVATION_BYTES
-    positions = engine.rows * engine.row_length
+    positions = engine.prefill_rows * engine.row_length
     flops: float = 2 * counts.block_parameters(text) * positions
     flops += counts.attention_flops(text, _pairs(engine))
     rows = Operation(flops, width * sizes.blocks)

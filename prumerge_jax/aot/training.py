@@ -24,14 +24,16 @@ from prumerge_jax.aot.compile import (
     bytes_per_chip,
     candidates,
     compile_program,
+    decoder_kernel_flops,
     first_that_fits,
     memory_line,
     peak_bytes,
+    placed,
     program_lines,
+    tower_kernel_flops,
 )
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
-from prumerge_jax.models.attention import backend_for
 from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.sharding.mesh import logical_spec, mesh_on, use_mesh
@@ -46,10 +48,10 @@ from prumerge_jax.training.run import fitted_sizes
 from prumerge_jax.training.step import TrainStep, state_shardings
 from prumerge_jax.training.weights import Shapes, load_pretrained
 
-TEXT_TOKENS = 200
-"""Mean per sample that a plan assumes; lengths vary widely with the data."""
-PACKING = 1.02
-"""Positions computed over real ones where rows are packed."""
+ASSUMED_TEXT_TOKENS = 200
+"""Mean number of text tokens per sample; lengths vary widely with the data."""
+PACKING_OVERHEAD = 1.02
+"""Computed positions per real token where rows are packed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Samples:
 
     @property
     def tokens(self) -> float:
-        """Of all samples together."""
+        """Number of tokens of all samples together."""
         return self.count * (self.visual_tokens + self.text_tokens)
 
 
@@ -105,8 +107,8 @@ class TrainingPlan:
 
     @property
     def micro_batches(self) -> int:
-        """Of a step."""
-        return math.ceil(PACKING * self.samples.tokens / self.row_positions)
+        """Number of micro-batches per step."""
+        return math.ceil(PACKING_OVERHEAD * self.samples.tokens / self.row_positions)
 
     @property
     def filled(self) -> float:
@@ -125,7 +127,7 @@ class TrainingPlan:
 
     @property
     def model_flops(self) -> Mapping[str, float]:
-        """Of a step over all chips, by component; what is recomputed does not count."""
+        """Model FLOPs of a step over all chips, by component, without recomputation."""
         flops = counts.training_flops(
             self.model, self.samples.visual_tokens, self.samples.text_tokens, self.lora_rank
         )
@@ -152,7 +154,8 @@ class TrainingPlan:
             + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
             *(f"  rejected: {reason}" for reason in self.rejected),
             f"global batch {samples.count}, assumed {samples.visual_tokens:.4g} visual and "
-            f"{samples.text_tokens:g} text tokens per sample{source}, packed at {PACKING}: "
+            f"{samples.text_tokens:g} text tokens per sample{source}, packed at "
+            f"{PACKING_OVERHEAD}: "
             f"{self.micro_batches} micro-batches of {self.row_positions} positions, "
             f"{100 * self.filled:.0f} % of them real",
             memory_line(self.memory, self.resident, chip),
@@ -174,7 +177,7 @@ def plan_training(
       config: one of `configs/`, with the next-token objective.
       topology: the slice.
       samples: by default the configuration's batch, its reduction at `mean_visual_tokens`, and
-        `TEXT_TOKENS`.
+        `ASSUMED_TEXT_TOKENS`.
 
     Raises:
       ValueError: the configuration is none that can be planned, or its mesh does not fit the
@@ -189,7 +192,7 @@ def plan_training(
     if samples is None:
         visual = mean_visual_tokens(parsed.reduction, model.vision)
         source = f"{parsed.reduction}: {visual.reason}"
-        samples = Samples(parsed.batch_size, visual.mean, TEXT_TOKENS, source)
+        samples = Samples(parsed.batch_size, visual.mean, ASSUMED_TEXT_TOKENS, source)
     plan, rejected = first_that_fits(
         candidates(fitted_sizes(parsed.run.mesh, model, len(topology.devices))),
         functools.partial(_plan, parsed, topology, samples),
@@ -207,23 +210,23 @@ def _plan(config: TrainConfig, topology: Topology, samples: Samples, sizes: Size
     with use_mesh(mesh):
         objective = make_objective(config)
     step, state, frozen = _abstract_step(config, objective, mesh)
-    rows = _placed(abstract_rows(config, sizes["data"] * sizes["fsdp"]), mesh)
+    batch = NamedSharding(mesh, logical_spec("batch"))
+    rows = placed(abstract_rows(config, sizes["data"] * sizes["fsdp"]), batch)
     with use_mesh(mesh):
-        kernel = 0.0
-        if backend_for(objective.dtype, model.text.head_dim) == "splash":
-            kernel = _splash_flops(config, sizes["tensor"])
+        pairs = splash_pairs(config.row_length, causal=True)
+        forward = decoder_kernel_flops(
+            model.text, config.run.rows_per_shard, pairs, objective.dtype
+        )
+        # 2 matrix products forward, 3 for dq, 4 for dk and dv; `remat` repeats the forward ones.
+        kernel = forward / sizes["tensor"] * (4.5 if config.remat == "none" else 5.5)
         lowered = step.lower(objective.trained(), frozen, rows)
         accumulate = compile_program("accumulate", lowered["accumulate"], kernel)
         update = compile_program("update", lowered["update"])
         side = model.vision.image_size
         pixels = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)
         encoder = ImageEncoder(config, frozen, mesh)
-        of_tower = 0.0
-        if backend_for(objective.dtype, model.vision.head_dim) == "splash":
-            of_image = splash_pairs(model.vision.num_patches + 1, causal=False)
-            images = config.batch_size / mesh.size
-            of_tower = counts.tower_attention_flops(model.vision, images * of_image)
-        encode = compile_program("encode", encoder.lower(_placed(pixels, mesh)), of_tower)
+        kernel = tower_kernel_flops(model.vision, config.batch_size, objective.dtype) / mesh.size
+        encode = compile_program("encode", encoder.lower(placed(pixels, batch)), kernel)
     # The gradient sums are as large as the trained weights; the tokens of two batches are there.
     visual = rows.visual_tokens
     resident = bytes_per_chip((state, state.trained, frozen, visual, visual))
@@ -266,18 +269,3 @@ def _abstract_step(
         for path, shape in objective.frozen().items()
     }
     return step, step.abstract_state(objective.trained()), frozen
-
-
-def _placed(tree: Any, mesh: Mesh) -> Any:
-    """Shapes whose leading axis lies over the data shards."""
-    sharding = NamedSharding(mesh, logical_spec("batch"))
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-    )
-
-
-def _splash_flops(config: TrainConfig, tensor: int) -> float:
-    """Of one micro-batch on one chip: 2 matrix products forward, 3 for dq, 4 for dk and dv."""
-    pairs = config.run.rows_per_shard * splash_pairs(config.row_length, causal=True)
-    forward = counts.attention_flops(config.sizes.text, pairs) / tensor
-    return forward * (4.5 if config.remat == "none" else 5.5)

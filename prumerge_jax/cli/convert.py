@@ -9,6 +9,7 @@ convert_weights.py --to hf --input llava-1.5-7b --output llava-1.5-7b-hf
 """
 
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -80,7 +81,9 @@ def _main(argv: Sequence[str]) -> None:
 
     from prumerge_jax.conversion.detect import Kind, detect
     from prumerge_jax.conversion.download import download
+    from prumerge_jax.store.atomic import require_new
 
+    require_new(pathlib.Path(values.output))
     jax.config.update("jax_platforms", "cpu")  # weights pass through host memory only
     if values.input is not None:
         folder = pathlib.Path(values.input)
@@ -119,7 +122,8 @@ def _import(folder: pathlib.Path, values: flags.FlagValues) -> None:
 
     from prumerge_jax.conversion.checkpoint_reader import Sources, open_model
     from prumerge_jax.conversion.convert import convert
-    from prumerge_jax.conversion.verify import compare_with_torch
+    from prumerge_jax.conversion.tokenizer_file import missing_tokenizer_warning
+    from prumerge_jax.conversion.verify import check_comparable, compare_with_torch
 
     tower, projector, adapter = (
         pathlib.Path(path) if path else None
@@ -136,16 +140,14 @@ def _import(folder: pathlib.Path, values: flags.FlagValues) -> None:
     )
     output = pathlib.Path(values.output)
     model = open_model(sources)
-    total = sum(tensor.info.nbytes for tensor in model.tensors.values())
-    if model.adapter is not None:
-        total += sum(tensor.info.nbytes for tensor in model.adapter.tensors.values())
+    if values.verify:
+        check_comparable(model.config)
     dtype = jax.numpy.dtype(values.dtype) if values.dtype else None
-    with tqdm.tqdm(total=total, unit="B", unit_scale=True) as bar:
+    with tqdm.tqdm(total=model.nbytes, unit="B", unit_scale=True) as bar:
         report = convert(model, output, dtype=dtype, progress=bar.update)
-    print(
-        f"{output}: {report.parameters:,} parameters from {report.tensors_in} tensors, "
-        f"{report.kept_aside} unused ones kept aside, {len(model.ignored)} left out"
-    )
+    print(f"{output}: {report.summary()}")
+    if not model.has_tokenizer:
+        print(missing_tokenizer_warning(output), file=sys.stderr)
     if values.verify:
         comparison = compare_with_torch(model, output)
         print(comparison.summary())

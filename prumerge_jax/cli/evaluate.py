@@ -67,19 +67,20 @@ def _evaluate(config: ConfigDict, workdir: pathlib.Path) -> int:
 
 def _plan(config: ConfigDict, slice_name: str) -> int:
     import jax
-    import jax.numpy as jnp
 
     from prumerge_jax import reductions
     from prumerge_jax.aot.compile import DoesNotFit
     from prumerge_jax.aot.inference import plan_inference
     from prumerge_jax.aot.topology import topology
-    from prumerge_jax.engine.shapes import EngineConfig
+    from prumerge_jax.engine.encoding import compute_dtype
+    from prumerge_jax.evaluation.config import engine_config
     from prumerge_jax.models.config import published
 
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
     spellings = reductions.parse_list(config.reduction)
     model, where = published(config.checkpoint), topology(slice_name)
-    shapes, dtype = EngineConfig(**config.engine), jnp.dtype(config.dtype or "bfloat16")
+    shapes = engine_config(config.engine)
+    dtype = compute_dtype(config.dtype or "bfloat16")
     for spelling in spellings:
         try:
             plan = plan_inference(model, shapes, spelling, where, config.mesh, dtype)

@@ -21,23 +21,25 @@ from prumerge_jax.conversion.hf_config import (
     with_processor,
 )
 from prumerge_jax.conversion.hf_files import OPENAI_TOWER
+from prumerge_jax.conversion.input_folder import check_folder
 from prumerge_jax.conversion.keys import Dialect
 from prumerge_jax.conversion.safetensors_io import SafetensorsFile, open_safetensors
 from prumerge_jax.conversion.tensor_files import (
     Checkpoint,
-    CheckpointError,
+    ConversionError,
     StoredTensor,
     Tensor,
     load_object,
     open_indexed,
 )
+from prumerge_jax.conversion.tokenizer_file import TOKENIZER, check_tokenizer
 from prumerge_jax.conversion.torch_bin import TorchFile
 from prumerge_jax.models.config import LlavaConfig, VisionConfig
 
 # Files of a checkpoint that text processing reads, and those that image processing reads. They
 # are copied as they are.
 TEXT_FILES = (
-    "tokenizer.model",
+    TOKENIZER,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -59,10 +61,10 @@ class OpenedModel:
       config: its sizes.
       tensors: where each one is, by canonical key; those the model never uses included.
       ignored: checkpoint keys that are left out, with the reason.
-      companions: tokenizer and processor files to be copied.
+      companions: tokenizer and processor files to be copied; `tokenizer.model` may be missing.
       detections: by directory what it was taken for, and why.
       files: every file the tensors come from.
-      adapter: low-rank adapters that stay adapters; merged ones are in `tensors`.
+      adapter: low-rank adapters that are kept as adapters; merged ones are in `tensors`.
       adapter_base: the model that adapters say they were trained on, "" where they do not say;
         None without adapters.
     """
@@ -76,10 +78,21 @@ class OpenedModel:
     adapter: peft.Adapter | None = None
     adapter_base: str | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, in the checkpoint's dtypes."""
+        tensors = [*self.tensors.values(), *(self.adapter.tensors.values() if self.adapter else ())]
+        return sum(tensor.info.nbytes for tensor in tensors)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is the `tokenizer.model` that `Llava.load` needs."""
+        return any(path.name == TOKENIZER for path in self.companions)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Where the parts of a model lie.
+    """Where the parts of a model are.
 
     Attributes:
       folder: the model itself, or its language model.
@@ -87,7 +100,7 @@ class Sources:
       projector: a stage-1 directory (`config.json`, `mm_projector.bin`), for a plain LLaMA.
       adapter: a LoRA directory of PEFT.
       adapter_base: the user's word that `folder` is this model, see `peft.check_base`.
-      merge: add the adapter to the weights instead of keeping it beside them.
+      merge: add the adapter to the weights instead of keeping it as it is.
       allow_pickle: admit `.bin` files, see `torch_bin`.
     """
 
@@ -104,7 +117,7 @@ def open_model(sources: Sources) -> OpenedModel:
     """Opens a model and matches all of its tensors.
 
     Raises:
-      CheckpointError: it cannot be converted; one line says why.
+      ConversionError: it cannot be converted; one line says why.
     """
     return _Opener(sources).open()
 
@@ -122,7 +135,12 @@ class _Opener:
     def open(self) -> OpenedModel:
         folder = self.sources.folder
         if self.sources.merge and self.sources.adapter is None:
-            raise CheckpointError("--merge needs an adapter to merge, given as --adapter")
+            raise ConversionError("--merge needs an adapter to merge, given as --adapter")
+        if self.sources.adapter_base and self.sources.adapter is None:
+            raise ConversionError("--adapter_base speaks of an adapter; give it as --adapter")
+        parts = (self.sources.vision_tower, self.sources.projector, self.sources.adapter)
+        for part in (folder, *filter(None, parts)):
+            check_folder(part)
         kind = self.detect(folder)
         if kind is Kind.HF:
             config = self.open_hf(folder)
@@ -137,17 +155,21 @@ class _Opener:
                 Kind.PROJECTOR: "give its language model as --input and this as --projector",
                 Kind.CLIP: "give a LLaVA as --input and this as --vision_tower",
             }[kind]
-            raise CheckpointError(f"{folder} is {kind.value}: {hint}")
+            raise ConversionError(f"{folder} is {kind.value}: {hint}")
+        companions = self.companions(kind)
+        for file in companions:
+            if file.name == TOKENIZER:
+                check_tokenizer(file, config.text.vocab_size)
         adapter = self.open_adapter(config, kind) if self.sources.adapter else None
         return OpenedModel(
             config,
             self.tensors,
             self.ignored,
-            self.companions(kind),
+            companions,
             self.detections,
             tuple(self.files),
             adapter if adapter and not self.sources.merge else None,
-            adapter.base if adapter else None,
+            (adapter.base or self.sources.adapter_base or "") if adapter else None,
         )
 
     def open_hf(self, folder: pathlib.Path) -> LlavaConfig:
@@ -156,7 +178,9 @@ class _Opener:
         where = folder / "config.json"
         config = parse_hf(load_object(where), str(where))
         config = dataclasses.replace(config, vision=with_processor(folder, config.vision))
-        expected = keys.expected_shapes(keys.weights(config)) | keys.passthrough(config.vision)
+        expected = keys.expected_shapes(keys.weights(config)) | keys.unused_tower_tensors(
+            config.vision
+        )
         self.add(self.open_weights(folder), Dialect.HF, expected, folder)
         return config
 
@@ -185,26 +209,26 @@ class _Opener:
     def open_llama(self, folder: pathlib.Path) -> LlavaConfig:
         multimodal = self.sources.projector or self.sources.adapter
         if multimodal is None:
-            raise CheckpointError(
+            raise ConversionError(
                 f"{folder} is {Kind.LLAMA.value}: to make it a LLaVA give a projector "
                 "(--projector) or an adapter directory that holds one (--adapter)"
             )
         where = multimodal / "config.json"
         if not where.is_file():
-            raise CheckpointError(f"{where} is missing: it describes the projector and the tower")
+            raise ConversionError(f"{where} is missing: it describes the projector and the tower")
         values = load_object(where)
         config = parse_llava(values, str(where), self.vision_config(values, in_file=False))
         own = folder / "config.json"
         text = parse_text(Section(load_object(own), str(own)))
         if text != config.text:
-            raise CheckpointError(f"{where} describes {config.text}, {own} describes {text}")
+            raise ConversionError(f"{where} describes {config.text}, {own} describes {text}")
         decoder = keys.expected_shapes(keys.decoder_weights(text))
         self.add(self.open_weights(folder), Dialect.LLAVA, decoder, folder)
         if self.sources.projector:
             self.detect(self.sources.projector)
             self.open_projector(self.sources.projector / "mm_projector.bin", config)
         elif not (multimodal / _TRAINED_BESIDE_ADAPTERS).is_file():
-            raise CheckpointError(
+            raise ConversionError(
                 f"{multimodal} holds no {_TRAINED_BESIDE_ADAPTERS}: "
                 "the projector is missing, give it as --projector"
             )
@@ -215,7 +239,7 @@ class _Opener:
         folder = self.sources.adapter
         assert folder is not None
         if self.detect(folder) is not Kind.PEFT:
-            raise CheckpointError(f"{folder} holds no adapter_config.json: not a LoRA directory")
+            raise ConversionError(f"{folder} holds no adapter_config.json: not a LoRA directory")
         adapter_config, base = peft.parse_adapter_config(folder)
         checkpoint = self.open_single(folder, _PEFT_WEIGHTS)
         adapter = peft.match_adapter(checkpoint, adapter_config, base, config.text, str(folder))
@@ -225,14 +249,14 @@ class _Opener:
         beside = folder / _TRAINED_BESIDE_ADAPTERS
         if beside.is_file():
             if base_kind is Kind.LLAMA and self.sources.projector:
-                raise CheckpointError(f"{beside} and --projector both hold a projector")
+                raise ConversionError(f"{beside} and --projector both hold a projector")
             self.open_projector(beside, config)
         if self.sources.merge:
             self.tensors = peft.merge_into(self.tensors, adapter)
             return adapter
         expected = keys.expected_shapes(keys.adapter_weights(config.text, adapter_config.rank))
         if left_out := sorted(set(expected) - set(adapter.tensors)):
-            raise CheckpointError(
+            raise ConversionError(
                 f"{folder}: an adapter that is kept must be on every linear layer of the decoder, "
                 f"this one lacks {len(left_out)} tensors, {left_out[0]} for one; use --merge"
             )
@@ -242,14 +266,14 @@ class _Opener:
         folder = self.sources.vision_tower
         assert folder is not None  # `vision_config` has seen to it
         if self.detect(folder) is not Kind.CLIP:
-            raise CheckpointError(f"{folder} is {self.detections[folder].kind.value}, not CLIP")
+            raise ConversionError(f"{folder} is {self.detections[folder].kind.value}, not CLIP")
         checkpoint = self.open_weights(folder)
         shapes = _tower_shapes(vision)
         self.add(checkpoint, Dialect.CLIP, shapes, folder, keys.clip_ignored_reason)
 
     def open_projector(self, path: pathlib.Path, config: LlavaConfig) -> None:
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
+            raise ConversionError(f"{path} is missing")
         expected = keys.expected_shapes(keys.projector_weights(config))
         self.add(Checkpoint([self.open_bin(path)]), Dialect.LLAVA, expected, path)
 
@@ -257,21 +281,35 @@ class _Opener:
         """Sizes of the tower: its own config's, or the published ones where the name is known."""
         folder = self.sources.vision_tower
         if folder is not None:
-            where = folder / "config.json"
-            if not where.is_file():
-                raise CheckpointError(f"{folder} holds no config.json: not a CLIP directory")
-            return with_processor(folder, parse_clip(load_object(where), str(where)))
+            if not (folder / "config.json").is_file():
+                raise ConversionError(f"{folder} holds no config.json: not a CLIP directory")
+            return self.read_vision_config(folder)
         if not in_file:
-            raise CheckpointError(
+            raise ConversionError(
                 f"{self.sources.folder} does not hold its vision tower: give the CLIP directory "
                 f"({OPENAI_TOWER} for published models) as --vision_tower"
             )
+        # Exports of ours say the sizes of their tower in a folder of their own.
+        exported = self.sources.folder / "vision_tower"
+        sizes = VisionConfig()
+        if (exported / "config.json").is_file():
+            sizes = self.read_vision_config(exported)
+        if sizes != VisionConfig():
+            raise ConversionError(
+                f"{self.sources.folder} holds a vision tower of other sizes than {OPENAI_TOWER}: "
+                f"add --vision_tower {exported}"
+            )
         if values.get("mm_vision_tower") != OPENAI_TOWER:
-            raise CheckpointError(
-                f"mm_vision_tower is {values.get('mm_vision_tower')!r:.200}, of unknown sizes: "
+            raise ConversionError(
+                f"mm_vision_tower is {values.get('mm_vision_tower')!r:.80}, of unknown sizes: "
                 "give a directory with its config.json as --vision_tower"
             )
         return VisionConfig()
+
+    def read_vision_config(self, folder: pathlib.Path) -> VisionConfig:
+        check_folder(folder)
+        where = folder / "config.json"
+        return with_processor(folder, parse_clip(load_object(where), str(where)))
 
     def add(
         self,
@@ -304,7 +342,7 @@ class _Opener:
             if path.is_file():
                 is_safe = path.suffix == ".safetensors"
                 return Checkpoint([SafetensorsFile(path) if is_safe else self.open_bin(path)])
-        raise CheckpointError(
+        raise ConversionError(
             f"{folder} holds no weights: no {' and no '.join(names)}, nor safetensors"
         )
 
@@ -314,7 +352,7 @@ class _Opener:
 
     def check_pickle_allowed(self, path: pathlib.Path) -> None:
         if not self.sources.allow_pickle:
-            raise CheckpointError(
+            raise ConversionError(
                 f"{path} is a PyTorch pickle; if you trust where it comes from, pass "
                 "--allow_pickle (it is read without being executed)"
             )
@@ -326,7 +364,7 @@ class _Opener:
     def refuse_part(self, flag: str, part: pathlib.Path | None) -> None:
         if part is not None:
             folder = self.sources.folder
-            raise CheckpointError(f"{folder} holds this part itself: leave {flag} out")
+            raise ConversionError(f"{folder} holds this part itself: leave {flag} out")
 
     def companions(self, kind: Kind) -> tuple[pathlib.Path, ...]:
         places = {name: self.sources.folder for name in TEXT_FILES}
@@ -338,13 +376,13 @@ class _Opener:
 
 
 def _tower_shapes(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
-    return keys.expected_shapes(keys.vision_weights(vision)) | keys.passthrough(vision)
+    return keys.expected_shapes(keys.vision_weights(vision)) | keys.unused_tower_tensors(vision)
 
 
 def _check_dtypes(tensors: Mapping[str, StoredTensor]) -> None:
     for tensor in tensors.values():
         dtype = tensor.info.dtype
         if str(dtype) not in ("float32", "float16", "bfloat16"):
-            raise CheckpointError(
+            raise ConversionError(
                 f"{tensor.key}: dtype {dtype}; weights must be float32, float16 or bfloat16"
             )

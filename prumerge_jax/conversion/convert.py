@@ -1,9 +1,12 @@
 """From an opened checkpoint to a model directory, one stacked weight in memory at a time."""
 
 import concurrent.futures
+import contextlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -12,11 +15,12 @@ from prumerge_jax.conversion.checkpoint_reader import OpenedModel
 from prumerge_jax.conversion.keys import Weight
 from prumerge_jax.conversion.report import Report
 from prumerge_jax.conversion.safetensors_io import encode
-from prumerge_jax.conversion.tensor_files import CheckpointError, Tensor, is_finite
+from prumerge_jax.conversion.tensor_files import ConversionError, Tensor, is_finite
+from prumerge_jax.store.atomic import require_new, require_space
 from prumerge_jax.store.manifest import size_and_sha256
 from prumerge_jax.store.model_directory import DirectoryWriter
 
-PASSTHROUGH = "passthrough.safetensors"
+UNUSED_TOWER_TENSORS = "unused_tower_tensors.safetensors"
 REPORT = "conversion_report.json"
 
 # Rows moved at once when a tensor is transposed: few enough for the cache, 5 times faster than
@@ -34,40 +38,44 @@ def convert(
     """Writes a model directory from a checkpoint.
 
     Args:
-      model: see `inputs.open_model`.
+      model: see `checkpoint_reader.open_model`.
       output: the directory to write; it must not exist.
       dtype: of all weights but adapters; None keeps each weight's own.
       progress: called with the number of checkpoint bytes done since the last call.
 
     Raises:
-      CheckpointError: NaN or infinity in a weight, layers of different dtypes, or values that
+      ConversionError: NaN or infinity in a weight, layers of different dtypes, or values that
         `dtype` cannot hold.
-      DirectoryError: `output` exists or is being written.
+      DirectoryError: `output` exists or is being written, or its disk has too little room.
+      OSError: a file cannot be read or written.
     """
     table, tensors = keys.weights(model.config), dict(model.tensors)
+    dtypes = {weight.path: _target_dtype(weight, tensors, dtype) for weight in table}
     if model.adapter is not None:
-        table += keys.adapter_weights(model.config.text, model.adapter.config.rank)
+        adapters = list(keys.adapter_weights(model.config.text, model.adapter.config.rank))
         tensors.update(model.adapter.tensors)
+        dtypes |= {weight.path: _target_dtype(weight, tensors, None) for weight in adapters}
+        table += adapters
+    require_new(output)
+    require_space(output, sum(math.prod(w.shape) * dtypes[w.path].itemsize for w in table))
     report = Report(model)
-    with (
-        DirectoryWriter(
-            output,
-            model.config,
-            adapter=model.adapter.config if model.adapter else None,
-            source=report.source(),
-        ) as writer,
-        concurrent.futures.ThreadPoolExecutor(max_workers=1) as hasher,
-    ):
-        digests = {path: hasher.submit(size_and_sha256, path) for path in model.files}
+    writer = DirectoryWriter(
+        output,
+        model.config,
+        adapter=model.adapter.config if model.adapter else None,
+        source=report.source(),
+    )
+    with writer, _hashing(model.files) as digests:
         for weight in table:
-            keep = model.adapter is not None and weight.keys[0] in model.adapter.tensors
-            array = assemble(weight, tensors, None if keep else dtype, progress)
+            array = assemble(weight, tensors, dtypes[weight.path], progress)
             writer.write_array(weight.path, array)
             report.add(weight, tensors, array.dtype)
             del array  # before the next one is allocated
-        unused = {key: tensors[key].read() for key in keys.passthrough(model.config.vision)}
-        writer.write_file(PASSTHROUGH, encode(unused))
-        report.kept_aside = len(unused)
+        unused = {
+            key: tensors[key].read() for key in keys.unused_tower_tensors(model.config.vision)
+        }
+        writer.write_file(UNUSED_TOWER_TENSORS, encode(unused))
+        report.unused_tower_tensors = len(unused)
         progress(sum(array.nbytes for array in unused.values()))
         for path in model.companions:
             writer.write_file(path.name, path)
@@ -82,35 +90,55 @@ def convert(
 def assemble(
     weight: Weight,
     tensors: Mapping[str, Tensor],
-    dtype: np.dtype | None,
+    dtype: np.dtype,
     progress: Callable[[int], None],
 ) -> np.ndarray:
-    """Reads the tensors behind one weight into one array of our layout.
+    """Reads the checkpoint tensors of one weight into one array of our layout.
 
     Raises:
-      CheckpointError: see `convert`.
+      ConversionError: NaN or infinity among the values, or some that `dtype` cannot hold.
     """
-    dtypes = {str(tensors[key].info.dtype) for key in weight.keys}
-    if dtype is None and len(dtypes) > 1:
-        raise CheckpointError(
-            f"{weight.path}: its layers are stored as {' and '.join(sorted(dtypes))}; "
-            "choose one with --dtype"
-        )
-    target = tensors[weight.keys[0]].info.dtype if dtype is None else dtype
-    result = np.empty(weight.shape, target)
+    result = np.empty(weight.shape, dtype)
     parts = [result] if weight.num_layers is None else result
     for key, part in zip(weight.keys, parts, strict=True):
         tensor = tensors[key].read()
         progress(tensors[key].info.nbytes)
-        copy_blocked(weight.transform.inverse(part), cast(tensor, target, key))
+        copy_blocked(weight.transform.checkpoint_view(part), cast(tensor, dtype, key))
     return result
+
+
+def _target_dtype(
+    weight: Weight, tensors: Mapping[str, Tensor], dtype: np.dtype | None
+) -> np.dtype:
+    """What a weight is stored as: `dtype`, or the one that all of its layers have."""
+    if dtype is not None:
+        return dtype
+    dtypes = {str(tensors[key].info.dtype) for key in weight.keys}
+    if len(dtypes) > 1:
+        raise ConversionError(
+            f"{weight.path}: its layers are stored as {' and '.join(sorted(dtypes))}; "
+            "choose one with --dtype"
+        )
+    return tensors[weight.keys[0]].info.dtype
+
+
+@contextlib.contextmanager
+def _hashing(
+    files: Iterable[pathlib.Path],
+) -> Iterator[dict[pathlib.Path, concurrent.futures.Future[tuple[int, str]]]]:
+    """Size and SHA-256 of files, computed meanwhile; an exception does not wait for them."""
+    hasher = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+    try:
+        yield {path: hasher.submit(size_and_sha256, path) for path in files}
+    finally:
+        hasher.shutdown(cancel_futures=True)
 
 
 def cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """Rounds to nearest even.
 
     Raises:
-      CheckpointError: a value overflows `dtype`.
+      ConversionError: a value overflows `dtype`.
     """
     if tensor.dtype == dtype:
         return tensor
@@ -118,7 +146,7 @@ def cast(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
         result = tensor.astype(dtype)
     if not is_finite(result):
         largest = np.abs(tensor).max()
-        raise CheckpointError(f"{name}: values up to {largest} overflow {dtype}")
+        raise ConversionError(f"{name}: values up to {largest} overflow {dtype}")
     return result
 
 

@@ -5,8 +5,9 @@ import enum
 import pathlib
 from typing import Any
 
-from prumerge_jax.conversion.tensor_files import CheckpointError, load_object
-from prumerge_jax.store.manifest import FORMAT, MANIFEST
+from prumerge_jax.conversion.input_folder import check_folder, hub_cache_hint
+from prumerge_jax.conversion.tensor_files import ConversionError, load_object
+from prumerge_jax.store.manifest import FORMAT, MANIFEST, MAX_MANIFEST_BYTES
 
 
 class Kind(enum.Enum):
@@ -49,21 +50,20 @@ def detect(folder: pathlib.Path) -> Detection:
     """Says what a directory holds.
 
     Raises:
-      CheckpointError: nothing that can be converted; the message says what was looked for, or
+      ConversionError: nothing that can be converted; the message says what was looked for, or
         which unsupported family it is.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a directory")
+    check_folder(folder)
     if (folder / MANIFEST).is_file():
-        manifest = load_object(folder / MANIFEST, max_bytes=256 << 20)
+        manifest = load_object(folder / MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
         if manifest.get("format") == FORMAT:
             return Detection(Kind.OURS, f"{MANIFEST} has format {FORMAT}")
     if (folder / "adapter_config.json").is_file():
         return Detection(Kind.PEFT, "it holds adapter_config.json")
     if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} holds none of {MANIFEST}, adapter_config.json, config.json: "
-            "not a checkpoint that can be converted"
+        hint = hub_cache_hint(folder) or "not a checkpoint that can be converted"
+        raise ConversionError(
+            f"{folder} holds none of {MANIFEST}, adapter_config.json, config.json: {hint}"
         )
     config = load_object(folder / "config.json")
     _refuse_other_families(config, folder)
@@ -87,7 +87,7 @@ def _by_config(config: dict[str, Any], folder: pathlib.Path) -> Detection:
         return Detection(Kind.HF, "config.json has text_config and vision_config")
     if "LlamaForCausalLM" in names or model_type == "llama":
         return Detection(Kind.LLAMA, "config.json describes a LlamaForCausalLM")
-    raise CheckpointError(
+    raise ConversionError(
         f"{folder / 'config.json'}: architectures {str(architectures)[:80]}, model_type "
         f"{str(model_type)[:80]}: neither LLaVA-1.5, LLaMA nor CLIP"
     )
@@ -99,12 +99,12 @@ def _refuse_other_families(config: dict[str, Any], folder: pathlib.Path) -> None
     for name in architectures if isinstance(architectures, list) else []:
         for prefix, family in _UNSUPPORTED_ARCHITECTURES.items():
             if isinstance(name, str) and name.startswith(prefix):
-                raise CheckpointError(f"{where}: {name} is {family}, which is not supported")
+                raise ConversionError(f"{where}: {name} is {family}, which is not supported")
     for field, family in _UNSUPPORTED_FIELDS.items():
         if config.get(field):
-            raise CheckpointError(f"{where}: {field} says {family}, which is not supported")
+            raise ConversionError(f"{where}: {field} says {family}, which is not supported")
     if config.get("mm_patch_merge_type") == "spatial_unpad":
-        raise CheckpointError(
+        raise ConversionError(
             f"{where}: mm_patch_merge_type spatial_unpad says LLaVA-NeXT, which is not supported"
         )
 

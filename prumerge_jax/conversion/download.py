@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from prumerge_jax.conversion.tensor_files import CheckpointError
+from prumerge_jax.conversion.tensor_files import ConversionError
 
 _FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja"]
 
@@ -18,12 +18,12 @@ def download(repository: str, revision: str) -> pathlib.Path:
       revision: a full commit id, so that the files cannot change behind the name.
 
     Raises:
-      CheckpointError: the revision is not a commit id, or the files cannot be had.
+      ConversionError: the revision is not a commit id, or the files cannot be had.
     """
     import huggingface_hub
 
     if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-        raise CheckpointError(
+        raise ConversionError(
             f"--download needs --revision=COMMIT, 40 hexadecimal digits, not {revision!r}"
         )
     try:
@@ -32,5 +32,5 @@ def download(repository: str, revision: str) -> pathlib.Path:
         )
     except Exception as error:  # the hub client raises errors of several HTTP libraries
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"cannot download {repository}@{revision}: {reason}") from error
+        raise ConversionError(f"cannot download {repository}@{revision}: {reason}") from error
     return pathlib.Path(folder)

@@ -12,22 +12,24 @@ import numpy as np
 from prumerge_jax.conversion import hf_files as outputs
 from prumerge_jax.conversion import keys
 from prumerge_jax.conversion.checkpoint_reader import TEXT_FILES
-from prumerge_jax.conversion.convert import PASSTHROUGH, REPORT, cast, copy_blocked
+from prumerge_jax.conversion.convert import REPORT, UNUSED_TOWER_TENSORS, cast, copy_blocked
 from prumerge_jax.conversion.keys import Dialect, Weight
 from prumerge_jax.conversion.peft import merged
 from prumerge_jax.conversion.safetensors_io import SafetensorsFile, ShardedWriter
-from prumerge_jax.conversion.tensor_files import CheckpointError, TensorInfo
+from prumerge_jax.conversion.tensor_files import ConversionError, TensorInfo
 from prumerge_jax.conversion.torch_bin import encode
 from prumerge_jax.models import config_json
-from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.models.config import LlavaConfig, decoder_linears
 from prumerge_jax.store import model_directory as directories
-from prumerge_jax.store.atomic import StagedDirectory
+from prumerge_jax.store.atomic import StagedDirectory, require_new, require_space
 
 Progress = Callable[[int], None]
 
 # llava-hf's vocabulary: the tokenizer's pieces, <image>, <pad>, filled up to a multiple of 64.
 _VOCABULARY_MULTIPLE = 64
 _VOCABULARY = ("language_model.embed_tokens.weight", "lm_head.weight")
+# The name of `UNUSED_TOWER_TENSORS` in directories of format version 1.
+_VERSION_1_UNUSED = "passthrough.safetensors"
 # PEFT matches lists by suffix, which on a LLaVA of transformers would hit CLIP's projections too.
 _HF_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 
@@ -48,13 +50,13 @@ class StoredModel:
         self.manifest = directories.read_manifest(folder)
 
     def dtype(self, weight: Weight) -> np.dtype:
-        """Of one weight, as stored.
+        """Dtype of one weight, as stored.
 
         Raises:
-          CheckpointError: the directory lacks it.
+          ConversionError: the directory lacks it.
         """
         if weight.path not in self.manifest.arrays:
-            raise CheckpointError(f"{self.folder} lacks the weight {weight.path}")
+            raise ConversionError(f"{self.folder} lacks the weight {weight.path}")
         return self.manifest.arrays[weight.path].dtype
 
     def tensors(self, weight: Weight) -> Iterator[tuple[str, np.ndarray]]:
@@ -62,16 +64,21 @@ class StoredModel:
         array = directories.read_array(self.folder, weight.path)
         parts = [array] if weight.num_layers is None else array
         for key, part in zip(weight.keys, parts, strict=True):
-            view = weight.transform.inverse(part)
+            view = weight.transform.checkpoint_view(part)
             tensor = np.empty(view.shape, view.dtype)
             copy_blocked(tensor, view)
             yield key, tensor
 
+    def unused_file(self) -> pathlib.Path | None:
+        """The file of those tensors, None in a model that never had them."""
+        files = (self.folder / name for name in (UNUSED_TOWER_TENSORS, _VERSION_1_UNUSED))
+        return next((file for file in files if file.is_file()), None)
+
     def unused(self) -> dict[str, np.ndarray]:
         """The tower's tensors that LLaVA never uses; zeros in a model that never had them."""
-        file = self.folder / PASSTHROUGH
-        shapes = keys.passthrough(self.config.vision)
-        if not file.is_file():
+        file = self.unused_file()
+        shapes = keys.unused_tower_tensors(self.config.vision)
+        if file is None:
             dtype = self.manifest.arrays["vision.class_embedding"].dtype
             return {key: np.zeros(shape, dtype) for key, shape in shapes.items()}
         source = SafetensorsFile(file)
@@ -103,12 +110,16 @@ def export_model(
       progress: called with the number of bytes written since the last call.
 
     Raises:
-      CheckpointError: the dialect cannot hold the model.
+      ConversionError: the dialect cannot hold the model.
       DirectoryError: `folder` is no model directory, or `output` exists.
     """
+    require_new(output)
+    adapter = config_json.read_adapter(folder)  # before every file is hashed
+    if adapter is None and merge:
+        raise ConversionError(f"{folder} holds no adapters: leave --merge out")
+    if adapter is not None and not merge:
+        raise ConversionError(f"{folder} holds adapters: use --merge, or --to=peft")
     model = StoredModel(folder)
-    if model.adapter is not None and not merge:
-        raise CheckpointError(f"{folder} holds adapters: use --merge, or --to=peft")
     config = (_with_image_token if dialect is Dialect.HF else _without_image_token)(model.config)
     files = _hf_files(config) if dialect is Dialect.HF else _llava_files(config)
     table, unused = keys.weights(model.config), model.unused()
@@ -122,6 +133,7 @@ def export_model(
         keys.dialect_key(key, dialect, config): TensorInfo(tensor.shape, tensor.dtype)
         for key, tensor in unused.items()
     }
+    require_space(output, sum(info.nbytes for info in infos.values()))
     with StagedDirectory(output) as staged:
         writer = ShardedWriter(staged.path, infos, max_shard_bytes)
         for weight in table:
@@ -154,15 +166,17 @@ def export_adapter(folder: pathlib.Path, output: pathlib.Path, *, base: str | No
       base: name of the model the adapter belongs on; by default what the directory knows.
 
     Raises:
-      CheckpointError: the directory holds no adapters.
+      ConversionError: the directory holds no adapters.
       DirectoryError: `folder` is no model directory, or `output` exists.
     """
+    require_new(output)
+    adapter = config_json.read_adapter(folder)  # before every file is hashed
+    if adapter is None:
+        raise ConversionError(f"{folder} holds no adapters: use --to=hf or --to=llava")
     model = StoredModel(folder)
-    if model.adapter is None:
-        raise CheckpointError(f"{folder} holds no adapters: use --to=hf or --to=llava")
-    config, adapter = model.config, model.adapter
+    config = model.config
     is_hf = config.image_token_id is not None
-    names = sorted(name.split(".")[-1] for name in keys.decoder_linears(config.text))
+    names = sorted(decoder_linears(config.text))
     declared = base or model.manifest.source.get("adapter_base") or None
     table = list(keys.adapter_weights(config.text, adapter.rank))
     infos = {
@@ -223,7 +237,7 @@ def _without_image_token(config: LlavaConfig) -> LlavaConfig:
         return config
     dropped = config.text.vocab_size - image
     if dropped > _VOCABULARY_MULTIPLE + 1:
-        raise CheckpointError(
+        raise ConversionError(
             f"the image token {image} is followed by {dropped} rows of vocabulary, more than "
             "<image>, <pad> and filling: dropping them would drop words"
         )
@@ -255,8 +269,8 @@ def _llava_files(config: LlavaConfig) -> dict[str, dict[str, Any]]:
         "generation_config.json": outputs.generation_config(config),
         "preprocessor_config.json": outputs.image_processor(config.vision),
         "tokenizer_config.json": outputs.tokenizer_config(config),
-        # Sizes of the tower, which the original config does not hold: `--vision_tower` on the
-        # way back, where they are not those of OpenAI's.
+        # Sizes of the tower, which the original config does not hold. Where they are not those of
+        # OpenAI's, this folder is given as `--vision_tower` when the directory is read again.
         "vision_tower/config.json": outputs.clip_config(config.vision),
         "vision_tower/preprocessor_config.json": outputs.image_processor(config.vision),
     }
@@ -287,7 +301,7 @@ def _report(model: StoredModel, config: LlavaConfig, tensors: int, merge: bool) 
     if after != before:
         change = "dropped from the end" if after < before else "added, each the mean of the others"
         rows = f"{before} -> {after} rows, {change}"
-    stored = (model.folder / PASSTHROUGH).is_file()
+    stored = model.unused_file() is not None
     return {
         "tensors_out": tensors,
         "vocabulary": rows,

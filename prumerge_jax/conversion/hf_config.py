@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from prumerge_jax.conversion.tensor_files import CheckpointError, load_object
+from prumerge_jax.conversion.tensor_files import ConversionError, load_object
 from prumerge_jax.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig, TextConfig, VisionConfig
 from prumerge_jax.models.config_json import from_json
 from prumerge_jax.models.llava import projector_depth
@@ -23,7 +23,7 @@ class Section:
 
     def __init__(self, values: Any, where: str) -> None:
         if not isinstance(values, Mapping):
-            raise CheckpointError(f"{where}: expected an object, got {type(values).__name__}")
+            raise ConversionError(f"{where}: expected an object, got {type(values).__name__}")
         self.values = values
         self.where = where
 
@@ -31,7 +31,7 @@ class Section:
         """A field under one of several spellings.
 
         Raises:
-          CheckpointError: of another type, or two spellings disagree.
+          ConversionError: of another type, or two spellings disagree.
         """
         names = [names] if isinstance(names, str) else names
         found = {name: self.values[name] for name in names if name in self.values}
@@ -39,12 +39,12 @@ class Section:
             return default
         name, value = next(iter(found.items()))
         if any(other != value for other in found.values()):
-            raise CheckpointError(f"{self.where}: {' and '.join(found)} disagree")
+            raise ConversionError(f"{self.where}: {' and '.join(found)} disagree")
         if value is None and default is None:
             return None
         accepted = (int, float) if kind is float else (kind,)
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise CheckpointError(
+            raise ConversionError(
                 f"{self.where}: {name} is {value!r:.80}, expected {kind.__name__}"
             )
         return value
@@ -53,12 +53,12 @@ class Section:
         """A field of which only some values are supported; absent means `default`.
 
         Raises:
-          CheckpointError: another value; the message says which are supported.
+          ConversionError: another value; the message says which are supported.
         """
         value = self.values.get(name, supported[0] if default is _ABSENT else default)
         if not any(value == s and type(value) is type(s) for s in supported):
             expected = " or ".join(repr(s) for s in supported)
-            raise CheckpointError(
+            raise ConversionError(
                 f"{self.where}: {name} is {value!r:.80}; only {expected} is supported"
             )
         return value
@@ -75,7 +75,7 @@ def parse_hf(values: Any, where: str) -> LlavaConfig:
     Absent fields have the defaults of transformers' LlavaConfig, LlamaConfig and CLIPVisionConfig.
 
     Raises:
-      CheckpointError: a field is malformed, out of bounds, or asks for something unsupported.
+      ConversionError: a field is malformed, out of bounds, or asks for something unsupported.
     """
     top = Section(values, where)
     top.require("projector_hidden_act", ["gelu"])
@@ -103,7 +103,7 @@ def parse_hf(values: Any, where: str) -> LlavaConfig:
     for name in ("image_token_id", "pad_token_id"):
         token = getattr(config, name)
         if token is not None and not 0 <= token < config.text.vocab_size:
-            raise CheckpointError(
+            raise ConversionError(
                 f"{where}: {name} {token} is outside the vocabulary of {config.text.vocab_size}"
             )
     return _refusing(from_json, LlavaConfig, to_json(config), where)
@@ -113,7 +113,7 @@ def parse_llava(values: Any, where: str, vision: VisionConfig) -> LlavaConfig:
     """The config of a `LlavaLlamaForCausalLM`; the tower's sizes come from its own config.
 
     Raises:
-      CheckpointError: a field is malformed, out of bounds, or asks for something unsupported.
+      ConversionError: a field is malformed, out of bounds, or asks for something unsupported.
     """
     top = Section(values, where)
     top.require("mm_vision_select_layer", [-2])
@@ -128,10 +128,10 @@ def parse_llava(values: Any, where: str, vision: VisionConfig) -> LlavaConfig:
     try:
         projector_depth(projector)
     except ValueError as error:
-        raise CheckpointError(f"{where}: mm_projector_type: {error}") from None
+        raise ConversionError(f"{where}: mm_projector_type: {error}") from None
     hidden = top.get("mm_hidden_size", int, vision.width)
     if hidden != vision.width:
-        raise CheckpointError(
+        raise ConversionError(
             f"{where}: mm_hidden_size is {hidden}, the vision tower's width is {vision.width}"
         )
     config = LlavaConfig(
@@ -158,7 +158,7 @@ def parse_clip(values: Any, where: str) -> VisionConfig:
     """The config of a CLIPModel or CLIPVisionModel.
 
     Raises:
-      CheckpointError: as `parse_hf`.
+      ConversionError: as `parse_hf`.
     """
     top = Section(values, where)
     return parse_vision(top.section("vision_config") if "vision_config" in top.values else top)
@@ -168,7 +168,7 @@ def parse_text(section: Section) -> TextConfig:
     """The fields of a LlamaConfig.
 
     Raises:
-      CheckpointError: as `parse_hf`.
+      ConversionError: as `parse_hf`.
     """
     section.require("model_type", ["llama", "llava", "llava_llama"])
     section.require("hidden_act", ["silu"])
@@ -182,7 +182,7 @@ def parse_text(section: Section) -> TextConfig:
     kv_heads = section.get("num_key_value_heads", int, None)
     head_dim = section.get("head_dim", int, None)
     if heads < 1 or (head_dim is None and width % heads):
-        raise CheckpointError(
+        raise ConversionError(
             f"{section.where}: hidden_size {width} is not a multiple of num_attention_heads {heads}"
         )
     return _built(
@@ -205,7 +205,7 @@ def parse_vision(section: Section) -> VisionConfig:
     """The fields of a CLIPVisionConfig.
 
     Raises:
-      CheckpointError: as `parse_hf`.
+      ConversionError: as `parse_hf`.
     """
     section.require("model_type", ["clip_vision_model", "clip"])
     section.require("num_channels", [3])
@@ -227,7 +227,7 @@ def with_processor(folder: pathlib.Path, vision: VisionConfig) -> VisionConfig:
     """Adds pixel mean and deviation from the processor files beside a checkpoint, if it has them.
 
     Raises:
-      CheckpointError: they ask for other pixels, or for another number of image tokens, than this
+      ConversionError: they ask for other pixels, or for another number of image tokens, than this
         package would make.
     """
     pixels = None
@@ -249,7 +249,7 @@ def with_processor(folder: pathlib.Path, vision: VisionConfig) -> VisionConfig:
     pixels.require("resample", [3, None])
     factor = pixels.get("rescale_factor", float, 1 / 255)
     if abs(factor * 255 - 1) > 1e-6:
-        raise CheckpointError(f"{pixels.where}: rescale_factor is {factor}, expected 1/255")
+        raise ConversionError(f"{pixels.where}: rescale_factor is {factor}, expected 1/255")
     side = vision.image_size
     square = {"height": side, "width": side}
     pixels.require("size", [{"shortest_edge": side}, side, square])
@@ -266,7 +266,7 @@ def _rope_theta(section: Section) -> float:
     """`rope_theta` of transformers 4.x, or `rope_parameters` of 5.x."""
     rope = section.section("rope_parameters")
     if rope.require("rope_type", ["default"]) != "default" or len(rope.values) > 2:
-        raise CheckpointError(f"{rope.where}: scaled rotary embeddings are not supported")
+        raise ConversionError(f"{rope.where}: scaled rotary embeddings are not supported")
     return float(rope.get("rope_theta", float, section.get("rope_theta", float, 10000.0)))
 
 
@@ -279,4 +279,4 @@ def _refusing(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except ValueError as error:
-        raise CheckpointError(str(error)) from None
+        raise ConversionError(str(error)) from None

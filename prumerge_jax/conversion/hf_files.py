@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from prumerge_jax.conversion.tensor_files import CheckpointError
+from prumerge_jax.conversion.tensor_files import ConversionError
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 
 OPENAI_TOWER = "openai/clip-vit-large-patch14-336"
@@ -12,14 +12,14 @@ def hf_config(config: LlavaConfig) -> dict[str, Any]:
     """`config.json` of a LlavaForConditionalGeneration, read alike by transformers 4 and 5.
 
     Raises:
-      CheckpointError: a projector that transformers' LLaVA does not have, or no image token.
+      ConversionError: a projector that transformers' LLaVA does not have, or no image token.
     """
     if config.projector != "mlp2x_gelu":
-        raise CheckpointError(
+        raise ConversionError(
             f"projector {config.projector}: llava-hf has mlp2x_gelu only; use --to=llava"
         )
     if config.image_token_id is None:
-        raise CheckpointError("the model has no image token id, which llava-hf needs")
+        raise ConversionError("the model has no image token id, which llava-hf needs")
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",

@@ -12,8 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from prumerge_jax.conversion.tensor_files import CheckpointError, TensorInfo, listing
-from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
+from prumerge_jax.conversion.tensor_files import ConversionError, TensorInfo, listing
+from prumerge_jax.models.config import (
+    LlavaConfig,
+    TextConfig,
+    VisionConfig,
+    decoder_linears,
+)
 from prumerge_jax.models.llava import projector_depth
 
 
@@ -32,13 +37,9 @@ class Transform(enum.Enum):
     TRANSPOSE = (1, 0)  # a linear layer: [out, in] -> [in, out]
     CONVOLUTION = (2, 3, 1, 0)  # [out, in, h, w] -> [h, w, in, out]
 
-    def forward(self, tensor: np.ndarray) -> np.ndarray:
-        """A view of a checkpoint tensor in our layout."""
-        return tensor.transpose(self.value) if self.value else tensor
-
-    def inverse(self, tensor: np.ndarray) -> np.ndarray:
-        """A view of our tensor in the checkpoint's layout."""
-        return tensor.transpose(np.argsort(self.value)) if self.value else tensor
+    def checkpoint_view(self, ours: np.ndarray) -> np.ndarray:
+        """A view of our tensor in the checkpoint's layout; imports write it, exports read it."""
+        return ours.transpose(np.argsort(self.value)) if self.value else ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +84,11 @@ def weights(config: LlavaConfig) -> list[Weight]:
     ]
 
 
-def passthrough(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
+def unused_tower_tensors(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
     """Canonical key and shape of tensors that checkpoints hold and LLaVA never uses.
 
-    These are what follows the keys and queries in the tower's last block, and the norm behind it.
-    Kept beside the model, so that a checkpoint can be written back whole.
+    These are what follows the keys and queries in the tower's last block, and the norm after it.
+    They are stored alongside the model, so that a complete checkpoint can be written again.
     """
     block = f"vision_tower.encoder.layers.{vision.num_layers - 1}"
     width, inner = vision.width, vision.mlp_width
@@ -105,6 +106,8 @@ def passthrough(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
     return shapes
 
+
+_MLP = ("gate_proj", "up_proj", "down_proj")
 
 # Tensors that old files hold and every program recomputes.
 _DERIVED = {
@@ -201,7 +204,7 @@ def assign(
       leave_out: the reason why a canonical key is not wanted, None if it is.
 
     Raises:
-      CheckpointError: lists every unknown, repeated, missing or wrongly shaped key.
+      ConversionError: lists every unknown, repeated, missing or wrongly shaped key.
     """
     key_of: dict[str, str] = {}
     ignored: dict[str, str] = {}
@@ -227,7 +230,7 @@ def assign(
     }
     messages = [f"{fault}: {listing(found)}" for fault, found in faults.items() if found]
     if messages:
-        raise CheckpointError(f"{where}: {'; '.join(messages)}")
+        raise ConversionError(f"{where}: {'; '.join(messages)}")
     return Assignment(key_of, ignored)
 
 
@@ -243,7 +246,7 @@ def _hf_index(original: str) -> int | str:
 
 
 def vision_weights(vision: VisionConfig) -> Iterator[Weight]:
-    """Those of the tower that LLaVA uses; the rest are `passthrough`."""
+    """Those of the tower that LLaVA uses; the rest are `unused_tower_tensors`."""
     width, patch, root = vision.width, vision.patch_size, "vision_tower"
     yield Weight("vision.class_embedding", f"{root}.embeddings.class_embedding", (width,))
     yield Weight(
@@ -288,7 +291,7 @@ def decoder_weights(text: TextConfig) -> Iterator[Weight]:
     for name in ("input_layernorm", "post_attention_layernorm"):
         pattern = f"{root}.layers.{{}}.{name}.weight"
         yield Weight(f"decoder.layers.{name}.scale", pattern, (width,), num_layers=layers)
-    for name, shape in decoder_linears(text).items():
+    for name, shape in checkpoint_linears(text).items():
         pattern = f"{root}.layers.{{}}.{name}.weight"
         path = f"decoder.layers.{name}.kernel"
         yield Weight(path, pattern, shape, Transform.TRANSPOSE, layers)
@@ -298,7 +301,7 @@ def decoder_weights(text: TextConfig) -> Iterator[Weight]:
 
 def adapter_weights(text: TextConfig, rank: int) -> Iterator[Weight]:
     """Those of low-rank adapters on every linear layer of the decoder's blocks."""
-    for name, (d_out, d_in) in decoder_linears(text).items():
+    for name, (d_out, d_in) in checkpoint_linears(text).items():
         pattern, path = f"language_model.layers.{{}}.{name}", f"decoder.layers.{name}"
         for ours, theirs, shape in (
             ("lora_a", "lora_A", (rank, d_in)),
@@ -313,18 +316,11 @@ def adapter_weights(text: TextConfig, rank: int) -> Iterator[Weight]:
             )
 
 
-def decoder_linears(text: TextConfig) -> dict[str, tuple[int, int]]:
+def checkpoint_linears(text: TextConfig) -> dict[str, tuple[int, int]]:
     """Name within a layer and [out, in] of the linear layers that carry adapters."""
-    width, inner = text.width, text.mlp_width
-    heads, kv_heads = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
     return {
-        "self_attn.q_proj": (heads, width),
-        "self_attn.k_proj": (kv_heads, width),
-        "self_attn.v_proj": (kv_heads, width),
-        "self_attn.o_proj": (width, heads),
-        "mlp.gate_proj": (inner, width),
-        "mlp.up_proj": (inner, width),
-        "mlp.down_proj": (width, inner),
+        f"{'mlp' if name in _MLP else 'self_attn'}.{name}": (d_out, d_in)
+        for name, (d_in, d_out) in decoder_linears(text).items()
     }
 
 

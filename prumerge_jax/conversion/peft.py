@@ -12,7 +12,7 @@ from prumerge_jax.conversion.hf_config import Section
 from prumerge_jax.conversion.keys import Dialect
 from prumerge_jax.conversion.tensor_files import (
     Checkpoint,
-    CheckpointError,
+    ConversionError,
     StoredTensor,
     Tensor,
     TensorInfo,
@@ -87,13 +87,13 @@ def merged(weight: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np
       scale: alpha / rank.
 
     Raises:
-      CheckpointError: the result overflows.
+      ConversionError: the result overflows.
     """
     result = b.astype(np.float32) @ a.astype(np.float32)
     result *= np.float32(scale)
     result += weight.astype(np.float32)
     if not is_finite(result):
-        raise CheckpointError("a merged weight overflows float32; the adapter is damaged")
+        raise ConversionError("a merged weight overflows float32; the adapter is damaged")
     return result
 
 
@@ -101,7 +101,7 @@ def parse_adapter_config(folder: pathlib.Path) -> tuple[AdapterConfig, str]:
     """Rank, alpha, dropout, and the declared base model.
 
     Raises:
-      CheckpointError: an option of PEFT that would change the weights and is not implemented.
+      ConversionError: an option of PEFT that would change the weights and is not implemented.
     """
     path = folder / "adapter_config.json"
     section = Section(load_object(path), str(path))
@@ -110,14 +110,14 @@ def parse_adapter_config(folder: pathlib.Path) -> tuple[AdapterConfig, str]:
     for name, value in section.values.items():
         unset = value is None or value is False or value in ("none", {}, [])
         if name not in _READ_OR_HARMLESS and not unset:
-            raise CheckpointError(
+            raise ConversionError(
                 f"{path}: {name} is {value!r:.80}; this option is not supported, only plain LoRA is"
             )
     rank = section.get("r", int, 8)
     alpha = float(section.get("lora_alpha", float, 8))
     dropout = float(section.get("lora_dropout", float, 0.0))
     if not (1 <= rank <= 1 << 14 and math.isfinite(alpha) and 0 <= dropout < 1):
-        raise CheckpointError(f"{path}: r {rank}, lora_alpha {alpha}, lora_dropout {dropout}")
+        raise ConversionError(f"{path}: r {rank}, lora_alpha {alpha}, lora_dropout {dropout}")
     base = section.get("base_model_name_or_path", str, None)
     return AdapterConfig(rank, alpha, dropout), base or ""
 
@@ -128,8 +128,9 @@ def match_adapter(
     """Matches adapter tensors with the decoder's linear layers, by full key, never by suffix.
 
     Raises:
-      CheckpointError: unknown, repeated or wrongly shaped tensors, or one of a pair missing.
+      ConversionError: unknown, repeated or wrongly shaped tensors, or one of a pair missing.
     """
+    _refuse_other_modules(checkpoint, where)
     expected = keys.expected_shapes(keys.adapter_weights(text, config.rank))
     present = {keys.canonical_key(key, Dialect.LLAVA) for key in checkpoint.tensors}
     # An adapter may leave linear layers out, but not one half of a pair.
@@ -137,10 +138,27 @@ def match_adapter(
     partners |= {key.replace(".lora_B.", ".lora_A.") for key in present}
     wanted = {key: shape for key, shape in expected.items() if key in partners}
     if not wanted:
-        raise CheckpointError(f"{where}: holds no adapter of a linear layer of the decoder")
+        raise ConversionError(f"{where}: holds no adapter of a linear layer of the decoder")
     matched = keys.assign(checkpoint.tensors, Dialect.LLAVA, wanted, where)
     tensors = {key: StoredTensor(checkpoint, own) for key, own in matched.key_of.items()}
     return Adapter(config, base, tensors)
+
+
+def _refuse_other_modules(checkpoint: Checkpoint, where: str) -> None:
+    """Says what to do with adapters on the tower, the projector, the embedding or the head.
+
+    PEFT matches `target_modules` by suffix, and the tower has a `q_proj` and a `v_proj` too.
+    """
+    for key in checkpoint.tensors:
+        canonical = keys.canonical_key(key, Dialect.LLAVA)
+        if ".lora_" in canonical and not canonical.startswith("language_model.layers."):
+            module = canonical.split(".lora_")[0]
+            raise ConversionError(
+                f"{where}: has adapters on other modules than the decoder's layers, {module[:80]} "
+                "for one, which is not supported: train with target_modules limited to "
+                "language_model.layers, or merge them with PEFT's merge_and_unload() and convert "
+                "the merged model"
+            )
 
 
 def merge_into(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
@@ -162,7 +180,7 @@ def check_base(adapter: Adapter, folder: pathlib.Path, stated: str | None) -> No
     form of a hub cache too, or if the user states it.
 
     Raises:
-      CheckpointError: neither.
+      ConversionError: neither.
     """
     if not adapter.base:
         return  # the adapter does not say
@@ -172,7 +190,7 @@ def check_base(adapter: Adapter, folder: pathlib.Path, stated: str | None) -> No
         part == name or part == f"models--{adapter.base.replace('/', '--')}" for part in places
     ):
         return
-    raise CheckpointError(
-        f"the adapter was trained on {adapter.base[:200]!r} and {folder} does not carry that name; "
-        f"if it is that model, say so with --adapter_base={adapter.base[:200]}"
+    raise ConversionError(
+        f"the adapter was trained on {adapter.base[:80]!r} and {folder} does not carry that name; "
+        f"if it is that model, say so with --adapter_base={adapter.base[:80]}"
     )

@@ -23,7 +23,8 @@ class Report:
       tensors_in: checkpoint tensors that became weights.
       weights_out: weights written; a stack of layers is one.
       parameters: numbers in those weights.
-      kept_aside: checkpoint tensors the model never uses, kept for the way back.
+      unused_tower_tensors: number of tensors of the tower that the model never uses; they are
+        stored alongside it for exports.
       dtype_changes: number of tensors by `from -> to`.
     """
 
@@ -32,7 +33,7 @@ class Report:
     tensors_in: int = 0
     weights_out: int = 0
     parameters: int = 0
-    kept_aside: int = 0
+    unused_tower_tensors: int = 0
     dtype_changes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, weight: Weight, tensors: Mapping[str, Tensor], dtype: np.dtype) -> None:
@@ -43,6 +44,14 @@ class Report:
         for key in weight.keys:
             if (before := tensors[key].info.dtype) != dtype:
                 self.dtype_changes[f"{before} -> {dtype}"] += 1
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        return (
+            f"{self.parameters:,} parameters from {self.tensors_in} tensors, "
+            f"{self.unused_tower_tensors} of the tower that LLaVA never uses, "
+            f"{len(self.model.ignored)} left out"
+        )
 
     def source(self) -> dict[str, Any]:
         """What the manifest keeps: the kinds of input, without their places on this machine."""
@@ -62,7 +71,7 @@ class Report:
             "tensors_in": self.tensors_in,
             "weights_out": self.weights_out,
             "parameters": self.parameters,
-            "tensors_kept_aside_unused": self.kept_aside,
+            "unused_tower_tensors": self.unused_tower_tensors,
             "dtype_changes": dict(self.dtype_changes),
             "ignored": dict(self.model.ignored),
         }

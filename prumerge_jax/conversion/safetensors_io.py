@@ -16,7 +16,7 @@ import numpy as np
 
 from prumerge_jax.conversion.tensor_files import (
     Checkpoint,
-    CheckpointError,
+    ConversionError,
     TensorInfo,
     listing,
     open_indexed,
@@ -40,7 +40,10 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 _DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# A 13B model in one file has 760 tensors and a header of 0.1 MB. The format allows 100 MB, with
+# which a small file could fill memory.
+_MAX_HEADER_BYTES = 4 << 20
+_MAX_TENSORS = 20_000
 _MAX_RANK = 8
 
 
@@ -56,7 +59,7 @@ class SafetensorsFile:
         """Opens the file and validates its header against its size.
 
         Raises:
-          CheckpointError: truncated, oversized or malformed header, an unknown dtype, offsets that
+          ConversionError: truncated, oversized or malformed header, an unknown dtype, offsets that
             overlap, leave gaps, leave the file or disagree with a shape, repeated names.
           OSError: the file cannot be read.
         """
@@ -76,21 +79,25 @@ class SafetensorsFile:
         """Where data begins, how many bytes it has, and the header."""
         size = self.path.stat().st_size
         if size < 8:
-            raise CheckpointError(f"{self.path}: {size} bytes are no safetensors file")
+            raise ConversionError(f"{self.path}: {size} bytes are no safetensors file")
         length = int.from_bytes(read_exactly(self.path, 8, 0).tobytes(), "little")
         if length > _MAX_HEADER_BYTES or length > size - 8:
-            raise CheckpointError(
-                f"{self.path}: declares a header of {length} bytes in a file of {size}; "
-                "truncated or not a safetensors file"
+            raise ConversionError(
+                f"{self.path}: declares a header of {length} bytes in a file of {size}, expected "
+                f"at most {_MAX_HEADER_BYTES}; truncated or not a safetensors file"
             )
         raw = read_exactly(self.path, length, 8).tobytes()
         try:
             header = parse_json(raw, f"{self.path}: header")
         except ValueError as error:
-            raise CheckpointError(str(error)) from None
+            raise ConversionError(str(error)) from None
         if not isinstance(header, dict):
-            raise CheckpointError(f"{self.path}: the header is not an object")
+            raise ConversionError(f"{self.path}: the header is not an object")
         header.pop("__metadata__", None)
+        if len(header) > _MAX_TENSORS:
+            raise ConversionError(
+                f"{self.path}: {len(header)} tensors in one file, expected at most {_MAX_TENSORS}"
+            )
         return 8 + length, size - 8 - length, header
 
     def _parse(self, header: dict[str, Any]) -> None:
@@ -103,36 +110,36 @@ class SafetensorsFile:
         for begin, end, name in sorted(ends):
             if begin != expected:
                 fault = "overlaps another tensor" if begin < expected else "follows a gap"
-                raise CheckpointError(f"{self.path}: {name[:200]} {fault}")
+                raise ConversionError(f"{self.path}: {name[:80]} {fault}")
             expected = end
         if expected != self._data_bytes:
-            raise CheckpointError(
+            raise ConversionError(
                 f"{self.path}: holds {self._data_bytes} bytes of data, its header describes "
                 f"{expected}; truncated or altered"
             )
 
     def _entry(self, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
-        where = f"{self.path}: {name[:200]}"
+        where = f"{self.path}: {name[:80]}"
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise CheckpointError(f"{where}: malformed header entry")
+            raise ConversionError(f"{where}: malformed header entry")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise CheckpointError(
+            raise ConversionError(
                 f"{where}: unsupported dtype {dtype!r:.40}; expected one of {sorted(_DTYPES)}"
             )
         if not _is_list_of_sizes(shape) or len(shape) > _MAX_RANK:
-            raise CheckpointError(f"{where}: malformed shape {shape!r:.80}")
+            raise ConversionError(f"{where}: malformed shape {shape!r:.80}")
         if not _is_list_of_sizes(offsets) or len(offsets) != 2:
-            raise CheckpointError(f"{where}: malformed data_offsets {offsets!r:.80}")
+            raise ConversionError(f"{where}: malformed data_offsets {offsets!r:.80}")
         begin, end = offsets
         nbytes = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
         if end - begin != nbytes:
-            raise CheckpointError(
+            raise ConversionError(
                 f"{where}: data_offsets {begin} to {end} do not hold {nbytes} bytes of "
                 f"{dtype} {shape}"
             )
         if end > self._data_bytes:
-            raise CheckpointError(
+            raise ConversionError(
                 f"{where}: its data ends at {end}, the file's at {self._data_bytes}; truncated"
             )
         return TensorInfo(tuple(shape), np.dtype(_DTYPES[dtype])), begin, end
@@ -156,7 +163,7 @@ class ShardedWriter:
         """Creates all files at their final size, named `<stem>...safetensors`.
 
         Raises:
-          CheckpointError: a dtype that safetensors (or this module) does not know.
+          ConversionError: a dtype that safetensors (or this module) does not know.
         """
         self._places: dict[str, tuple[pathlib.Path, int]] = {}
         self._unwritten = dict(tensors)
@@ -181,13 +188,13 @@ class ShardedWriter:
         """Writes one declared tensor.
 
         Raises:
-          CheckpointError: not declared, written before, or of another shape or dtype.
+          ConversionError: not declared, written before, or of another shape or dtype.
         """
         info = self._unwritten.get(name)
         if info is None:
-            raise CheckpointError(f"{name} was written before or never declared")
+            raise ConversionError(f"{name} was written before or never declared")
         if (array.shape, array.dtype) != (info.shape, info.dtype):
-            raise CheckpointError(
+            raise ConversionError(
                 f"{name}: {array.dtype} {array.shape}, declared {info.dtype} {info.shape}"
             )
         path, position = self._places[name]
@@ -202,10 +209,10 @@ class ShardedWriter:
         """Asserts that the files are whole.
 
         Raises:
-          CheckpointError: a declared tensor was never written.
+          ConversionError: a declared tensor was never written.
         """
         if self._unwritten:
-            raise CheckpointError(f"never written: {listing(self._unwritten)}")
+            raise ConversionError(f"never written: {listing(self._unwritten)}")
 
     def _create(self, path: pathlib.Path, keys: Sequence[str]) -> None:
         raw, offsets = _header({key: self._unwritten[key] for key in keys})
@@ -219,7 +226,7 @@ def open_safetensors(folder: pathlib.Path) -> Checkpoint | None:
     """The `model.safetensors` or its indexed shards in a folder, None where there are none.
 
     Raises:
-      CheckpointError: they are malformed.
+      ConversionError: they are malformed.
     """
     if (folder / INDEX).is_file():
         return open_indexed(folder / INDEX, SafetensorsFile, ".safetensors")
@@ -240,7 +247,7 @@ def _header(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
     end = 0
     for name, info in tensors.items():
         if info.dtype not in _DTYPE_NAMES:
-            raise CheckpointError(f"{name}: safetensors cannot hold {info.dtype}")
+            raise ConversionError(f"{name}: safetensors cannot hold {info.dtype}")
         begin, end = end, end + info.nbytes
         entries[name] = {
             "dtype": _DTYPE_NAMES[info.dtype],

@@ -1,4 +1,4 @@
-"""What every container of tensors offers a converter, and checkpoints made of several files."""
+"""Files of named tensors, and checkpoints made of several of them."""
 
 import dataclasses
 import pathlib
@@ -10,8 +10,8 @@ import numpy as np
 from prumerge_jax.store.strict_json import load_json
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be converted: damaged, hostile, unsupported or incomplete."""
+class ConversionError(ValueError):
+    """A checkpoint cannot be converted: it is damaged, hostile, unsupported or incomplete."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TensorFile(Protocol):
 
     @property
     def path(self) -> pathlib.Path:
-        """Of the file."""
+        """Where the file is."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -49,7 +49,7 @@ class Checkpoint:
         """Joins files.
 
         Raises:
-          CheckpointError: two files hold a tensor of the same name.
+          ConversionError: two files hold a tensor of the same name.
         """
         self.files = tuple(files)
         self.tensors: dict[str, TensorInfo] = {}
@@ -57,7 +57,7 @@ class Checkpoint:
         for file in self.files:
             if repeated := sorted(set(file.tensors) & set(self.tensors)):
                 other = self._file_of[repeated[0]].path.name
-                raise CheckpointError(
+                raise ConversionError(
                     f"{file.path}: tensors also stored in {other}: {listing(repeated)}"
                 )
             self.tensors.update(file.tensors)
@@ -79,7 +79,7 @@ class Tensor(Protocol):
         """The values, all of them finite; their dtype may be wider than `info` says.
 
         Raises:
-          CheckpointError: NaN or infinity among them.
+          ConversionError: NaN or infinity among them.
         """
 
 
@@ -99,7 +99,7 @@ class StoredTensor:
         """The tensor's values; see `Tensor`."""
         array = self.checkpoint.read(self.key)
         if not is_finite(array):
-            raise CheckpointError(f"{self.key}: holds NaN or infinity; the checkpoint is damaged")
+            raise ConversionError(f"{self.key}: holds NaN or infinity; the checkpoint is damaged")
         return array
 
 
@@ -119,31 +119,31 @@ def open_indexed(
     """Opens the shards that an index file (`{"weight_map": {tensor: file}}`) lists.
 
     Args:
-      index: the JSON file; the shards lie beside it.
+      index: the JSON file; the shards are in the same folder.
       open_file: opens one shard.
       suffix: what every shard's name must end in.
 
     Raises:
-      CheckpointError: malformed, a shard's name is not a plain file name, a shard is missing, or
+      ConversionError: malformed, a shard's name is not a plain file name, a shard is missing, or
         index and shards disagree on which tensors there are.
     """
-    weight_map = load_object(index, max_bytes=64 << 20).get("weight_map")
+    weight_map = load_object(index, max_bytes=4 << 20).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: no weight_map")
+        raise ConversionError(f"{index}: no weight_map")
     for name in weight_map.values():
         if not isinstance(name, str) or pathlib.PurePath(name).name != name or "\\" in name:
-            raise CheckpointError(f"{index}: shard {name!r:.200} is not a plain file name")
+            raise ConversionError(f"{index}: shard {name!r:.80} is not a plain file name")
         if not name.endswith(suffix):
-            raise CheckpointError(f"{index}: shard {name!r:.200} does not end in {suffix}")
+            raise ConversionError(f"{index}: shard {name!r:.80} does not end in {suffix}")
     shards = sorted(set(weight_map.values()))
     if missing := [name for name in shards if not (index.parent / name).is_file()]:
-        raise CheckpointError(f"{index}: missing shards: {listing(missing)}")
+        raise ConversionError(f"{index}: missing shards: {listing(missing)}")
     checkpoint = Checkpoint(open_file(index.parent / name) for name in shards)
     stored = {key: file.path.name for file in checkpoint.files for key in file.tensors}
     if wrong := sorted(key for key in weight_map if stored.get(key) != weight_map[key]):
-        raise CheckpointError(f"{index}: not in the shard it names: {listing(wrong)}")
+        raise ConversionError(f"{index}: not in the shard it names: {listing(wrong)}")
     if unlisted := sorted(set(stored) - set(weight_map)):
-        raise CheckpointError(f"{index}: in a shard but not in the index: {listing(unlisted)}")
+        raise ConversionError(f"{index}: in a shard but not in the index: {listing(unlisted)}")
     return checkpoint
 
 
@@ -153,7 +153,7 @@ def read_exactly(path: pathlib.Path, count: int, position: int) -> np.ndarray:
     Read, not mapped: mapped pages would count as this process's memory.
 
     Raises:
-      CheckpointError: the file ends before that.
+      ConversionError: the file ends before that.
     """
     buffer = np.empty(count, np.uint8)
     with open(path, "rb", buffering=0) as file:
@@ -162,28 +162,28 @@ def read_exactly(path: pathlib.Path, count: int, position: int) -> np.ndarray:
         while done < count:
             read = file.readinto(buffer.data[done:])
             if not read:
-                raise CheckpointError(f"{path}: ends early; it changed while it was read")
+                raise ConversionError(f"{path}: ends early; it changed while it was read")
             done += read
     return buffer
 
 
-def load_object(path: pathlib.Path, max_bytes: int = 16 << 20) -> dict[str, Any]:
+def load_object(path: pathlib.Path, max_bytes: int = 1 << 20) -> dict[str, Any]:
     """Reads a JSON file that must hold one object.
 
     Raises:
-      CheckpointError: oversized, not strict JSON, or not an object.
+      ConversionError: oversized, not strict JSON, or not an object.
     """
     try:
         values = load_json(path, max_bytes)
     except ValueError as error:
-        raise CheckpointError(str(error)) from None
+        raise ConversionError(str(error)) from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected an object, got {type(values).__name__}")
+        raise ConversionError(f"{path}: expected an object, got {type(values).__name__}")
     return values
 
 
-def listing(names: Iterable[str], limit: int = 12) -> str:
+def listing(names: Iterable[str], limit: int = 8) -> str:
     """Names for an error message; beyond `limit` the rest is counted."""
     names = list(names)
-    shown = ", ".join(name[:200] for name in names[:limit])
+    shown = ", ".join(name[:80] for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from prumerge_jax.conversion.tensor_files import CheckpointError
+from prumerge_jax.conversion.tensor_files import ConversionError
 
 _STORAGES = {
     "FloatStorage": np.float32,
@@ -28,6 +28,10 @@ _STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+# A 13B model in one file has 760 tensors, which take some 30 instructions each.
+_MAX_INSTRUCTIONS = 150_000
+_MAX_NAME = 200  # characters of a module or a class
+_MAX_SIZE = 1 << 62
 _STORAGE_OF = {np.dtype(dtype): name for name, dtype in _STORAGES.items()}
 
 
@@ -77,8 +81,8 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
-    def fail(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: refused, its pickle {what}")
+    def fail(self, what: str) -> ConversionError:
+        return ConversionError(f"{self.where}: refused, its pickle {what}")
 
     def pop_mark(self) -> list[Any]:
         items = []
@@ -98,14 +102,14 @@ class _Machine:
             if not isinstance(key, str):
                 raise self.fail(f"has a key that is {_describe(key)}, no string")
             if key in target:
-                raise self.fail(f"sets {key[:200]!r} twice")
+                raise self.fail(f"sets {key[:80]!r} twice")
             target[key] = value
 
     def persistent(self) -> None:
         match self.stack.pop():
             case ("storage", _Global("torch", name), str(key), str(_), int(numel)):
-                if name not in _STORAGES or numel < 0:
-                    raise self.fail(f"has a storage of type {name[:60]!r}")
+                if name not in _STORAGES or not 0 <= numel < _MAX_SIZE:
+                    raise self.fail(f"has a storage of type {name[:60]!r} or of no sound size")
                 self.stack.append(Storage(key, np.dtype(_STORAGES[name]), numel))
             case other:
                 raise self.fail(f"refers to {_describe(other)}, which is no storage")
@@ -134,7 +138,7 @@ class _Machine:
         sizes = (offset, *shape, *strides)
         if len(shape) != len(strides) or len(shape) > 8:
             raise self.fail(f"has a tensor of rank {len(shape)} with {len(strides)} strides")
-        if not all(type(n) is int and 0 <= n < 1 << 62 for n in sizes):
+        if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in sizes):
             raise self.fail("has a tensor whose shape, strides or offset are no sizes")
         return TensorRef(storage, offset, tuple(shape), tuple(strides))
 
@@ -158,6 +162,19 @@ def _append(machine: _Machine, argument: Any) -> None:
 
 def _global(machine: _Machine, argument: Any) -> None:
     module, _, name = argument.partition(" ")
+    _push_global(machine, module, name)
+
+
+def _stack_global(machine: _Machine, argument: Any) -> None:
+    name, module = machine.stack.pop(), machine.stack.pop()
+    _push_global(machine, module, name)
+
+
+def _push_global(machine: _Machine, module: Any, name: Any) -> None:
+    # Of other things than strings a pickle can build ones that are too large to compare or print.
+    for part in (module, name):
+        if not isinstance(part, str) or len(part) > _MAX_NAME:
+            raise machine.fail(f"names a class by {_describe(part)}")
     machine.stack.append(_Global(module, name))
 
 
@@ -191,7 +208,7 @@ _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "SETITEM": lambda m, a: m.set_items([m.stack.pop(), m.stack.pop()][::-1]),
     "SETITEMS": lambda m, a: m.set_items(m.pop_mark()),
     "GLOBAL": _global,
-    "STACK_GLOBAL": lambda m, a: m.stack.append(_Global(*[m.stack.pop(), m.stack.pop()][::-1])),
+    "STACK_GLOBAL": _stack_global,
     "BINPUT": _put,
     "LONG_BINPUT": _put,
     "MEMOIZE": lambda m, a: _put(m, len(m.memo)),
@@ -211,26 +228,28 @@ def interpret(pickle: bytes, where: str) -> dict[str, TensorRef]:
       where: names the file in errors.
 
     Raises:
-      CheckpointError: it holds anything but one flat dictionary of tensors.
+      ConversionError: it holds anything but one flat dictionary of tensors.
     """
     machine = _Machine(where)
     try:
-        for opcode, argument, _ in pickletools.genops(pickle):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
             if opcode.name == "STOP":
                 break
+            if count >= _MAX_INSTRUCTIONS:
+                raise machine.fail(f"has more than {_MAX_INSTRUCTIONS} instructions")
             if opcode.name not in _INSTRUCTIONS:
                 raise machine.fail(f"uses {opcode.name}, which tensors do not need")
             _INSTRUCTIONS[opcode.name](machine, argument)
         (result,) = machine.stack
-    except CheckpointError:
+    except ConversionError:
         raise
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise machine.fail(f"is malformed ({str(error)[:100]!r})") from None
     if not isinstance(result, dict):
         raise machine.fail("holds no dictionary of tensors")
     for name, value in result.items():
         if not isinstance(value, TensorRef):
-            raise machine.fail(f"holds {name[:200]!r}, which is no tensor")
+            raise machine.fail(f"holds {name[:80]!r}, which is no tensor")
     return result
 
 
@@ -268,7 +287,7 @@ def _integer(value: int) -> bytes:
 
 
 def _describe(value: Any) -> str:
-    """For errors. Values nest without bound and are never formatted whole."""
+    """A value in error messages; nested ones are named by their type only."""
     if isinstance(value, _Global):
-        return repr(f"{value.module}.{value.name}"[:200])
-    return repr(value[:60]) if isinstance(value, str) else f"a {type(value).__name__}"
+        return repr(f"{value.module}.{value.name}"[:80])
+    return repr(value[:80]) if isinstance(value, str) else f"a {type(value).__name__}"

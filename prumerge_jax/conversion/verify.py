@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from prumerge_jax.conversion import keys, peft
 from prumerge_jax.conversion.checkpoint_reader import OpenedModel
 from prumerge_jax.conversion.hf_files import hf_config
 from prumerge_jax.conversion.keys import Dialect
-from prumerge_jax.conversion.tensor_files import CheckpointError
+from prumerge_jax.conversion.tensor_files import ConversionError
 from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import LlavaModel, abstract_model, normalize_pixels
@@ -55,14 +56,48 @@ def compare_with_torch(model: OpenedModel, directory: pathlib.Path) -> Compariso
       directory: what it was converted to.
 
     Raises:
-      CheckpointError: torch or transformers is missing, memory is too small, or transformers has
+      ConversionError: torch or transformers is missing, memory is too small, or transformers has
         no such model.
     """
-    _check_memory(model.config)
+    check_comparable(model.config)
     pixels, ids = _probe(model.config)
     theirs = _torch_logits(model, pixels, ids)
     ours = _our_logits(directory, pixels, ids)
     return compare(ours, theirs)
+
+
+def check_comparable(config: LlavaConfig) -> None:
+    """Checks what `compare_with_torch` needs besides weights, before anything is converted.
+
+    Raises:
+      ConversionError: torch or transformers is missing, memory is too small, or transformers has
+        no such model.
+    """
+    _import_torch()
+    hf_config(dataclasses.replace(config, image_token_id=config.text.vocab_size - 1))
+    parameters = sum(int(np.prod(weight.shape)) for weight in keys.weights(config))
+    # The float32 model, and one tensor of it twice while it is read.
+    needed = 4 * parameters + 12 * config.text.vocab_size * config.text.width
+    available = available_memory()
+    if needed > available:
+        raise ConversionError(
+            f"--verify needs {needed / 1e9:.1f} GB of memory for one float32 model, "
+            f"{available / 1e9:.1f} GB are available; convert without it"
+        )
+
+
+def available_memory(meminfo: pathlib.Path = pathlib.Path("/proc/meminfo")) -> int:
+    """Bytes that can be allocated without swapping.
+
+    Linux's MemAvailable, which counts the page cache that a conversion has just filled; where
+    there is none, the free pages.
+    """
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return int(value.split()[0]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def compare(ours: np.ndarray, theirs: np.ndarray) -> Comparison:
@@ -87,11 +122,7 @@ def _probe(config: LlavaConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _torch_logits(model: OpenedModel, pixels: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise CheckpointError(f"--verify needs torch and transformers: {error}") from None
+    torch, transformers = _import_torch()
     # Any id that the probe's text does not use can stand for the image.
     image_token = model.config.text.vocab_size - 1
     config = hf_config(dataclasses.replace(model.config, image_token_id=image_token))
@@ -113,6 +144,15 @@ def _torch_logits(model: OpenedModel, pixels: np.ndarray, ids: np.ndarray) -> np
             pixel_values=torch.from_numpy(normalised.transpose(0, 3, 1, 2).copy()),
         ).logits
     return logits.float().numpy()
+
+
+def _import_torch() -> tuple[Any, Any]:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ConversionError(f"--verify needs torch and transformers: {error}") from None
+    return torch, transformers
 
 
 def _our_logits(directory: pathlib.Path, pixels: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -143,18 +183,6 @@ def _logits(
     x = model.embed_rows(jnp.maximum(ids, 0), visual, index)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     return model.decoder.logits(model.decoder(x, positions, jnp.ones_like(ids)))
-
-
-def _check_memory(config: LlavaConfig) -> None:
-    parameters = sum(int(np.prod(weight.shape)) for weight in keys.weights(config))
-    # The float32 model, and one tensor of it twice while it is read.
-    needed = 4 * parameters + 12 * config.text.vocab_size * config.text.width
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > free:
-        raise CheckpointError(
-            f"--verify needs {needed / 1e9:.1f} GB for one float32 model, {free / 1e9:.1f} GB "
-            "are free; the conversion itself is done"
-        )
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What a LLaVA with reduced visual tokens costs by arithmetic; nothing here is measured.
 
-`counts` holds parameters, FLOPs and bytes, `roofline` the time they take at least on a chip,
-`efficiency_table` the paper's table recomputed. `python -m prumerge_jax.cost` prints the last two.
+`counts` holds parameters, FLOPs and bytes, `roofline` the time they take at least on a chip;
+`python -m prumerge_jax.cost` prints those times.
 """
 
 from prumerge_jax.cost.counts import (
@@ -9,7 +9,6 @@ from prumerge_jax.cost.counts import (
     kv_bytes_per_token,
     lora_parameters,
     parameters,
-    training_bytes,
     training_flops,
     weight_bytes,
 )
@@ -21,9 +20,7 @@ from prumerge_jax.cost.roofline import (
     Workload,
     floor_seconds,
     images_per_second,
-    kv_bytes,
     operations,
-    sequences_that_fit,
 )
 
 __all__ = [
@@ -35,13 +32,10 @@ __all__ = [
     "Workload",
     "floor_seconds",
     "images_per_second",
-    "kv_bytes",
     "kv_bytes_per_token",
     "lora_parameters",
     "operations",
     "parameters",
-    "sequences_that_fit",
-    "training_bytes",
     "training_flops",
     "weight_bytes",
 ]

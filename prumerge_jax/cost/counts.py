@@ -6,11 +6,11 @@ Embedding lookups, norms, activation functions and softmax are not counted.
 
 import dataclasses
 
-from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
+from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig, decoder_linears
 from prumerge_jax.models.llava import projector_depth
 
 ACTIVATION_BYTES = 2
-"""Per number of everything that is not a quantised weight: bfloat16 or float16."""
+"""Bytes per number, but for quantised weights: bfloat16 or float16."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +36,6 @@ class Parameters:
         return self.vision + self.projector + decoder
 
 
-def decoder_linears(text: TextConfig) -> dict[str, tuple[int, int]]:
-    """Input and output width of the seven linear layers of one decoder block."""
-    queries, keys = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    return {
-        "q_proj": (text.width, queries),
-        "k_proj": (text.width, keys),
-        "v_proj": (text.width, keys),
-        "o_proj": (queries, text.width),
-        "gate_proj": (text.width, text.mlp_width),
-        "up_proj": (text.width, text.mlp_width),
-        "down_proj": (text.mlp_width, text.width),
-    }
-
-
 def parameters(config: LlavaConfig) -> Parameters:
     """Parameter counts of each part."""
     vision, text = config.vision, config.text
@@ -73,12 +59,12 @@ def parameters(config: LlavaConfig) -> Parameters:
 
 
 def block_parameters(text: TextConfig) -> int:
-    """Of the linear layers of all decoder blocks."""
+    """Number of weights in the linear layers of all decoder blocks."""
     return text.num_layers * sum(i * o for i, o in decoder_linears(text).values())
 
 
 def lora_parameters(text: TextConfig, rank: int) -> int:
-    """Of adapters on all seven linears of every decoder block."""
+    """Number of weights of adapters on all seven linear layers of every decoder block."""
     return rank * text.num_layers * sum(i + o for i, o in decoder_linears(text).values())
 
 
@@ -91,11 +77,6 @@ def vision_block_flops(vision: VisionConfig) -> int:
 def patch_embedding_flops(vision: VisionConfig) -> int:
     """The convolution that turns patches into tokens."""
     return 2 * vision.num_patches * 3 * vision.patch_size**2 * vision.width
-
-
-def full_tower_flops(vision: VisionConfig) -> int:
-    """All blocks of the vision tower, as CLIP itself runs it."""
-    return vision.num_layers * vision_block_flops(vision) + patch_embedding_flops(vision)
 
 
 def tower_flops(vision: VisionConfig) -> int:
@@ -117,7 +98,7 @@ def merge_flops(vision: VisionConfig) -> int:
 
 
 def projector_flops(config: LlavaConfig) -> int:
-    """Per visual token."""
+    """FLOPs per visual token."""
     depth = projector_depth(config.projector)
     width = config.text.width
     return 2 * (config.vision.width * width + (depth - 1) * width**2) if depth else 0
@@ -169,21 +150,4 @@ def training_flops(
         "attention": 3 * attention_flops(config.text, sequence * sequence / 2),
         "adapters": 6 * lora_parameters(config.text, lora_rank) * sequence,
         "projector": 3 * projector_flops(config) * visual_tokens,
-    }
-
-
-def training_bytes(
-    config: LlavaConfig, tokens_per_chip: int, lora_rank: int, shards: int = 1
-) -> dict[str, float]:
-    """Memory of one chip of `shards` with LoRA, full rematerialisation and float32 logits.
-
-    `logits` holds them for all tokens: gather the label positions, or chunk, to shrink it.
-    """
-    counts, text = parameters(config), config.text
-    frozen = counts.blocks + counts.head + counts.embedding
-    return {
-        "frozen": ACTIVATION_BYTES * frozen / shards,
-        "adapters": 16 * lora_parameters(text, lora_rank) / shards,  # float32, gradient, Adam
-        "residuals": text.num_layers * tokens_per_chip * text.width * ACTIVATION_BYTES,
-        "logits": tokens_per_chip * text.vocab_size * 4,
     }

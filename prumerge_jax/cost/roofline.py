@@ -7,7 +7,7 @@ bandwidth. Activations, norms, launches, padding and host work are free: floors,
 import dataclasses
 
 from prumerge_jax.cost import counts
-from prumerge_jax.models.config import LlavaConfig, TextConfig
+from prumerge_jax.models.config import LlavaConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,14 +151,3 @@ def floor_seconds(config: LlavaConfig, workload: Workload, chip: Chip) -> dict[s
 def images_per_second(config: LlavaConfig, workload: Workload, chip: Chip) -> float:
     """The rate that no implementation of this workload exceeds on one such chip."""
     return workload.batch / sum(floor_seconds(config, workload, chip).values())
-
-
-def kv_bytes(text: TextConfig, workload: Workload) -> float:
-    """KV memory of the batch once all output tokens are there."""
-    tokens = workload.sequence + workload.output_tokens
-    return workload.batch * tokens * counts.kv_bytes_per_token(text)
-
-
-def sequences_that_fit(text: TextConfig, workload: Workload, budget: float) -> int:
-    """Requests like those of `workload` whose KV fits into `budget` bytes, whatever its batch."""
-    return int(budget // kv_bytes(text, dataclasses.replace(workload, batch=1)))

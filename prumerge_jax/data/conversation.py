@@ -14,6 +14,7 @@ import numpy as np
 
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE, IMAGE_PLACEHOLDER, IMAGE_TOKEN
+from prumerge_jax.store.messages import quoted
 
 LabelProtocol = Literal["prumerge", "llava-1.2"]
 """Whose label lengths to use for the rounds after the first.
@@ -103,6 +104,19 @@ TEMPLATES: Mapping[str, Template] = {
     "mistral_instruct": _MISTRAL_INSTRUCT,
     "chatml_direct": _CHATML_DIRECT,
 }
+
+
+def chat_template(name: str) -> Template:
+    """The template of this name.
+
+    Raises:
+      ValueError: there is none; the message lists the names.
+    """
+    if name not in TEMPLATES:
+        raise ValueError(
+            f"unknown conversation {quoted(name)}; expected one of {sorted(TEMPLATES)}"
+        )
+    return TEMPLATES[name]
 
 
 def evaluation_prompt(template: Template, text: str, has_image: bool = True) -> str:

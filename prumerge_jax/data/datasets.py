@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from prumerge_jax.data import llava_json, samples
-from prumerge_jax.data.samples import Sample, quoted
+from prumerge_jax.data.samples import Sample
+from prumerge_jax.store.messages import quoted
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ level here and there, enough to change which tokens PruMerge keeps. Images stay 
 import dataclasses
 import io
 import os
+import stat
 import warnings
 from collections.abc import Sequence
 from typing import BinaryIO, Literal, get_args
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from prumerge_jax.models.config import CLIP_MEAN, CLIP_STD
+from prumerge_jax.store.messages import quoted, shortened
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
@@ -69,7 +71,9 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
             return _decode(source)
     except Exception as error:  # decoders raise nearly anything on damaged bytes
         cause = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise ImageError(f"{name}: {cause}; expected {_EXPECTED}") from error
+        if isinstance(error, OSError) and error.strerror:  # without the path, which is the name
+            cause = f"{type(error).__name__}: {error.strerror}"
+        raise ImageError(f"{shortened(name)}: {cause}; expected {_EXPECTED}") from error
 
 
 def _decode(source: ImageSource) -> Image.Image:
@@ -86,8 +90,15 @@ def _decode(source: ImageSource) -> Image.Image:
         return _to_rgb(image)
     if isinstance(source, bytes):
         return _decode_file(io.BytesIO(source))
-    with open(os.fspath(source), "rb") as file:
+    with open(os.fspath(source), "rb", opener=_open_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("not a regular file")  # reading a pipe or a device may never end
         return _decode_file(file)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Opens a file; a named pipe too, without waiting for somebody to write to it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _decode_file(file: BinaryIO) -> Image.Image:
@@ -163,8 +174,7 @@ def preprocess(
     """
     if image.mode != "RGB":
         raise ValueError(f"an image of mode {image.mode}; expected RGB, as load_image returns it")
-    if mode not in get_args(ImageMode):
-        raise ValueError(f"unknown image mode {mode!r}; expected one of {get_args(ImageMode)}")
+    _check_mode(mode)
     if mode == "pad":
         image = _pad_to_square(image, mean)
     width, height = image.size
@@ -183,15 +193,28 @@ class ImageProcessor:
       image_size: S, side of the pixels.
       pixel_mean: of the tower's three channels, 0 to 1; the colour of the padding.
       mode: what happens to an image that is not square.
+
+    Raises:
+      ValueError: no such mode.
     """
 
     image_size: int
     pixel_mean: tuple[float, float, float]
     mode: ImageMode = "pad"
 
+    def __post_init__(self) -> None:
+        _check_mode(self.mode)
+
     def __call__(self, source: ImageSource, name: str | None = None) -> np.ndarray:
         """uint8 [S, S, 3] of an image; errors as in `load_image` and `preprocess`."""
         return preprocess(load_image(source, name), self.image_size, self.mode, self.pixel_mean)
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in get_args(ImageMode):
+        raise ValueError(
+            f"unknown image mode {quoted(mode)}; expected one of {get_args(ImageMode)}"
+        )
 
 
 def _pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:

@@ -22,8 +22,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from prumerge_jax.data import conversation, images, samples
-from prumerge_jax.data.samples import Turn, quoted
+from prumerge_jax.data.samples import Turn
 from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER
+from prumerge_jax.store.messages import quoted
 
 _logger = logging.getLogger(__name__)
 

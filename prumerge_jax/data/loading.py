@@ -1,84 +1,190 @@
-"""Image files to pixels in worker processes, in order and ahead of their use."""
+"""Image files to pixels, in order and ahead of their use; a reader that hangs costs its image."""
 
 import collections
 import concurrent.futures
+import contextlib
 import itertools
 import multiprocessing
-from collections.abc import Iterable, Iterator, Sequence
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection
 
 import numpy as np
 
-from prumerge_jax.data.images import ImageError, ImageMode, ImageSource, load_image, preprocess
+from prumerge_jax.data.images import ImageError, ImageProcessor, ImageSource
+from prumerge_jax.store.messages import shortened
 
 TIMEOUT_SECONDS = 120
-"""After so long a worker is taken to hang on its image."""
+"""After so long a reader is taken to hang on its image."""
 
 Named = tuple[str, ImageSource]
 """What to call an image in an error, and where it is."""
 
 
-def load_pixels(
-    named: Named, size: int, mode: ImageMode, mean: Sequence[float]
-) -> np.ndarray | ImageError:
-    """uint8 [size, size, 3], or the error that says why not."""
-    name, source = named
-    try:
-        return preprocess(load_image(source, name), size, mode, mean)
-    except ImageError as error:
-        return error
-
-
 def stream_pixels(
     images: Iterable[Named | None],
+    processor: ImageProcessor,
     *,
-    size: int,
-    mode: ImageMode,
-    mean: Sequence[float],
     num_workers: int,
     ahead: int = 64,
 ) -> Iterator[np.ndarray | ImageError | None]:
     """Yields the pixels of every image in turn, None where there is none.
 
-    An image that follows itself within `ahead` is decoded once.
+    An image that follows itself within `ahead` is decoded once, without workers if it follows
+    itself at once. One that is not decoded within `TIMEOUT_SECONDS` is an error; the others are
+    read by a new reader.
 
     Args:
       images: names and sources.
-      size, mode, mean: see `images.preprocess`.
+      processor: makes pixels of an image.
       num_workers: processes; 0 decodes in this one. Started afresh, not forked: the parent may
         hold an accelerator. A script must therefore guard its main part by `__name__`.
       ahead: how many images may be under way before they are asked for.
     """
     if num_workers == 0:
-        for named in images:
-            yield None if named is None else load_pixels(named, size, mode, mean)
+        yield from _stream_here(images, processor)
         return
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context) as pool:
-        queue: collections.deque[tuple[str, concurrent.futures.Future] | None] = collections.deque()
-        recent: dict[str, concurrent.futures.Future] = {}
-        iterator = iter(images)
+    iterator = iter(images)
+    waiting: collections.deque[tuple[str, concurrent.futures.Future] | None] = collections.deque()
+    recent: dict[str, concurrent.futures.Future] = {}
+    with contextlib.closing(_ReaderPool(processor, num_workers)) as pool:
 
         def submit(count: int) -> None:
             for named in itertools.islice(iterator, count):
                 if named is None:
-                    queue.append(None)
+                    waiting.append(None)
                     continue
                 name = named[0]
                 if name not in recent:
-                    recent[name] = pool.submit(load_pixels, named, size, mode, mean)
-                queue.append((name, recent[name]))
+                    recent[name] = pool.submit(named)
+                waiting.append((name, recent[name]))
 
         submit(ahead)
-        while queue:
-            entry = queue.popleft()
+        while waiting:
+            entry = waiting.popleft()
             submit(1)
             if entry is None:
                 yield None
                 continue
             name, future = entry
-            if not any(waiting and waiting[0] == name for waiting in queue):
+            if not any(other and other[0] == name for other in waiting):
                 recent.pop(name, None)
-            try:
-                yield future.result(TIMEOUT_SECONDS)
-            except TimeoutError:
-                yield ImageError(f"{name}: not decoded within {TIMEOUT_SECONDS} seconds")
+            yield future.result()
+
+
+def load_pixels(named: Named, processor: ImageProcessor) -> np.ndarray | ImageError:
+    """uint8 [S, S, 3], or the error that says why not."""
+    name, source = named
+    try:
+        return processor(source, name)
+    except ImageError as error:
+        return error
+
+
+def _stream_here(
+    images: Iterable[Named | None], processor: ImageProcessor
+) -> Iterator[np.ndarray | ImageError | None]:
+    last: tuple[str, np.ndarray | ImageError] | None = None
+    for named in images:
+        if named is None:
+            yield None
+            continue
+        if last is None or last[0] != named[0]:
+            last = named[0], _load_in_thread(named, processor)
+        yield last[1]
+
+
+def _load_in_thread(named: Named, processor: ImageProcessor) -> np.ndarray | ImageError:
+    """`load_pixels` in a thread that is left alone when it hangs."""
+    result: queue.SimpleQueue[np.ndarray | ImageError] = queue.SimpleQueue()
+    threading.Thread(target=lambda: result.put(load_pixels(named, processor)), daemon=True).start()
+    try:
+        return result.get(timeout=TIMEOUT_SECONDS)
+    except queue.Empty:
+        return _timed_out(named[0])
+
+
+def _timed_out(name: str) -> ImageError:
+    return ImageError(f"{shortened(name)}: not decoded within {TIMEOUT_SECONDS} seconds")
+
+
+class _ReaderPool:
+    """Reader processes, each driven by a thread of its own."""
+
+    def __init__(self, processor: ImageProcessor, size: int) -> None:
+        self._readers = [_Reader(processor) for _ in range(size)]
+        self._idle: queue.SimpleQueue[_Reader] = queue.SimpleQueue()
+        for reader in self._readers:
+            self._idle.put(reader)
+        self._threads = concurrent.futures.ThreadPoolExecutor(size)
+
+    def submit(self, named: Named) -> concurrent.futures.Future:
+        return self._threads.submit(self._read, named)
+
+    def close(self) -> None:
+        """Ends all readers, whatever they do."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for reader in self._readers:
+            reader.close()
+
+    def _read(self, named: Named) -> np.ndarray | ImageError:
+        reader = self._idle.get()
+        try:
+            return reader.read(named)
+        finally:
+            self._idle.put(reader)
+
+
+class _Reader:
+    """A process that decodes one image after the other; another one follows where it hangs."""
+
+    def __init__(self, processor: ImageProcessor) -> None:
+        self._processor = processor
+        self._lock = threading.Lock()
+        self._running: tuple[multiprocessing.process.BaseProcess, Connection] | None = None
+        self._is_closed = False
+
+    def read(self, named: Named) -> np.ndarray | ImageError:
+        try:
+            connection = self._connection()
+            connection.send(named)
+            if connection.poll(TIMEOUT_SECONDS):
+                return connection.recv()
+            error = _timed_out(named[0])
+        except (EOFError, OSError):
+            error = ImageError(f"{shortened(named[0])}: the process that decoded it ended")
+        self._kill()
+        return error
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._kill()
+
+    def _connection(self) -> Connection:
+        with self._lock:
+            if self._is_closed:
+                raise EOFError
+            if self._running is None:
+                context = multiprocessing.get_context("spawn")
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_serve, args=(theirs, self._processor), daemon=True
+                )
+                process.start()
+                theirs.close()  # so that the process's end is heard
+                self._running = process, ours
+            return self._running[1]
+
+    def _kill(self) -> None:
+        with self._lock:
+            if self._running is not None:
+                self._running[0].kill()  # its connection ends with it
+                self._running = None
+
+
+def _serve(connection: Connection, processor: ImageProcessor) -> None:
+    """What a reader process does until its parent is gone."""
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            connection.send(load_pixels(connection.recv(), processor))

@@ -5,21 +5,27 @@ longest would compute several times the real tokens; packing them into rows of a
 `fill_rows`) computes next to none more, at one compiled shape. The planner needs lengths and text
 alone, never the visual tokens themselves, so it runs on the host (NumPy) while the device encodes.
 
-`pack_window`, `pack` and `one_per_row` differ only in which request goes to which row; the rows
-are then filled by the same code.
-
 Shapes: B images of the encoded batch, R capacity (visual token slots per image), N patches.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
+from prumerge_jax.store.messages import quoted
 
 PositionIds = Literal["compact", "original"]
+
+
+def check_position_ids(position_ids: str) -> None:
+    """Raises ValueError for other values than those of `PositionIds`."""
+    if position_ids not in get_args(PositionIds):
+        raise ValueError(
+            f"position_ids is {quoted(position_ids)}; expected 'compact' or 'original'"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,20 +139,21 @@ def sequence_lengths(requests: Sequence[Request], layout: VisualLayout) -> np.nd
 
 
 def fill_rows(
-    lengths: Sequence[int] | np.ndarray, row_length: int, *, urgent: int = 0
+    lengths: Sequence[int] | np.ndarray, row_length: int, *, carried_over: int = 0
 ) -> list[list[int]]:
-    """Bin packing, row after row: the longest that waits, and those that fill the row most with it.
+    """Bin packing, row after row: the largest unplaced sequence and the subset that fills the row
+    best with it.
 
     This is the minimum bin slack heuristic (Gupta and Ho 1999). First-fit-decreasing leaves half of
     a short sequence over in every row, here 3 %; this one next to nothing before the last rows.
-    Nothing that waits fits in what a row leaves over, so any two rows hold more than one has room
+    No unplaced sequence fits in what a row leaves over, so any two rows hold more than one has room
     for. Deterministic: of equal lengths the first in the input comes first.
 
     Args:
       lengths: to be packed.
       row_length: room in a row.
-      urgent: so many of the first lengths are packed first-fit-decreasing before all others, into
-        the first rows.
+      carried_over: so many of the first lengths are packed first-fit-decreasing before all others,
+        into the first rows.
 
     Returns:
       For each row the indices into `lengths`, in the order in which they stand in the row.
@@ -158,28 +165,28 @@ def fill_rows(
     _check_fits(lengths, row_length)
     size = lengths.tolist()
     order = np.argsort(-lengths, kind="stable").tolist()
-    hurried = [index for index in order if index < urgent]
-    waiting = [index for index in order if index >= urgent]
+    first = [index for index in order if index < carried_over]
+    waiting = [index for index in order if index >= carried_over]
     rows: list[list[int]] = []
-    while hurried or waiting:
+    while first or waiting:
         row: list[int] = []
         free = row_length
-        for index in hurried:
+        for index in first:
             if size[index] <= free:
                 row.append(index)
                 free -= size[index]
         longest = next((index for index in waiting if size[index] <= free), None)
         if longest is not None:
             others = [index for index in waiting if index != longest]
-            chosen = _fullest([size[index] for index in others], free - size[longest])
+            chosen = _best_subset([size[index] for index in others], free - size[longest])
             row += [longest, *(others[place] for place in chosen)]
         rows.append(row)
-        hurried = [index for index in hurried if index not in row]
+        first = [index for index in first if index not in row]
         waiting = [index for index in waiting if index not in row]
     return rows
 
 
-def _fullest(lengths: Sequence[int], room: int) -> list[int]:
+def _best_subset(lengths: Sequence[int], room: int) -> list[int]:
     """Which of the lengths have together the largest sum up to `room`; the first where it can be.
 
     Subset sum by dynamic programming. Bit s of `sums[i]` says that some of the first i add up to s.
@@ -206,7 +213,7 @@ def pack_window(
     *,
     shards: int = 1,
     position_ids: PositionIds = "compact",
-    urgent: int = 0,
+    carried_over: int = 0,
 ) -> list[Rows]:
     """Packs a window of requests into as many batches of `num_rows` rows as it takes.
 
@@ -221,66 +228,16 @@ def pack_window(
       position_ids: `compact` numbers the tokens consecutively. `original` gives a visual token the
         position its patch has without reduction (the extra token that of the last patch) and lets
         the text go on after all N patches.
-      urgent: so many of the first requests get the first rows; the others fill up what is left.
+      carried_over: so many of the first requests get the first rows; the others fill up what is
+        left.
 
     Raises:
       ValueError: a request is longer than a row, refers to an image that the layout lacks or to
         images of two shards; `num_rows` or the images do not divide by `shards`.
     """
-    batches = _plan(requests, layout, row_length, num_rows, shards, urgent)
+    batches = _plan(requests, layout, row_length, num_rows, shards, carried_over)
     tokens = _expand(requests, layout, position_ids)
     return [_fill(tokens, batch, row_length) for batch in batches]
-
-
-def pack(
-    requests: Sequence[Request],
-    layout: VisualLayout,
-    row_length: int,
-    num_rows: int,
-    *,
-    shards: int = 1,
-    position_ids: PositionIds = "compact",
-) -> Rows:
-    """Packs requests that must fit into one batch of rows; otherwise as `pack_window`.
-
-    Raises:
-      ValueError: as `pack_window`, and when more than `num_rows` rows are needed.
-    """
-    batches = _plan(requests, layout, row_length, num_rows, shards, urgent=0)
-    if len(batches) > 1:
-        raise ValueError(
-            f"{len(requests)} requests need {len(batches)} batches of {num_rows} rows of "
-            f"{row_length} tokens; expected one: pass fewer requests or more rows"
-        )
-    batch = batches[0] if batches else [[] for _ in range(num_rows)]
-    return _fill(_expand(requests, layout, position_ids), batch, row_length)
-
-
-def one_per_row(
-    requests: Sequence[Request],
-    layout: VisualLayout,
-    row_length: int,
-    num_rows: int,
-    *,
-    position_ids: PositionIds = "compact",
-) -> Rows:
-    """Gives request i row i to itself, from column 0 on; rows without a request are padding.
-
-    Raises:
-      ValueError: there are more requests than rows, or one is longer than a row.
-    """
-    if len(requests) > num_rows:
-        raise ValueError(f"{len(requests)} requests do not fit one each into {num_rows} rows")
-    _check_fits(sequence_lengths(requests, layout), row_length)
-    rows = [[index] for index in range(len(requests))]
-    rows += [[] for _ in range(num_rows - len(requests))]
-    return _fill(_expand(requests, layout, position_ids), rows, row_length)
-
-
-def token_efficiency(batches: Sequence[Rows]) -> float:
-    """Real tokens over computed tokens: 1 minus the share of padding."""
-    real = sum(np.count_nonzero(rows.segment_ids) for rows in batches)
-    return real / sum(rows.segment_ids.size for rows in batches)
 
 
 def _check_fits(lengths: np.ndarray, row_length: int) -> None:
@@ -313,7 +270,7 @@ def _plan(
     row_length: int,
     num_rows: int,
     shards: int,
-    urgent: int,
+    carried_over: int,
 ) -> list[list[list[int]]]:
     """Which requests stand in which row of which batch: [batch][row] -> request indices."""
     if num_rows < 1 or num_rows % shards:
@@ -325,7 +282,7 @@ def _plan(
     for shard in range(shards):
         members = np.flatnonzero(shard_of == shard)
         packed = fill_rows(
-            lengths[members], row_length, urgent=int(np.count_nonzero(members < urgent))
+            lengths[members], row_length, carried_over=int(np.count_nonzero(members < carried_over))
         )
         rows_of_shard.append([members[row].tolist() for row in packed])
     block = num_rows // shards
@@ -385,8 +342,7 @@ def _expand(
     requests: Sequence[Request], layout: VisualLayout, position_ids: PositionIds
 ) -> _Tokens:
     """Replaces every placeholder by its image's visual tokens, for all requests at once."""
-    if position_ids not in ("compact", "original"):
-        raise ValueError(f"position_ids is {position_ids!r}; expected 'compact' or 'original'")
+    check_position_ids(position_ids)
     if not requests:
         none = np.zeros(0, np.int64)
         return _Tokens(none, none, none, none, none, none)

@@ -21,8 +21,9 @@ import numpy as np
 from prumerge_jax.data import samples
 from prumerge_jax.data.conversation import LabelledText, LabelProtocol, Template, label_mask
 from prumerge_jax.data.images import ImageProcessor
-from prumerge_jax.data.samples import Sample, quoted
+from prumerge_jax.data.samples import Sample
 from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.store.messages import quoted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

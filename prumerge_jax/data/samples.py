@@ -18,12 +18,6 @@ class Sample(TypedDict):
     conversations: list[Turn]
 
 
-def quoted(value: object, limit: int = 80) -> str:
-    """A value of the user's as a message shows it: `repr`, cut to `limit` characters."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
-
-
 def conversation_feature() -> tfds.features.Sequence:
     """How a data set stores the conversation of a sample."""
     return tfds.features.Sequence({"from": tfds.features.Text(), "value": tfds.features.Text()})

@@ -32,6 +32,8 @@ _WORD_START = "\u2581"
 # on loading). Put before a text and cut off again, it yields the text's ids without the mark.
 _NEWLINE = "\n"
 _NEWLINE_IDS = 2
+_INCOMPLETE = "\ufffd"
+"""What bytes decode to that are no whole character, or not yet."""
 
 
 class Tokenizer:
@@ -100,29 +102,13 @@ class Tokenizer:
         """Token ids of a prompt, BOS first and one `IMAGE_TOKEN` (-200) per `<image>`.
 
         Every chunk between images is tokenised on its own, so the text after an image begins with
-        a word-start piece. This is LLaVA's own route; `encode_prompt_hf` is the other one.
+        a word-start piece. This is LLaVA's own route. Hugging Face's LlavaProcessor has no
+        such piece there; LLaVA was neither trained nor published with its ids.
         """
         first, *rest = prompt.split(IMAGE_PLACEHOLDER)
         ids = [self.bos_id, *self.encode(first)]
         for chunk in rest:
             ids += [IMAGE_TOKEN, *self.encode(chunk)]
-        return ids
-
-    def encode_prompt_hf(self, prompt: str, image_tokens: int = 1) -> list[int]:
-        """Token ids of a prompt as Hugging Face's LlavaProcessor has them (transformers >= 4.37).
-
-        There `<image>` is a special token, so the text after it has no word-start piece; `style`
-        plays no part. LLaVA was neither trained nor published with these ids.
-
-        Args:
-          prompt: the prompt, with `<image>` where an image stands.
-          image_tokens: how many `IMAGE_TOKEN` (-200) to write for each `<image>`.
-        """
-        first, *rest = prompt.split(IMAGE_PLACEHOLDER)
-        ids = [self.bos_id, *self._encode_verbatim(first)]
-        for chunk in rest:
-            ids += [IMAGE_TOKEN] * image_tokens
-            ids += self._encode_verbatim(_NEWLINE + chunk)[_NEWLINE_IDS:]
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -179,10 +165,43 @@ class Tokenizer:
         return ([self._pieces.piece_to_id(bare)] if bare else []) + ids[1:]
 
 
+class TextStream:
+    """The text of one answer, piece by piece as its ids come.
+
+    The pieces joined are what `Tokenizer.decode` makes of all ids together. White space and
+    incomplete characters at the end are held back until more ids say what becomes of them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._written = ""
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that these ids add, perhaps none."""
+        self._ids += ids
+        text = self._tokenizer.decode(self._ids)
+        return self._write(text.rstrip(_INCOMPLETE).rstrip())
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._write(self._tokenizer.decode(self._ids))
+
+    def _write(self, text: str) -> str:
+        piece = text[len(self._written) :]
+        self._written += piece
+        return piece
+
+
 def _load(path: pathlib.Path) -> sentencepiece.SentencePieceProcessor:
     """Reads and checks a model, so that a wrong file is found here and not at the first prompt."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a SentencePiece tokenizer.model")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a regular file; expected a SentencePiece tokenizer.model")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such file; copy the {path.name} of the LLaVA or Vicuna that the model was "
+            "trained from there"
+        )
     content = path.read_bytes()
     advice = "expected the SentencePiece tokenizer.model of a LLaMA, Vicuna or LLaVA directory"
     if not content:

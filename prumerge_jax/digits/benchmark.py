@@ -6,14 +6,16 @@ may show its work first; its conclusion counts.
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from prumerge_jax.data.packing import PositionIds
 from prumerge_jax.digits.questions import FAMILIES, conclusion, draw_with_questions
 from prumerge_jax.evaluation import jsonfiles
 from prumerge_jax.evaluation.answers import Answers
-from prumerge_jax.evaluation.benchmarks.base import Benchmark, Question
+from prumerge_jax.evaluation.benchmarks import registry
+from prumerge_jax.evaluation.benchmarks.base import Benchmark, Question, TaskFiles
 from prumerge_jax.evaluation.benchmarks.gqa import prediction
 from prumerge_jax.evaluation.benchmarks.normalize import normalize_evalai
 from prumerge_jax.evaluation.benchmarks.pope import says_yes
@@ -25,7 +27,7 @@ IMAGE_FOLDER = "images"
 
 
 class Truth(NamedTuple):
-    """The right answer, and what the picture shows: places, and the digit in each."""
+    """The right answer, and what the image shows: places, and the digit in each."""
 
     answer: str
     places: tuple[str, ...]
@@ -46,12 +48,31 @@ _IS_RIGHT: Mapping[str, Callable[[str, str], bool]] = {
 class Digits(Benchmark[Annotations]):
     """One question of each of four families per scene.
 
-    Annotations: the file that `write_files` makes beside the questions.
+    Annotations: the file that `write_files` makes alongside the questions.
     """
 
     name = "digits"
     headline = "accuracy_mean"
     max_new_tokens = 32
+    # The miniature is trained with the positions that its visual tokens had before the reduction.
+    position_ids: PositionIds = "original"
+    default_options: ClassVar[Mapping[str, Any]] = {"split": "test", "scenes": 1000}
+    group_label = "number of digits"
+
+    def check_default_options(self, options: Mapping[str, Any]) -> None:
+        """Raises ValueError for a split that there is not, or no scenes."""
+        draw_with_questions(options["split"], 0, seed=0)
+        if options["scenes"] < 1:
+            raise ValueError(f"digits.scenes is {options['scenes']}; expected at least 1")
+
+    def write_default_files(self, folder: pathlib.Path, options: Mapping[str, Any]) -> TaskFiles:
+        """Draws scenes and questions, see `write_files`."""
+        write_files(folder, split=options["split"], scenes=options["scenes"])
+        return TaskFiles(folder / QUESTIONS_FILE, folder / IMAGE_FOLDER, folder / ANNOTATIONS_FILE)
+
+    def group_of(self, question: Question, annotations: Annotations | None) -> int:
+        """The number of digits in the image."""
+        return len(self.required(annotations)[str(question.question_id)].digits)
 
     def read_annotations(self, path: pathlib.Path) -> Annotations:
         """Reads `{question_id, answer, places, digits}` lines."""
@@ -116,7 +137,7 @@ class Digits(Benchmark[Annotations]):
 
 
 def write_files(folder: pathlib.Path, *, split: str = "test", scenes: int, seed: int = 0) -> None:
-    """Writes the question file, the annotations and the pictures of a split into `folder`.
+    """Writes the question file, the annotations and the images of a split into `folder`.
 
     The scenes and questions are those of the data set `digits_vqa` of the same seed. The question
     file comes last and whole, so that a folder which has one is complete.
@@ -156,3 +177,6 @@ def write_files(folder: pathlib.Path, *, split: str = "test", scenes: int, seed:
             )
     for name, rows in ((ANNOTATIONS_FILE, annotations), (QUESTIONS_FILE, questions)):
         jsonfiles.replace_file(folder / name, "".join(map(jsonfiles.dump_line, rows)))
+
+
+registry.register(Digits())

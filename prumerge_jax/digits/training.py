@@ -20,7 +20,7 @@ from prumerge_jax.data.datasets import (
     exclusive,
     register_dataset,
 )
-from prumerge_jax.data.samples import Sample, quoted
+from prumerge_jax.data.samples import Sample
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.digits import tokenizer as digits_tokenizer
 from prumerge_jax.digits.captions import CaptionPacker, Curriculum, open_windows
@@ -33,6 +33,7 @@ from prumerge_jax.digits.contrastive import (
 )
 from prumerge_jax.digits.dataset import DigitsVqa, DigitsVqaConfig, caption_sample
 from prumerge_jax.models.config import TextConfig
+from prumerge_jax.store.messages import quoted
 from prumerge_jax.training.config import ConfigError, TrainConfig
 from prumerge_jax.training.inputs import TrainingSource
 from prumerge_jax.training.objectives.registry import Objective, Packer, register_objective

@@ -3,7 +3,7 @@ filled again while others go on."""
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,67 +11,45 @@ import jax.numpy as jnp
 import numpy as np
 
 from prumerge_jax.data import packing
-from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
-from prumerge_jax.engine.engine import Counters, Engine, Query, Result, Window
+from prumerge_jax.engine.encoding import PlacedModel
+from prumerge_jax.engine.request import MAX_STOP_IDS, Answer, Delta, FinishReason, Request
+from prumerge_jax.engine.shapes import EngineShapes
+from prumerge_jax.engine.windows import Window
 from prumerge_jax.models.llama import KVCache
 
 
-def generate(
-    engine: Engine, queries: Iterable[Query], sampling: programs.Sampling | None = None
-) -> Iterator[Result]:
-    """Continues every query, greedily unless told otherwise. Results come in any order."""
-    decoder = SlotDecoder(engine, sampling or programs.Sampling())
-    for window in engine.windows(queries):
-        yield from window.failed
-        for rows in window.batches:
-            yield from decoder.run(window, rows)
-    yield from decoder.drain()
-
-
-def warm_up(engine: Engine, sampling: programs.Sampling | None = None) -> None:
-    """Compiles all programs of `generate` by running one meaningless query."""
-    side = engine.model_config.vision.image_size
-    pixels = np.zeros((side, side, 3), np.uint8)
-    token_ids = np.array([engine.model_config.bos_token_id, IMAGE_TOKEN], np.int32)
-    for _ in generate(engine, [Query(0, token_ids, pixels, max_new_tokens=2)], sampling):
-        pass
-    engine.counters = Counters()
-
-
 class SlotDecoder:
-    """The slots of one engine, and which query is in which."""
+    """The slots of one run, and which request is in which."""
 
-    def __init__(self, engine: Engine, sampling: programs.Sampling) -> None:
-        self.engine, self.sampling = engine, sampling
+    def __init__(self, model: PlacedModel, shapes: EngineShapes) -> None:
+        self.model, self.shapes = model, shapes
         self.slots = programs.empty_slots(
-            engine.graphdef,
-            engine.state,
-            slots=engine.config.slots,
-            length=engine.config.cache_length,
-            dtype=engine.dtype,
+            model.graphdef,
+            model.state,
+            slots=shapes.slots,
+            length=shapes.cache_length,
+            dtype=model.dtype,
         )
-        self.occupant: list[_Sequence | None] = [None] * engine.config.slots
+        self.occupant: list[_Sequence | None] = [None] * shapes.slots
         self.unread: collections.deque[_Chunk] = collections.deque()
 
-    def run(self, window: Window, rows: packing.Rows) -> Iterator[Result]:
+    def run(self, window: Window, rows: packing.Rows) -> Iterator[Delta | Answer]:
         """Prefills rows and decodes until the last of their sequences has a slot."""
-        engine = self.engine
-        placed = engine.put_rows(rows)
+        model = self.model
+        placed = model.put_rows(rows)
         hidden, cache = programs.prefill(
-            engine.graphdef,
-            engine.state,
+            model.graphdef,
+            model.state,
             window.pool,
             placed,
-            max_segment_length=engine.config.longest_prompt,
+            max_segment_length=self.shapes.longest_prompt,
         )
         for segments, sequences in self._segments(window, rows):
-            first = programs.first_tokens(
-                engine.graphdef, engine.state, hidden, segments, sampling=self.sampling
-            )
+            first = programs.first_tokens(model.graphdef, model.state, hidden, segments)
             yield from self._run_segments(cache, placed, segments, first, sequences)
 
-    def drain(self) -> Iterator[Result]:
+    def drain(self) -> Iterator[Delta | Answer]:
         """Decodes until every slot is free."""
         while any(self.occupant) or self.unread:
             yield from self._step()
@@ -80,23 +58,19 @@ class SlotDecoder:
         self, window: Window, rows: packing.Rows
     ) -> Iterator[tuple[programs.Segments, list["_Sequence"]]]:
         """The sequences of a batch of rows, in groups as large as there are slots."""
-        size = self.engine.config.slots
+        size = self.shapes.slots
         for begin in range(0, len(rows.requests), size):
             part = slice(begin, begin + size)
-            queries = [window.queries[i] for i in rows.requests[part]]
-            columns = (
-                rows.row_of[part],
-                rows.start_of[part],
-                rows.length_of[part],
-                np.array([q.max_new_tokens for q in queries], np.int32),
-                np.array([q.seed for q in queries], np.uint32),
-            )
-            padded = (np.pad(column, (0, size - len(queries))) for column in columns)
             sequences = [
-                _Sequence(query, window.visual_tokens(i), [])
-                for query, i in zip(queries, rows.requests[part], strict=True)
+                _Sequence(window, index, self._stop_ids(window.requests[index]))
+                for index in rows.requests[part].tolist()
             ]
-            yield programs.Segments(*(jnp.asarray(column) for column in padded)), sequences
+            place = (rows.row_of[part], rows.start_of[part], rows.length_of[part])
+            yield _device_segments(place, sequences, size), sequences
+
+    def _stop_ids(self, request: Request) -> tuple[int, ...]:
+        chosen = request.sampling.stop_ids
+        return (self.model.config.eos_token_id,) if chosen is None else chosen
 
     def _run_segments(
         self,
@@ -105,11 +79,10 @@ class SlotDecoder:
         segments: programs.Segments,
         first: jax.Array,
         sequences: list["_Sequence"],
-    ) -> Iterator[Result]:
+    ) -> Iterator[Delta | Answer]:
         # A sequence of one token is complete with its first token and needs no slot.
-        waiting = [i for i, s in enumerate(sequences) if s.query.max_new_tokens > 1]
+        waiting = [i for i, sequence in enumerate(sequences) if sequence.limit > 1]
         self.unread.append(_Chunk(first[None], list(sequences)))
-        eos = self.engine.model_config.eos_token_id
         while waiting:
             free = [slot for slot, occupant in enumerate(self.occupant) if occupant is None]
             if free:
@@ -119,68 +92,80 @@ class SlotDecoder:
                     self.occupant[slot] = sequences[index]
                 waiting = waiting[len(free) :]
                 self.slots = programs.insert(
-                    self.slots,
-                    cache,
-                    rows,
-                    segments,
-                    first,
-                    jnp.asarray(slot_of),
-                    eos=eos,
+                    self.slots, cache, rows, segments, first, jnp.asarray(slot_of)
                 )
             if waiting:
                 yield from self._step()
                 # A first token that was read meanwhile may have been the last one too.
-                waiting = [i for i in waiting if not sequences[i].done(eos)]
-        yield from self._read(behind=1)
+                waiting = [i for i in waiting if not sequences[i].done]
+        yield from self._read(unread=1)
 
-    def _step(self) -> Iterator[Result]:
+    def _step(self) -> Iterator[Delta | Answer]:
         """Dispatches one chunk, then reads the results of the one before."""
         if any(self.occupant):
-            engine = self.engine
+            model = self.model
             self.slots, emitted = programs.decode(
-                engine.graphdef,
-                engine.state,
+                model.graphdef,
+                model.state,
                 self.slots,
-                steps=engine.config.chunk,
-                eos=engine.model_config.eos_token_id,
-                sampling=self.sampling,
+                steps=self.shapes.decode_steps_per_call,
             )
             self.unread.append(_Chunk(emitted, list(self.occupant)))
-            yield from self._read(behind=1)
+            yield from self._read(unread=1)
         else:
-            yield from self._read(behind=0)
+            yield from self._read(unread=0)
 
-    def _read(self, behind: int) -> Iterator[Result]:
-        """Reads chunks until only `behind` are left unread."""
-        eos = self.engine.model_config.eos_token_id
-        while len(self.unread) > behind:
+    def _read(self, unread: int) -> Iterator[Delta | Answer]:
+        """Reads chunks until only `unread` are left."""
+        while len(self.unread) > unread:
             chunk = self.unread.popleft()
             for column, sequence in zip(np.asarray(chunk.tokens).T, chunk.sequences, strict=False):
-                if sequence is None or sequence.done(eos):
+                if sequence is None or sequence.done:
                     continue
-                sequence.tokens.extend(column[column >= 0].tolist())
-                if sequence.done(eos):
+                delta = sequence.extend(column[column >= 0].tolist())
+                if delta.token_ids:
+                    yield delta
+                if sequence.done:
                     if sequence in self.occupant:
                         self.occupant[self.occupant.index(sequence)] = None
-                    yield sequence.result(eos)
+                    yield sequence.answer()
 
 
 @dataclasses.dataclass(eq=False)
 class _Sequence:
-    """A query being decoded and the tokens read so far."""
+    """A request being decoded: its place in its window, and the tokens read so far."""
 
-    query: Query
-    visual_tokens: int
-    tokens: list[int]
+    window: Window
+    index: int
+    stop_ids: tuple[int, ...]
+    tokens: list[int] = dataclasses.field(default_factory=list)
 
-    def done(self, eos: int) -> bool:
-        ended = bool(self.tokens) and self.tokens[-1] == eos
-        return ended or len(self.tokens) >= self.query.max_new_tokens
+    @property
+    def request(self) -> Request:
+        return self.window.requests[self.index]
 
-    def result(self, eos: int) -> Result:
-        tokens = self.tokens[:-1] if self.tokens[-1] == eos else self.tokens
-        text_tokens = self.query.text_tokens
-        return Result(self.query.key, tokens, float("nan"), self.visual_tokens, text_tokens)
+    @property
+    def limit(self) -> int:
+        return self.request.sampling.max_new_tokens
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.tokens) and self.tokens[-1] in self.stop_ids
+
+    @property
+    def done(self) -> bool:
+        return self.stopped or len(self.tokens) >= self.limit
+
+    def extend(self, tokens: list[int]) -> Delta:
+        """Appends tokens; the delta has them without the stop id."""
+        self.tokens += tokens
+        return Delta(self.request.key, tuple(tokens[:-1] if self.stopped else tokens))
+
+    def answer(self) -> Answer:
+        tokens = tuple(self.tokens[:-1] if self.stopped else self.tokens)
+        usage = self.window.usage(self.index, len(tokens))
+        reason: FinishReason = "stop" if self.stopped else "length"
+        return Answer(self.request.key, tokens, float("nan"), reason, usage)
 
 
 class _Chunk(NamedTuple):
@@ -188,3 +173,28 @@ class _Chunk(NamedTuple):
 
     tokens: jax.Array
     sequences: list[_Sequence | None]
+
+
+def _device_segments(
+    place: tuple[np.ndarray, np.ndarray, np.ndarray], sequences: Sequence[_Sequence], size: int
+) -> programs.Segments:
+    """Sequences as arrays of `size`; `place` has rows, starts and lengths [sequences]."""
+
+    def padded(values: Sequence[float] | np.ndarray, dtype: type[np.generic]) -> jax.Array:
+        column = np.zeros(size, dtype)
+        column[: len(values)] = values
+        return jnp.asarray(column)
+
+    row, start, length = (padded(column, np.int32) for column in place)
+    params = [sequence.request.sampling for sequence in sequences]
+    stop_ids = np.full((size, MAX_STOP_IDS), -1, np.int32)
+    for ids, sequence in zip(stop_ids, sequences, strict=False):
+        ids[: len(sequence.stop_ids)] = sequence.stop_ids
+    sampling = programs.Sampling(
+        temperature=padded([each.temperature for each in params], np.float32),
+        top_p=padded([each.top_p for each in params], np.float32),
+        seed=padded([each.seed for each in params], np.uint32),
+        stop_ids=jnp.asarray(stop_ids),
+    )
+    limits = padded([each.max_new_tokens for each in params], np.int32)
+    return programs.Segments(row, start, length, limits, sampling)

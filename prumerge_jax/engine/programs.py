@@ -1,8 +1,10 @@
-"""The compiled programs of inference. Each has one shape per engine, so each compiles once.
+"""The jitted functions of inference. Each has one shape per engine, so each compiles once.
 
-The host decides what goes where (`engine.py`); nothing here looks at a value on the host.
+The host decides what goes where (`windows.py`, `decoding.py`); nothing here looks at a value on the
+host.
 
-Axes: B images, R capacity, T row length, S slots, C cache length, M positions of the head.
+Axes: B images, R capacity, T row length, S slots, C cache length, G segments, E stop ids, M
+positions of the head.
 """
 
 import functools
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prumerge_jax.engine.request import MAX_STOP_IDS
 from prumerge_jax.models.llama import KVCache, PartialHidden, empty_cache
 from prumerge_jax.models.llava import encode_images
 from prumerge_jax.prumerge import VisualTokens
@@ -28,6 +31,22 @@ class Rows(NamedTuple):
     segment_ids: jax.Array
 
 
+class Sampling(NamedTuple):
+    """How the tokens of each sequence are drawn; [S] for slots, [G] for segments.
+
+    Attributes:
+      temperature: [S] float32; 0 is greedy.
+      top_p: [S] float32; 1 draws from all tokens.
+      seed: [S] uint32.
+      stop_ids: [S, E] int32, tokens that end the sequence; -1 is none.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+    seed: jax.Array
+    stop_ids: jax.Array
+
+
 class Slots(NamedTuple):
     """Sequences being decoded, one per slot.
 
@@ -37,8 +56,8 @@ class Slots(NamedTuple):
       positions: [S] int32, rotary position of `token`.
       token: [S] int32, the newest token, not yet in the cache.
       remaining: [S] int32, tokens that may still follow; 0 is an idle slot.
-      seeds: [S] uint32, the random seed of each sequence.
       drawn: [S] int32, tokens drawn so far.
+      sampling: how each sequence's tokens are drawn, and which end it.
     """
 
     cache: KVCache
@@ -46,31 +65,24 @@ class Slots(NamedTuple):
     positions: jax.Array
     token: jax.Array
     remaining: jax.Array
-    seeds: jax.Array
     drawn: jax.Array
+    sampling: Sampling
 
 
 class Segments(NamedTuple):
-    """Where sequences lie in rows, and how each goes on; every field [G].
+    """Sequences in rows, and how each continues.
 
     Attributes:
-      row, start, length: place of the prompt in the rows. A length of 0 is no segment.
-      max_new_tokens: tokens to generate.
-      seed: uint32, random seed.
+      row, start, length: [G] int32, place of the prompt in the rows. A length of 0 is no segment.
+      max_new_tokens: [G] int32, most tokens to generate.
+      sampling: how tokens are drawn.
     """
 
     row: jax.Array
     start: jax.Array
     length: jax.Array
     max_new_tokens: jax.Array
-    seed: jax.Array
-
-
-class Sampling(NamedTuple):
-    """How a token is drawn. Temperature 0 is greedy; `top_p` 1 draws from all tokens."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
+    sampling: Sampling
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "reduction", "dtype"))
@@ -89,8 +101,8 @@ def encode(
 
 @jax.jit
 def join(batches: list[jax.Array]) -> jax.Array:
-    """Encoded batches [B, R, D] side by side, [B * len(batches), R, D]: row j of batch b becomes
-    row j * len(batches) + b, so that on a mesh every image stays where it is."""
+    """Encoded batches [B, R, D] interleaved, [B * len(batches), R, D]: row j of batch b becomes
+    row j * len(batches) + b, so that on a mesh no image moves to another device."""
     stacked = jnp.stack(batches, axis=1)
     return constrain(stacked.reshape(-1, *stacked.shape[2:]), "batch", None, None)
 
@@ -164,39 +176,62 @@ def log_likelihoods(
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "sampling"))
+@functools.partial(jax.jit, static_argnames=("graphdef",))
 def first_tokens(
-    graphdef: nnx.GraphDef,
-    state: nnx.State,
-    hidden: jax.Array,
-    segments: Segments,
-    *,
-    sampling: Sampling,
+    graphdef: nnx.GraphDef, state: nnx.State, hidden: jax.Array, segments: Segments
 ) -> jax.Array:
     """The first generated token of every segment, [G] int32."""
     decoder = nnx.merge(graphdef, state).decoder
     last = jnp.maximum(segments.start + segments.length - 1, 0)
     logits = decoder.logits(hidden[segments.row, last])
-    return draw(logits, segments.seed, jnp.zeros_like(segments.row), sampling)
+    return draw(logits, segments.sampling, jnp.zeros_like(segments.row))
 
 
-def draw(logits: jax.Array, seeds: jax.Array, drawn: jax.Array, sampling: Sampling) -> jax.Array:
-    """One token per row of logits [S, V]; the draw depends on the row's own seed and step only."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-        # The smallest set whose probability reaches top_p: its least likely member is the bound.
-        size = (before < sampling.top_p).sum(-1, keepdims=True)
-        bound = jnp.take_along_axis(ordered, jnp.minimum(size, logits.shape[-1] - 1), axis=-1)
-        logits = jnp.where(logits < bound, -jnp.inf, logits)
+def draw(logits: jax.Array, sampling: Sampling, drawn: jax.Array) -> jax.Array:
+    """One token per row of logits.
+
+    Args:
+      logits: [S, V] float32.
+      sampling: of each row. A draw depends on the row's own seed and step alone.
+      drawn: [S] int32, the step: tokens the row has drawn before.
+
+    Returns:
+      [S] int32.
+    """
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    is_random = sampling.temperature > 0
 
     def one(logits: jax.Array, seed: jax.Array, step: jax.Array) -> jax.Array:
         return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), step), logits)
 
-    return jax.vmap(one)(logits, seeds, drawn).astype(jnp.int32)
+    def sampled() -> jax.Array:
+        scaled = logits / jnp.where(is_random, sampling.temperature, 1)[:, None]
+        is_cut = is_random & (sampling.top_p < 1)
+        scaled = jax.lax.cond(
+            is_cut.any(),
+            lambda: jnp.where(is_cut[:, None], _nucleus(scaled, sampling.top_p), scaled),
+            lambda: scaled,
+        )
+        tokens = jax.vmap(one)(scaled, sampling.seed, drawn).astype(jnp.int32)
+        return jnp.where(is_random, tokens, greedy)
+
+    # Greedy decoding, the rule, pays neither for random numbers nor for sorting the vocabulary.
+    return jax.lax.cond(is_random.any(), sampled, lambda: greedy)
+
+
+def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Logits [S, V], -inf outside the smallest set whose probability reaches `top_p` [S]."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+    # The least likely member of the set is the bound.
+    size = (before < top_p[:, None]).sum(-1, keepdims=True)
+    bound = jnp.take_along_axis(ordered, jnp.minimum(size, logits.shape[-1] - 1), axis=-1)
+    return jnp.where(logits < bound, -jnp.inf, logits)
+
+
+def is_stop(tokens: jax.Array, sampling: Sampling) -> jax.Array:
+    """[S] bool: which tokens [S] end their sequence."""
+    return (tokens[:, None] == sampling.stop_ids).any(axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "slots", "length", "dtype"))
@@ -212,12 +247,17 @@ def empty_slots(
         positions=zeros,
         token=zeros,
         remaining=zeros,
-        seeds=zeros.astype(jnp.uint32),
         drawn=zeros,
+        sampling=Sampling(
+            temperature=jnp.zeros((slots,)),
+            top_p=jnp.ones((slots,)),
+            seed=zeros.astype(jnp.uint32),
+            stop_ids=jnp.full((slots, MAX_STOP_IDS), -1, jnp.int32),
+        ),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("eos",), donate_argnames=("slots",))
+@functools.partial(jax.jit, donate_argnames=("slots",))
 def insert(
     slots: Slots,
     rows_cache: KVCache,
@@ -225,10 +265,9 @@ def insert(
     segments: Segments,
     first: jax.Array,
     slot_of: jax.Array,
-    *,
-    eos: int,
 ) -> Slots:
-    """Moves segments from packed rows into slots.
+    """Moves segments from packed rows into slots. One whose first token ends it leaves its slot
+    idle.
 
     Args:
       slots: donated.
@@ -236,35 +275,39 @@ def insert(
       rows: the plan, for the positions.
       segments: G segments of these rows.
       first: [G] int32 from `first_tokens`.
-      slot_of: [G] int32, the slot a segment goes to; -1 stays where it is.
-      eos: a sequence whose first token is this one leaves its slot idle.
+      slot_of: [G] int32, the slot a segment goes to; -1 is none.
     """
     capacity = slots.cache.k.shape[2]
     offsets = jnp.arange(capacity)
+    follow = jnp.where(is_stop(first, segments.sampling), 0, segments.max_new_tokens - 1)
 
     def move(g: jax.Array, slots: Slots) -> Slots:
         row, start, length = segments.row[g], segments.start[g], segments.length[g]
         source = jnp.minimum(start + offsets, rows.ids.shape[1] - 1)
         inside = (offsets < length)[:, None, None]
-        # A segment that stays goes behind the last slot, where writes are dropped. A `jax.lax.cond`
-        # in its place makes XLA copy the whole cache, on GPUs for every segment.
+        # A segment without a slot goes beyond the last one, where writes are dropped. A
+        # `jax.lax.cond` in its place makes XLA copy the cache, on GPUs for every segment.
         at = jnp.where(slot_of[g] >= 0, slot_of[g], len(slots.lengths))
 
         def place(cache: jax.Array, packed: jax.Array) -> jax.Array:
-            # Zero behind the prompt: the slot may have held NaN, and 0 * NaN is NaN.
+            # Zero beyond the prompt: the slot may have held NaN, and 0 * NaN is NaN.
             segment = jnp.where(inside, packed[:, row][:, source], 0).astype(cache.dtype)
             return cache.at[:, at].set(segment)
 
-        remaining = jnp.where(first[g] == eos, 0, segments.max_new_tokens[g] - 1)
         position = rows.positions[row, start + length - 1] + 1
         return Slots(
             cache=KVCache(place(slots.cache.k, rows_cache.k), place(slots.cache.v, rows_cache.v)),
             lengths=slots.lengths.at[at].set(length),
             positions=slots.positions.at[at].set(position),
             token=slots.token.at[at].set(first[g]),
-            remaining=slots.remaining.at[at].set(remaining),
-            seeds=slots.seeds.at[at].set(segments.seed[g]),
+            remaining=slots.remaining.at[at].set(follow[g]),
             drawn=slots.drawn.at[at].set(1),
+            sampling=Sampling(
+                *(
+                    ours.at[at].set(theirs[g])
+                    for ours, theirs in zip(slots.sampling, segments.sampling, strict=True)
+                )
+            ),
         )
 
     return jax.lax.fori_loop(0, len(slot_of), move, slots)
@@ -272,7 +315,7 @@ def insert(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "steps", "eos", "sampling"),
+    static_argnames=("graphdef", "steps"),
     donate_argnames=("slots",),
 )
 def decode(
@@ -281,8 +324,6 @@ def decode(
     slots: Slots,
     *,
     steps: int,
-    eos: int,
-    sampling: Sampling,
 ) -> tuple[Slots, jax.Array]:
     """Up to `steps` tokens for every busy slot; stops early when all are idle.
 
@@ -302,20 +343,22 @@ def decode(
         step, slots, emitted = carry
         busy = slots.remaining > 0
         x = model.decoder.embed(slots.token[:, None], dtype)
-        # An idle slot writes behind the end of its cache, which drops the write.
+        # An idle slot writes beyond the end of its cache, which drops the write.
         at = jnp.where(busy, slots.lengths, slots.cache.k.shape[2])
         hidden, cache = model.decoder.decode(x, slots.positions, slots.cache, at)
         logits = model.decoder.logits(hidden[:, 0])
-        token = draw(logits, slots.seeds, slots.drawn, sampling)
-        left = jnp.where(token == eos, 0, slots.remaining - 1)
+        # What an idle slot once sampled at must not make the others pay for sampling.
+        temperature = jnp.where(busy, slots.sampling.temperature, 0)
+        token = draw(logits, slots.sampling._replace(temperature=temperature), slots.drawn)
+        left = jnp.where(is_stop(token, slots.sampling), 0, slots.remaining - 1)
         slots = Slots(
             cache=cache,
             lengths=slots.lengths + busy,
             positions=slots.positions + busy,
             token=jnp.where(busy, token, slots.token),
             remaining=jnp.where(busy, left, 0),
-            seeds=slots.seeds,
             drawn=slots.drawn + busy,
+            sampling=slots.sampling,
         )
         return step + 1, slots, emitted.at[step].set(jnp.where(busy, token, -1))
 

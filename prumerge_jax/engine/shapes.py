@@ -14,52 +14,142 @@ SAMPLE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """The shapes of the compiled programs. None of them changes a result.
+class EngineSizes:
+    """How much one call of each compiled program takes.
 
     Attributes:
       batch_size: images per encode step.
-      window: queries that are planned together, a multiple of `batch_size`.
-      row_length: tokens per packed row; no prompt, visual tokens included, can be longer. None
-        lets `fit` choose it for the requests.
-      rows: rows per prefill.
+      window_size: requests that are planned together, a multiple of `batch_size`.
+      prefill_rows: packed rows per prefill.
       slots: sequences decoded at once.
-      cache_length: the longest sequence, generated tokens included, that can be decoded. None lets
-        `fit` choose it.
-      chunk: decode steps between two looks at the results.
+      decode_steps_per_call: decode steps between two looks at the results.
     """
 
     batch_size: int = 8
-    window: int = 64
-    row_length: int | None = None
-    rows: int = 4
+    window_size: int = 64
+    prefill_rows: int = 4
     slots: int = 16
+    decode_steps_per_call: int = 16
+
+
+EVALUATION_SIZES = EngineSizes(32, 256, 2, 64, 8)
+"""For thousands of requests, whose short answers free their slots soon."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What a user may fix of the compiled programs' shapes. None of it changes a result.
+
+    Attributes:
+      batch_size, window_size, prefill_rows, slots, decode_steps_per_call: see `EngineSizes`; None
+        takes that of `defaults`, raised to a multiple of the mesh's data shards.
+      row_length: tokens per packed row; no prompt, visual tokens included, can be longer. None
+        lets `fit` choose it for the requests.
+      cache_length: the longest sequence, generated tokens included, that can be decoded. None lets
+        `fit` choose it.
+      defaults: the sizes where the fields above are None.
+
+    Raises:
+      ValueError: a value is no integer of at least 1.
+    """
+
+    batch_size: int | None = None
+    window_size: int | None = None
+    row_length: int | None = None
+    prefill_rows: int | None = None
+    slots: int | None = None
     cache_length: int | None = None
-    chunk: int = 16
+    decode_steps_per_call: int | None = None
+    defaults: EngineSizes = EngineSizes()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and value < 1:
-                raise ValueError(f"{field.name} is {value}; expected at least 1")
-        if self.window % self.batch_size:
+            if isinstance(value, int) and value < 1:
+                raise ValueError(
+                    f"{field.name} is {value}; expected at least 1 (--config.engine.{field.name})"
+                )
+        if self.batch_size and self.window_size and self.window_size % self.batch_size:
             raise ValueError(
-                f"window {self.window} is not a multiple of batch_size {self.batch_size}"
+                f"window_size {self.window_size} is not a multiple of batch_size "
+                f"{self.batch_size}; set --config.engine.window_size to one"
             )
+
+    def sizes(self, shards: int = 1) -> EngineSizes:
+        """The sizes on a mesh of so many data shards.
+
+        Raises:
+          ValueError: a size that was set does not divide over the shards; the message names it.
+        """
+        for name in ("batch_size", "window_size", "prefill_rows", "slots"):
+            value = getattr(self, name)
+            if value is not None and value % shards:
+                raise ValueError(
+                    f"{name} {value} does not divide over the {shards} data shards of the mesh; "
+                    f"set --config.engine.{name} to a multiple of {shards}"
+                )
+        defaults = self.defaults
+        batch_size = self.batch_size or _next_multiple(defaults.batch_size, shards)
+        if self.window_size is None:
+            window_size = _next_multiple(defaults.window_size, batch_size)
+        else:
+            window_size = self.window_size
+            while window_size % batch_size:  # only where nobody set the batch size
+                batch_size -= shards
+        return EngineSizes(
+            batch_size,
+            window_size,
+            self.prefill_rows or _next_multiple(defaults.prefill_rows, shards),
+            self.slots or _next_multiple(defaults.slots, shards),
+            self.decode_steps_per_call or defaults.decode_steps_per_call,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shapes(EngineConfig):
-    """An `EngineConfig` that leaves no length open.
+class EngineShapes(EngineSizes):
+    """All shapes of the compiled programs.
 
     Attributes:
+      row_length: tokens per packed row.
       longest_prompt: the longest prompt, visual tokens included, that can run. Attention in long
         rows of short prompts costs as little as this is small.
+      cache_length: the longest sequence, generated tokens included, that can be decoded.
+
+    Raises:
+      ValueError: the window is no multiple of the batch size.
     """
 
     row_length: int
     longest_prompt: int
     cache_length: int
+
+    def __post_init__(self) -> None:
+        if self.window_size % self.batch_size:
+            raise ValueError(
+                f"window_size {self.window_size} is not a multiple of batch_size {self.batch_size}"
+            )
+
+    def check_shards(self, shards: int) -> None:
+        """Raises ValueError if images, rows or slots do not divide over the data shards."""
+        for name in ("batch_size", "prefill_rows", "slots"):
+            if getattr(self, name) % shards:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} does not divide over the {shards} data shards "
+                    "of the mesh"
+                )
+
+    def limited_to(self, requests: int) -> "EngineShapes":
+        """Shapes no larger than so few requests can fill."""
+        enough = 1 << max(requests - 1, 0).bit_length()
+        if enough >= self.batch_size:
+            return self
+        return dataclasses.replace(
+            self,
+            batch_size=enough,
+            window_size=enough,
+            prefill_rows=min(self.prefill_rows, enough),
+            slots=min(self.slots, enough),
+        )
 
 
 def fit(
@@ -70,19 +160,24 @@ def fit(
     *,
     max_new_tokens: int = 0,
     max_positions: int,
-) -> Shapes:
-    """The configuration with the lengths that it leaves open chosen for these requests.
+    shards: int = 1,
+) -> EngineShapes:
+    """The configuration with everything that it leaves open chosen for these requests.
 
     Only what is known before any image is seen decides, so the same requests always get the same
     shapes.
 
     Args:
-      config: the shapes; lengths that it does set stay.
+      config: what is fixed.
       reduction: what happens to the visual tokens.
       num_patches: N.
       text_tokens: int [requests], tokens of each request apart from the image's.
       max_new_tokens: most tokens to generate.
       max_positions: the longest sequence that the model can take.
+      shards: data shards of the mesh.
+
+    Raises:
+      ValueError: a size that was set does not divide over the shards.
     """
     if not len(text_tokens):  # shapes there must be all the same
         text_tokens = np.zeros(1, np.int64)
@@ -91,23 +186,24 @@ def fit(
     lengths = np.minimum(text_tokens + most, max_positions)
     row_length, cache_length = config.row_length, config.cache_length
     if row_length is None:
-        choose = roomy_row_length if reduction.varying else tight_row_length
-        row_length = choose(lengths)
+        if reduction.varying:
+            row_length = row_length_for_variable_counts(lengths)
+        else:
+            row_length = row_length_for_fixed_counts(lengths)
     if cache_length is None:
-        cache_length = _round_up(min(int(lengths.max()) + max_new_tokens, max_positions))
-    return Shapes(
-        **{
-            **vars(config),
-            "row_length": row_length,
-            "longest_prompt": min(_round_up(int(lengths.max())), row_length),
-            "cache_length": cache_length,
-        }
+        cache_length = _next_multiple(
+            min(int(lengths.max()) + max_new_tokens, max_positions), MULTIPLE
+        )
+    return EngineShapes(
+        **vars(config.sizes(shards)),
+        row_length=row_length,
+        longest_prompt=min(_next_multiple(int(lengths.max()), MULTIPLE), row_length),
+        cache_length=cache_length,
     )
 
 
-def roomy_row_length(longest: np.ndarray) -> int:
-    """For counts that vary from image to image: room for six of the longest sequences, but no more
-    than 1024 tokens unless one alone is longer.
+def row_length_for_variable_counts(longest: np.ndarray) -> int:
+    """Room for six of the longest sequences, but no more than 1024 tokens unless one is longer.
 
     Among so many there are some that fill a row up, see `packing.fill_rows`. Longer rows gain
     little, and attention that does not leave out keys by `longest_prompt` computes the square of
@@ -117,11 +213,11 @@ def roomy_row_length(longest: np.ndarray) -> int:
       longest: int [requests], the most tokens that each can have.
     """
     most = int(longest.max())
-    return _round_up(max(most, min(6 * most, 1024)))
+    return _next_multiple(max(most, min(6 * most, 1024)), MULTIPLE)
 
 
-def tight_row_length(lengths: np.ndarray) -> int:
-    """For counts known beforehand: the row length up to two sequences that leaves least padding.
+def row_length_for_fixed_counts(lengths: np.ndarray) -> int:
+    """The row length, up to that of two sequences, that leaves least padding.
 
     Without reduction a sequence of LLaVA-1.5 has 576 tokens and a short text; rows of 640 hold one
     with next to no padding, rows of 1024 would be padding by 38 %.
@@ -133,10 +229,12 @@ def tight_row_length(lengths: np.ndarray) -> int:
     sample = np.sort(lengths)[::-1][:: -(-len(lengths) // SAMPLE)]
     computed = {
         row_length: row_length * len(packing.fill_rows(sample, row_length))
-        for row_length in range(_round_up(most), _round_up(2 * most) + 1, MULTIPLE)
+        for row_length in range(
+            _next_multiple(most, MULTIPLE), _next_multiple(2 * most, MULTIPLE) + 1, MULTIPLE
+        )
     }
     return min(computed, key=lambda row_length: (computed[row_length], row_length))
 
 
-def _round_up(length: int) -> int:
-    return -(-length // MULTIPLE) * MULTIPLE
+def _next_multiple(value: int, of: int) -> int:
+    return -(-value // of) * of

@@ -1,27 +1,35 @@
-"""The scoring journal: a run that is killed at any moment goes on where it was.
+"""The scoring journal: a run that is killed at any moment resumes where it was.
 
 One JSON-lines file. Its first line is the fingerprint of the run; then one line per finished row,
-appended and fsynced a batch at a time. Opening it locks it, cuts off a line that a crash left
-incomplete and refuses another run's fingerprint. The answers file is written from it at the end,
-in input order, by rename: the same bytes whether or not the run was interrupted.
+appended and fsynced a batch at a time. Every line ends in a CRC-32 of its own content, that of a
+row continued from the fingerprint's. So a line that was damaged or edited, or belongs to another
+run, is noticed, said, and its row is scored again. Opening the journal locks it, cuts off a line
+that a crash left incomplete and refuses another run's fingerprint. The answers file is written from
+it at the end, in input order, by rename: the same bytes whether or not the run was interrupted.
 """
 
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import pathlib
+import re
+import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from prumerge_jax.evaluation import jsonfiles
-from prumerge_jax.evaluation.answers import Fingerprint
+from prumerge_jax.evaluation.answers import Fingerprint, write_answers
+from prumerge_jax.store.strict_json import parse_json
 
 _START = b'{"fingerprint": '
+_CHECKSUM = re.compile(rb', "crc32": "([0-9a-f]{8})"\}')
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class RowOutcome:
     """What came of one row of the question file.
 
     Attributes:
@@ -29,7 +37,7 @@ class Outcome:
       question_id: For the error report.
       answer: The line of the answers file, or None if the row failed.
       error: Why the row failed, or None.
-      measured: Numbers to summarise over the run, such as the count of visual tokens.
+      measured: Finite numbers to summarise over the run, such as the count of visual tokens.
     """
 
     index: int
@@ -39,8 +47,21 @@ class Outcome:
     measured: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if type(self.index) is not int:
+            raise ValueError(f"row index {self.index!r:.80} is not an integer")
+        where = f"row {self.index + 1}"
+        jsonfiles.field(vars(self), "question_id", (int, str), where)
         if (self.answer is None) == (self.error is None):
-            raise ValueError(f"row {self.index + 1} needs either an answer or an error")
+            raise ValueError(f"{where} needs either an answer or an error")
+        if self.answer is not None:
+            for name in ("prompt", "text"):
+                jsonfiles.string(self.answer, name, f"{where}, answer")
+        else:
+            jsonfiles.string(vars(self), "error", where)
+        for name in jsonfiles.field(vars(self), "measured", dict, where):
+            value = jsonfiles.field(self.measured, name, (int, float), f"{where}, measured")
+            if not math.isfinite(value):
+                raise ValueError(f"{where}: measured {name} is {value}, which JSON cannot express")
 
 
 class Journal:
@@ -51,7 +72,7 @@ class Journal:
     """
 
     def __init__(self, path: pathlib.Path, fingerprint: Fingerprint, num_rows: int) -> None:
-        """Opens or starts the journal.
+        """Opens or starts the journal; says on standard error which lines are damaged.
 
         Args:
           path: The journal file; its folder must exist.
@@ -61,12 +82,14 @@ class Journal:
 
         Raises:
           RuntimeError: Another process writes this journal.
-          ValueError: The journal belongs to a run of another fingerprint, or is damaged elsewhere
-            than in its last line. It is left as it is.
+          ValueError: The file is no journal, that of a run of another fingerprint, or so damaged
+            that no line is known to be of this run. It is left as it is.
         """
         self.path = path
         self._num_rows = num_rows
-        self._outcomes: dict[int, Outcome] = {}
+        self._header = _line({"fingerprint": dict(fingerprint)}, 0)
+        self._seed = zlib.crc32(self._header)
+        self._outcomes: dict[int, RowOutcome] = {}
         self._file = path.open("a+b", buffering=0)
         try:
             self._lock()
@@ -86,7 +109,7 @@ class Journal:
         self._file.close()
 
     @property
-    def outcomes(self) -> Mapping[int, Outcome]:
+    def outcomes(self) -> Mapping[int, RowOutcome]:
         """What is known, by row index; for a row tried again the latest."""
         return self._outcomes
 
@@ -99,21 +122,20 @@ class Journal:
             if index not in self._outcomes or self._outcomes[index].answer is None
         ]
 
-    def append(self, outcomes: Sequence[Outcome]) -> None:
+    def append(self, outcomes: Sequence[RowOutcome]) -> None:
         """Makes a batch durable: when this returns, a crash no longer loses it.
 
         Raises:
           ValueError: A row is out of range or has an answer already. Nothing is written.
-          OSError: The batch could not be written; the journal stays as it was before.
+          OSError: The batch could not be written; the journal is as it was before.
         """
-        batch: dict[int, Outcome] = {}
+        batch: dict[int, RowOutcome] = {}
         for outcome in outcomes:
             self._check(outcome)
             if outcome.index in batch:
                 raise ValueError(f"row {outcome.index + 1} is twice in one batch")
             batch[outcome.index] = outcome
-        lines = "".join(jsonfiles.dump_line(dataclasses.asdict(outcome)) for outcome in outcomes)
-        self._write(lines.encode())
+        self._write(b"".join(_line(dataclasses.asdict(o), self._seed) for o in outcomes))
         self._outcomes |= batch
 
     def write_results(self, folder: pathlib.Path) -> None:
@@ -121,6 +143,7 @@ class Journal:
 
         Raises:
           ValueError: A row has neither an answer nor an error yet.
+          OSError: A file could not be written; the message names it.
         """
         untried = [index for index in range(self._num_rows) if index not in self._outcomes]
         if untried:
@@ -130,6 +153,7 @@ class Journal:
             )
         ordered = [self._outcomes[index] for index in range(self._num_rows)]
         answers = [dict(outcome.answer) for outcome in ordered if outcome.answer is not None]
+        write_answers(folder / "answers.jsonl", answers)
         errors = [
             {
                 "row": outcome.index + 1,
@@ -139,8 +163,8 @@ class Journal:
             for outcome in ordered
             if outcome.error is not None
         ]
-        for name, rows in (("answers.jsonl", answers), ("errors.jsonl", errors)):
-            jsonfiles.replace_file(folder / name, "".join(map(jsonfiles.dump_line, rows)))
+        lines = "".join(map(jsonfiles.dump_line, errors))
+        jsonfiles.replace_file(folder / "errors.jsonl", lines)
 
     def _lock(self) -> None:
         try:
@@ -152,31 +176,50 @@ class Journal:
 
     def _recover(self, fingerprint: dict[str, Any]) -> None:
         data = self.path.read_bytes()
-        if not data.startswith(_START) and not _START.startswith(data):
-            raise ValueError(f"{self.path} is no scoring journal; use another workdir")
-        whole = data[: data.rfind(b"\n") + 1]
-        if whole:
-            self._read(whole, fingerprint)
+        complete = data[: data.rfind(b"\n") + 1]
+        if complete:
+            self._read(complete, fingerprint)
+        elif not data.startswith(_START) and not _START.startswith(data):
+            raise _foreign(self.path)
         # Only now that the file is known to be this run's journal may it be changed.
-        if len(whole) < len(data):
-            self._truncate(len(whole))
-        if not whole:
-            self._write(jsonfiles.dump_line({"fingerprint": fingerprint}).encode())
+        if len(complete) < len(data):
+            self._say(complete.count(b"\n") + 1, "is cut short")
+            self._truncate(len(complete))
+        if not complete:
+            self._write(self._header)
             jsonfiles.sync_directory(self.path.parent)
 
     def _read(self, data: bytes, fingerprint: dict[str, Any]) -> None:
-        header, *rows = jsonfiles.parse_jsonl(data, str(self.path))
-        recorded = jsonfiles.field(header, "fingerprint", dict, f"{self.path} row 1")
-        _check_fingerprint(self.path, recorded, fingerprint)
-        for number, row in enumerate(rows, start=2):
+        """Takes over every line that is intact, in order."""
+        header, *lines = data.removesuffix(b"\n").split(b"\n")
+        _check_header(self.path, header, fingerprint)
+        problems = {1: "is damaged"} if header + b"\n" != self._header else {}
+        for number, line in enumerate(lines, start=2):
+            if not line.strip():
+                continue
+            content = _content(line, self._seed)
+            if content is None:
+                problems[number] = "is damaged, or was edited"
+                continue
             try:
-                outcome = Outcome(**row)
+                outcome = RowOutcome(**parse_json(content, f"{self.path} line {number}"))
                 self._check(outcome)
             except (TypeError, ValueError) as error:
-                raise ValueError(f"{self.path} row {number} is damaged: {error}") from error
+                problems[number] = f"is not used: {error}"
+                continue
             self._outcomes[outcome.index] = outcome
+        if 1 in problems and not self._outcomes:
+            raise _foreign(self.path)
+        for number, problem in problems.items():
+            self._say(number, problem)
 
-    def _check(self, outcome: Outcome) -> None:
+    def _say(self, number: int, problem: str) -> None:
+        print(
+            f"{self.path} line {number} {problem}; a row without an intact line is scored again",
+            file=sys.stderr,
+        )
+
+    def _check(self, outcome: RowOutcome) -> None:
         if not 0 <= outcome.index < self._num_rows:
             raise ValueError(f"row index {outcome.index} of {self._num_rows} rows")
         known = self._outcomes.get(outcome.index)
@@ -190,26 +233,62 @@ class Journal:
             while view:
                 view = view[os.write(self._file.fileno(), view) :]
             os.fsync(self._file.fileno())
-        except OSError:
+        except OSError as error:
             # A part of a line would swallow the next one appended to it.
             self._truncate(end)
-            raise
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def _truncate(self, size: int) -> None:
         os.ftruncate(self._file.fileno(), size)
         os.fsync(self._file.fileno())
 
 
-def _check_fingerprint(
-    path: pathlib.Path, recorded: dict[str, Any], current: dict[str, Any]
-) -> None:
+def check_same_run(path: pathlib.Path, fingerprint: Fingerprint) -> None:
+    """Whether a journal can be resumed, as far as its first line tells; a missing one can.
+
+    Raises:
+      ValueError: It belongs to a run of another fingerprint.
+    """
+    if path.exists():
+        with path.open("rb") as file:
+            _check_header(path, file.readline().removesuffix(b"\n"), dict(fingerprint))
+
+
+def _line(content: dict[str, Any], seed: int) -> bytes:
+    """A line of the journal; `seed` is the CRC-32 that its own continues."""
+    body = json.dumps(content, allow_nan=False).encode()
+    return body[:-1] + f', "crc32": "{zlib.crc32(body, seed):08x}"}}\n'.encode()
+
+
+def _content(line: bytes, seed: int) -> bytes | None:
+    """The JSON object of a line without its checksum; None if the two do not fit."""
+    suffix = _CHECKSUM.fullmatch(line, max(len(line) - 22, 0))
+    if suffix is None:
+        return None
+    body = line[: suffix.start()] + b"}"
+    return body if zlib.crc32(body, seed) == int(suffix[1], 16) else None
+
+
+def _check_header(path: pathlib.Path, header: bytes, current: dict[str, Any]) -> None:
+    """Raises ValueError if an intact first line has another fingerprint."""
+    content = _content(header, 0)
+    if content is None:
+        return
+    recorded = parse_json(content, f"{path} line 1").get("fingerprint")
     # What a value looks like after a round trip through JSON is what was recorded.
     current = json.loads(json.dumps(current))
-    if recorded != current:
+    if isinstance(recorded, dict) and recorded != current:
         raise ValueError(
             f"{path} belongs to another run: {'; '.join(_differences(recorded, current))}. "
             f"Use another workdir, or delete the file to start again"
         )
+
+
+def _foreign(path: pathlib.Path) -> ValueError:
+    return ValueError(
+        f"{path} is no scoring journal of this run: its first line is damaged, or it was written "
+        "by an earlier version, without checksums. Use another workdir, or delete the file"
+    )
 
 
 def _differences(recorded: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:

@@ -1,28 +1,56 @@
 """JSON and JSON-lines files: errors that name file and row, writes that are whole or absent."""
 
+import codecs
+import contextlib
 import json
 import os
 import pathlib
 from typing import Any, cast
 
+from prumerge_jax.store.strict_json import parse_json
+
 Row = dict[str, Any]
 
 
-def read_json(path: pathlib.Path) -> Any:
-    """Parses one JSON document.
+def read_object(path: pathlib.Path) -> Row:
+    """Parses a file of one JSON object.
 
     Raises:
-      ValueError: The file is not UTF-8 JSON; the message names it.
+      ValueError: The file is not strict UTF-8 JSON (see `strict_json.parse_json`; a byte order
+        mark is skipped), or not an object; the message names it.
     """
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON document: {error}") from error
+    value = _read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object but {value!r:.80}")
+    return value
+
+
+def read_list(path: pathlib.Path) -> list[Any]:
+    """Parses a file of one JSON list; errors as in `read_object`."""
+    value = _read_json(path)
+    if not isinstance(value, list):
+        raise ValueError(f"{path} is not a JSON list but {value!r:.80}")
+    return value
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    return parse_json(read_file(path).removeprefix(codecs.BOM_UTF8), str(path))
+
+
+def read_file(path: pathlib.Path) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+      OSError: It cannot be read, or is a FIFO or device, whose reading could last for ever.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")
+    return path.read_bytes()
 
 
 def read_jsonl(path: pathlib.Path) -> list[Row]:
     """Parses a file of one JSON object per line; errors as in `parse_jsonl`."""
-    return parse_jsonl(path.read_bytes(), str(path))
+    return parse_jsonl(read_file(path), str(path))
 
 
 def parse_jsonl(data: bytes, source: str) -> list[Row]:
@@ -33,25 +61,29 @@ def parse_jsonl(data: bytes, source: str) -> list[Row]:
     """
     rows = []
     # Lines end at "\n" alone: str.splitlines would also cut at U+2028 inside a text.
-    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{source} row {number} is not JSON: {error}") from error
+    lines = data.removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        where = f"{source} row {number}"
+        if not line.strip():
+            raise ValueError(f"{where} is blank; expected one JSON object per line")
+        row = parse_json(line, where)
         if not isinstance(row, dict):
-            raise ValueError(f"{source} row {number} is not a JSON object but {row!r:.80}")
+            raise ValueError(f"{where} is not a JSON object but {row!r:.80}")
         rows.append(row)
     return rows
 
 
-def field(row: Row, name: str, kinds: type | tuple[type, ...], where: str) -> Any:
+def field(row: Any, name: str, kinds: type | tuple[type, ...], where: str) -> Any:
     """`row[name]`, checked to be one of `kinds`.
 
     Raises:
-      ValueError: The field is missing or of another type; `where` names file and row.
+      ValueError: The row is no JSON object, or the field is missing or of another type; `where`
+        names file and row.
     """
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is not a JSON object but {row!r:.80}")
     if name not in row:
-        raise ValueError(f"{where} has no field {name!r}; it has {sorted(row)}")
+        raise ValueError(f"{where} has no field {name!r}; it has {str(sorted(row)):.80}")
     value = row[name]
     # bool is an int to isinstance, and no benchmark has a boolean where a number belongs.
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
@@ -61,7 +93,7 @@ def field(row: Row, name: str, kinds: type | tuple[type, ...], where: str) -> An
     return value
 
 
-def string(row: Row, name: str, where: str) -> str:
+def string(row: Any, name: str, where: str) -> str:
     """`row[name]`, checked to be a string; errors as in `field`."""
     return cast(str, field(row, name, str, where))
 
@@ -75,16 +107,35 @@ def dump_line(row: Row) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
+def strings(row: Any, name: str, where: str) -> list[str]:
+    """`row[name]`, checked to be a list of strings; errors as in `field`."""
+    values = field(row, name, list, where)
+    for value in values:
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: field {name!r} must hold strings only, not {value!r:.80}")
+    return cast(list[str], values)
+
+
 def replace_file(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes `path` so that a crash leaves the old file or the whole new one, never a part."""
+    """Writes `path` so that a crash leaves the old file or the whole new one, never a part.
+
+    Raises:
+      OSError: The file could not be written, on a full disk for example; the message names it, and
+        what was there before is as it was.
+    """
     data = content.encode() if isinstance(content, str) else content
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_directory(path.parent)
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync_directory(folder: pathlib.Path) -> None:

@@ -1,39 +1,40 @@
 """One benchmark with one reduction: from the question file to answers and metrics.
 
-Answers go through the journal, so a run that is killed goes on where it was and a rerun scores
+Answers go through the journal, so a run that is killed resumes where it was and a rerun scores
 nothing twice. A row that cannot be scored becomes a line of `errors.jsonl` and disturbs no other.
 """
 
 import collections
 import dataclasses
 import hashlib
+import math
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 import tqdm
 
-from prumerge_jax.data import conversation as conversations
-from prumerge_jax.data.images import ImageError
-from prumerge_jax.data.loading import stream_pixels
-from prumerge_jax.data.packing import PositionIds
+from prumerge_jax.data.conversation import chat_template
+from prumerge_jax.data.images import ImageProcessor
 from prumerge_jax.data.tokens import IMAGE_TOKEN
-from prumerge_jax.engine.decoding import generate, warm_up
-from prumerge_jax.engine.engine import Engine, Query, Result
-from prumerge_jax.engine.programs import Sampling
+from prumerge_jax.engine.build import Draft, RequestBuilder
+from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.request import MAX_SEED, Answer, SamplingParams
 from prumerge_jax.evaluation import jsonfiles
-from prumerge_jax.evaluation.answers import Answers, complete_row
-from prumerge_jax.evaluation.benchmarks.base import Benchmark, Question
-from prumerge_jax.evaluation.journal import Journal, Outcome
+from prumerge_jax.evaluation.answers import Answers, Fingerprint, complete_row
+from prumerge_jax.evaluation.benchmarks.base import Question
+from prumerge_jax.evaluation.config import Decoding
+from prumerge_jax.evaluation.journal import Journal, RowOutcome
+from prumerge_jax.evaluation.questions import Task, TaskQuestions
 from prumerge_jax.llava import Llava
 from prumerge_jax.reductions import Reduction, spell
-from prumerge_jax.store.manifest import MANIFEST
+from prumerge_jax.store.manifest import weights_identity
 
 RUN_FIGURES = frozenset(
-    {"rows_failed", "images_per_second", "token_efficiency"}
+    {"rows_failed", "images_per_second", "questions_per_second", "token_efficiency"}
     | {f"visual_tokens_{name}" for name in ("mean", "p50", "p95", "max")}
     | {"text_tokens_mean", "new_tokens_mean"}
 )
@@ -45,48 +46,26 @@ COMMIT_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """A benchmark's files.
+class Answered:
+    """What `answer` did.
 
     Attributes:
-      benchmark: the benchmark.
-      questions: its question file.
-      images: folder that the questions' image paths are relative to; None if they have none.
-      annotations: what the scorer compares with; None where a server or a judge knows.
+      outcomes: one per row, in order; those of earlier runs too.
+      questions: number of rows answered now.
+      images: number of images encoded now. Rows of one image share its encoding.
+      seconds: wall time of that, compilation left out.
+      token_efficiency: real tokens over computed ones; None where nothing was computed.
     """
 
-    benchmark: Benchmark[Any]
-    questions: pathlib.Path
-    images: pathlib.Path | None
-    annotations: pathlib.Path | None
+    outcomes: Sequence[RowOutcome]
+    questions: int
+    images: int
+    seconds: float
+    token_efficiency: float | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoding:
-    """How answers are made.
-
-    Attributes:
-      protocol: whose image handling, see `benchmark.PROTOCOLS`.
-      conversation: prompt template.
-      position_ids: see `packing.pack_window`.
-      max_new_tokens: None takes the benchmark's own limit.
-      temperature, top_p: 0 is greedy.
-      seed: row i draws with seed + i.
-      num_workers: processes that decode images.
-    """
-
-    protocol: str = "llava-1.6"
-    conversation: str = "vicuna_v1"
-    position_ids: PositionIds = "compact"
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    num_workers: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
+class RunScores:
     """What a run gives.
 
     Attributes:
@@ -95,128 +74,140 @@ class Scored:
       per_question: values per question by metric, empty where rows are missing.
       visual_tokens: int [answered rows that have an image].
       failed: rows without an answer.
+      answers: lines of the answered rows.
+      problems: what could not be written although it was due, one sentence each.
     """
 
     metrics: dict[str, float | None]
-    per_question: dict[str, np.ndarray]
+    per_question: Mapping[str, np.ndarray]
     visual_tokens: np.ndarray
     failed: int
-
-
-class Rows:
-    """A task's questions, read and checked before anything expensive starts."""
-
-    def __init__(self, task: Task) -> None:
-        """Reads questions and annotations.
-
-        Raises:
-          ValueError: a file is malformed; the message names file and row.
-          FileNotFoundError: a file does not exist.
-        """
-        self.task = task
-        self.questions = task.benchmark.read_questions(task.questions)
-        self.annotations = None
-        if task.annotations is not None:
-            self.annotations = task.benchmark.read_annotations(task.annotations)
-        elif task.benchmark.needs_annotations:
-            raise ValueError(
-                f"{task.benchmark.name} cannot be scored without annotations; pass "
-                "--config.annotations=PATH"
-            )
-
-    def check_images(self) -> None:
-        """Raises FileNotFoundError if the questions' images cannot be there; for a model's run."""
-        folder = self.task.images
-        by_path = any(isinstance(question.image, str) for question in self.questions)
-        if by_path and (folder is None or not folder.is_dir()):
-            raise FileNotFoundError(
-                f"image folder {folder} does not exist; pass --config.images=DIR"
-            )
-
-    def score(self, answers: Answers) -> dict[str, float]:
-        """All metrics of a complete answers file."""
-        return self.task.benchmark.score(self.questions, answers, self.annotations)
-
-
-def score_answers(task: Task, answers: Answers, workdir: pathlib.Path) -> dict[str, float]:
-    """Scores an existing answers file and writes its upload files; no model."""
-    rows = Rows(task)
-    metrics = rows.score(answers)
-    task.benchmark.upload(rows.questions, answers, rows.annotations, workdir)
-    return metrics
+    answers: Answers
+    problems: tuple[str, ...] = ()
 
 
 def run(
     model: Llava,
-    weights: str,
-    rows: Rows,
+    rows: TaskQuestions,
     reduction: Reduction,
     decoding: Decoding,
+    fingerprint: Fingerprint,
     workdir: pathlib.Path,
-) -> Scored:
+) -> RunScores:
     """Answers all questions that `workdir` has no answer to yet, then scores.
 
-    Writes `journal.jsonl`, `answers.jsonl`, `errors.jsonl` and the benchmark's upload files.
+    Writes `journal.jsonl`, `answers.jsonl`, `errors.jsonl`, `metrics.json`, and after them the
+    benchmark's upload files; a failure of these is one of the result's problems.
 
     Args:
       model: the model.
-      weights: hash of its weights, see `weights_hash`.
       rows: the questions.
       reduction: what happens to the visual tokens.
       decoding: how answers are made.
+      fingerprint: of the run, see `fingerprint`.
       workdir: an existing folder.
 
     Raises:
       ValueError: the workdir belongs to another run; the message names the difference.
       RuntimeError: another process writes to the workdir.
+      OSError: a file could not be written; the journal holds what was answered before.
     """
-    benchmark, questions = rows.task.benchmark, rows.questions
-    fingerprint = _fingerprint(model, weights, rows, reduction, decoding)
-    with Journal(workdir / "journal.jsonl", fingerprint, len(questions)) as journal:
-        todo = journal.unanswered
-        answerer = _Answerer(model, rows, reduction, decoding, fingerprint)
+    answered = answer(model, rows, reduction, decoding, fingerprint, workdir)
+    scores = summarise(rows, answered, str(workdir / "answers.jsonl"))
+    write_metrics(workdir / "metrics.json", scores.metrics)
+    if not scores.failed:
+        try:
+            rows.upload(scores.answers, workdir)
+        except (OSError, ValueError) as error:
+            problem = f"{rows.task.benchmark.name}: no upload file: {error}"
+            scores = dataclasses.replace(scores, problems=(problem,))
+    return scores
+
+
+def answer(
+    model: Llava,
+    rows: TaskQuestions,
+    reduction: Reduction,
+    decoding: Decoding,
+    fingerprint: Fingerprint,
+    workdir: pathlib.Path,
+) -> Answered:
+    """Answers all questions that the journal in `workdir` has no answer to yet.
+
+    Arguments and errors as in `run`.
+    """
+    with Journal(workdir / "journal.jsonl", fingerprint, len(rows.questions)) as journal:
+        refused = {index: rows.refusal(index) for index in journal.unanswered}
+        journal.append(
+            [
+                RowOutcome(index, rows.questions[index].question_id, error=reason)
+                for index, reason in refused.items()
+                if reason is not None
+            ]
+        )
+        todo = [index for index, reason in refused.items() if reason is None]
+        answerer = _Answerer(model, rows, reduction, decoding, dict(fingerprint))
         engine = answerer.engine()
         with model.placed():
             if todo:
-                warm_up(engine, answerer.sampling)
+                engine.warm_up()
             started = time.monotonic()
             _commit(journal, answerer.outcomes(engine, todo), len(todo), engine)
         seconds = time.monotonic() - started
         journal.write_results(workdir)
-        outcomes = [journal.outcomes[index] for index in range(len(questions))]
+        outcomes = [journal.outcomes[index] for index in range(len(rows.questions))]
+    counters = engine.counters
+    efficiency = None
+    if counters.row_tokens:
+        efficiency = counters.real_tokens / counters.row_tokens
+    return Answered(
+        outcomes=outcomes,
+        questions=sum(outcomes[index].answer is not None for index in todo),
+        images=counters.images,
+        seconds=seconds,
+        token_efficiency=efficiency,
+    )
 
-    answered = [dict(o.answer) for o in outcomes if o.answer is not None]
-    failed = len(outcomes) - len(answered)
+
+def summarise(rows: TaskQuestions, answered: Answered, source: str) -> RunScores:
+    """Metrics of a run; those of the benchmark only if every row was answered.
+
+    Args:
+      rows: the questions.
+      answered: their outcomes.
+      source: name of the answers file in error messages.
+    """
+    done = [outcome for outcome in answered.outcomes if outcome.answer is not None]
+    failed = len(answered.outcomes) - len(done)
+    answers = Answers(source, [dict(outcome.answer or {}) for outcome in done])
     metrics: dict[str, float | None] = {}
-    per_question: dict[str, np.ndarray] = {}
+    per_question: Mapping[str, np.ndarray] = {}
     if not failed:
-        answers = Answers(str(workdir / "answers.jsonl"), answered)
         metrics.update(rows.score(answers))
-        if rows.annotations is not None or not benchmark.needs_annotations:
-            per_question = benchmark.per_question(questions, answers, rows.annotations)
-        benchmark.upload(questions, answers, rows.annotations, workdir)
+        per_question = rows.per_question(answers)
     counts = np.array(
         [
-            o.measured["visual_tokens"]
-            for o in outcomes
-            if o.answer is not None and questions[o.index].image is not None
-        ]
+            outcome.measured["visual_tokens"]
+            for outcome in done
+            if rows.questions[outcome.index].image is not None
+        ],
+        np.int64,
     )
     metrics["rows_failed"] = failed
-    metrics["images_per_second"] = len(todo) / seconds if todo else None
+    for name in ("images", "questions"):
+        count = getattr(answered, name)
+        metrics[f"{name}_per_second"] = count / answered.seconds if count else None
     metrics.update(_count_figures(counts))
     for name in ("text_tokens", "new_tokens"):
-        values = [o.measured[name] for o in outcomes if o.answer is not None]
+        values = [outcome.measured[name] for outcome in done]
         metrics[f"{name}_mean"] = float(np.mean(values)) if values else None
-    counters = engine.counters
-    if counters.row_tokens:
-        metrics["token_efficiency"] = counters.real_tokens / counters.row_tokens
-    return Scored(metrics, per_question, counts, failed)
+    metrics["token_efficiency"] = answered.token_efficiency
+    return RunScores(metrics, per_question, counts, failed, answers)
 
 
 def weights_hash(directory: pathlib.Path) -> str:
-    """SHA-256 of a converted directory's manifest, which holds the hash of every file."""
-    return hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
+    """Identity of the weights of a converted directory, whichever conversion wrote it."""
+    return weights_identity(directory)
 
 
 class _Answerer:
@@ -225,20 +216,32 @@ class _Answerer:
     def __init__(
         self,
         model: Llava,
-        rows: Rows,
+        rows: TaskQuestions,
         reduction: Reduction,
         decoding: Decoding,
         fingerprint: dict[str, Any],
     ) -> None:
         self.model, self.rows, self.reduction = model, rows, reduction
         self.decoding, self.fingerprint = decoding, fingerprint
-        self.limit = decoding.max_new_tokens or rows.task.benchmark.max_new_tokens
-        self.sampling = Sampling(decoding.temperature, decoding.top_p)
+        limit = decoding.max_new_tokens
+        if limit is None:
+            limit = rows.task.benchmark.max_new_tokens
+        self.sampling = SamplingParams(
+            decoding.temperature, decoding.top_p, limit, seed=decoding.seed
+        )
+        vision = model.config.vision
+        mode = rows.task.benchmark.image_mode(decoding.protocol)
+        self.builder = RequestBuilder(
+            model.tokenizer,
+            chat_template(decoding.conversation),
+            ImageProcessor(model.image_size(reduction), vision.pixel_mean, mode),
+            decoding.num_workers,
+        )
         self.prompts = [self._prompt(question) for question in rows.questions]
-        self.refused: collections.deque[Outcome] = collections.deque()
+        self.refused: collections.deque[RowOutcome] = collections.deque()
 
     def engine(self) -> Engine:
-        """An engine fitted to all questions, so that a run which goes on has the same shapes."""
+        """An engine fitted to all questions, so that a run which resumes has the same shapes."""
         lengths = [
             int(np.count_nonzero(prompt != IMAGE_TOKEN))
             for prompt in self.prompts
@@ -247,47 +250,39 @@ class _Answerer:
         return self.model.engine(
             self.reduction,
             lengths,
-            max_new_tokens=self.limit,
+            max_new_tokens=self.sampling.max_new_tokens,
             position_ids=self.decoding.position_ids,
         )
 
-    def outcomes(self, engine: Engine, todo: list[int]) -> Iterator[Outcome]:
+    def outcomes(self, engine: Engine, todo: list[int]) -> Iterator[RowOutcome]:
         """One outcome per row, in any order."""
-        for result in generate(engine, self._queries(todo), self.sampling):
+        for answer in engine.generate(self.builder.requests(self._drafts(todo), self._refuse)):
             yield from self._take_refused()
-            yield self._outcome(result)
+            yield self._outcome(answer)
         yield from self._take_refused()
 
-    def _take_refused(self) -> Iterator[Outcome]:
+    def _refuse(self, index: int, error: ValueError) -> None:
+        question_id = self.rows.questions[index].question_id
+        self.refused.append(RowOutcome(index, question_id, error=str(error)))
+
+    def _take_refused(self) -> Iterator[RowOutcome]:
         while self.refused:
             yield self.refused.popleft()
 
-    def _queries(self, todo: list[int]) -> Iterator[Query]:
-        questions = [self.rows.questions[index] for index in todo]
-        pixels = stream_pixels(
-            (self._image(index) for index in todo),
-            size=self.model.image_size(self.reduction),
-            mode=self.rows.task.benchmark.image_mode(self.decoding.protocol),
-            mean=self.model.config.vision.pixel_mean,
-            num_workers=self.decoding.num_workers,
-        )
-        for index, question, image in zip(todo, questions, pixels, strict=True):
+    def _drafts(self, todo: list[int]) -> Iterator[Draft]:
+        for index in todo:
             prompt = self.prompts[index]
-            if isinstance(image, ImageError) or isinstance(prompt, ValueError):
-                error = image if isinstance(image, ImageError) else prompt
-                self.refused.append(Outcome(index, question.question_id, error=str(error)))
+            if isinstance(prompt, ValueError):
+                self._refuse(index, prompt)
                 continue
-            shared = question.image if isinstance(question.image, str) else None
-            seed = self.decoding.seed + index
-            yield Query(index, prompt, image, shared, max_new_tokens=self.limit, seed=seed)
+            seed = (self.sampling.seed + index) % MAX_SEED
+            sampling = dataclasses.replace(self.sampling, seed=seed)
+            yield Draft(index, prompt, self._image(index), sampling=sampling)
 
     def _prompt(self, question: Question) -> np.ndarray | ValueError:
         """Token ids [T] int32, or why there are none."""
-        template = conversations.TEMPLATES[self.decoding.conversation]
-        has_image = question.image is not None
         try:
-            prompt = conversations.evaluation_prompt(template, question.text, has_image=has_image)
-            return np.array(self.model.tokenizer.encode_prompt(prompt), np.int32)
+            return self.builder.token_ids(question.text, int(question.image is not None))
         except ValueError as error:
             return error
 
@@ -301,15 +296,10 @@ class _Answerer:
         path = self.rows.task.images / image
         return str(path), path
 
-    def _outcome(self, result: Result) -> Outcome:
+    def _outcome(self, result: Answer) -> RowOutcome:
         question: Question = self.rows.questions[result.key]
-        measured = {
-            "visual_tokens": result.visual_tokens,
-            "text_tokens": result.text_tokens,
-            "new_tokens": len(result.token_ids),
-        }
         if result.error is not None:
-            return Outcome(result.key, question.question_id, error=result.error)
+            return RowOutcome(result.key, question.question_id, error=result.error)
         text = self.model.tokenizer.decode(result.token_ids)
         answer = complete_row(
             self.rows.task.benchmark.answer_row(question, text),
@@ -317,14 +307,15 @@ class _Answerer:
             fingerprint=self.fingerprint,
             model_id=str(self.fingerprint["model_id"]),
         )
-        return Outcome(result.key, question.question_id, answer=answer, measured=measured)
+        measured = result.usage._asdict()
+        return RowOutcome(result.key, question.question_id, answer=answer, measured=measured)
 
 
-def _commit(journal: Journal, outcomes: Iterator[Outcome], total: int, engine: Engine) -> None:
+def _commit(journal: Journal, outcomes: Iterator[RowOutcome], total: int, engine: Engine) -> None:
     """Appends outcomes to the journal in batches, with a progress bar."""
-    batch: list[Outcome] = []
+    batch: list[RowOutcome] = []
     last = time.monotonic()
-    with tqdm.tqdm(total=total, unit="image", disable=None) as bar:
+    with tqdm.tqdm(total=total, unit="question", disable=None) as bar:
         for outcome in outcomes:
             batch.append(outcome)
             if len(batch) >= COMMIT_ROWS or time.monotonic() - last > COMMIT_SECONDS:
@@ -339,20 +330,27 @@ def _commit(journal: Journal, outcomes: Iterator[Outcome], total: int, engine: E
         journal.append(batch)
 
 
-def _fingerprint(
-    model: Llava, weights: str, rows: Rows, reduction: Reduction, decoding: Decoding
-) -> dict[str, Any]:
-    """All that determines the answers."""
+def fingerprint(
+    weights: str, dtype: str, task: Task, reduction: Reduction, decoding: Decoding
+) -> Fingerprint:
+    """All that determines the answers.
+
+    Args:
+      weights: hash of the model's weights, see `weights_hash`.
+      dtype: compute dtype.
+      task: the questions' file.
+      reduction: what happens to the visual tokens.
+      decoding: how answers are made.
+    """
     settings = dataclasses.asdict(decoding)
     del settings["num_workers"]
     return {
         "weights": weights,
         "model_id": weights[:12],
-        "dtype": str(model.dtype),
-        "benchmark": rows.task.benchmark.name,
-        "questions": hashlib.sha256(rows.task.questions.read_bytes()).hexdigest(),
+        "dtype": dtype,
+        "benchmark": task.benchmark.name,
+        "questions": hashlib.sha256(task.questions.read_bytes()).hexdigest(),
         "reduction": spell(reduction),
-        "image_size": model.image_size(reduction),
         "code": metadata.version("prumerge-jax"),
         **settings,
     }
@@ -369,6 +367,10 @@ def _count_figures(counts: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def write_metrics(path: pathlib.Path, metrics: dict[str, float | None]) -> None:
-    """One flat JSON object."""
-    jsonfiles.replace_file(path, jsonfiles.dump_line(metrics))
+def write_metrics(path: pathlib.Path, metrics: Mapping[str, float | None]) -> None:
+    """One flat JSON object; a metric that is no finite number is null."""
+    finite = {
+        name: value if value is not None and math.isfinite(value) else None
+        for name, value in metrics.items()
+    }
+    jsonfiles.replace_file(path, jsonfiles.dump_line(finite))

@@ -92,6 +92,20 @@ class LlavaConfig:
     eos_token_id: int = 2
 
 
+def decoder_linears(text: TextConfig) -> dict[str, tuple[int, int]]:
+    """Input and output width of the seven linear layers of one decoder block."""
+    queries, keys = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    return {
+        "q_proj": (text.width, queries),
+        "k_proj": (text.width, keys),
+        "v_proj": (text.width, keys),
+        "o_proj": (queries, text.width),
+        "gate_proj": (text.width, text.mlp_width),
+        "up_proj": (text.width, text.mlp_width),
+        "down_proj": (text.mlp_width, text.width),
+    }
+
+
 _TEXT_13B = TextConfig(
     width=5120, mlp_width=13824, num_layers=40, num_heads=40, num_kv_heads=40, head_dim=128
 )

@@ -1,5 +1,6 @@
 """Files and directories that appear complete or not at all."""
 
+import contextlib
 import fcntl
 import os
 import pathlib
@@ -44,11 +45,27 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
+def require_new(path: str | os.PathLike[str]) -> None:
+    """Raises a DirectoryError if there is anything at `path`."""
+    if os.path.lexists(path):
+        raise DirectoryError(f"{path} exists; remove it or name another directory")
+
+
+def require_space(path: str | os.PathLike[str], nbytes: int) -> None:
+    """Raises a DirectoryError if the disk of a path to be written has fewer free bytes."""
+    folder = next(parent for parent in pathlib.Path(path).absolute().parents if parent.exists())
+    if nbytes > (free := shutil.disk_usage(folder).free):
+        raise DirectoryError(
+            f"{path} needs {nbytes / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB left; make room "
+            "or name a directory elsewhere"
+        )
+
+
 class StagedDirectory:
     """Collects files in `<name>.incomplete` and renames it to `<name>` on a clean exit.
 
-    An exception removes what was written. What a killed process leaves is cleared by the
-    next one that stages the same directory.
+    An exception removes what was written, new parent folders included. What a killed process
+    leaves is cleared by the next one that stages the same directory.
 
     Attributes:
       final: where the directory will be.
@@ -65,8 +82,8 @@ class StagedDirectory:
         Raises:
           DirectoryError: the final directory exists, or another process is writing it.
         """
-        if self.final.exists():
-            raise DirectoryError(f"{self.final} exists; remove it or name another directory")
+        require_new(self.final)
+        self._new_parents = [p for p in self.final.parents if not p.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
@@ -78,7 +95,7 @@ class StagedDirectory:
             os.close(self._lock)
             raise DirectoryError(f"{self.final} is being written by another process") from None
         for leftover in self.path.iterdir():
-            if leftover.is_dir():
+            if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink()
@@ -98,3 +115,6 @@ class StagedDirectory:
         finally:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
+            with contextlib.suppress(OSError):  # not empty: committed, or in use by others
+                for parent in self._new_parents:
+                    parent.rmdir()

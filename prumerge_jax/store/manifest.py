@@ -27,7 +27,8 @@ FORMAT = "prumerge_jax"
 FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, 2)
 
-_MAX_BYTES = 256 << 20
+# One entry of some 150 bytes per 32 MB of weights and per file.
+MAX_MANIFEST_BYTES = 16 << 20
 _SEAL = b',\n "sha256": "%s"\n}\n'
 
 DOTTED_PATH = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
@@ -105,7 +106,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
             "write it with convert_weights.py"
         )
     try:
-        raw = read_bounded(path, _MAX_BYTES)
+        raw = read_bounded(path, MAX_MANIFEST_BYTES)
         sections = parse_json(raw, str(path))
         _check_format(sections, raw, path)
         arrays = {

@@ -102,12 +102,16 @@ class DirectoryWriter:
         if not self._is_first:
             return self
         self._staged.__enter__()
-        (self._root / PARAMS).mkdir()
         self._hasher = concurrent.futures.ThreadPoolExecutor(max_workers=1)
-        sections = {"format": FORMAT, "format_version": FORMAT_VERSION}
-        sections["model"] = to_json(self._config)
-        sections["adapter"] = None if self._adapter is None else to_json(self._adapter)
-        self.write_file(CONFIG, _dump(sections))
+        try:
+            (self._root / PARAMS).mkdir()
+            sections = {"format": FORMAT, "format_version": FORMAT_VERSION}
+            sections["model"] = to_json(self._config)
+            sections["adapter"] = None if self._adapter is None else to_json(self._adapter)
+            self.write_file(CONFIG, _dump(sections))
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def write_array(self, path: str, array: np.ndarray | jax.Array) -> None:

@@ -46,7 +46,7 @@ def parse_json(raw: bytes, where: str) -> Any:
             raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
         )
     except RecursionError:
-        raise ValueError(f"{where}: nested too deeply for a configuration") from None
+        raise ValueError(f"{where}: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from None
 
@@ -61,7 +61,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         counts = collections.Counter(key for key, _ in pairs)
         repeated = sorted(key for key, count in counts.items() if count > 1)
-        raise ValueError(f"repeated keys {repeated[:5]}")
+        raise ValueError(f"repeated keys {[key[:80] for key in repeated[:5]]}")
     return values
 
 

@@ -16,10 +16,10 @@ from prumerge_jax.data.conversation import TEMPLATES, LabelProtocol
 from prumerge_jax.data.datasets import DataConfig, known_options
 from prumerge_jax.data.images import ImageMode
 from prumerge_jax.data.packing import PositionIds
-from prumerge_jax.data.samples import quoted
 from prumerge_jax.data.tokenizer import Style
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.layers import AdapterConfig
+from prumerge_jax.store.messages import quoted
 from prumerge_jax.training.optimizer import OptimizerConfig
 
 Kind = TypeVar("Kind")

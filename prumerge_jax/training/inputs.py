@@ -17,13 +17,13 @@ import grain
 import numpy as np
 
 from prumerge_jax.data import pipeline
-from prumerge_jax.data.conversation import TEMPLATES
+from prumerge_jax.data.conversation import chat_template
 from prumerge_jax.data.datasets import DataConfig, Dataset, exclusive, open_dataset
 from prumerge_jax.data.images import ImageProcessor
 from prumerge_jax.data.pipeline import Example, Preprocessor
-from prumerge_jax.data.samples import quoted
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
+from prumerge_jax.store.messages import quoted
 from prumerge_jax.training.config import ExecutionConfig, TrainConfig
 
 _logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def open_conversations(
     vision = config.sizes.vision
     preprocess = Preprocessor(
         tokenizer,
-        TEMPLATES[config.conversation],
+        chat_template(config.conversation),
         ImageProcessor(vision.image_size, vision.pixel_mean, config.image_mode),
         config.label_protocol,
         config.row_length,

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from prumerge_jax.data.samples import quoted
+from prumerge_jax.store.messages import quoted
 from prumerge_jax.store.strict_json import load_json
 
 _logger = logging.getLogger(__name__)

@@ -9,13 +9,19 @@ from prumerge_jax.aot.hlo import ProgramCost
 from prumerge_jax.aot.inference import InferencePlan, plan_inference
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import CHIPS, Operation
-from prumerge_jax.engine.shapes import EngineConfig, Shapes
+from prumerge_jax.engine.shapes import EngineConfig, EngineShapes
 from prumerge_jax.models.config import published
 
 GIB = 2**30
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 SMALL = EngineConfig(
-    batch_size=2, window=2, row_length=128, rows=2, slots=2, cache_length=128, chunk=2
+    batch_size=2,
+    window_size=4,
+    row_length=128,
+    prefill_rows=2,
+    slots=2,
+    cache_length=128,
+    decode_steps_per_call=2,
 )
 
 
@@ -32,7 +38,7 @@ def program(name: str, cycles: int, open_loops: int = 0) -> Program:
 
 def test_the_printed_plan_compares_with_the_floor_of_its_chips() -> None:
     lengths = {"row_length": 128, "longest_prompt": 128, "cache_length": 128}
-    shapes = Shapes(**{**vars(SMALL), **lengths})
+    shapes = EngineShapes(**vars(SMALL.sizes()), **lengths)
     plan = InferencePlan(
         topology=Topology("v5e:2x4", CHIPS["tpu-v5e"], (None,) * 8),  # type: ignore[arg-type]
         mesh=ONE | {"tensor": 2},

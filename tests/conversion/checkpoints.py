@@ -35,18 +35,26 @@ def random_tensors(
 ) -> dict[str, np.ndarray]:
     """Every tensor of a checkpoint by canonical key."""
     rng = np.random.default_rng(seed)
-    shapes = keys.expected_shapes(keys.weights(config)) | keys.passthrough(config.vision)
+    shapes = keys.expected_shapes(keys.weights(config)) | keys.unused_tower_tensors(config.vision)
     return {
         key: rng.normal(size=shape).astype(np.float32).astype(jnp.dtype(dtype))
         for key, shape in shapes.items()
     }
 
 
-def split(weight: keys.Weight, stacked: np.ndarray) -> dict[str, np.ndarray]:
+def stacked(weight: keys.Weight, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The weight of ours that these checkpoint tensors become."""
+    axes = weight.transform.value
+    parts = [tensors[key].transpose(axes) if axes else tensors[key] for key in weight.keys]
+    return np.ascontiguousarray(parts[0] if weight.num_layers is None else np.stack(parts))
+
+
+def split(weight: keys.Weight, ours: np.ndarray) -> dict[str, np.ndarray]:
     """The checkpoint tensors, by canonical key, that a weight of ours was stacked from."""
-    parts = [stacked] if weight.num_layers is None else stacked
+    parts = [ours] if weight.num_layers is None else ours
     return {
-        key: weight.transform.inverse(part) for key, part in zip(weight.keys, parts, strict=True)
+        key: weight.transform.checkpoint_view(part)
+        for key, part in zip(weight.keys, parts, strict=True)
     }
 
 

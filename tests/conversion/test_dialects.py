@@ -17,7 +17,7 @@ from prumerge_jax.conversion.detect import Kind
 from prumerge_jax.conversion.export import export_adapter, export_model
 from prumerge_jax.conversion.keys import Dialect
 from prumerge_jax.conversion.safetensors_io import SafetensorsFile, open_safetensors
-from prumerge_jax.conversion.tensor_files import CheckpointError
+from prumerge_jax.conversion.tensor_files import ConversionError
 from prumerge_jax.conversion.torch_bin import encode
 from prumerge_jax.models import config_json
 from prumerge_jax.models.layers import AdapterConfig
@@ -28,6 +28,7 @@ from tests.conversion.checkpoints import (
     original,
     random_adapter,
     random_tensors,
+    stacked,
     write_clip,
     write_hf,
     write_llama,
@@ -103,7 +104,7 @@ def test_llama_with_a_projector(tmp_path: pathlib.Path) -> None:
     assert [d.kind for d in opened.detections.values()] == [Kind.LLAMA, Kind.PROJECTOR, Kind.CLIP]
     assert_same_bits(read_all(opened), tensors)
     edit_config(stage1, hidden_size=48)
-    with pytest.raises(CheckpointError, match="describes TextConfig"):
+    with pytest.raises(ConversionError, match="describes TextConfig"):
         open_model(sources)
 
 
@@ -190,7 +191,7 @@ def test_merging_rounds_once(tmp_path: pathlib.Path, published: Published) -> No
     assert_same_bits(merged, expected)
     # The same from a directory that keeps the adapter.
     convert(open_model(published.sources), tmp_path / "kept")
-    with pytest.raises(CheckpointError, match="holds adapters"):
+    with pytest.raises(ConversionError, match="holds adapters"):
         export_model(tmp_path / "kept", tmp_path / "out", Dialect.LLAVA)
     export_model(tmp_path / "kept", tmp_path / "out", Dialect.LLAVA, merge=True)
     again = Sources(tmp_path / "out", vision_tower=tmp_path / "out" / "vision_tower")
@@ -228,16 +229,16 @@ def test_unsupported_adapters_are_refused_by_name(
     path = tmp_path / "lora" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     words = {"r": r"\br 0|lora_A"}
-    with pytest.raises(CheckpointError, match=words.get(field, field)):
+    with pytest.raises(ConversionError, match=words.get(field, field)):
         open_model(published.sources)
 
 
 def test_the_base_must_be_the_declared_one(tmp_path: pathlib.Path, published: Published) -> None:
     (tmp_path / VICUNA).rename(tmp_path / "base")
     sources = replace(published.sources, folder=tmp_path / "base")
-    with pytest.raises(CheckpointError, match="trained on 'lmsys/vicuna-7b-v1.5'.*adapter_base"):
+    with pytest.raises(ConversionError, match="trained on 'lmsys/vicuna-7b-v1.5'.*adapter_base"):
         open_model(sources)
-    with pytest.raises(CheckpointError, match="trained on"):
+    with pytest.raises(ConversionError, match="trained on"):
         open_model(replace(sources, adapter_base="lmsys/vicuna-13b-v1.5"))
     open_model(replace(sources, adapter_base=f"lmsys/{VICUNA}"))
     cache = tmp_path / f"models--lmsys--{VICUNA}" / "snapshots"
@@ -254,16 +255,16 @@ def rewrite_adapter(folder: pathlib.Path, published: Published, adapter: dict) -
 def test_incomplete_adapters(tmp_path: pathlib.Path, published: Published) -> None:
     queries = {k: a for k, a in published.adapter.items() if "q_proj" in k}
     rewrite_adapter(tmp_path, published, queries)
-    with pytest.raises(CheckpointError, match=r"lacks 24 tensors.*use --merge"):
+    with pytest.raises(ConversionError, match=r"lacks 24 tensors.*use --merge"):
         open_model(published.sources)
     open_model(replace(published.sources, merge=True))
     halves = {k: a for k, a in queries.items() if "layers.0" not in k or "lora_A" in k}
     rewrite_adapter(tmp_path, published, halves)
-    with pytest.raises(CheckpointError, match=r"missing tensors: .*layers\.0.*q_proj\.lora_B"):
+    with pytest.raises(ConversionError, match=r"missing tensors: .*layers\.0.*q_proj\.lora_B"):
         open_model(published.sources)
     tower = {k.replace("language_model.", "vision_tower.encoder."): a for k, a in queries.items()}
     rewrite_adapter(tmp_path, published, published.adapter | tower)
-    with pytest.raises(CheckpointError, match="unknown tensors.*vision_tower"):
+    with pytest.raises(ConversionError, match=r"on other modules.*vision_tower.*merge_and_un"):
         open_model(published.sources)
 
 
@@ -271,10 +272,10 @@ def test_a_projector_must_be_whole(tmp_path: pathlib.Path, published: Published)
     shutil.rmtree(tmp_path / "lora")
     some = {k: a for k, a in published.trained.items() if "linear_2.bias" not in k}
     write_peft(tmp_path / "lora", published.adapter, some, published.config)
-    with pytest.raises(CheckpointError, match="missing tensors: .*linear_2.bias"):
+    with pytest.raises(ConversionError, match="missing tensors: .*linear_2.bias"):
         open_model(published.sources)
     (tmp_path / "lora" / "non_lora_trainables.bin").unlink()
-    with pytest.raises(CheckpointError, match="the projector is missing"):
+    with pytest.raises(ConversionError, match="the projector is missing"):
         open_model(published.sources)
 
 
@@ -294,14 +295,14 @@ def test_missing_or_wrong_parts(
     tmp_path: pathlib.Path, published: Published, change: dict, message: str
 ) -> None:
     change = {k: tmp_path / v if isinstance(v, str) else v for k, v in change.items()}
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(ConversionError, match=message) as caught:
         open_model(replace(published.sources, **change))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("folder", ["clip", "lora"])
 def test_parts_are_no_models(tmp_path: pathlib.Path, published: Published, folder: str) -> None:
-    with pytest.raises(CheckpointError, match="--vision_tower|--adapter"):
+    with pytest.raises(ConversionError, match="--vision_tower|--adapter"):
         open_model(Sources(tmp_path / folder, allow_pickle=True))
 
 
@@ -330,6 +331,8 @@ def test_original_round_trip(tmp_path: pathlib.Path, projector: str) -> None:
     export_model(tmp_path / "ours", tmp_path / "back", Dialect.LLAVA)
     back = open_safetensors_named(tmp_path / "back" / "model.safetensors")
     assert set(back) == {keys.dialect_key(k, Dialect.LLAVA, config) for k in tensors}
+    with pytest.raises(ConversionError, match="add --vision_tower .*back/vision_tower$"):
+        open_model(Sources(tmp_path / "back"))
     opened = open_model(Sources(tmp_path / "back", vision_tower=tmp_path / "back" / "vision_tower"))
     assert opened.config == config
     assert_same_bits(read_all(opened), tensors)
@@ -359,7 +362,7 @@ def test_vocabularies_grow_and_shrink(tmp_path: pathlib.Path) -> None:
 def test_words_are_never_dropped(tmp_path: pathlib.Path) -> None:
     write_hf(tmp_path / "in", dataclasses.replace(TINY, image_token_id=3))
     convert(open_model(Sources(tmp_path / "in")), tmp_path / "ours")
-    with pytest.raises(CheckpointError, match="would drop words"):
+    with pytest.raises(ConversionError, match="would drop words"):
         export_model(tmp_path / "ours", tmp_path / "out", Dialect.LLAVA)
 
 
@@ -369,9 +372,9 @@ def test_what_a_dialect_cannot_hold_is_refused(tmp_path: pathlib.Path) -> None:
     write_llava(tmp_path / "in", tensors, config, in_file_tower=True)
     write_clip(tmp_path / "clip", tensors, container="safetensors")
     convert(open_model(Sources(tmp_path / "in", vision_tower=tmp_path / "clip")), tmp_path / "ours")
-    with pytest.raises(CheckpointError, match="mlp2x_gelu only"):
+    with pytest.raises(ConversionError, match="mlp2x_gelu only"):
         export_model(tmp_path / "ours", tmp_path / "out", Dialect.HF)
-    with pytest.raises(CheckpointError, match="holds no adapters"):
+    with pytest.raises(ConversionError, match="holds no adapters"):
         export_adapter(tmp_path / "ours", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -381,11 +384,9 @@ def test_a_model_that_never_was_a_checkpoint_is_exported(tmp_path: pathlib.Path)
     tensors = random_tensors(TINY, "float32")
     with directory.DirectoryWriter(tmp_path / "ours", TINY) as writer:
         for weight in keys.weights(TINY):
-            parts = [weight.transform.forward(tensors[key]) for key in weight.keys]
-            array = parts[0] if weight.num_layers is None else np.stack(parts)
-            writer.write_array(weight.path, np.ascontiguousarray(array))
+            writer.write_array(weight.path, stacked(weight, tensors))
     export_model(tmp_path / "ours", tmp_path / "out", Dialect.HF)
-    for key in keys.passthrough(TINY.vision):
+    for key in keys.unused_tower_tensors(TINY.vision):
         tensors[key] = np.zeros_like(tensors[key])
     assert_same_bits(read_all(open_model(Sources(tmp_path / "out"))), tensors)
     report = json.loads((tmp_path / "out" / "conversion_report.json").read_text())

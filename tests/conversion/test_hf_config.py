@@ -15,7 +15,7 @@ from prumerge_jax.conversion.hf_config import (
     with_processor,
 )
 from prumerge_jax.conversion.hf_files import hf_config
-from prumerge_jax.conversion.tensor_files import CheckpointError
+from prumerge_jax.conversion.tensor_files import ConversionError
 from prumerge_jax.models.config import TextConfig, VisionConfig, published
 from tests.conversion.checkpoints import TINY
 
@@ -150,7 +150,7 @@ def test_unsupported_values_are_refused_by_name(section: str, field: str, value:
         "rope_parameters": "rope",
         "image_token_index": "image_token",
     } | name
-    with pytest.raises(CheckpointError, match=words.get(field, field)) as caught:
+    with pytest.raises(ConversionError, match=words.get(field, field)) as caught:
         parse_hf(config, "config.json")
     assert "\n" not in str(caught.value)
 
@@ -212,7 +212,7 @@ def test_original_configs() -> None:
 )
 def test_original_configs_that_are_refused(field: str, value: object) -> None:
     config = {k: v for k, v in (LLAVA | {field: value}).items() if v is not ...}
-    with pytest.raises(CheckpointError, match=field):
+    with pytest.raises(ConversionError, match=field):
         parse_llava(config, "config.json", VisionConfig())
 
 
@@ -263,13 +263,13 @@ def test_other_pixels_are_refused(
     write(tmp_path, name, values)
     field = {"image_mean": "pixel_mean", "image_processor": "size"}
     (key,) = values
-    with pytest.raises(CheckpointError, match=field.get(key, key)):
+    with pytest.raises(ConversionError, match=field.get(key, key)):
         with_processor(tmp_path, VisionConfig())
 
 
 def test_a_section_of_another_type_is_refused() -> None:
     for values in ([], "x", 3):
-        with pytest.raises(CheckpointError, match="expected an object"):
+        with pytest.raises(ConversionError, match="expected an object"):
             parse_hf({"text_config": values}, "config.json")
-    with pytest.raises(CheckpointError, match="expected an object"):
+    with pytest.raises(ConversionError, match="expected an object"):
         parse_text(Section(None, "config.json"))

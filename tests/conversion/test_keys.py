@@ -9,12 +9,12 @@ from flax import nnx
 
 from prumerge_jax.conversion import keys
 from prumerge_jax.conversion.keys import Dialect, canonical_key, dialect_key
-from prumerge_jax.conversion.tensor_files import CheckpointError, TensorInfo
+from prumerge_jax.conversion.tensor_files import ConversionError, TensorInfo
 from prumerge_jax.models.config import published
 from prumerge_jax.models.llava import abstract_model
-from tests.conversion.checkpoints import TINY, original, random_tensors, split
+from tests.conversion.checkpoints import TINY, original, random_tensors, split, stacked
 
-ALL = keys.expected_shapes(keys.weights(TINY)) | keys.passthrough(TINY.vision)
+ALL = keys.expected_shapes(keys.weights(TINY)) | keys.unused_tower_tensors(TINY.vision)
 
 
 @pytest.mark.parametrize("projector", ["identity", "linear", "mlp2x_gelu", "mlp3x_gelu"])
@@ -34,7 +34,9 @@ def test_published_counts() -> None:
         ("llava-1.5-13b", 758, 13_351_494_656),
     ]:
         config = published(name)
-        shapes = keys.expected_shapes(keys.weights(config)) | keys.passthrough(config.vision)
+        shapes = keys.expected_shapes(keys.weights(config)) | keys.unused_tower_tensors(
+            config.vision
+        )
         assert len(shapes) == tensors
         assert sum(int(np.prod(shape)) for shape in shapes.values()) == parameters
 
@@ -93,10 +95,9 @@ def test_original_names() -> None:
 def test_transforms_are_undone() -> None:
     tensors = random_tensors()
     for weight in keys.weights(TINY):
-        ours = [weight.transform.forward(tensors[key]) for key in weight.keys]
-        stacked = ours[0] if weight.num_layers is None else np.stack(ours)
-        assert stacked.shape == weight.shape
-        for key, back in split(weight, stacked).items():
+        ours = stacked(weight, tensors)
+        assert ours.shape == weight.shape
+        for key, back in split(weight, ours).items():
             assert back.tobytes() == tensors[key].tobytes()
 
 
@@ -113,7 +114,7 @@ def test_every_fault_is_listed() -> None:
     infos["model.mystery.weight"] = TensorInfo((1,), np.dtype("float32"))
     up = "language_model.model.layers.1.mlp.up_proj.weight"
     infos[up] = TensorInfo(infos[up].shape[::-1], np.dtype("float32"))
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(ConversionError) as caught:
         keys.assign(infos, Dialect.HF, ALL, "dir")
     message = str(caught.value)
     assert "dir: unknown tensors: model.mystery.weight" in message

@@ -17,7 +17,7 @@ from prumerge_jax.conversion.safetensors_io import (
     encode,
     open_safetensors,
 )
-from prumerge_jax.conversion.tensor_files import CheckpointError, TensorInfo, is_finite
+from prumerge_jax.conversion.tensor_files import ConversionError, TensorInfo, is_finite
 from tests.conversion.checkpoints import write_tensors
 
 DTYPES = ["float32", "float16", "bfloat16", "int64", "int8", "uint8", "bool", "float64"]
@@ -84,6 +84,7 @@ HOSTILE = {
     "truncated header": (raw({"a": entry()})[:20], "declares a header"),
     "not json": (raw(b"{'a': 1}"), "not valid JSON"),
     "not an object": (raw([1, 2]), "not an object"),
+    "many tensors": (raw({str(n): entry() for n in range(20_001)}), "20001 tensors in one"),
     "deep nesting": (raw(b"[" * 50_000), "nested too deeply"),
     "repeated name": (raw(b'{"a": 1, "a": 2}'), "repeated keys"),
     "truncated data": (raw({"a": entry()}, bytes(7)), "truncated"),
@@ -113,7 +114,7 @@ HOSTILE = {
 def test_malformed_files_are_refused_in_one_line(tmp_path: pathlib.Path, case: str) -> None:
     content, message = HOSTILE[case]
     (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(ConversionError, match=message) as caught:
         SafetensorsFile(tmp_path / "x.safetensors")
     assert "x.safetensors" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -144,7 +145,7 @@ def test_hostile_indexes_are_refused(tmp_path: pathlib.Path, change: object, mes
     index = indexed(tmp_path)
     change(index["weight_map"])  # type: ignore[operator]
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ConversionError, match=message):
         open_safetensors(tmp_path)
 
 
@@ -156,19 +157,19 @@ def test_shards_must_not_hold_more_than_the_index_says(tmp_path: pathlib.Path) -
         ({"b": np.ones(1), "a": np.ones(1)}, "also stored in model-00001-of-00002"),
     ]:
         shard.write_bytes(encode(tensors))
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(ConversionError, match=message):
             open_safetensors(tmp_path)
 
 
 def test_the_writer_holds_its_caller_to_the_declaration(tmp_path: pathlib.Path) -> None:
     info = TensorInfo((2,), np.dtype(np.float32))
     writer = ShardedWriter(tmp_path, {"a": info, "b": info})
-    with pytest.raises(CheckpointError, match=r"declared float32 \(2,\)"):
+    with pytest.raises(ConversionError, match=r"declared float32 \(2,\)"):
         writer.write("a", np.zeros(2, np.float16))
     writer.write("b", np.zeros(2, np.float32))
-    with pytest.raises(CheckpointError, match="written before"):
+    with pytest.raises(ConversionError, match="written before"):
         writer.write("b", np.zeros(2, np.float32))
-    with pytest.raises(CheckpointError, match="never written: a"):
+    with pytest.raises(ConversionError, match="never written: a"):
         writer.finish()
 
 

@@ -1,12 +1,16 @@
 """Worker processes give the same pixels, in order, and name what they cannot decode."""
 
+import dataclasses
+import os
 import pathlib
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from prumerge_jax.data.images import CLIP_MEAN, ImageError
+from prumerge_jax.data import loading
+from prumerge_jax.data.images import CLIP_MEAN, ImageError, ImageProcessor, ImageSource
 from prumerge_jax.data.loading import Named, stream_pixels
 
 
@@ -28,9 +32,7 @@ def images(tmp_path: pathlib.Path) -> list[Named | None]:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_pixels_in_order(images: list[Named | None], num_workers: int) -> None:
     got = list(
-        stream_pixels(
-            iter(images), size=8, mode="pad", mean=CLIP_MEAN, num_workers=num_workers, ahead=3
-        )
+        stream_pixels(iter(images), ImageProcessor(8, CLIP_MEAN), num_workers=num_workers, ahead=3)
     )
     assert len(got) == len(images)
     seen: dict[str, np.ndarray] = {}
@@ -45,3 +47,64 @@ def test_pixels_in_order(images: list[Named | None], num_workers: int) -> None:
             assert pixels.shape == (8, 8, 3)
             np.testing.assert_array_equal(pixels, seen.setdefault(named[0], pixels))
     assert len({pixels.tobytes() for pixels in seen.values()}) == 7
+
+
+@dataclasses.dataclass(frozen=True)
+class TrapProcessor(ImageProcessor):
+    """Hangs on images named `hang`, as on a dead network drive, and dies on those named `die`."""
+
+    def __call__(self, source: ImageSource, name: str | None = None) -> np.ndarray:
+        if name == "hang":
+            time.sleep(3600)
+        if name == "die":
+            os._exit(1)
+        return super().__call__(source, name)
+
+
+def test_only_regular_files_are_opened(tmp_path: pathlib.Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    good = tmp_path / "good.png"
+    Image.new("RGB", (5, 5)).save(good)
+    paths = [tmp_path / "pipe.png", tmp_path / "folder.png", pathlib.Path("/dev/zero"), good]
+    named = [(str(path), path) for path in paths]
+    started = time.monotonic()
+    pixels = list(stream_pixels(named, ImageProcessor(8, CLIP_MEAN), num_workers=0))
+    assert time.monotonic() - started < 10
+    for path, error in zip(paths[:3], pixels[:3], strict=True):
+        assert isinstance(error, ImageError)
+        assert path.name in str(error)
+    assert "not a regular file" in str(pixels[0])
+    assert isinstance(pixels[3], np.ndarray)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_reader_that_hangs_costs_its_image_alone(
+    num_workers: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "TIMEOUT_SECONDS", 10)
+    path = tmp_path / "image.png"
+    Image.new("RGB", (5, 5), (9, 9, 9)).save(path)
+    names = ["a", "hang", "b", *(["die"] if num_workers else []), "c", "d", "e"]
+    named = [(name, path) for name in names]
+    processor = TrapProcessor(8, CLIP_MEAN)
+    pixels = dict(zip(names, stream_pixels(named, processor, num_workers=num_workers), strict=True))
+    assert str(pixels.pop("hang")) == "hang: not decoded within 10 seconds"
+    if num_workers:
+        assert str(pixels.pop("die")) == "die: the process that decoded it ended"
+    for each in pixels.values():
+        assert isinstance(each, np.ndarray)
+        assert (each == 9).all()
+
+
+@pytest.mark.slow
+def test_an_end_does_not_wait_for_a_reader_that_hangs(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "image.png"
+    Image.new("RGB", (5, 5)).save(path)
+    processor = TrapProcessor(8, CLIP_MEAN)
+    stream = stream_pixels([("a", path), ("hang", path)], processor, num_workers=2)
+    assert isinstance(next(stream), np.ndarray)
+    started = time.monotonic()
+    stream.close()
+    assert time.monotonic() - started < 20

@@ -114,7 +114,7 @@ def test_packed_window_holds_every_token_once_on_its_shard(
     requests = make_requests(rng, count, images_of)
     row_length, num_rows = 24, num_rows * shards
     arguments = (requests, layout, row_length, num_rows)
-    options = dict(shards=shards, position_ids=position_ids, urgent=int(rng.integers(0, 5)))
+    options = dict(shards=shards, position_ids=position_ids, carried_over=int(rng.integers(0, 5)))
     batches = packing.pack_window(*arguments, **options)
 
     assert_filled_by_hand(batches, requests, layout, position_ids)
@@ -131,41 +131,30 @@ def test_packed_window_holds_every_token_once_on_its_shard(
             np.testing.assert_array_equal(values, getattr(same, field), err_msg=field)
 
 
-@settings(max_examples=30)
-@given(seed=st.integers(0, 2**32 - 1), count=st.integers(0, 5))
-def test_one_per_row_puts_request_i_at_the_start_of_row_i(seed, count):
-    rng = np.random.default_rng(seed)
-    layout = make_layout(rng, 5)
-    requests = make_requests(rng, count, lambda index: [index])
-    rows = packing.one_per_row(requests, layout, row_length=24, num_rows=6)
-    assert_filled_by_hand([rows], requests, layout, "compact")
-    np.testing.assert_array_equal(rows.row_of, np.arange(count))
-    assert not rows.start_of.any()
-    assert (rows.segment_ids[count:] == 0).all()
-
-
 any_lengths = given(
     lengths=st.lists(st.integers(1, 50), max_size=60),
     slack=st.integers(0, 20),
-    urgent=st.integers(0, 60),
+    carried_over=st.integers(0, 60),
 )
 
 
 @settings(max_examples=100)
 @any_lengths
-def test_rows_hold_all_once_and_as_much_beside_the_longest_as_there_is(lengths, slack, urgent):
+def test_rows_hold_all_once_and_as_much_beside_the_longest_as_there_is(
+    lengths, slack, carried_over
+):
     row_length = max(lengths, default=1) + slack
-    rows = packing.fill_rows(lengths, row_length, urgent=urgent)
-    assert rows == packing.fill_rows(lengths, row_length, urgent=urgent)
+    rows = packing.fill_rows(lengths, row_length, carried_over=carried_over)
+    assert rows == packing.fill_rows(lengths, row_length, carried_over=carried_over)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     for number, row in enumerate(rows):
         free = row_length - sum(lengths[index] for index in row)
         assert 0 <= free < row_length
         later = [index for other in rows[number + 1 :] for index in other]
         assert all(lengths[index] > free for index in later)
-        hurried = [index for index in row if index < urgent]
-        others = [index for index in row + later if index >= urgent]
-        room = row_length - sum(lengths[index] for index in hurried)
+        carried = [index for index in row if index < carried_over]
+        others = [index for index in row + later if index >= carried_over]
+        room = row_length - sum(lengths[index] for index in carried)
         fitting = [index for index in others if lengths[index] <= room]
         if fitting:
             longest = min(fitting, key=lambda index: (-lengths[index], index))
@@ -179,19 +168,21 @@ def test_rows_hold_all_once_and_as_much_beside_the_longest_as_there_is(lengths, 
 
 @settings(max_examples=100)
 @any_lengths
-def test_urgent_ones_stand_where_they_would_among_themselves(lengths, slack, urgent):
-    """First-fit-decreasing of the urgent ones alone, as in the textbook."""
+def test_those_carried_over_stand_where_they_would_among_themselves(lengths, slack, carried_over):
+    """First-fit-decreasing of those carried over alone, as in the textbook."""
     row_length = max(lengths, default=1) + slack
     rows, free = [], []
-    for length, index in sorted((-length, index) for index, length in enumerate(lengths[:urgent])):
+    for length, index in sorted(
+        (-length, index) for index, length in enumerate(lengths[:carried_over])
+    ):
         row = next((row for row, room in enumerate(free) if room >= -length), len(rows))
         if row == len(rows):
             rows.append([])
             free.append(row_length)
         rows[row].append(index)
         free[row] += length
-    packed = packing.fill_rows(lengths, row_length, urgent=urgent)
-    found = [[index for index in row if index < urgent] for row in packed]
+    packed = packing.fill_rows(lengths, row_length, carried_over=carried_over)
+    found = [[index for index in row if index < carried_over] for row in packed]
     assert found[: len(rows)] == rows
     assert not any(found[len(rows) :])
 
@@ -217,27 +208,25 @@ def test_realistic_window_takes_the_fewest_rows(seed):
     batches = packing.pack_window(requests, layout, row_length=1024, num_rows=4)
     real = packing.sequence_lengths(requests, layout).sum()
     computed = sum(rows.ids.size for rows in batches)
-    assert packing.token_efficiency(batches) == pytest.approx(real / computed)
     used = [(rows.segment_ids > 0).any(axis=1) for rows in batches]
     assert 1024 * np.sum(used) - real < 1024  # no packing takes fewer rows
     assert real / computed >= 0.95
 
 
-def test_pack_returns_one_batch_and_refuses_to_spill():
+def test_requests_beyond_a_batch_fill_another():
     layout = packing.VisualLayout(np.zeros(0, np.int32), np.zeros((0, 4), np.int32), 16)
     requests = [packing.Request(np.full(6, 7, np.int32)) for _ in range(4)]
-    rows = packing.pack(requests, layout, row_length=12, num_rows=2)
+    (rows,) = packing.pack_window(requests, layout, row_length=12, num_rows=2)
     np.testing.assert_array_equal(rows.requests, np.arange(4))
     assert rows.segment_ids.tolist() == [[1] * 6 + [2] * 6] * 2
-    with pytest.raises(ValueError, match="4 requests need 2 batches of 1 rows"):
-        packing.pack(requests, layout, row_length=12, num_rows=1)
+    assert len(packing.pack_window(requests, layout, row_length=12, num_rows=1)) == 2
 
 
 def test_requests_without_image_fill_the_emptiest_shard():
     layout = packing.VisualLayout(np.array([6, 0]), np.full((2, 6), -1, np.int32), 16)
     with_image = packing.Request(np.array([1, IMAGE_TOKEN]), (0,))
     text = [packing.Request(np.full(3, 7)) for _ in range(4)]
-    rows = packing.pack([with_image, *text], layout, row_length=10, num_rows=2, shards=2)
+    (rows,) = packing.pack_window([with_image, *text], layout, 10, 2, shards=2)
     assert rows.row_of.tolist() == [0, 1, 1, 1, 0]
 
 
@@ -246,7 +235,7 @@ def test_causal_targets_cross_neither_segments_nor_visual_tokens():
     token_ids = np.array([1, IMAGE_TOKEN, 11, 12])
     labels = np.array([IGNORE, IGNORE, 11, 12])
     requests = [packing.Request(token_ids, (0,), labels)] * 2
-    rows = packing.pack(requests, layout, row_length=12, num_rows=1, position_ids="original")
+    (rows,) = packing.pack_window(requests, layout, 12, 1, position_ids="original")
     ignore = IGNORE
     assert rows.ids.tolist() == [[1, 0, 0, 11, 12] * 2 + [0, 0]]
     assert rows.visual_index.tolist() == [[-1, 0, 1, -1, -1] * 2 + [-1, -1]]
@@ -258,21 +247,18 @@ def test_faults_name_the_request_and_what_was_expected():
     layout = packing.VisualLayout(np.array([4, 4]), np.full((2, 4), -1, np.int32), 16)
     image = packing.Request(np.array([1, IMAGE_TOKEN, 2]), (0,))
     too_long = packing.Request(np.full(9, 7))
-    for plan in (packing.pack_window, packing.pack, packing.one_per_row):
-        with pytest.raises(ValueError, match="request 1 has 9 tokens; expected 1 to 8"):
-            plan([image, too_long], layout, 8, 2)
+    with pytest.raises(ValueError, match="request 1 has 9 tokens; expected 1 to 8"):
+        packing.pack_window([image, too_long], layout, 8, 2)
     stray = packing.Request(image.token_ids, (2,))
     with pytest.raises(ValueError, match=r"request 1 refers to image rows \(2,\)"):
-        packing.pack([image, stray], layout, 8, 2)
+        packing.pack_window([image, stray], layout, 8, 2)
     both = packing.Request(np.array([IMAGE_TOKEN] * 2), (0, 1))
     with pytest.raises(ValueError, match=r"request 0 has images \(0, 1\) on shards \[0, 1\]"):
-        packing.pack([both], layout, 8, 2, shards=2)
+        packing.pack_window([both], layout, 8, 2, shards=2)
     with pytest.raises(ValueError, match="num_rows 3 is not a positive multiple of 2"):
-        packing.pack([image], layout, 8, 3, shards=2)
-    with pytest.raises(ValueError, match="3 requests do not fit one each into 2 rows"):
-        packing.one_per_row([image] * 3, layout, 8, 2)
+        packing.pack_window([image], layout, 8, 3, shards=2)
     with pytest.raises(ValueError, match="position_ids is 'sparse'"):
-        packing.pack([image], layout, 8, 2, position_ids="sparse")
+        packing.pack_window([image], layout, 8, 2, position_ids="sparse")
     with pytest.raises(ValueError, match="2 image placeholders .* for 1 images"):
         packing.Request(np.array([IMAGE_TOKEN] * 2), (0,))
     with pytest.raises(ValueError, match="labels has shape"):

@@ -1,7 +1,7 @@
 """The engine against one-at-a-time runs, and its invariants."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -9,29 +9,36 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from prumerge_jax import reductions
+from prumerge_jax import reductions, sharding
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
-from prumerge_jax.engine.decoding import generate
-from prumerge_jax.engine.engine import Engine, Query, Result
-from prumerge_jax.engine.scoring import score
-from prumerge_jax.engine.shapes import Shapes
+from prumerge_jax.engine.encoding import PlacedModel
+from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.request import (
+    MAX_STOP_IDS,
+    Answer,
+    Delta,
+    ImageInput,
+    Request,
+    SamplingParams,
+)
+from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.models import tuning
 from prumerge_jax.models.config import TextConfig, published
 from prumerge_jax.models.llama import KVCache
-from prumerge_jax.models.llava import LlavaModel, inference_layout, random_model
+from prumerge_jax.models.llava import LlavaModel, abstract_model, inference_layout, random_model
 from prumerge_jax.models.tuning import Tuning
 from tests.conftest import require_eight_devices
 
-SMALL = Shapes(
+SMALL = EngineShapes(
     batch_size=2,
-    window=4,
+    window_size=4,
     row_length=96,
     longest_prompt=96,
-    rows=2,
+    prefill_rows=2,
     slots=2,
     cache_length=64,
-    chunk=3,
+    decode_steps_per_call=3,
 )
 CONFIG = dataclasses.replace(
     published("tiny"),
@@ -61,52 +68,67 @@ def model() -> LlavaModel:
 
 def make_engine(
     model: LlavaModel,
-    config: Shapes = SMALL,
+    shapes: EngineShapes = SMALL,
     reduction: str = "prumerge",
     **overrides: int,
 ) -> Engine:
     graphdef, state = nnx.split(model)
-    return Engine(
-        graphdef,
-        state,
-        CONFIG,
-        reductions.parse(reductions.with_parameters(reduction, **overrides)),
-        config,
-        dtype=jnp.float32,
-    )
+    spelling = reductions.with_parameters(reduction, **overrides)
+    placed = PlacedModel(graphdef, state, CONFIG, jnp.dtype(jnp.float32))
+    return Engine(placed, reductions.parse(spelling), shapes)
 
 
-def make_queries(count: int, seed: int = 0, **fields: int) -> list[Query]:
+def make_requests(count: int, seed: int = 0, max_new_tokens: int | None = None) -> list[Request]:
+    """Random requests; those without `max_new_tokens` have a continuation to score."""
     rng = np.random.default_rng(seed)
-    queries = []
+    requests = []
     for key in range(count):
         text = rng.integers(3, 500, size=rng.integers(3, 20)).astype(np.int32)
-        pixels = None
+        images: tuple[ImageInput, ...] = ()
         if key % 5 != 4:  # every fifth is text only
             text[rng.integers(1, len(text))] = IMAGE_TOKEN
-            pixels = rng.integers(0, 256, size=(56, 56, 3)).astype(np.uint8)
+            images = (ImageInput(rng.integers(0, 256, size=(1, 56, 56, 3)).astype(np.uint8)),)
         continuation = np.zeros(0, np.int32)
-        if "max_new_tokens" not in fields:
+        if max_new_tokens is None:
             continuation = rng.integers(3, 500, size=rng.integers(1, 6)).astype(np.int32)
-        queries.append(Query(key, text, pixels, continuation=continuation)._replace(**fields))
-    return queries
+        sampling = SamplingParams(max_new_tokens=max_new_tokens or 1)
+        requests.append(Request(key, text, images, continuation, sampling))
+    return requests
 
 
-def by_key(results: list[Result]) -> dict[int, Result]:
-    keys = [result.key for result in results]
-    assert len(set(keys)) == len(keys)
-    return {result.key: result for result in results}
+def with_sampling(requests: list[Request], **fields: float | tuple[int, ...]) -> list[Request]:
+    """Requests that are sampled differently; a `seed` is added to the key."""
+    changed = []
+    for request in requests:
+        values = fields | ({"seed": fields["seed"] + request.key} if "seed" in fields else {})
+        sampling = dataclasses.replace(request.sampling, **values)
+        changed.append(dataclasses.replace(request, sampling=sampling))
+    return changed
 
 
-def naive_logits(model: LlavaModel, query: Query, tokens: np.ndarray, reduction: str) -> jax.Array:
-    """Logits [T, V] of one query alone, unpadded, straight through the model."""
+def by_key(answers: Iterable[Answer]) -> dict[int, Answer]:
+    found: dict[int, Answer] = {}
+    for answer in answers:
+        assert answer.key not in found
+        found[answer.key] = answer
+    return found
+
+
+def tokens_of(answers: dict[int, Answer]) -> dict[int, tuple[int, ...]]:
+    return {key: answer.token_ids for key, answer in answers.items()}
+
+
+def naive_logits(
+    model: LlavaModel, request: Request, tokens: np.ndarray, reduction: str
+) -> jax.Array:
+    """Logits [T, V] of one request alone, unpadded, straight through the model."""
     index = np.full(len(tokens), -1)
     visual = jnp.zeros((1, 1, CONFIG.vision.width))
     ids = tokens
-    if query.pixels is not None:
+    if request.images:
         reduced = programs.encode(
             *nnx.split(model),
-            jnp.asarray(query.pixels[None]),
+            jnp.asarray(request.images[0].crops),
             reduction=reductions.parse(reduction),
             dtype=jnp.dtype(jnp.float32),
         )
@@ -122,53 +144,60 @@ def naive_logits(model: LlavaModel, query: Query, tokens: np.ndarray, reduction:
 
 
 def test_scores_equal_one_at_a_time(model: LlavaModel) -> None:
-    queries = make_queries(11)
-    got = by_key(list(score(make_engine(model), queries)))
-    for query in queries:
-        tokens = np.concatenate([query.token_ids, query.continuation])
-        logits = naive_logits(model, query, tokens, "prumerge")
-        ahead = jax.nn.log_softmax(logits)[-len(query.continuation) - 1 : -1]
-        expected = ahead[jnp.arange(len(query.continuation)), query.continuation].sum()
-        assert got[query.key].log_likelihood == pytest.approx(float(expected), abs=1e-4)
-        assert (got[query.key].visual_tokens == 0) == (query.pixels is None)
+    requests = make_requests(11)
+    got = by_key(make_engine(model).score(requests))
+    for request in requests:
+        tokens = np.concatenate([request.token_ids, request.continuation])
+        logits = naive_logits(model, request, tokens, "prumerge")
+        ahead = jax.nn.log_softmax(logits)[-len(request.continuation) - 1 : -1]
+        expected = ahead[jnp.arange(len(request.continuation)), request.continuation].sum()
+        answer = got[request.key]
+        assert answer.log_likelihood == pytest.approx(float(expected), abs=1e-4)
+        assert (answer.usage.visual_tokens == 0) == (not request.images)
+        assert answer.usage.text_tokens == len(request.token_ids) - len(request.images)
 
 
 def test_generation_equals_one_at_a_time_recomputation(model: LlavaModel) -> None:
     """Packed prefill, slots and cache against a full forward pass per token."""
-    queries = make_queries(7, seed=1, max_new_tokens=9)
-    got = by_key(list(generate(make_engine(model), queries)))
+    requests = make_requests(7, seed=1, max_new_tokens=9)
+    got = by_key(make_engine(model).generate(requests))
     lengths = set()
-    for query in queries[:4]:
-        tokens = query.token_ids
+    for request in requests[:4]:
+        tokens, reason = request.token_ids, "length"
         for _ in range(9):
-            token = int(naive_logits(model, query, tokens, "prumerge")[-1].argmax())
+            token = int(naive_logits(model, request, tokens, "prumerge")[-1].argmax())
             if token == CONFIG.eos_token_id:
+                reason = "stop"
                 break
             tokens = np.append(tokens, token)
-        assert got[query.key].token_ids == tokens[len(query.token_ids) :].tolist()
-        lengths.add(tuple(got[query.key].token_ids))
+        answer = got[request.key]
+        assert answer.token_ids == tuple(tokens[len(request.token_ids) :].tolist())
+        assert (answer.finish_reason, answer.usage.new_tokens) == (reason, len(answer.token_ids))
+        lengths.add(answer.token_ids)
     assert len(lengths) > 1, "all answers are the same: the test shows nothing"
 
 
 @pytest.mark.parametrize(
     "shapes",
     [
-        dict(batch_size=4, window=4, row_length=64, rows=1, slots=1, cache_length=64, chunk=1),
-        dict(batch_size=1, window=16, row_length=256, rows=4, slots=8, cache_length=96, chunk=32),
+        dict(batch_size=4, window_size=4, row_length=64, prefill_rows=1, slots=1, cache_length=64,
+             decode_steps_per_call=1),
+        dict(batch_size=1, window_size=16, row_length=256, prefill_rows=4, slots=8, cache_length=96,
+             decode_steps_per_call=32),
     ],
-)
+)  # fmt: skip
 def test_shapes_and_arrival_order_change_nothing(model: LlavaModel, shapes: dict[str, int]) -> None:
-    queries = make_queries(13, seed=2, max_new_tokens=7)
-    order = np.random.default_rng(0).permutation(len(queries))
-    other = make_engine(model, Shapes(longest_prompt=64, **shapes))
-    expected = by_key(list(generate(make_engine(model), queries)))
+    requests = make_requests(13, seed=2, max_new_tokens=7)
+    order = np.random.default_rng(0).permutation(len(requests))
+    other = make_engine(model, EngineShapes(longest_prompt=64, **shapes))
+    scored = make_requests(13, seed=2)
     with tuning.use(Tuning(attention="blocks")):
-        got = by_key(list(generate(other, [queries[i] for i in order])))
-        scores = by_key(list(score(other, [queries[i] for i in order])))
-    assert {k: r.token_ids for k, r in got.items()} == {k: r.token_ids for k, r in expected.items()}
-    expected = by_key(list(score(make_engine(model), queries)))
-    for key, result in scores.items():
-        assert result.log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-4)
+        got = by_key(other.generate([requests[i] for i in order]))
+        scores = by_key(other.score([scored[i] for i in order]))
+    assert tokens_of(got) == tokens_of(by_key(make_engine(model).generate(requests)))
+    expected = by_key(make_engine(model).score(scored))
+    for key, answer in scores.items():
+        assert answer.log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-4)
 
 
 def test_layers_apart_compute_what_a_stack_does(model: LlavaModel) -> None:
@@ -177,9 +206,10 @@ def test_layers_apart_compute_what_a_stack_does(model: LlavaModel) -> None:
         separate = nnx.merge(*inference_layout(nnx.graphdef(model), copy))
     assert len(separate.decoder.layers) == CONFIG.text.num_layers
     apart, stack = make_engine(separate), make_engine(model)
-    queries = make_queries(9, seed=12, max_new_tokens=5)
-    scores, expected = (by_key(list(score(engine, queries))) for engine in (apart, stack))
-    answers, others = (by_key(list(generate(engine, queries))) for engine in (apart, stack))
+    requests = make_requests(9, seed=12)
+    scores, expected = (by_key(engine.score(requests)) for engine in (apart, stack))
+    requests = make_requests(9, seed=12, max_new_tokens=5)
+    answers, others = (by_key(engine.generate(requests)) for engine in (apart, stack))
     for key in expected:
         assert scores[key].log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-5)
         assert answers[key].token_ids == others[key].token_ids
@@ -190,10 +220,13 @@ def test_segments_move_into_the_cache_where_it_lies(model: LlavaModel) -> None:
     shapes = {"slots": 64, "length": 64, "dtype": jnp.dtype(jnp.float32)}
     slots = programs.empty_slots(graphdef, state, **shapes)
     row, each = jnp.zeros((2, 64), jnp.int32), jnp.zeros((2,), jnp.int32)
-    segments = programs.Segments(each, each, each, each, each.astype(jnp.uint32))
+    sampling = programs.Sampling(
+        jnp.zeros(2), jnp.ones(2), each.astype(jnp.uint32), jnp.full((2, MAX_STOP_IDS), -1)
+    )
+    segments = programs.Segments(each, each, each, each, sampling)
     packed = KVCache(*(part[:, :2] for part in slots.cache))
     insert = programs.insert.lower(
-        slots, packed, programs.Rows(row, row, row, row), segments, each, each, eos=2
+        slots, packed, programs.Rows(row, row, row, row), segments, each, each
     )
     memory = insert.compile().memory_analysis()
     both = slots.cache.k.nbytes + slots.cache.v.nbytes
@@ -201,67 +234,137 @@ def test_segments_move_into_the_cache_where_it_lies(model: LlavaModel) -> None:
     assert memory.temp_size_in_bytes < both / 8
 
 
-def test_sampling_depends_on_the_query_alone(model: LlavaModel) -> None:
-    # No picture of these has a patch within rounding of the threshold: the tower's last bits depend
+def test_sampling_depends_on_the_request_alone(model: LlavaModel) -> None:
+    # No image of these has a patch within rounding of the threshold: the tower's last bits depend
     # on the batch size, and one patch more is another answer.
-    queries = [q._replace(seed=7 + q.key) for q in make_queries(6, seed=2, max_new_tokens=6)]
-    sampling = programs.Sampling(temperature=1.0, top_p=0.9)
-    first = by_key(list(generate(make_engine(model), queries, sampling)))
-    wide = dataclasses.replace(SMALL, batch_size=4, window=8, rows=1, slots=4, chunk=16)
-    second = by_key(list(generate(make_engine(model, wide), queries[::-1], sampling)))
-    assert {k: r.token_ids for k, r in first.items()} == {k: r.token_ids for k, r in second.items()}
-    reseeded = [q._replace(seed=1000 + q.key) for q in queries]
-    third = by_key(list(generate(make_engine(model), reseeded, sampling)))
-    assert [first[k].token_ids for k in first] != [third[k].token_ids for k in first]
+    plain = make_requests(6, seed=2, max_new_tokens=6)
+    requests = with_sampling(plain, temperature=1.0, top_p=0.9, seed=7)
+    first = by_key(make_engine(model).generate(requests))
+    wide = dataclasses.replace(
+        SMALL, batch_size=4, window_size=8, prefill_rows=1, slots=4, decode_steps_per_call=16
+    )
+    second = by_key(make_engine(model, wide).generate(requests[::-1]))
+    assert tokens_of(first) == tokens_of(second)
+    third = by_key(make_engine(model).generate(with_sampling(requests, seed=1000)))
+    assert tokens_of(first) != tokens_of(third)
+
+
+def test_every_request_of_a_batch_is_sampled_its_own_way(model: LlavaModel) -> None:
+    """Greedy, sampled and cut to the nucleus in one batch, as each in a batch of its kind."""
+    plain = make_requests(8, seed=2, max_new_tokens=6)
+    kinds = [
+        plain,
+        with_sampling(plain, temperature=1.5, seed=7),
+        with_sampling(plain, temperature=1.5, top_p=0.2, seed=7),
+        with_sampling(plain, temperature=1.0, top_p=0.9, seed=7),
+    ]
+    alone = [tokens_of(by_key(make_engine(model).generate(requests))) for requests in kinds]
+    assert alone[0] != alone[1] != alone[2] != alone[3]
+    for shift in range(len(kinds)):
+        kind_of = [(key + shift) % len(kinds) for key in range(len(plain))]
+        mixed = [kinds[kind][key] for key, kind in enumerate(kind_of)]
+        got = tokens_of(by_key(make_engine(model).generate(mixed)))
+        assert got == {key: alone[kind][key] for key, kind in enumerate(kind_of)}
+
+
+def test_draws_follow_the_distribution() -> None:
+    """Frequencies of 4,000 draws, against softmax by hand, with and without a nucleus."""
+    logits = np.array([2.0, 1.0, 0.5, -1.0], np.float32)
+    count = 4000
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8), (1.0, 1e-6)):
+        sampling = programs.Sampling(
+            jnp.full(count, temperature, jnp.float32),
+            jnp.full(count, top_p, jnp.float32),
+            jnp.arange(count, dtype=jnp.uint32),
+            jnp.full((count, MAX_STOP_IDS), -1),
+        )
+        tokens = programs.draw(jnp.tile(logits, (count, 1)), sampling, jnp.zeros(count, jnp.int32))
+        expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+        kept = np.cumsum(expected) - expected < top_p  # the logits descend
+        expected = np.where(kept, expected, 0) / expected[kept].sum()
+        frequencies = np.bincount(np.asarray(tokens), minlength=4) / count
+        np.testing.assert_allclose(frequencies, expected, atol=0.03)
+        assert (frequencies[expected == 0] == 0).all()
 
 
 def test_one_new_token_needs_no_slot(model: LlavaModel) -> None:
-    queries = make_queries(5, seed=1, max_new_tokens=1)
-    one = by_key(list(generate(make_engine(model), queries)))
-    many = by_key(
-        list(generate(make_engine(model), [q._replace(max_new_tokens=5) for q in queries]))
-    )
+    requests = make_requests(5, seed=1, max_new_tokens=1)
+    one = by_key(make_engine(model).generate(requests))
+    many = by_key(make_engine(model).generate(with_sampling(requests, max_new_tokens=5)))
     assert all(one[k].token_ids == many[k].token_ids[:1] for k in one)
 
 
 def test_answers_that_end_at_once_while_others_wait_for_a_slot(model: LlavaModel) -> None:
-    """Every token in turn is declared the end of sequence: answers stop there, none is lost."""
-    queries = make_queries(9, seed=1, max_new_tokens=5)
-    endless = make_engine(model)
-    endless.model_config = dataclasses.replace(CONFIG, eos_token_id=-1)
-    free = by_key(list(generate(endless, queries)))
-    for eos in {result.token_ids[0] for result in free.values()}:
-        engine = make_engine(model)
-        engine.model_config = dataclasses.replace(CONFIG, eos_token_id=eos)
-        got = by_key(list(generate(engine, queries)))
-        for key, result in free.items():
-            tokens = result.token_ids
-            expected = tokens[: tokens.index(eos)] if eos in tokens else tokens
+    """Every token in turn is declared a stop id: answers stop there, none is lost."""
+    requests = make_requests(9, seed=1, max_new_tokens=5)
+    free = by_key(make_engine(model).generate(with_sampling(requests, stop_ids=())))
+    assert all(answer.finish_reason == "length" for answer in free.values())
+    for stop in {answer.token_ids[0] for answer in free.values()}:
+        stops = (stop, 499, 498)
+        got = by_key(make_engine(model).generate(with_sampling(requests, stop_ids=stops)))
+        for key, answer in free.items():
+            ends = [i for i, token in enumerate(answer.token_ids) if token in stops]
+            expected = answer.token_ids[: ends[0]] if ends else answer.token_ids
             assert got[key].token_ids == expected
+            assert got[key].finish_reason == ("stop" if ends else "length")
+
+
+def test_stop_ids_are_each_requests_own(model: LlavaModel) -> None:
+    requests = with_sampling(make_requests(9, seed=1, max_new_tokens=5), stop_ids=())
+    free = by_key(make_engine(model).generate(requests))
+    stops = {key: answer.token_ids[key % 5] for key, answer in free.items()}
+    own = [with_sampling([r], stop_ids=(stops[r.key],))[0] for r in requests]
+    for key, answer in by_key(make_engine(model).generate(own)).items():
+        tokens = free[key].token_ids
+        assert answer.token_ids == tokens[: tokens.index(stops[key])]
+
+
+def test_streamed_tokens_add_up_to_the_answers(model: LlavaModel) -> None:
+    requests = make_requests(9, seed=1, max_new_tokens=8)
+    streamed: dict[int, list[int]] = {request.key: [] for request in requests}
+    answers: dict[int, Answer] = {}
+    pieces = 0
+    for event in make_engine(model).stream(requests):
+        assert event.key not in answers, "something came after the answer"
+        if isinstance(event, Delta):
+            assert event.token_ids
+            streamed[event.key] += event.token_ids
+            pieces += 1
+        else:
+            answers[event.key] = event
+    assert pieces > 2 * len(requests)
+    assert {key: tuple(tokens) for key, tokens in streamed.items()} == tokens_of(answers)
+    assert answers == by_key(make_engine(model).generate(requests)) or all(
+        np.isnan(answer.log_likelihood) for answer in answers.values()
+    )
 
 
 def test_images_over_capacity_are_encoded_again(model: LlavaModel) -> None:
     """A capacity that only some images fit into changes no score."""
-    queries = make_queries(9, seed=4)
-    expected = by_key(list(score(make_engine(model), queries)))
-    counts = sorted(r.visual_tokens for r in expected.values() if r.visual_tokens)
+    requests = make_requests(9, seed=4)
+    expected = by_key(make_engine(model).score(requests))
+    counts = sorted(a.usage.visual_tokens for a in expected.values() if a.usage.visual_tokens)
     assert counts[0] < counts[-1]
-    got = by_key(list(score(make_engine(model, capacity=counts[0]), queries)))
+    got = by_key(make_engine(model, capacity=counts[0]).score(requests))
     assert got.keys() == expected.keys()
-    for key, result in got.items():
-        assert result.visual_tokens == expected[key].visual_tokens
-        assert result.log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-4)
+    for key, answer in got.items():
+        assert answer.usage == expected[key].usage
+        assert answer.log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-4)
 
 
 def test_what_cannot_run_is_reported_and_disturbs_nobody(model: LlavaModel) -> None:
-    queries = make_queries(6, seed=5, max_new_tokens=4)
-    expected = by_key(list(generate(make_engine(model), queries)))
-    long = Query(100, np.full(200, 5, np.int32), None, max_new_tokens=4)
-    too_many = Query(101, np.full(5, 5, np.int32), None, max_new_tokens=500)
-    got = by_key(list(generate(make_engine(model), [queries[0], long, *queries[1:], too_many])))
+    requests = make_requests(6, seed=5, max_new_tokens=4)
+    expected = by_key(make_engine(model).generate(requests))
+    four, too_many = SamplingParams(max_new_tokens=4), SamplingParams(max_new_tokens=500)
+    long = Request(100, np.full(200, 5, np.int32), sampling=four)
+    endless = Request(101, np.full(5, 5, np.int32), sampling=too_many)
+    engine = make_engine(model)
+    got = by_key(engine.generate([requests[0], long, *requests[1:], endless]))
+    assert (engine.counters.requests, engine.counters.images) == (6, 5)
+    assert got[100].finish_reason == got[101].finish_reason == "error"
     assert "200 tokens" in str(got.pop(100).error)
     assert "500 may follow" in str(got.pop(101).error)
-    assert {k: r.token_ids for k, r in got.items()} == {k: r.token_ids for k, r in expected.items()}
+    assert tokens_of(got) == tokens_of(expected)
 
 
 def test_broken_weights_are_an_error_not_an_answer(model: LlavaModel) -> None:
@@ -269,73 +372,129 @@ def test_broken_weights_are_an_error_not_an_answer(model: LlavaModel) -> None:
     state = jax.tree.map(lambda x: x, state)
     state["vision"]["last"]["q_proj"]["bias"][...] = jnp.full(CONFIG.vision.width, jnp.nan)
     engine = make_engine(nnx.merge(graphdef, state))
-    results = by_key(list(score(engine, make_queries(5))))
-    for query in make_queries(5):
-        error = results[query.key].error
-        assert (error is None) if query.pixels is None else ("not finite" in str(error))
+    answers = by_key(engine.score(make_requests(5)))
+    for request in make_requests(5):
+        error = answers[request.key].error
+        assert ("not finite" in str(error)) if request.images else (error is None)
 
 
 def test_shared_images_are_encoded_once(model: LlavaModel) -> None:
-    image = make_queries(1)[0].pixels
-    queries = [
-        q._replace(pixels=image, image_key="same")
-        for q in make_queries(8, seed=6)
-        if q.pixels is not None
+    crops = make_requests(1)[0].images[0].crops
+    alone = [
+        dataclasses.replace(request, images=(ImageInput(crops),))
+        for request in make_requests(8, seed=6)
+        if request.images
     ]
+    sharing = [dataclasses.replace(r, images=(ImageInput(crops, key="same"),)) for r in alone]
     apart = make_engine(model)
-    expected = by_key(list(score(apart, [q._replace(image_key=None) for q in queries])))
-    shared = make_engine(model, dataclasses.replace(SMALL, window=8))
-    got = by_key(list(score(shared, queries)))
-    assert (apart.counters.images, shared.counters.images) == (len(queries), 1)
-    for key, result in got.items():
-        assert result.log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-4)
+    expected = by_key(apart.score(alone))
+    shared = make_engine(model, dataclasses.replace(SMALL, window_size=8))
+    got = by_key(shared.score(sharing))
+    assert (apart.counters.images, shared.counters.images) == (len(alone), 1)
+    assert apart.counters.requests == shared.counters.requests == len(alone)
+    for key, answer in got.items():
+        assert answer.log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-4)
 
 
-def test_each_stage_compiles_once(model: LlavaModel) -> None:
-    """Fifty windows of other lengths and contents after a warm-up compile nothing."""
-    list(generate(make_engine(model), make_queries(9, seed=7, max_new_tokens=5)))
-    list(score(make_engine(model), make_queries(9, seed=7)))
-    compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
-    )
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+    """Names of the programs compiled since the list was last cleared."""
+    names: list[str] = []
+
+    def heard(event: str, duration: float, **fields: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            names.append(str(fields.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(heard)
+
+
+def test_each_stage_compiles_once(model: LlavaModel, compiled: list[str]) -> None:
+    """Fifty windows of other lengths, contents and sampling after a warm-up compile nothing."""
+    make_engine(model).warm_up()
+    list(make_engine(model).score(make_requests(1, seed=7)))
+    compiled.clear()
     engine = make_engine(model)
-    list(generate(engine, make_queries(200, seed=8, max_new_tokens=5)))
-    list(score(engine, make_queries(200, seed=9)))
+    requests = make_requests(200, seed=8, max_new_tokens=5)
+    sampled = [
+        with_sampling([r], temperature=r.key % 3 / 2, top_p=1 - r.key % 4 / 8, seed=3)[0]
+        for r in requests
+    ]
+    list(engine.generate(sampled))
+    list(engine.score(make_requests(200, seed=9)))
     assert compiled == []
     jnp.ones(3).at[jnp.array([1])].mul(7.25).block_until_ready()
     jax.jit(lambda x: x * 3.5 - 1)(jnp.ones(3))
     assert compiled, "the listener hears nothing: the test shows nothing"
 
 
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+def test_windows_of_every_size_compile_nothing_after_a_warm_up(
+    model: LlavaModel, compiled: list[str], sizes: tuple[int, int, int] | None
+) -> None:
+    """With weights placed as `Llava.load` places them, images or none, two windows and a bit."""
+    engine = sharded_engine(model, sizes)
+    with sharding.use_mesh(engine.model.mesh):
+        engine.warm_up()
+        list(engine.score(make_requests(1, seed=7)))
+        compiled.clear()
+        for count in range(1, 2 * engine.shapes.window_size + 2):
+            for images in (True, False):
+                mixed = make_requests(count, seed=count)
+                some = mixed if images else [text_only(request) for request in mixed]
+                assert len(list(engine.score(some))) == count
+                assert len(list(engine.generate([without_continuation(r) for r in some]))) == count
+    assert compiled == []
+
+
+def test_a_capacity_that_overflows_is_warmed_up_too(model: LlavaModel, compiled: list[str]) -> None:
+    requests = [without_continuation(request) for request in make_requests(9, seed=4)]
+    engine = make_engine(model, capacity=2)
+    engine.warm_up()
+    compiled.clear()
+    answers = by_key(engine.generate(requests))
+    assert max(answer.usage.visual_tokens for answer in answers.values()) > 2
+    assert compiled == []
+
+
+def text_only(request: Request) -> Request:
+    token_ids = request.token_ids[request.token_ids != IMAGE_TOKEN]
+    return dataclasses.replace(request, token_ids=token_ids, images=())
+
+
+def without_continuation(request: Request) -> Request:
+    sampling = SamplingParams(max_new_tokens=4)
+    return dataclasses.replace(request, continuation=np.zeros(0, np.int32), sampling=sampling)
+
+
+def sharded_engine(model: LlavaModel, sizes: tuple[int, int, int] | None) -> Engine:
+    """An engine on a mesh, or on one device that the weights are committed to."""
+    graphdef, state = nnx.split(model)
+    reduction, dtype = reductions.parse("prumerge"), jnp.dtype(jnp.float32)
+    if sizes is None:
+        state = jax.device_put(state, jax.devices()[0])
+        return Engine(PlacedModel(graphdef, state, CONFIG, dtype), reduction, SMALL)
+    require_eight_devices()
+    mesh = sharding.make_mesh(*sizes)
+    placed = jax.device_put(state, sharding.weight_shardings(abstract_model(CONFIG)[1], mesh))
+    shapes = dataclasses.replace(SMALL, batch_size=8, window_size=8, prefill_rows=8, slots=8)
+    return Engine(PlacedModel(graphdef, placed, CONFIG, dtype, mesh=mesh), reduction, shapes)
+
+
 @pytest.mark.parametrize(("sizes"), [(2, 2, 2), (8, 1, 1)])
 def test_mesh_equals_one_device(model: LlavaModel, sizes: tuple[int, int, int]) -> None:
-    from prumerge_jax import sharding
-    from prumerge_jax.models.llava import abstract_model
-
-    require_eight_devices()
-    config = dataclasses.replace(SMALL, batch_size=8, window=8, rows=8, slots=8)
-    queries = make_queries(11, seed=10, max_new_tokens=6)
-    plain = make_engine(model, config)
-    mesh = sharding.make_mesh(*sizes)
-    graphdef, state = nnx.split(model)
-    shardings = sharding.weight_shardings(abstract_model(CONFIG)[1], mesh)
-    with sharding.use_mesh(mesh):
-        sharded = Engine(
-            graphdef,
-            jax.device_put(state, shardings),
-            CONFIG,
-            plain.reduction,
-            config,
-            dtype=jnp.float32,
-            mesh=mesh,
-        )
-        scores = by_key(list(score(sharded, queries)))
-        answers = by_key(list(generate(sharded, queries)))
-    expected = by_key(list(score(plain, queries)))
+    sharded = sharded_engine(model, sizes)
+    plain = make_engine(model, sharded.shapes)
+    scored = make_requests(11, seed=10)
+    requests = make_requests(11, seed=10, max_new_tokens=6)
+    sampled = with_sampling(requests[::2], temperature=0.7, top_p=0.8, seed=5) + requests[1::2]
+    with sharding.use_mesh(sharded.model.mesh):
+        scores = by_key(sharded.score(scored))
+        answers = by_key(sharded.generate(requests))
+        drawn = by_key(sharded.generate(sampled))
+    expected = by_key(plain.score(scored))
     for key in expected:
         assert scores[key].log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-4)
-    expected = by_key(list(generate(plain, queries)))
-    assert {k: r.token_ids for k, r in answers.items()} == {
-        k: r.token_ids for k, r in expected.items()
-    }
+    assert tokens_of(answers) == tokens_of(by_key(plain.generate(requests)))
+    assert tokens_of(drawn) == tokens_of(by_key(plain.generate(sampled)))

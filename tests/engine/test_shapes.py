@@ -19,22 +19,28 @@ from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.digits import questions as digits_questions
 from prumerge_jax.digits import tokenizer as digits_tokenizer
-from prumerge_jax.engine.decoding import generate
-from prumerge_jax.engine.engine import Encoding, Engine, Images, Query, Result
-from prumerge_jax.engine.scoring import score
-from prumerge_jax.engine.shapes import EngineConfig, Shapes, fit, tight_row_length
+from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding, PlacedModel
+from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.request import Answer, ImageInput, Request, SamplingParams
+from prumerge_jax.engine.shapes import (
+    EVALUATION_SIZES,
+    EngineConfig,
+    EngineShapes,
+    fit,
+    row_length_for_fixed_counts,
+)
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 from prumerge_jax.models.llava import random_model
 
 IMAGES = 2000
 LLAVA_PATCHES, DIGITS_PATCHES = 576, 144
 STAGES = {
-    score: ("encode", "join", "read", "log_likelihoods"),
-    generate: ("encode", "join", "prefill", "first_tokens", "insert", "decode"),
+    Engine.score: ("encode", "join", "read", "log_likelihoods"),
+    Engine.generate: ("encode", "join", "prefill", "first_tokens", "insert", "decode"),
 }
 
 
-def fitted(reduction: str, patches: int, text_tokens: np.ndarray, **fields: int) -> Shapes:
+def fitted(reduction: str, patches: int, text_tokens: np.ndarray, **fields: int) -> EngineShapes:
     return fit(
         EngineConfig(**fields),
         reductions.parse(reduction),
@@ -58,6 +64,42 @@ def test_lengths_fit_the_published_model() -> None:
     assert fitted("full", LLAVA_PATCHES, np.zeros(0, np.int64)).row_length == 640
 
 
+def test_sizes_nobody_set_fit_the_mesh() -> None:
+    for defaults in (EngineConfig().defaults, EVALUATION_SIZES):
+        config = EngineConfig(defaults=defaults)
+        assert config.sizes(1) == defaults
+        for shards in (2, 3, 8, 24):
+            sizes = config.sizes(shards)
+            for name in ("batch_size", "prefill_rows", "slots"):
+                least = getattr(defaults, name)
+                assert getattr(sizes, name) == -(-least // shards) * shards
+            assert sizes.window_size >= defaults.window_size
+            assert sizes.window_size % sizes.batch_size == 0
+    assert EngineConfig(window_size=24).sizes(8).batch_size == 8
+    assert EngineConfig(window_size=24, defaults=EVALUATION_SIZES).sizes(8).batch_size == 24
+    assert EngineConfig(batch_size=48).sizes(8).window_size == 96
+
+
+@pytest.mark.parametrize(
+    ("fields", "shards", "message"),
+    [
+        ({"prefill_rows": 2}, 8, "prefill_rows 2 does not divide over the 8 data shards .*"
+         "set --config.engine.prefill_rows to a multiple of 8"),
+        ({"slots": 12}, 8, "--config.engine.slots"),
+        ({"batch_size": 4}, 8, "--config.engine.batch_size"),
+        ({"window_size": 12}, 8, "--config.engine.window_size"),
+        ({"window_size": 12, "batch_size": 8}, 1, "window_size 12 is not a multiple of batch_size"),
+        ({"slots": 0}, 1, "slots is 0; expected at least 1"),
+        ({"row_length": -1}, 1, "row_length is -1; expected at least 1"),
+    ],
+)  # fmt: skip
+def test_sizes_that_were_set_and_do_not_fit_are_named(
+    fields: dict[str, int], shards: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**fields).sizes(shards)
+
+
 @settings(max_examples=50)
 @given(
     lengths=st.lists(st.integers(1, 1500), min_size=1, max_size=40),
@@ -78,7 +120,7 @@ def test_every_sequence_has_room_and_no_length_of_the_choice_pads_less(
     def computed(row_length: int) -> int:
         return row_length * len(packing.fill_rows(lengths, row_length))
 
-    chosen = tight_row_length(text)
+    chosen = row_length_for_fixed_counts(text)
     for row_length in range(-(-text.max() // 128) * 128, 2 * text.max(), 128):
         assert computed(chosen) <= computed(row_length)
 
@@ -107,16 +149,16 @@ def lognormal_counts(rng: np.random.Generator) -> np.ndarray:
     return rng.lognormal(np.log(40) - 0.45**2 / 2, 0.45, IMAGES).clip(2, 145)
 
 
-class DrawnCounts(Engine):
-    """An engine that takes the visual tokens of query i to be `counts[i]`."""
+class DrawnCounts(Encoder):
+    """An encoder that takes the visual tokens of request i to be `counts[i]`."""
 
     counts: np.ndarray
 
-    def measure(self, encoding: Encoding) -> Images:
+    def measure(self, encoding: Encoding) -> EncodedImages:
         images = super().measure(encoding)
         lengths = images.lengths.copy()
-        for number, query in enumerate(encoding.queries):
-            lengths[number % len(lengths), number // len(lengths)] = self.counts[query.key]
+        for number, request in enumerate(encoding.requests):
+            lengths[number % len(lengths), number // len(lengths)] = self.counts[request.key]
         return images._replace(lengths=lengths)
 
 
@@ -150,10 +192,10 @@ def compiled() -> Iterator[collections.Counter[str]]:
 
 @pytest.mark.parametrize(
     ("run", "kind", "width"),
-    [(score, "digits", 6), (score, "lognormal", 10), (generate, "digits", 6)],
+    [(Engine.score, "digits", 6), (Engine.score, "lognormal", 10), (Engine.generate, "digits", 6)],
 )
 def test_two_thousand_images_compile_once_and_waste_less_than_a_twentieth(
-    run: Callable[[Engine, list[Query]], Iterator[Result]],
+    run: Callable[[Engine, list[Request]], Iterator[Answer]],
     kind: str,
     width: int,
     compiled: collections.Counter[str],
@@ -164,36 +206,33 @@ def test_two_thousand_images_compile_once_and_waste_less_than_a_twentieth(
         patches, counts, text_tokens = DIGITS_PATCHES, digits_counts(rng), digits_text(tmp_path)
     else:
         patches, counts, text_tokens = LLAVA_PATCHES, lognormal_counts(rng), np.full(IMAGES, 60)
-    config = tiny_config(width + (run is score))
+    config = tiny_config(width + (run is Engine.score))
     capacity = reductions.parse("prumerge").capacity_for(patches)
-    engine = DrawnCounts(
-        *nnx.split(random_model(config, seed=0)),
-        config,
-        reductions.parse(f"prumerge:capacity={capacity}"),
-        fitted("prumerge", patches, text_tokens),
-        dtype=jnp.dtype(jnp.float32),
-    )
-    engine.counts = np.rint(counts).astype(np.int32)
+    model = PlacedModel(*nnx.split(random_model(config, seed=0)), config, jnp.dtype(jnp.float32))
+    shapes = fitted("prumerge", patches, text_tokens)
+    engine = Engine(model, reductions.parse(f"prumerge:capacity={capacity}"), shapes)
+    engine.encoder = encoder = DrawnCounts(model, shapes)
+    encoder.counts = np.rint(counts).astype(np.int32)
     side = config.vision.image_size
-    queries = []
+    requests = []
     for key, tokens in enumerate(text_tokens.tolist()):
         text = rng.integers(3, 32, tokens).astype(np.int32)
-        pixels = rng.integers(0, 256, (side, side, 3), np.uint8)
-        query = Query(key, np.insert(text, 1, IMAGE_TOKEN), pixels, max_new_tokens=2)
-        if run is score:  # the last token of the text is the continuation
-            query = query._replace(
-                token_ids=query.token_ids[:-1], continuation=text[-1:], max_new_tokens=0
-            )
-        queries.append(query)
+        image = ImageInput(rng.integers(0, 256, (1, side, side, 3), np.uint8))
+        token_ids, continuation = np.insert(text, 1, IMAGE_TOKEN), text[:0]
+        if run is Engine.score:  # the last token of the text is the continuation
+            token_ids, continuation = token_ids[:-1], text[-1:]
+        sampling = SamplingParams(max_new_tokens=2)
+        requests.append(Request(key, token_ids, (image,), continuation, sampling))
 
     compiled.clear()
-    results = {result.key: result for result in run(engine, queries)}
+    results = {answer.key: answer for answer in run(engine, requests)}
     assert len(results) == IMAGES
-    assert not any(result.error for result in results.values())
-    visual = np.array([results[key].visual_tokens for key in range(IMAGES)])
-    np.testing.assert_array_equal(visual, engine.counts)
+    assert not any(answer.error for answer in results.values())
+    assert (engine.counters.requests, engine.counters.images) == (IMAGES, IMAGES)
+    visual = np.array([results[key].usage.visual_tokens for key in range(IMAGES)])
+    np.testing.assert_array_equal(visual, encoder.counts)
     for stage in STAGES[run]:
         assert compiled[f"jit({stage})"] == 1, stage
     real, computed = engine.counters.real_tokens, engine.counters.row_tokens
-    assert real == engine.counts.sum() + text_tokens.sum()
+    assert real == encoder.counts.sum() + text_tokens.sum()
     assert real / computed >= 0.95, f"{real} real of {computed} computed tokens"

@@ -9,17 +9,17 @@ import sys
 import time
 
 from prumerge_jax.evaluation.answers import complete_row
-from prumerge_jax.evaluation.journal import Journal, Outcome
+from prumerge_jax.evaluation.journal import Journal, RowOutcome
 
 FINGERPRINT = {"weights": "ab12", "reduction": "prumerge+", "temperature": 0.0}
 
 
-def outcome(index: int) -> Outcome:
+def outcome(index: int) -> RowOutcome:
     if index % 7 == 3:
-        return Outcome(index, f"q{index}", error=f"image {index} is missing")
+        return RowOutcome(index, f"q{index}", error=f"image {index} is missing")
     row = {"question_id": f"q{index}", "prompt": f"What is {index}?", "text": "é " * (index % 5)}
     answer = complete_row(row, index=index, fingerprint=FINGERPRINT, model_id="tiny")
-    return Outcome(index, f"q{index}", answer=answer, measured={"visual_tokens": 30 + index})
+    return RowOutcome(index, f"q{index}", answer=answer, measured={"visual_tokens": 30 + index})
 
 
 SECONDS_PER_BATCH = 0.002

@@ -35,8 +35,10 @@ def test_answer_ids_look_like_shortuuids_and_are_reproducible(index: int, weight
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"question_id": 1, "prompt": "p", "te', "row 2 is not JSON"),
-        ("", "row 2 is not JSON"),
+        ('{"question_id": 1, "prompt": "p", "te', "row 2: not valid JSON"),
+        ("", "row 2 is blank"),
+        ("[" * 100_000, "row 2: nested too deeply"),
+        ('{"question_id": 1, "question_id": 2}', "row 2: not valid JSON: repeated keys"),
         ("[1]", "row 2 is not a JSON object"),
         ('{"question_id": 1, "prompt": "p"}', "row 2 has no field 'text'"),
         ('{"question_id": 1, "prompt": "p", "text": null}', "row 2: field 'text' must be str"),

@@ -14,14 +14,23 @@ import pytest
 from prumerge_jax.digits import benchmark as digits
 from prumerge_jax.engine.shapes import EngineConfig
 from prumerge_jax.evaluation import runner
+from prumerge_jax.evaluation.config import Decoding
+from prumerge_jax.evaluation.questions import Task, TaskQuestions
 from prumerge_jax.llava import Llava
 from prumerge_jax.reductions import parse
 from tests.tiny_llava import write_tiny_llava
 
 ENGINE = EngineConfig(
-    batch_size=4, window=8, row_length=256, rows=2, slots=4, cache_length=256, chunk=4
+    batch_size=4,
+    window_size=8,
+    row_length=256,
+    prefill_rows=2,
+    slots=4,
+    cache_length=256,
+    decode_steps_per_call=4,
 )
 SCENES = 6
+DECODING = Decoding(max_new_tokens=3)
 
 # What the killed process runs: the same run as `answer` below, from the same arguments.
 SCRIPT = """
@@ -33,21 +42,18 @@ answer(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), pathlib.Path(sys.ar
 
 def answer(
     model: pathlib.Path, data: pathlib.Path, workdir: pathlib.Path, reduction: str = "prumerge"
-) -> runner.Scored:
+) -> runner.RunScores:
     workdir.mkdir(exist_ok=True)
     llava = Llava.load(model, engine=ENGINE)
-    return runner.run(
-        llava,
-        runner.weights_hash(model),
-        runner.Rows(task(data)),
-        parse(reduction),
-        runner.Decoding(max_new_tokens=3),
-        workdir,
+    chosen = parse(reduction)
+    fingerprint = runner.fingerprint(
+        runner.weights_hash(model), str(llava.dtype), task(data), chosen, DECODING
     )
+    return runner.run(llava, TaskQuestions(task(data)), chosen, DECODING, fingerprint, workdir)
 
 
-def task(data: pathlib.Path) -> runner.Task:
-    return runner.Task(
+def task(data: pathlib.Path) -> Task:
+    return Task(
         digits.Digits(),
         data / digits.QUESTIONS_FILE,
         data / digits.IMAGE_FOLDER,
@@ -70,13 +76,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def straight(
     model: pathlib.Path, data: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[bytes, runner.Scored]:
+) -> tuple[bytes, runner.RunScores]:
     workdir = tmp_path_factory.mktemp("straight")
     scored = answer(model, data, workdir)
     return (workdir / "answers.jsonl").read_bytes(), scored
 
 
-def test_a_run_answers_everything_once(straight: tuple[bytes, runner.Scored]) -> None:
+def test_a_run_answers_everything_once(straight: tuple[bytes, runner.RunScores]) -> None:
     lines, scored = straight
     rows = [json.loads(line) for line in lines.splitlines()]
     assert len(rows) == len({row["question_id"] for row in rows}) == len(scored.visual_tokens)
@@ -93,7 +99,7 @@ def test_kill_at_any_moment_changes_no_byte(
     kills: int,
     model: pathlib.Path,
     data: pathlib.Path,
-    straight: tuple[bytes, runner.Scored],
+    straight: tuple[bytes, runner.RunScores],
     tmp_path: pathlib.Path,
 ) -> None:
     command = [sys.executable, "-c", SCRIPT, str(model), str(data), str(tmp_path / "run")]
@@ -116,7 +122,7 @@ def test_kill_at_any_moment_changes_no_byte(
 def test_a_rerun_scores_nothing_twice(
     model: pathlib.Path,
     data: pathlib.Path,
-    straight: tuple[bytes, runner.Scored],
+    straight: tuple[bytes, runner.RunScores],
     tmp_path: pathlib.Path,
 ) -> None:
     answer(model, data, tmp_path)
@@ -130,7 +136,7 @@ def test_a_rerun_scores_nothing_twice(
 def test_bad_rows_are_reported_and_mended_by_a_rerun(
     model: pathlib.Path,
     data: pathlib.Path,
-    straight: tuple[bytes, runner.Scored],
+    straight: tuple[bytes, runner.RunScores],
     tmp_path: pathlib.Path,
 ) -> None:
     copy = tmp_path / "data"
@@ -159,13 +165,13 @@ def test_bad_rows_are_reported_and_mended_by_a_rerun(
 
 def test_missing_files_are_found_before_the_model_is_needed(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"questions\.jsonl"):
-        runner.Rows(task(tmp_path))
+        TaskQuestions(task(tmp_path))
     digits.write_files(tmp_path, split="test", scenes=1)
     with pytest.raises(ValueError, match="cannot be scored without annotations"):
-        runner.Rows(runner.Task(digits.Digits(), tmp_path / digits.QUESTIONS_FILE, tmp_path, None))
+        TaskQuestions(Task(digits.Digits(), tmp_path / digits.QUESTIONS_FILE, tmp_path, None))
     with pytest.raises(FileNotFoundError, match="image folder"):
-        runner.Rows(
-            runner.Task(
+        TaskQuestions(
+            Task(
                 digits.Digits(),
                 tmp_path / digits.QUESTIONS_FILE,
                 tmp_path / "nowhere",

@@ -10,10 +10,10 @@ from flax import nnx
 
 from prumerge_jax import prumerge
 from prumerge_jax.data.tokens import IMAGE_TOKEN
-from prumerge_jax.engine.decoding import generate
-from prumerge_jax.engine.engine import Engine, Query
-from prumerge_jax.engine.scoring import score
-from prumerge_jax.engine.shapes import Shapes
+from prumerge_jax.engine.encoding import PlacedModel
+from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.request import ImageInput, Request, SamplingParams
+from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.models import attention, tuning
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 from prumerge_jax.models.llama import Llama
@@ -29,9 +29,9 @@ CONFIG = LlavaConfig(
         head_dim=12, max_positions=128,
     ),
 )  # fmt: skip
-SHAPES = Shapes(
-    batch_size=2, window=4, row_length=64, longest_prompt=64, rows=2, slots=2, cache_length=48,
-    chunk=4,
+SHAPES = EngineShapes(
+    batch_size=2, window_size=4, row_length=64, longest_prompt=64, prefill_rows=2, slots=2,
+    cache_length=48, decode_steps_per_call=4,
 )  # fmt: skip
 
 
@@ -44,31 +44,32 @@ def random_weights(config: LlavaConfig) -> tuple[nnx.GraphDef, nnx.State]:
     )
 
 
-def queries(**fields: object) -> list[Query]:
+def requests(continuation: np.ndarray | None = None) -> list[Request]:
     rng = np.random.default_rng(1)
     made = []
     for key in range(4):
         text = rng.integers(3, 300, size=6 + key).astype(np.int32)
         text[2] = IMAGE_TOKEN
-        pixels = rng.integers(0, 256, size=(56, 56, 3)).astype(np.uint8)
-        made.append(Query(key, text, pixels)._replace(**fields))
+        image = ImageInput(rng.integers(0, 256, size=(1, 56, 56, 3)).astype(np.uint8))
+        target = text[:0] if continuation is None else continuation
+        made.append(Request(key, text, (image,), target, SamplingParams(max_new_tokens=6)))
     return made
 
 
-def results(chosen: Tuning) -> tuple[dict[int, float], dict[int, list[int]]]:
+def results(chosen: Tuning) -> tuple[dict[int, float], dict[int, tuple[int, ...]]]:
     """Scores and answers of a tiny model."""
     with tuning.use(chosen):
         model = inference_layout(*random_weights(CONFIG))
         reduction = prumerge.preset("prumerge")
-        engine = Engine(*model, CONFIG, reduction, SHAPES, dtype=jnp.dtype(jnp.float32))
+        engine = Engine(PlacedModel(*model, CONFIG, jnp.dtype(jnp.float32)), reduction, SHAPES)
         continuation = np.arange(3, 7, dtype=np.int32)
-        scored = list(score(engine, queries(continuation=continuation)))
-        answered = list(generate(engine, queries(max_new_tokens=6)))
-    return {r.key: r.log_likelihood for r in scored}, {r.key: r.token_ids for r in answered}
+        scored = list(engine.score(requests(continuation)))
+        answered = list(engine.generate(requests()))
+    return {a.key: a.log_likelihood for a in scored}, {a.key: a.token_ids for a in answered}
 
 
 @pytest.fixture(scope="module")
-def plain_results() -> tuple[dict[int, float], dict[int, list[int]]]:
+def plain_results() -> tuple[dict[int, float], dict[int, tuple[int, ...]]]:
     return results(Tuning.plain())
 
 

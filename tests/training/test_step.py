@@ -1,5 +1,7 @@
 """The step: packing, accumulation, what changes and what does not."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -28,6 +30,15 @@ def sums_of(bench: Bench, batch: RowBatch) -> Sums:
         return bench.step.accumulate(zeros, bench.trained, bench.frozen, batch, when)
 
 
+def one_per_row(
+    requests: list[packing.Request], layout: packing.VisualLayout, row_length: int
+) -> packing.Rows:
+    """Request i alone in row i."""
+    alone = [packing.pack_window([r], layout, row_length, 1)[0] for r in requests]
+    fields = [field.name for field in dataclasses.fields(packing.Rows)]
+    return packing.Rows(*(np.concatenate([getattr(r, f) for r in alone]) for f in fields))
+
+
 def test_packed_rows_have_the_loss_of_one_sample_per_row(bench: Bench) -> None:
     with use_mesh(bench.mesh):
         encode = ImageEncoder(bench.config, bench.frozen, bench.mesh)
@@ -39,8 +50,8 @@ def test_packed_rows_have_the_loss_of_one_sample_per_row(bench: Bench) -> None:
             packing.Request(e.token_ids, (row,) * e.has_image, e.labels)
             for row, e in enumerate(EXAMPLES)
         ]
-    packed = packing.pack(requests, layout, 48, 8)
-    alone = packing.one_per_row(requests, layout, 48, 8)
+    (packed,) = packing.pack_window(requests, layout, 48, 8)
+    alone = one_per_row(requests, layout, 48)
     assert packed.segment_ids.max() > alone.segment_ids.max() == 1
     sums = []
     for rows in (packed, alone):

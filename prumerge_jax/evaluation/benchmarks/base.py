@@ -8,15 +8,16 @@ import abc
 import dataclasses
 import pathlib
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from prumerge_jax.data.images import ImageMode
+from prumerge_jax.data.packing import PositionIds
 from prumerge_jax.evaluation import jsonfiles
 from prumerge_jax.evaluation.answers import Answers
 
 QuestionId = int | str
-ImageMode = Literal["pad", "crop"]
 Annotations = TypeVar("Annotations")
 
 PROTOCOLS = ("llava-1.5", "llava-1.6")
@@ -44,6 +45,32 @@ class Question:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def is_grade(value: Any, most: float) -> bool:
+    """Whether a value of a judge's file is a number from 0 to `most`."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def count_as_wrong(missing: int, total: int) -> str | None:
+    """The note of a benchmark that counts unanswered questions as wrong; None if all are asked."""
+    if missing <= 0:
+        return None
+    return f"{missing} of the {total} questions are not asked and count as wrong"
+
+
+class TaskFiles(NamedTuple):
+    """The files of one benchmark.
+
+    Attributes:
+      questions: The question file.
+      images: Folder that the questions' image paths are relative to; None if they have none.
+      annotations: What the scorer compares with; None where a server or a judge knows.
+    """
+
+    questions: pathlib.Path
+    images: pathlib.Path | None
+    annotations: pathlib.Path | None
+
+
 class Benchmark(abc.ABC, Generic[Annotations]):
     """One benchmark: reader, prompt, scorer, upload file.
 
@@ -51,6 +78,13 @@ class Benchmark(abc.ABC, Generic[Annotations]):
       name: Key in the registry.
       headline: Metric that stands for the benchmark in summaries.
       max_new_tokens: Limit of LLaVA's script for this benchmark; decoding is greedy.
+      position_ids: Positions of the visual tokens where the configuration names none, see
+        `packing.pack_window`.
+      scores: Whether answers can be scored at all.
+      default_options: Options of `write_default_files` with their defaults, for a benchmark that
+        can make its own files; None for all others.
+      group_label: What `group_of` counts, for the report's table of tokens by group; None where
+        images are not grouped.
       crops_in_llava_1_5: Whether protocol llava-1.5 crops the images (llava/eval/model_vqa.py and
         model_vqa_science.py of v1.1) instead of padding them.
       needs_annotations: Whether scoring, or writing the upload, fails without annotations. If not,
@@ -60,8 +94,12 @@ class Benchmark(abc.ABC, Generic[Annotations]):
     name: str
     headline: str = "accuracy"
     max_new_tokens: int = 128
+    position_ids: PositionIds = "compact"
     crops_in_llava_1_5: bool = False
     needs_annotations: bool = True
+    scores: bool = True
+    default_options: ClassVar[Mapping[str, Any] | None] = None
+    group_label: str | None = None
 
     def image_mode(self, protocol: str) -> ImageMode:
         """How images become square under a named protocol version.
@@ -86,23 +124,34 @@ class Benchmark(abc.ABC, Generic[Annotations]):
         questions = []
         for number, row in enumerate(jsonfiles.read_jsonl(path), start=1):
             where = f"{path} row {number}"
+            category = row.get("category")
+            if not isinstance(category, str | int | None):
+                raise ValueError(f"{where}: field 'category' must be str, not {category!r:.80}")
             questions.append(
                 Question(
                     question_id=jsonfiles.field(row, "question_id", (int, str), where),
-                    image=jsonfiles.string(row, "image", where),
+                    image=self._image_of(row, where),
                     text=jsonfiles.string(row, "text", where),
-                    extra={"category": row.get("category")},
+                    extra={"category": category},
                 )
             )
         self.check_distinct(questions, path)
         return questions
 
+    def _image_of(self, row: jsonfiles.Row, where: str) -> str | None:
+        """The image path of a line of the question file."""
+        return jsonfiles.string(row, "image", where)
+
     def check_distinct(self, questions: Sequence[Question], path: pathlib.Path) -> None:
         """Raises ValueError, naming both rows, if two questions have one key."""
         first_row: dict[Hashable, int] = {}
-        for number, key in enumerate(self._question_keys(questions), start=1):
+        for number, question in enumerate(questions, start=1):
+            try:
+                key = self._question_key(question)
+            except ValueError as error:
+                raise ValueError(f"{path} row {number}: {error}") from error
             if key in first_row:
-                raise ValueError(f"{path} row {number} repeats row {first_row[key]}: {key!r}")
+                raise ValueError(f"{path} row {number} repeats row {first_row[key]}: {key!r:.80}")
             first_row[key] = number
 
     def answer_row(self, question: Question, text: str) -> jsonfiles.Row:
@@ -140,6 +189,54 @@ class Benchmark(abc.ABC, Generic[Annotations]):
         values = self.per_question(questions, answers, annotations)
         return {name: 100 * float(np.mean(value)) for name, value in values.items()}
 
+    def check(
+        self,
+        questions: Sequence[Question],
+        annotations: Annotations | None,
+        source: str = "the question file",
+    ) -> None:
+        """Raises what `score` would raise once all questions are answered, before any is.
+
+        It scores an empty answer to every question: whether questions and annotations fit each
+        other does not depend on what the answers say.
+
+        Args:
+          questions: As read.
+          annotations: As read.
+          source: Name of the question file in messages.
+
+        Raises:
+          ValueError: Questions and annotations do not fit each other.
+        """
+        self.score(questions, self._empty_answers(questions, source), annotations)
+
+    def coverage_note(
+        self, questions: Sequence[Question], annotations: Annotations | None
+    ) -> str | None:
+        """What a reader must know of a score over a part of the benchmark; None where nothing."""
+        return None
+
+    def upload_files(
+        self, questions: Sequence[Question], answers: Answers, annotations: Annotations | None
+    ) -> Mapping[str, str | bytes]:
+        """Content of what a server, a judge or an official tool takes, by path in the workdir.
+
+        Raises:
+          ValueError: Answers, questions and annotations do not fit each other.
+          ModuleNotFoundError: A package that only the upload needs is not installed.
+        """
+        return {}
+
+    def upload_problem(
+        self, questions: Sequence[Question], annotations: Annotations | None
+    ) -> str | None:
+        """Why there will be no upload file although answers can be scored; None if there will."""
+        try:
+            self.upload_files(questions, self._empty_answers(questions, "answers"), annotations)
+        except (ValueError, ModuleNotFoundError) as error:
+            return str(error)
+        return None
+
     def upload(
         self,
         questions: Sequence[Question],
@@ -147,8 +244,29 @@ class Benchmark(abc.ABC, Generic[Annotations]):
         annotations: Annotations | None,
         folder: pathlib.Path,
     ) -> list[pathlib.Path]:
-        """Writes what a server, a judge or an official tool takes; returns the files written."""
-        return []
+        """Writes `upload_files` below `folder`; returns the files written."""
+        paths = []
+        for name, content in self.upload_files(questions, answers, annotations).items():
+            path = folder / name
+            path.parent.mkdir(exist_ok=True)
+            jsonfiles.replace_file(path, content)
+            paths.append(path)
+        return paths
+
+    def write_default_files(self, folder: pathlib.Path, options: Mapping[str, Any]) -> TaskFiles:
+        """Makes the benchmark's own files below `folder`; needs `default_options`.
+
+        Raises:
+          ValueError: An option is not allowed. Nothing is written.
+        """
+        raise NotImplementedError
+
+    def check_default_options(self, options: Mapping[str, Any]) -> None:
+        """Raises ValueError for options that `write_default_files` would refuse."""
+
+    def group_of(self, question: Question, annotations: Annotations | None) -> int:
+        """The group of the question's image, see `group_label`."""
+        raise NotImplementedError
 
     def required(self, annotations: Annotations | None) -> Annotations:
         """The annotations, or ValueError if none were given."""
@@ -168,7 +286,7 @@ class Benchmark(abc.ABC, Generic[Annotations]):
             key = self.key(row["question_id"], row["prompt"])
             if key in by_key:
                 raise ValueError(
-                    f"{answers.source} row {number} answers {key!r} again, after row "
+                    f"{answers.source} row {number} answers {key!r:.80} again, after row "
                     f"{first_row[key]}; keep one of the two"
                 )
             by_key[key], first_row[key] = row, number
@@ -183,7 +301,7 @@ class Benchmark(abc.ABC, Generic[Annotations]):
           ValueError: An answer is missing, repeated, or to no question.
         """
         by_key = self.answers_by_key(answers)
-        keys = self._question_keys(questions)
+        keys = [self._question_key(question) for question in questions]
         unknown = by_key.keys() - set(keys)
         if unknown:
             number = next(
@@ -194,18 +312,19 @@ class Benchmark(abc.ABC, Generic[Annotations]):
             question_id = answers.rows[number - 1]["question_id"]
             raise ValueError(
                 f"{answers.source} has {len(unknown)} answers to no question of the {len(keys)}, "
-                f"the first in row {number}, question_id {question_id!r}"
+                f"the first in row {number}, question_id {question_id!r:.80}"
             )
         missing = [number for number, key in enumerate(keys, start=1) if key not in by_key]
         if missing:
             raise ValueError(
                 f"{answers.source} lacks answers to {len(missing)} of {len(keys)} questions, the "
-                f"first to question row {missing[0]}, {keys[missing[0] - 1]!r}; score these first"
+                f"first to question row {missing[0]}, {keys[missing[0] - 1]!r:.80}; score "
+                "these first"
             )
         return [by_key[key] for key in keys]
 
-    def _question_keys(self, questions: Sequence[Question]) -> list[Hashable]:
-        return [
-            self.key(question.question_id, self.answer_row(question, "")["prompt"])
-            for question in questions
-        ]
+    def _question_key(self, question: Question) -> Hashable:
+        return self.key(question.question_id, self.answer_row(question, "")["prompt"])
+
+    def _empty_answers(self, questions: Sequence[Question], source: str) -> Answers:
+        return Answers(source, [self.answer_row(question, "") for question in questions])

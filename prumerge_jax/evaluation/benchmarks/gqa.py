@@ -40,12 +40,17 @@ class Gqa(Benchmark[Annotations]):
     def read_annotations(self, path: pathlib.Path) -> Annotations:
         """Reads the official question file, a mapping from id to question."""
         annotations = {}
-        for question_id, row in jsonfiles.read_json(path).items():
+        for question_id, row in jsonfiles.read_object(path).items():
             where = f"{path} entry {question_id!r}"
             if jsonfiles.field(row, "isBalanced", bool, where):
                 types = jsonfiles.field(row, "types", dict, where)
                 answer = jsonfiles.string(row, "answer", where)
-                annotations[question_id] = Truth(answer, types["structural"] == "query")
+                structure = jsonfiles.string(types, "structural", f"{where} types")
+                annotations[question_id] = Truth(answer, structure == "query")
+        if not annotations:
+            raise ValueError(
+                f"{path} has no balanced question; give testdev_balanced_questions.json"
+            )
         return annotations
 
     def per_question(
@@ -54,7 +59,8 @@ class Gqa(Benchmark[Annotations]):
         """Right or wrong over the balanced questions: `accuracy`, `accuracy_open`, `_binary`.
 
         Raises:
-          ValueError: A balanced question of the annotations has no answer (eval.py refuses too).
+          ValueError: A balanced question of the annotations has no answer. GQA is scored as a
+            whole; eval.py refuses a subset too.
         """
         truths = self.required(annotations)
         rows = self.answers_by_key(answers)
@@ -62,7 +68,7 @@ class Gqa(Benchmark[Annotations]):
         if missing:
             raise ValueError(
                 f"{answers.source} lacks answers to {len(missing)} of the {len(truths)} balanced "
-                f"questions, the first {missing[0]!r}"
+                f"questions, the first {missing[0]!r:.80}; GQA scores no subset"
             )
         right = np.array(
             [prediction(rows[key]["text"]) == truth.answer for key, truth in truths.items()],
@@ -77,18 +83,12 @@ class Gqa(Benchmark[Annotations]):
         }
         return values
 
-    def upload(
-        self,
-        questions: Sequence[Question],
-        answers: Answers,
-        annotations: Annotations | None,
-        folder: pathlib.Path,
-    ) -> list[pathlib.Path]:
-        """Writes testdev_balanced_predictions.json, which eval.py reads."""
+    def upload_files(
+        self, questions: Sequence[Question], answers: Answers, annotations: Annotations | None
+    ) -> Mapping[str, str | bytes]:
+        """testdev_balanced_predictions.json, which eval.py reads."""
         predictions = [
             {"questionId": row["question_id"], "prediction": prediction(row["text"])}
             for row in self.in_question_order(questions, answers)
         ]
-        path = folder / "testdev_balanced_predictions.json"
-        jsonfiles.replace_file(path, json.dumps(predictions))
-        return [path]
+        return {"testdev_balanced_predictions.json": json.dumps(predictions)}

@@ -13,7 +13,7 @@ import numpy as np
 
 from prumerge_jax.evaluation import jsonfiles
 from prumerge_jax.evaluation.answers import Answers
-from prumerge_jax.evaluation.benchmarks.base import Benchmark, Question, QuestionId
+from prumerge_jax.evaluation.benchmarks.base import Benchmark, Question, QuestionId, is_grade
 
 _PREFIX = "llava_bench_"
 _JUDGE = {"model": "gpt-4-0314", "temperature": 0.2, "max_tokens": 1024}
@@ -34,7 +34,7 @@ class Review:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeMaterial:
-    """What the judge's prompt needs beside the model's answers.
+    """What the judge's prompt needs in addition to the model's answers.
 
     Attributes:
       captions: Description of the image, by image.
@@ -76,6 +76,8 @@ def relative_score(reviews: Sequence[Review]) -> float:
     Both means are rounded to 3 decimals first, as upstream does; it decides 64.7 against 64.8.
     """
     reference, model = _mean_grades(reviews)
+    if not reference:
+        raise ValueError("the judge gave every reference answer 0; ask the judge again")
     return round(model / reference * 100, 1)
 
 
@@ -90,7 +92,7 @@ class LlavaBench(Benchmark[Annotations]):
 
     Annotations: one review file, or a folder like the published one, with any of
     reviews/NAME.jsonl, and context.jsonl + answers_gpt4.jsonl + rule.json to write judge requests.
-    Reviews of other models may lie there too: a review belongs to the answer whose answer_id it
+    Reviews of other models may be there too: a review belongs to the answer whose answer_id it
     names.
     """
 
@@ -145,25 +147,30 @@ class LlavaBench(Benchmark[Annotations]):
         metrics["reference"], metrics["model"] = (10 * means).tolist()
         return metrics
 
-    def upload(
-        self,
-        questions: Sequence[Question],
-        answers: Answers,
-        annotations: Annotations | None,
-        folder: pathlib.Path,
-    ) -> list[pathlib.Path]:
-        """Writes llava_bench_judge_requests.jsonl, if the judge's material was given."""
+    def upload_files(
+        self, questions: Sequence[Question], answers: Answers, annotations: Annotations | None
+    ) -> Mapping[str, str | bytes]:
+        """llava_bench_judge_requests.jsonl, if the judge's material was given."""
         if annotations is None or annotations.material is None:
-            return []
+            return {}
         requests = [
             judge_request(question, row, annotations.material)
             for question, row in zip(
                 questions, self.in_question_order(questions, answers), strict=True
             )
         ]
-        path = folder / "llava_bench_judge_requests.jsonl"
-        jsonfiles.replace_file(path, "".join(map(jsonfiles.dump_line, requests)))
-        return [path]
+        lines = "".join(map(jsonfiles.dump_line, requests))
+        return {"llava_bench_judge_requests.jsonl": lines}
+
+    def check(
+        self,
+        questions: Sequence[Question],
+        annotations: Annotations | None,
+        source: str = "the question file",
+    ) -> None:
+        """As `Benchmark.check`; the judge's material must cover the questions too."""
+        super().check(questions, annotations, source)
+        self.upload_files(questions, self._empty_answers(questions, source), annotations)
 
     def _own_reviews(
         self, questions: Sequence[Question], answers: Answers, annotations: Annotations | None
@@ -242,8 +249,10 @@ def read_reviews(path: pathlib.Path) -> list[Review]:
         grades = tuple(jsonfiles.field(row, "tuple", list, where))
         if question_id in reviews:
             raise ValueError(f"{where} reviews question_id {question_id!r} again")
-        if len(grades) != 2 or grades == _UNPARSED:
-            raise ValueError(f"{where} has no two grades but {grades}: ask the judge again")
+        if len(grades) != 2 or not all(is_grade(grade, 10) for grade in grades):
+            raise ValueError(
+                f"{where} has no two grades from 0 to 10 but {grades!s:.80}: ask the judge again"
+            )
         reviews[question_id] = Review(
             question_id,
             jsonfiles.field(row, "answer2_id", (int, str), where),
@@ -258,7 +267,9 @@ def _read_material(folder: pathlib.Path) -> JudgeMaterial:
     for number, row in enumerate(jsonfiles.read_jsonl(folder / "context.jsonl"), start=1):
         where = f"{folder / 'context.jsonl'} row {number}"
         caption = jsonfiles.field(row, "caption", (str, list), where)
-        text = caption if isinstance(caption, str) else "\n".join(caption)
+        text = caption
+        if isinstance(caption, list):
+            text = "\n".join(jsonfiles.strings(row, "caption", where))
         captions[jsonfiles.string(row, "image", where)] = text
     references = {}
     path = folder / "answers_gpt4.jsonl"
@@ -266,4 +277,10 @@ def _read_material(folder: pathlib.Path) -> JudgeMaterial:
         where = f"{path} row {number}"
         jsonfiles.string(row, "text", where)
         references[jsonfiles.field(row, "question_id", (int, str), where)] = row
-    return JudgeMaterial(captions, references, jsonfiles.read_json(folder / "rule.json"))
+    path = folder / "rule.json"
+    rules = jsonfiles.read_object(path)
+    for name in rules:
+        rule = jsonfiles.field(rules, name, dict, str(path))
+        for part in ("role", "prompt"):
+            jsonfiles.string(rule, part, f"{path} entry {name!r:.80}")
+    return JudgeMaterial(captions, references, rules)

@@ -8,7 +8,7 @@ import numpy as np
 
 from prumerge_jax.evaluation import jsonfiles
 from prumerge_jax.evaluation.answers import Answers
-from prumerge_jax.evaluation.benchmarks.base import Benchmark, Question
+from prumerge_jax.evaluation.benchmarks.base import Benchmark, Question, is_grade
 
 Annotations = Mapping[str, Sequence[float]]
 """Grades in [0, 1], one per run of the judge, by `v1_<question_id>`."""
@@ -31,11 +31,11 @@ class MmVet(Benchmark[Annotations]):
     def read_annotations(self, path: pathlib.Path) -> Annotations:
         """Reads a grade file, `{"v1_0": {"score": [0.5, ...]}, ...}`."""
         grades = {}
-        for name, entry in jsonfiles.read_json(path).items():
+        for name, entry in jsonfiles.read_object(path).items():
             where = f"{path} entry {name!r}"
             scores = jsonfiles.field(entry, "score", list, where)
-            if not scores or not all(0 <= score <= 1 for score in scores):
-                raise ValueError(f"{where}: grades must be numbers from 0 to 1, not {scores}")
+            if not scores or not all(is_grade(score, 1) for score in scores):
+                raise ValueError(f"{where}: grades must be numbers from 0 to 1, not {scores!s:.80}")
             grades[name] = scores
         return grades
 
@@ -50,22 +50,16 @@ class MmVet(Benchmark[Annotations]):
             different = sorted(set(names) ^ annotations.keys())
             raise ValueError(
                 f"{answers.source} and the grades differ in {len(different)} questions, such as "
-                f"{different[0]!r}"
+                f"{different[0]!r:.80}"
             )
         return {"score": np.array([np.mean(annotations[name]) for name in names])}
 
-    def upload(
-        self,
-        questions: Sequence[Question],
-        answers: Answers,
-        annotations: Annotations | None,
-        folder: pathlib.Path,
-    ) -> list[pathlib.Path]:
-        """Writes mm_vet_results.json, which the judge grades."""
+    def upload_files(
+        self, questions: Sequence[Question], answers: Answers, annotations: Annotations | None
+    ) -> Mapping[str, str | bytes]:
+        """mm_vet_results.json, which the judge grades."""
         texts = {_name(row): row["text"] for row in self.in_question_order(questions, answers)}
-        path = folder / "mm_vet_results.json"
-        jsonfiles.replace_file(path, json.dumps(texts, indent=2))
-        return [path]
+        return {"mm_vet_results.json": json.dumps(texts, indent=2)}
 
 
 def _name(row: jsonfiles.Row) -> str:

@@ -3,6 +3,8 @@
 import base64
 import binascii
 import csv
+import importlib.util
+import io
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -20,6 +22,7 @@ _PANDAS_MISSING = frozenset(
     ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"]
     + ["<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"]
 )
+_NO_OPENPYXL = "the MMBench server takes a spreadsheet, which needs openpyxl: pip install openpyxl"
 _UPLOAD_COLUMNS = ("index", "question", *_LETTERS, "prediction", "answer", "split")
 
 
@@ -92,7 +95,7 @@ class MmBench(Benchmark[None]):
         }
 
     def read_annotations(self, path: pathlib.Path) -> None:
-        """There are none beside the question table."""
+        """There are none besides the question table."""
         raise ValueError(f"{self.name} takes its answers from the question table, not from {path}")
 
     def per_question(
@@ -123,14 +126,16 @@ class MmBench(Benchmark[None]):
         }
         return {name: np.array(hits, np.float64) for name, hits in values.items() if hits}
 
-    def upload(
-        self,
-        questions: Sequence[Question],
-        answers: Answers,
-        annotations: None,
-        folder: pathlib.Path,
-    ) -> list[pathlib.Path]:
-        """Writes NAME_upload.xlsx, the table without images and with a column `prediction`.
+    def upload_problem(self, questions: Sequence[Question], annotations: None) -> str | None:
+        """That openpyxl, an optional dependency, is not installed."""
+        if importlib.util.find_spec("openpyxl") is None:
+            return _NO_OPENPYXL
+        return None
+
+    def upload_files(
+        self, questions: Sequence[Question], answers: Answers, annotations: None
+    ) -> Mapping[str, str | bytes]:
+        """NAME_upload.xlsx, the table without images and with a column `prediction`.
 
         Raises:
           ModuleNotFoundError: openpyxl, an optional dependency, is not installed.
@@ -141,15 +146,13 @@ class MmBench(Benchmark[None]):
         ):
             cells = {"index": question.question_id, **question.extra["cells"]}
             rows.append({**cells, "prediction": row["text"]})
-        path = folder / f"{self.name}_upload.xlsx"
-        _write_xlsx(path, rows)
-        return [path]
+        return {f"{self.name}_upload.xlsx": _xlsx(rows)}
 
     def _question(self, row: Mapping[str, str], image: bytes, where: str) -> Question:
         try:
             index = int(row["index"])
         except ValueError:
-            raise ValueError(f"{where}: index {row['index']!r} is not an integer") from None
+            raise ValueError(f"{where}: index {row['index']!r:.80} is not an integer") from None
         options: list[str] = []
         for letter in _LETTERS:
             if is_missing(row[letter]):
@@ -173,8 +176,10 @@ class MmBench(Benchmark[None]):
 def _read_table(path: pathlib.Path) -> Iterator[tuple[str, dict[str, str]]]:
     """(file and line for error messages, row by column name) of each row."""
     longest = csv.field_size_limit(1 << 30)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t")
             needed = {"index", "image", "question", "hint", *_LETTERS}
             lacking = needed - set(reader.fieldnames or ())
@@ -185,6 +190,8 @@ def _read_table(path: pathlib.Path) -> Iterator[tuple[str, dict[str, str]]]:
                 if None in row or None in row.values():
                     raise ValueError(f"{where} has another number of cells than the header")
                 yield where, row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a table in UTF-8 with tabs: {error}") from error
     finally:
         csv.field_size_limit(longest)
 
@@ -199,14 +206,12 @@ def _decode(cell: str, where: str) -> bytes:
     return image
 
 
-def _write_xlsx(path: pathlib.Path, rows: Sequence[Mapping[str, str | int | None]]) -> None:
+def _xlsx(rows: Sequence[Mapping[str, str | int | None]]) -> bytes:
     try:
         import openpyxl
         from openpyxl.cell import WriteOnlyCell
     except ImportError as error:
-        raise ModuleNotFoundError(
-            f"writing {path.name} for the MMBench server needs openpyxl: pip install openpyxl"
-        ) from error
+        raise ModuleNotFoundError(_NO_OPENPYXL) from error
     columns = [name for name in _UPLOAD_COLUMNS if name in rows[0]]
     book = openpyxl.Workbook(write_only=True)
     sheet = book.create_sheet("Sheet1")
@@ -219,7 +224,9 @@ def _write_xlsx(path: pathlib.Path, rows: Sequence[Mapping[str, str | int | None
                 cell.data_type = "s"  # an answer that starts with "=" is no formula
             cells.append(cell)
         sheet.append(cells)
-    book.save(path)
+    content = io.BytesIO()
+    book.save(content)
+    return content.getvalue()
 
 
 MMBENCH = MmBench("mmbench", LETTER_INSTRUCTION)

@@ -40,13 +40,13 @@ def parse(text: str) -> str:
     return "no" if "no" in start else "other"
 
 
-def fact_of(question_id: str, prompt: str, annotations: Annotations) -> Fact:
+def fact_of(question_id: QuestionId, prompt: str, annotations: Annotations) -> Fact:
     """The official question behind a prompt of LLaVA's question file.
 
     Raises:
       ValueError: The release has no such question. A prompt must be stored as it was asked.
     """
-    subtask, *_, image = question_id.split("/")
+    subtask, *_, image = str(question_id).split("/")
     file = image.split(".")[0] + ".txt"
     question = prompt.replace(_ASKED, "").strip() if _ASKED in prompt else prompt
     candidates = [question]
@@ -57,8 +57,8 @@ def fact_of(question_id: str, prompt: str, annotations: Annotations) -> Fact:
         if (subtask, file, candidate) in annotations:
             return subtask, file, candidate
     raise ValueError(
-        f"the MME release has no question {candidates[0]!r} for {file} of {subtask} "
-        f"(question_id {question_id!r})"
+        f"the MME release has no question {candidates[0]!r:.80} for {file:.80} of "
+        f"{subtask:.80} (question_id {question_id!r:.80})"
     )
 
 
@@ -83,7 +83,7 @@ class Mme(Benchmark[Annotations]):
             beside = folder / "questions_answers_YN"
             files = sorted((beside if beside.is_dir() else folder).glob("*.txt"))
             for file in files:
-                lines = file.read_text("utf-8").rstrip("\n").split("\n")
+                lines = _read_text(file).rstrip("\n").split("\n")
                 for number, line in enumerate(lines, start=1):
                     parts = line.strip().split("\t")
                     if len(parts) != 2 or parts[1].lower() not in ("yes", "no"):
@@ -123,14 +123,10 @@ class Mme(Benchmark[Annotations]):
         metrics["unparsed"] = float(sum(parse(row["text"]) == "other" for row in answers.rows))
         return metrics
 
-    def upload(
-        self,
-        questions: Sequence[Question],
-        answers: Answers,
-        annotations: Annotations | None,
-        folder: pathlib.Path,
-    ) -> list[pathlib.Path]:
-        """Writes mme/SUBTASK.txt for the official calculation.py.
+    def upload_files(
+        self, questions: Sequence[Question], answers: Answers, annotations: Annotations | None
+    ) -> Mapping[str, str | bytes]:
+        """mme/SUBTASK.txt for the official calculation.py.
 
         Its format has no escapes, so tabs and line ends inside an answer become spaces.
         """
@@ -141,12 +137,7 @@ class Mme(Benchmark[Annotations]):
             text = row["text"].translate(_TO_SPACES)
             line = "\t".join([file, question, truths[fact], text])
             lines.setdefault(subtask, []).append(line + "\n")
-        target = folder / "mme"
-        target.mkdir(exist_ok=True)
-        paths = [target / f"{subtask}.txt" for subtask in lines]
-        for path, content in zip(paths, lines.values(), strict=True):
-            jsonfiles.replace_file(path, "".join(content))
-        return paths
+        return {f"mme/{subtask}.txt": "".join(content) for subtask, content in lines.items()}
 
     def _right_by_image(
         self, questions: Sequence[Question], answers: Answers, annotations: Annotations
@@ -157,7 +148,9 @@ class Mme(Benchmark[Annotations]):
         for row in self.in_question_order(questions, answers):
             subtask, file, _ = fact = fact_of(row["question_id"], row["prompt"], annotations)
             if subtask not in known:
-                raise ValueError(f"MME has no subtask {subtask!r} (in {row['question_id']!r})")
+                raise ValueError(
+                    f"MME has no subtask {subtask!r:.80} (question_id {row['question_id']!r:.80})"
+                )
             images = right.setdefault(subtask, {})
             correct = parse(row["text"]) == annotations[fact].lower()
             images.setdefault(file, []).append(float(correct))
@@ -165,6 +158,13 @@ class Mme(Benchmark[Annotations]):
             for file, answered in images.items():
                 if len(answered) != 2:
                     raise ValueError(
-                        f"{len(answered)} questions about {file} of {subtask} instead of 2"
+                        f"{len(answered)} questions about {file:.80} of {subtask} instead of 2"
                     )
         return {subtask: np.array(list(images.values())) for subtask, images in right.items()}
+
+
+def _read_text(file: pathlib.Path) -> str:
+    try:
+        return jsonfiles.read_file(file).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error

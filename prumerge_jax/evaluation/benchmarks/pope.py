@@ -36,7 +36,8 @@ class Pope(Benchmark[Annotations]):
     """8910 questions in three categories; papers report the mean F1.
 
     Annotations: the folder of coco_pope_{adversarial,popular,random}.json at commit e3e3926 of
-    AoiDragon/POPE. Its newer head has 90 more random rows, and labels are matched *by order*.
+    AoiDragon/POPE. Its newer head has 90 more random rows, and labels are matched *by order*, so
+    a category is scored as a whole or refused.
     """
 
     name = "pope"
@@ -99,7 +100,9 @@ class Pope(Benchmark[Annotations]):
             asked.setdefault(question.extra["category"], []).append((question, row))
         if asked.keys() != annotations.keys():
             raise ValueError(
-                f"questions of categories {sorted(asked, key=str)}, labels of {sorted(annotations)}"
+                f"{answers.source}: questions of categories {sorted(asked, key=str)!s:.80}, labels "
+                f"of {sorted(annotations)!s:.80}; the field 'category' must name a label "
+                f"file {_PREFIX}CATEGORY{_SUFFIX}, and each file must be asked"
             )
         for category, rows in asked.items():
             _check_same_questions(category, [question for question, _ in rows], annotations)
@@ -133,11 +136,12 @@ def _check_same_questions(
     if len(labels) != len(questions):
         raise ValueError(
             f"{len(questions)} questions of category {category}, but {len(labels)} labels in "
-            f"{file}: {hint}"
+            f"{file}; POPE is scored as a whole, not on a subset: {hint}"
         )
     for number, (question, label) in enumerate(zip(questions, labels, strict=True), start=1):
         if (question.image, question.text.split("\n")[0]) != (label.image, label.text):
             raise ValueError(
-                f"{file} row {number} asks {label.text!r} of {label.image}, the question file "
-                f"{question.text!r} of {question.image!r} (id {question.question_id}): {hint}"
+                f"{file} row {number} asks {label.text!r:.80} of {label.image!r:.80}, the question "
+                f"file {question.text!r:.80} of {question.image!r:.80} (id "
+                f"{question.question_id!r:.80}): {hint}"
             )

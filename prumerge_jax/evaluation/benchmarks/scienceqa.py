@@ -9,7 +9,12 @@ import numpy as np
 
 from prumerge_jax.evaluation import jsonfiles
 from prumerge_jax.evaluation.answers import Answers
-from prumerge_jax.evaluation.benchmarks.base import LETTER_INSTRUCTION, Benchmark, Question
+from prumerge_jax.evaluation.benchmarks.base import (
+    LETTER_INSTRUCTION,
+    Benchmark,
+    Question,
+    count_as_wrong,
+)
 
 _LETTERS = "ABCDE"
 _IMAGE = "<image>"
@@ -59,7 +64,7 @@ class ScienceQa(Benchmark[Annotations]):
     def read_questions(self, path: pathlib.Path) -> list[Question]:
         """Reads llava_test_CQM-A.json: `{id, image?, conversations: [{value}, ...]}` objects."""
         questions = []
-        for number, row in enumerate(jsonfiles.read_json(path), start=1):
+        for number, row in enumerate(jsonfiles.read_list(path), start=1):
             where = f"{path} entry {number}"
             turns = jsonfiles.field(row, "conversations", list, where)
             if not turns:
@@ -82,13 +87,16 @@ class ScienceQa(Benchmark[Annotations]):
 
     def read_annotations(self, path: pathlib.Path) -> Annotations:
         """Reads the test split of a folder of the official data set."""
-        problems = jsonfiles.read_json(path / "problems.json")
+        problems = jsonfiles.read_object(path / "problems.json")
+        splits = path / "pid_splits.json"
         keys = {}
-        for question_id in jsonfiles.read_json(path / "pid_splits.json")["test"]:
+        for question_id in jsonfiles.strings(jsonfiles.read_object(splits), "test", str(splits)):
             where = f"{path / 'problems.json'} entry {question_id!r}"
             problem = jsonfiles.field(problems, question_id, dict, where)
             n_choices = len(jsonfiles.field(problem, "choices", list, where))
             keys[question_id] = Key(jsonfiles.field(problem, "answer", int, where), n_choices)
+        if not keys:
+            raise ValueError(f"{splits} names no question of the split 'test'")
         return keys
 
     def per_question(
@@ -125,12 +133,19 @@ class ScienceQa(Benchmark[Annotations]):
             "unparsed": float(unparsed),
         }
 
+    def coverage_note(
+        self, questions: Sequence[Question], annotations: Annotations | None
+    ) -> str | None:
+        """How many questions of the split are not asked, and that they count as wrong."""
+        keys = self.required(annotations)
+        return count_as_wrong(len(keys) - len(questions), len(keys))
+
     def _known_answers(self, answers: Answers, keys: Annotations) -> dict[str, jsonfiles.Row]:
         rows = {str(key): row for key, row in self.answers_by_key(answers).items()}
         for number, row in enumerate(answers.rows, start=1):
             if row["question_id"] not in keys:
                 raise ValueError(
-                    f"{answers.source} row {number}: question_id {row['question_id']!r} is not in "
-                    f"the test split (ids are strings)"
+                    f"{answers.source} row {number}: question_id {row['question_id']!r:.80} is not "
+                    f"in the test split (ids are strings)"
                 )
         return rows

@@ -5,13 +5,18 @@ arXiv 2307.16125; scripts/convert_seed_for_submission.py.
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from prumerge_jax.evaluation import jsonfiles
 from prumerge_jax.evaluation.answers import Answers
-from prumerge_jax.evaluation.benchmarks.base import Benchmark, Question, QuestionId
+from prumerge_jax.evaluation.benchmarks.base import (
+    Benchmark,
+    Question,
+    QuestionId,
+    count_as_wrong,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +52,10 @@ class SeedBench(Benchmark[Annotations]):
 
     def read_annotations(self, path: pathlib.Path) -> Annotations:
         """Reads the official file."""
-        data = jsonfiles.read_json(path)
+        data = jsonfiles.read_object(path)
+        names = jsonfiles.field(data, "question_type", dict, str(path))
         type_names = {
-            number: name
-            for name, number in jsonfiles.field(data, "question_type", dict, str(path)).items()
+            jsonfiles.field(names, name, int, f"{path} question_type"): name for name in names
         }
         truths = []
         for number, row in enumerate(jsonfiles.field(data, "questions", list, str(path)), start=1):
@@ -66,14 +71,26 @@ class SeedBench(Benchmark[Annotations]):
                     type_names[question_type],
                 )
             )
+        if not truths:
+            raise ValueError(f"{path} has no questions")
         return truths
 
     def per_question(
         self, questions: Sequence[Question], answers: Answers, annotations: Annotations | None
     ) -> dict[str, np.ndarray]:
-        """Right or wrong: `accuracy`, per `accuracy_image` / `_video` and per kind of question."""
+        """Right or wrong: `accuracy`, per `accuracy_image` / `_video` and per kind of question.
+
+        Raises:
+          ValueError: An answer is to no question of the annotations.
+        """
         truths = self.required(annotations)
         rows = self.answers_by_key(answers)
+        strangers = rows.keys() - {truth.answer_key for truth in truths}
+        if strangers:
+            raise ValueError(
+                f"{answers.source}: {len(strangers)} question ids are not in the annotations, such "
+                f"as {next(iter(strangers))!r:.80}; give the SEED-Bench.json of these questions"
+            )
         right = np.array(
             [
                 truth.answer_key in rows and rows[truth.answer_key]["text"] == truth.answer
@@ -99,14 +116,17 @@ class SeedBench(Benchmark[Annotations]):
         unanswered = sum(truth.answer_key not in rows for truth in self.required(annotations))
         return super().score(questions, answers, annotations) | {"unanswered": float(unanswered)}
 
-    def upload(
-        self,
-        questions: Sequence[Question],
-        answers: Answers,
-        annotations: Annotations | None,
-        folder: pathlib.Path,
-    ) -> list[pathlib.Path]:
-        """Writes seed_bench_upload.jsonl: {question_id, prediction} for every question.
+    def coverage_note(
+        self, questions: Sequence[Question], annotations: Annotations | None
+    ) -> str | None:
+        """How many questions of the file are not asked, and that they count as wrong."""
+        truths = self.required(annotations)
+        return count_as_wrong(len(truths) - len(questions), len(truths))
+
+    def upload_files(
+        self, questions: Sequence[Question], answers: Answers, annotations: Annotations | None
+    ) -> Mapping[str, str | bytes]:
+        """seed_bench_upload.jsonl: {question_id, prediction} for every question.
 
         Raises:
           ValueError: A question of the annotations has no answer.
@@ -115,9 +135,10 @@ class SeedBench(Benchmark[Annotations]):
         lines = []
         for truth in self.required(annotations):
             if truth.answer_key not in rows:
-                raise ValueError(f"{answers.source} has no answer to {truth.answer_key!r}")
+                raise ValueError(
+                    f"the upload must answer every question of SEED-Bench, and {answers.source} "
+                    f"has no answer to {truth.answer_key!r:.80}"
+                )
             text = rows[truth.answer_key]["text"]
             lines.append({"question_id": truth.question_id, "prediction": text})
-        path = folder / "seed_bench_upload.jsonl"
-        jsonfiles.replace_file(path, "".join(map(jsonfiles.dump_line, lines)))
-        return [path]
+        return {"seed_bench_upload.jsonl": "".join(map(jsonfiles.dump_line, lines))}

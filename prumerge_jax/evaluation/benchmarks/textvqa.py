@@ -27,7 +27,7 @@ def question_of_prompt(prompt: str) -> str:
         return lines[1 if lines[0].startswith(_OCR) else 0].lower()
     if len(lines) == 2:
         return lines[0].lower()
-    raise ValueError(f"no TextVQA prompt (question, OCR line, instruction): {prompt!r:.200}")
+    raise ValueError(f"no TextVQA prompt (question, OCR line, instruction): {prompt!r:.80}")
 
 
 class TextVqa(Benchmark[Annotations]):
@@ -45,10 +45,10 @@ class TextVqa(Benchmark[Annotations]):
     def read_annotations(self, path: pathlib.Path) -> Annotations:
         """Reads the official annotation file."""
         annotations = {}
-        data = jsonfiles.field(jsonfiles.read_json(path), "data", list, str(path))
+        data = jsonfiles.field(jsonfiles.read_object(path), "data", list, str(path))
         for number, row in enumerate(data, start=1):
             where = f"{path} data entry {number}"
-            humans = jsonfiles.field(row, "answers", list, where)
+            humans = jsonfiles.strings(row, "answers", where)
             if len(humans) != 10:
                 raise ValueError(f"{where} has {len(humans)} human answers instead of 10")
             question = jsonfiles.string(row, "question", where).lower()
@@ -64,6 +64,8 @@ class TextVqa(Benchmark[Annotations]):
         for row in self.in_question_order(questions, answers):
             key = row["question_id"], question_of_prompt(row["prompt"])
             if key not in truth:
-                raise ValueError(f"{answers.source}: no annotation for image and question {key}")
+                raise ValueError(
+                    f"{answers.source}: no annotation for image and question {key!r:.160}"
+                )
             values.append(m4c_accuracy(row["text"], truth[key]))
         return {"accuracy": np.array(values)}

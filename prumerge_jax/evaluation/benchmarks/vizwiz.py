@@ -28,9 +28,11 @@ class VizWiz(Benchmark[Annotations]):
     def read_annotations(self, path: pathlib.Path) -> Annotations:
         """Reads an official annotation file that has answers."""
         annotations = {}
-        for number, row in enumerate(jsonfiles.read_json(path), start=1):
+        for number, row in enumerate(jsonfiles.read_list(path), start=1):
             where = f"{path} entry {number}"
             humans = jsonfiles.field(row, "answers", list, where)
+            if not humans:
+                raise ValueError(f"{where} has no human answers")
             annotations[jsonfiles.string(row, "image", where)] = [
                 jsonfiles.string(human, "answer", where) for human in humans
             ]
@@ -45,21 +47,18 @@ class VizWiz(Benchmark[Annotations]):
         values = []
         for entry in self._entries(questions, answers):
             if entry["image"] not in annotations:
-                raise ValueError(f"no annotation for image {entry['image']}")
+                raise ValueError(
+                    f"no annotation for image {entry['image']:.80}; give the annotations of the "
+                    "split that the questions are from"
+                )
             values.append(vqa_accuracy(entry["answer"], annotations[entry["image"]]))
         return {"accuracy": np.array(values)}
 
-    def upload(
-        self,
-        questions: Sequence[Question],
-        answers: Answers,
-        annotations: Annotations | None,
-        folder: pathlib.Path,
-    ) -> list[pathlib.Path]:
-        """Writes vizwiz_upload.json, a list of {image, answer}."""
-        path = folder / "vizwiz_upload.json"
-        jsonfiles.replace_file(path, json.dumps(self._entries(questions, answers)))
-        return [path]
+    def upload_files(
+        self, questions: Sequence[Question], answers: Answers, annotations: Annotations | None
+    ) -> Mapping[str, str | bytes]:
+        """vizwiz_upload.json, a list of {image, answer}."""
+        return {"vizwiz_upload.json": json.dumps(self._entries(questions, answers))}
 
     def _entries(self, questions: Sequence[Question], answers: Answers) -> list[dict[str, str]]:
         return [

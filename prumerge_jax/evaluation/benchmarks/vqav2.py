@@ -53,10 +53,12 @@ class VqaV2(Benchmark[Annotations]):
             ]
             return Annotations(ids, {})
         truths = {}
-        data = jsonfiles.field(jsonfiles.read_json(path), "annotations", list, str(path))
+        data = jsonfiles.field(jsonfiles.read_object(path), "annotations", list, str(path))
         for number, row in enumerate(data, start=1):
             where = f"{path} annotation {number}"
             humans = jsonfiles.field(row, "answers", list, where)
+            if not humans:
+                raise ValueError(f"{where} has no human answers")
             truths[jsonfiles.field(row, "question_id", int, where)] = Truth(
                 [jsonfiles.string(human, "answer", where) for human in humans],
                 jsonfiles.string(row, "answer_type", where),
@@ -66,14 +68,17 @@ class VqaV2(Benchmark[Annotations]):
     def per_question(
         self, questions: Sequence[Question], answers: Answers, annotations: Annotations | None
     ) -> dict[str, np.ndarray]:
-        """Official soft accuracy: `accuracy`, `accuracy_yes_no`, ...; nothing for a test split."""
+        """Official soft accuracy: `accuracy`, `accuracy_yes_no`, ...; nothing for a test split.
+
+        Raises:
+          ValueError: An asked question is not in the split.
+        """
+        rows = self._rows_of_split(questions, answers, annotations)
         truths = self.required(annotations).truths
         if not truths:
             return {}
         accuracies, types = [], []
-        for row in self.in_question_order(questions, answers):
-            if row["question_id"] not in truths:
-                raise ValueError(f"no annotation for question_id {row['question_id']!r}")
+        for row in rows:
             truth = truths[row["question_id"]]
             accuracies.append(vqa_accuracy(normalize_evalai(row["text"]), truth.answers))
             types.append(truth.answer_type)
@@ -84,33 +89,31 @@ class VqaV2(Benchmark[Annotations]):
             values[f"accuracy_{answer_type.replace('/', '_')}"] = accuracy[chosen]
         return values
 
-    def upload(
-        self,
-        questions: Sequence[Question],
-        answers: Answers,
-        annotations: Annotations | None,
-        folder: pathlib.Path,
-    ) -> list[pathlib.Path]:
-        """Writes vqav2_upload.json: every question of the split, `''` where it was not asked.
-
-        Raises:
-          ValueError: An asked question is not in the split.
-        """
-        question_ids = self.required(annotations).question_ids
+    def upload_files(
+        self, questions: Sequence[Question], answers: Answers, annotations: Annotations | None
+    ) -> Mapping[str, str | bytes]:
+        """vqav2_upload.json: every question of the split, `''` where it was not asked."""
         texts = {
             row["question_id"]: normalize_evalai(row["text"])
-            for row in self.in_question_order(questions, answers)
+            for row in self._rows_of_split(questions, answers, annotations)
         }
-        strangers = texts.keys() - set(question_ids)
+        entries = [
+            {"question_id": question_id, "answer": texts.get(question_id, "")}
+            for question_id in self.required(annotations).question_ids
+        ]
+        return {"vqav2_upload.json": json.dumps(entries)}
+
+    def _rows_of_split(
+        self, questions: Sequence[Question], answers: Answers, annotations: Annotations | None
+    ) -> list[jsonfiles.Row]:
+        """The answer lines in the order of the questions, all of which must be in the split."""
+        split = set(self.required(annotations).question_ids)
+        rows = self.in_question_order(questions, answers)
+        strangers = {row["question_id"] for row in rows} - split
         if strangers:
             raise ValueError(
                 f"{len(strangers)} questions asked are not in the split, such as question_id "
-                f"{min(strangers)}"
+                f"{min(strangers, key=str)!r:.80}; give the annotations of the split that they are "
+                "from"
             )
-        entries = [
-            {"question_id": question_id, "answer": texts.get(question_id, "")}
-            for question_id in question_ids
-        ]
-        path = folder / "vqav2_upload.json"
-        jsonfiles.replace_file(path, json.dumps(entries))
-        return [path]
+        return rows

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from prumerge_jax.data.samples import quoted
 from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.store.messages import quoted
 from prumerge_jax.training.batches import GlobalBatch
 from prumerge_jax.training.config import ConfigError, TrainConfig
 from prumerge_jax.training.inputs import TrainingSource

@@ -1,0 +1,157 @@
+"""What an evaluation will run, all of it checked before the model is loaded."""
+
+import dataclasses
+import math
+import pathlib
+import re
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from prumerge_jax import reductions, sharding
+from prumerge_jax.conversion.miniature import model_directory
+from prumerge_jax.evaluation import runner
+from prumerge_jax.evaluation.answers import Fingerprint
+from prumerge_jax.evaluation.config import Decoding, EvalConfig, TaskConfig
+from prumerge_jax.evaluation.journal import check_same_run
+from prumerge_jax.evaluation.questions import Task, TaskQuestions
+from prumerge_jax.models import config_json
+from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.reductions import Reduction
+from prumerge_jax.store.manifest import read_manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One benchmark with one reduction.
+
+    Attributes:
+      questions: the benchmark's questions.
+      name: the reduction as it was spelled.
+      reduction: what happens to the visual tokens.
+      decoding: how answers are made.
+      fingerprint: of the answers.
+      folder: where they are stored.
+    """
+
+    questions: TaskQuestions
+    name: str
+    reduction: Reduction
+    decoding: Decoding
+    fingerprint: Fingerprint
+    folder: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All runs of an evaluation, and the model that answers.
+
+    Attributes:
+      config: what was asked for.
+      workdir: folder of the evaluation.
+      checkpoint: the model's directory.
+      model: its sizes.
+      dtype: of its computation.
+      mesh: its devices; None is the first one.
+      weights: hash of its weights.
+      questions: of each benchmark.
+      runs: by benchmark, then by reduction. Baselines join when their token counts are known.
+    """
+
+    config: EvalConfig
+    workdir: pathlib.Path
+    checkpoint: pathlib.Path
+    model: LlavaConfig
+    dtype: jnp.dtype
+    mesh: Mesh | None
+    weights: str
+    questions: tuple[TaskQuestions, ...]
+    runs: tuple[Run, ...] = ()
+
+    def run(self, questions: TaskQuestions, name: str) -> Run:
+        """The run of one benchmark with the reduction of that name."""
+        reduction = reductions.parse(name)
+        decoding = self.config.decoding_for(questions.task.benchmark)
+        is_single = len(self.questions) == 1 and len(self.config.reductions) == 1
+        folder = self.workdir
+        if not is_single or self.config.baselines:
+            folder = folder / questions.task.benchmark.name / re.sub(r"[^\w+.=-]", "_", name)
+        fingerprint = runner.fingerprint(
+            self.weights, str(self.dtype), questions.task, reduction, decoding
+        )
+        return Run(questions, name, reduction, decoding, fingerprint, folder)
+
+
+def plan_runs(config: EvalConfig, workdir: pathlib.Path) -> Plan:
+    """Reads and checks everything but the weights, then makes the workdir.
+
+    Only questions that a benchmark makes itself are written to it.
+
+    Raises:
+      ValueError: a file that the configuration names is malformed or does not fit another, or a
+        value does not fit the model or the devices; the message says which.
+      OSError: a file is missing.
+    """
+    if not config.checkpoint:
+        raise ValueError(
+            "no model to score: pass --config.checkpoint=DIR, or --config.answers=FILE"
+        )
+    given = {
+        task.benchmark.name: read_questions(task, with_images=True)
+        for task in config.tasks
+        if task.files is not None
+    }
+    checkpoint = model_directory(config.checkpoint)
+    model = config_json.read_config(checkpoint)
+    vision = model.vision
+    for name in config.reductions:  # one that resizes images may ask for more than there is
+        reductions.parse(name).image_size(vision.image_size, vision.patch_size)
+    for task in config.tasks:
+        _check_limit(config.decoding_for(task.benchmark), task, model)
+    mesh = None
+    if math.prod(config.mesh.values()) > 1:
+        mesh = sharding.make_mesh(**config.mesh)
+    dtype = config.dtype or read_manifest(checkpoint).arrays["decoder.embed_tokens"].dtype
+    workdir.mkdir(parents=True, exist_ok=True)
+    plan = Plan(
+        config=config,
+        workdir=workdir,
+        checkpoint=checkpoint,
+        model=model,
+        dtype=jnp.dtype(dtype),
+        mesh=mesh,
+        weights=runner.weights_hash(checkpoint),
+        questions=tuple(
+            given.get(task.benchmark.name) or _own_questions(task, workdir) for task in config.tasks
+        ),
+    )
+    runs = [plan.run(task, name) for task in plan.questions for name in config.reductions]
+    for run in runs:
+        check_same_run(run.folder / "journal.jsonl", run.fingerprint)
+    return dataclasses.replace(plan, runs=tuple(runs))
+
+
+def read_questions(config: TaskConfig, *, with_images: bool) -> TaskQuestions:
+    """The questions of a benchmark whose files are given, checked; errors as in `plan_runs`."""
+    assert config.files is not None
+    questions = TaskQuestions(Task(config.benchmark, *config.files))
+    if with_images:
+        questions.check_images()
+    return questions
+
+
+def _own_questions(config: TaskConfig, workdir: pathlib.Path) -> TaskQuestions:
+    """The questions that a benchmark makes itself."""
+    benchmark = config.benchmark
+    files = benchmark.write_default_files(workdir / f"{benchmark.name}_questions", config.options)
+    return TaskQuestions(Task(benchmark, *files))
+
+
+def _check_limit(decoding: Decoding, config: TaskConfig, model: LlavaConfig) -> None:
+    limit, positions = decoding.max_new_tokens, model.text.max_positions
+    if limit is not None and limit >= positions:
+        raise ValueError(
+            f"{config.benchmark.name} asks for answers of up to {limit} tokens, but the model "
+            f"takes {positions} positions, prompt included; pass "
+            f"--config.decoding.max_new_tokens={positions // 4} or another limit"
+        )

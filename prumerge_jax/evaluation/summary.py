@@ -1,0 +1,204 @@
+"""What an evaluation found: table, comparison with the floor of a chip, report."""
+
+import dataclasses
+import io
+import pathlib
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+
+import jax
+import numpy as np
+
+from prumerge_jax import cost
+from prumerge_jax.evaluation import runner
+from prumerge_jax.evaluation.plan import Plan, Run
+from prumerge_jax.evaluation.questions import TaskQuestions
+from prumerge_jax.evaluation.report.bootstrap import Interval, paired_bootstrap
+from prumerge_jax.evaluation.report.html import Example, Report, TokensByGroup, write_report
+from prumerge_jax.evaluation.report.overlay import overlay
+from prumerge_jax.evaluation.report.results import BASELINE, Row, format_table
+from prumerge_jax.evaluation.runner import RunScores
+from prumerge_jax.llava import Llava
+
+EXAMPLES = 3
+"""Images of each benchmark whose kept patches the report shows."""
+
+_PER_IMAGE = ("vision", "merge")
+"""Components of the cost model that questions about one image share."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredRun:
+    """One benchmark with one reduction, scored."""
+
+    run: Run
+    scores: RunScores
+
+
+def format_scores(scored: Sequence[ScoredRun]) -> str:
+    """The tables in plain text."""
+    return format_table(_rows(scored))
+
+
+def against_floor(entry: ScoredRun, model: Llava, chip: str) -> str:
+    """Achieved questions per second against the cost model's floor for one such chip."""
+    metrics, name = entry.scores.metrics, entry.run.name
+    questions, images = metrics["questions_per_second"], metrics["images_per_second"]
+    if not questions:
+        return f"{name}: not timed; all answers were there"
+    batch = model.engine_sizes.slots
+    workload = cost.Workload(
+        visual_tokens=float(metrics["visual_tokens_mean"] or 0),
+        text_tokens=float(metrics["text_tokens_mean"] or 0),
+        batch=batch,
+        output_tokens=max(round(float(metrics["new_tokens_mean"] or 1)), 1),
+    )
+    vision = dataclasses.replace(
+        model.config.vision, image_size=model.image_size(entry.run.reduction)
+    )
+    sizes = dataclasses.replace(model.config, vision=vision)
+    seconds = cost.floor_seconds(sizes, workload, cost.CHIPS[chip])
+    shared = (images or 0) / questions
+    floor = batch / sum(
+        time * (shared if component in _PER_IMAGE else 1) for component, time in seconds.items()
+    )
+    return (
+        f"{name}: {questions:.1f} questions/s about {images or 0:.1f} images/s, "
+        f"{questions / floor:.1%} of the floor of one {chip}, {floor:.1f} questions/s"
+    )
+
+
+def write(path: pathlib.Path, plan: Plan, model: Llava, scored: Sequence[ScoredRun]) -> None:
+    """Writes the report.
+
+    Raises:
+      OSError: it could not be written.
+    """
+    names = ", ".join(questions.task.benchmark.name for questions in plan.questions)
+    report = Report(
+        title=f"Visual token reduction: {names}",
+        facts=_facts(plan, scored),
+        rows=_rows(scored),
+        examples=[
+            example for questions in plan.questions for example in _examples(plan, model, questions)
+        ],
+        tokens_by_group=_tokens_by_group(scored),
+    )
+    write_report(path, report)
+
+
+def _rows(scored: Sequence[ScoredRun]) -> list[Row]:
+    full = {id(entry.run.questions): entry.scores for entry in scored if entry.run.name == BASELINE}
+    return [_row(entry, full.get(id(entry.run.questions))) for entry in scored]
+
+
+def _row(entry: ScoredRun, full: RunScores | None) -> Row:
+    benchmark, scores = entry.run.questions.task.benchmark, entry.scores
+    speed, speedup = scores.metrics["questions_per_second"], None
+    if full is not None and speed and full.metrics["questions_per_second"]:
+        speedup = speed / full.metrics["questions_per_second"]
+    metrics, errors = {}, {}
+    for name, value in scores.metrics.items():
+        if name.startswith("standard_error_") and value is not None:
+            errors[name.replace("standard_error_", "accuracy_")] = float(value)
+        elif name not in runner.RUN_FIGURES:
+            metrics[name] = float("nan") if value is None else value
+    if metrics:  # a part of a benchmark may lack the one that stands for it
+        metrics.setdefault(benchmark.headline, float("nan"))
+    return Row(
+        benchmark=benchmark.name,
+        reduction=entry.run.name,
+        metrics=metrics,
+        headline=benchmark.headline,
+        standard_errors=errors,
+        visual_tokens=scores.visual_tokens,
+        images_per_second=scores.metrics["images_per_second"],
+        speedup=speedup,
+        difference=_difference(scores, full, benchmark.headline),
+    )
+
+
+def _difference(scores: RunScores, full: RunScores | None, metric: str) -> Interval | None:
+    """The headline less that of `full`, in percent points, where it is a mean over questions."""
+    if full is None or full is scores:
+        return None
+    if metric not in scores.per_question or metric not in full.per_question:
+        return None
+    return paired_bootstrap(100 * scores.per_question[metric], 100 * full.per_question[metric])
+
+
+def _examples(plan: Plan, model: Llava, questions: TaskQuestions) -> list[Example]:
+    """Overlays of a benchmark's first images, for every named reduction that selects patches."""
+    runs = [
+        run for run in plan.runs if run.questions is questions and run.reduction.selects_patches
+    ]
+    first: dict[str, int] = {}
+    for index, question in enumerate(questions.questions):
+        if isinstance(question.image, str) and questions.refusal(index) is None:
+            first.setdefault(question.image, index)
+        if len(first) == EXAMPLES:
+            break
+    return [
+        example
+        for image in first
+        for run in runs
+        if (example := _example(model, run, image)) is not None
+    ]
+
+
+def _example(model: Llava, run: Run, image: str) -> Example | None:
+    task = run.questions.task
+    assert task.images is not None  # TaskQuestions.check_images
+    mode = task.benchmark.image_mode(run.decoding.protocol)
+    try:
+        explained = model.explain(task.images / image, reduction=run.reduction, image_mode=mode)
+    except ValueError:  # a bad image is in errors.jsonl already
+        return None
+    drawing = io.BytesIO()
+    overlay(*explained).savefig(drawing, format="png", dpi=60)
+    count = len(explained.patch_indices)
+    caption = f"{count} of {len(explained.assignment)} patches are kept"
+    return Example(f"{image}, {run.name}", drawing.getvalue(), caption)
+
+
+def _tokens_by_group(scored: Sequence[ScoredRun]) -> TokensByGroup | None:
+    """Mean visual tokens by what the first benchmark that groups its images counts."""
+    label, means = None, {}
+    for entry in scored:
+        questions, benchmark = entry.run.questions, entry.run.questions.task.benchmark
+        if benchmark.group_label is None or entry.scores.failed:
+            continue
+        if label not in (None, benchmark.group_label):
+            continue
+        label = benchmark.group_label
+        groups = np.array(
+            [
+                benchmark.group_of(question, questions.annotations)
+                for question in questions.questions
+                if question.image is not None
+            ]
+        )
+        means[entry.run.name] = {
+            int(group): float(entry.scores.visual_tokens[groups == group].mean())
+            for group in np.unique(groups)
+        }
+    return None if label is None else TokensByGroup(label, means)
+
+
+def _facts(plan: Plan, scored: Sequence[ScoredRun]) -> Mapping[str, str]:
+    """What it takes to judge or repeat the run."""
+    devices = [jax.devices()[0]] if plan.mesh is None else plan.mesh.devices.flatten().tolist()
+    versions = [f"{name} {metadata.version(name)}" for name in ("prumerge-jax", "jax", "flax")]
+    decodings: dict[str, dict[str, None]] = {}
+    for entry in scored:
+        for name, value in dataclasses.asdict(entry.run.decoding).items():
+            decodings.setdefault(name, {})[str(value)] = None
+    notes = [note for questions in plan.questions for note in questions.notes]
+    return {
+        "checkpoint": f"{plan.checkpoint.name}, weights {plan.weights[:12]}",
+        "computed in": str(plan.dtype),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "versions": ", ".join(versions),
+        **{name: ", ".join(values) for name, values in decodings.items()},
+        **({"notes": "; ".join(notes)} if notes else {}),
+    }
