@@ -160,7 +160,7 @@ def test_a_broken_recipe_is_named_with_its_line(
     file = tmp_path / "mine.py"
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
     line = said("train.py", f"--config={file}", "--workdir=x")
-    assert str(file) in line
+    assert "mine.py" in line
     assert any(part in line for part in message.split("|"))
 
 
