@@ -76,7 +76,7 @@ def _plan(config: ConfigDict, slice_name: str) -> int:
     from prumerge_jax.evaluation.config import engine_config
     from prumerge_jax.models.config import published
 
-    jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
+    jax.config.update("jax_platforms", "cpu")  # leaves a TPU of this machine free
     spellings = reductions.parse_list(config.reduction)
     model, where = published(config.checkpoint), topology(slice_name)
     shapes = engine_config(config.engine)

@@ -103,7 +103,7 @@ def _plan(config: ConfigDict, slice_name: str) -> None:
     from prumerge_jax.aot.topology import topology
     from prumerge_jax.aot.training import plan_training
 
-    jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
+    jax.config.update("jax_platforms", "cpu")  # leaves a TPU of this machine free
     try:
         plan = plan_training(config, topology(slice_name))
     except DoesNotFit as error:
