@@ -255,7 +255,7 @@ class Llava:
         check_list(continuations, "continuations")
         if len(continuations) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(continuations)} continuations")
-        several = [[each] if isinstance(each, str) else list(each) for each in continuations]
+        several = [list(c) if isinstance(c, list | tuple) else [c] for c in continuations]
         drafts: list[Draft] = []
         prompt_of: list[int] = []
         for draft, texts in zip(asked, several, strict=True):

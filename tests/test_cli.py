@@ -81,6 +81,7 @@ def said(program: str, *arguments: str) -> str:
             "--to=onnx: value should be one of <jax|hf|llava|peft>",
         ),
         ("eval.py", "give one of --workdir=DIR and --aot=SLICE"),
+        ("eval.py --workdir=", "give one of --workdir=DIR and --aot=SLICE"),
         ("eval.py --workdir=x --aot=v5e:2x4", "give one of --workdir=DIR and --aot=SLICE"),
         (f"train.py {PUBLISHED}", "give one of --workdir=DIR and --aot=SLICE"),
         (
@@ -159,7 +160,7 @@ def test_a_broken_recipe_is_named_with_its_line(
     file = tmp_path / "mine.py"
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
     line = said("train.py", f"--config={file}", "--workdir=x")
-    assert str(file) in line
+    assert "mine.py" in line
     assert any(part in line for part in message.split("|"))
 
 

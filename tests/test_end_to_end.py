@@ -18,9 +18,10 @@ from prumerge_jax.data.images import normalize, preprocess  # noqa: E402
 from prumerge_jax.engine.shapes import EngineConfig  # noqa: E402
 from prumerge_jax.models.config import LlavaConfig, TextConfig, published  # noqa: E402
 from tests.models.torch_llava import random_torch_llava  # noqa: E402
+from tests.programs import run_program  # noqa: E402
 from tests.tiny_llava import tokenizer_model  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.torch]
+pytestmark = pytest.mark.torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = dataclasses.replace(
@@ -59,13 +60,10 @@ def converted(oracle: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("checkpoints")
     oracle.save_pretrained(folder / "hf")
     (folder / "hf" / "tokenizer.model").write_bytes(tokenizer_model())
-    command = [
-        sys.executable,
-        str(ROOT / "convert_weights.py"),
-        f"--input={folder / 'hf'}",
-        f"--output={folder / 'jax'}",
-    ]
-    subprocess.run(command, check=True, cwd=ROOT)
+    done = run_program(
+        "convert_weights.py", f"--input={folder / 'hf'}", f"--output={folder / 'jax'}"
+    )
+    assert done.returncode == 0, done.stderr
     return folder / "jax"
 
 
@@ -132,6 +130,7 @@ def test_log_likelihoods_equal_transformers(
     np.testing.assert_allclose(got, chosen.numpy(), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["full", "prumerge"])
 def test_readme_commands_answer_about_a_photo(
     converted: pathlib.Path, photos: list[np.ndarray], tmp_path: pathlib.Path, reduction: str

@@ -10,16 +10,14 @@ import pytest
 from configs import eval as eval_config
 from prumerge_jax.digits import benchmark as digits
 from prumerge_jax.evaluation import run
+from tests.programs import run_program
 from tests.tiny_llava import write_tiny_llava
-
-pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def run_eval(workdir: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "eval.py"), f"--workdir={workdir}", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run_program("eval.py", f"--workdir={workdir}", *flags)
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +25,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return write_tiny_llava(tmp_path_factory.mktemp("model") / "tiny")
 
 
+@pytest.mark.slow
 def test_several_reductions_with_baselines(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    out = run_eval(
-        tmp_path,
+    command = [
+        sys.executable,
+        str(ROOT / "eval.py"),
+        f"--workdir={tmp_path}",
         f"--config.checkpoint={model}",
         "--config.digits.scenes=3",
         "--config.reduction=full prumerge:neighbours=4",
         "--config.baselines",
         "--config.chip=h100",
-    )
+    ]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     names = {"full", "prumerge_neighbours=4", "downsample_2"}
     names |= {f"prumerge_neighbours=4_ranking={ranking}" for ranking in ("random", "uniform")}

@@ -1,15 +1,16 @@
-"""A tiny random LLaVA on disk, tokenizer included, for tests that start from a directory."""
+"""Tiny random LLaVAs, in memory and on disk with a tokenizer, made without compiling anything."""
 
 import dataclasses
 import io
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import sentencepiece
 from flax import nnx
 
 from prumerge_jax.models.config import LlavaConfig, TextConfig, published
-from prumerge_jax.models.llava import random_model
+from prumerge_jax.models.llava import LlavaModel, abstract_model
 from prumerge_jax.store.model_directory import DirectoryWriter
 
 CONFIG = dataclasses.replace(
@@ -50,14 +51,42 @@ def tokenizer_model(pieces: int = 400) -> bytes:
     return model.getvalue()
 
 
+def random_weights(
+    config: LlavaConfig, seed: int = 0, gain: float = 1.0
+) -> dict[tuple[str | int, ...], np.ndarray]:
+    """Weights by path, float32: matrices keep the variance of their input, times `gain` squared."""
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for path, variable in nnx.to_flat_state(abstract_model(config)[1]):
+        weight = rng.normal(size=variable.shape)
+        match path[-1]:
+            case "kernel":
+                weight *= gain * np.prod(variable.shape[-2:-1]) ** -0.5
+            case "scale":
+                weight = 1 + 0.02 * weight
+            case _:
+                weight *= 0.02
+        weights[path] = weight.astype(np.float32)
+    return weights
+
+
+def random_llava(config: LlavaConfig, seed: int = 0, gain: float = 1.0) -> LlavaModel:
+    """A model with `random_weights` on the default device."""
+    graphdef, state = abstract_model(config)
+    weights = random_weights(config, seed, gain)
+    flat = {
+        path: variable.replace(jnp.asarray(weights[path]))
+        for path, variable in nnx.to_flat_state(state)
+    }
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
 def write_tiny_llava(
     directory: pathlib.Path, config: LlavaConfig = CONFIG, seed: int = 0, gain: float = 1.5
 ) -> pathlib.Path:
     """Writes a converted directory with random weights; `gain` makes answers differ."""
-    model = random_model(config, seed)
     with DirectoryWriter(directory, config) as writer:
-        for path, variable in nnx.to_flat_state(nnx.state(model)):
-            scale = gain if path[-1] == "kernel" else 1.0
-            writer.write_array(".".join(map(str, path)), np.asarray(variable[...]) * scale)
+        for path, weight in random_weights(config, seed, gain).items():
+            writer.write_array(".".join(map(str, path)), weight)
         writer.write_file("tokenizer.model", tokenizer_model())
     return directory

@@ -16,13 +16,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from prumerge_jax.cli import recipes
+from prumerge_jax.store.messages import LIMIT, quoted, shortened
 
 _HELP = {"help", "helpshort", "helpfull", "h", "?"}
 _INTERRUPTED = 130
 """Exit status of a program that Ctrl-C ended, as shells have it."""
-
-_LONGEST_NAME = 80
-"""Characters of a name or value that a message quotes."""
 
 _TYPES = {"int": "an integer", "float": "a number", "bool": "true or false"}
 
@@ -164,7 +162,7 @@ def _parse(argv: Sequence[str], values: flags.FlagValues, description: str, fiel
         raise ValueError(_wrong_value(values, error)) from None
     if unexpected:
         raise ValueError(
-            f"unexpected argument {unexpected[0][:_LONGEST_NAME]!r}; flags are written --name=value"
+            f"unexpected argument {quoted(unexpected[0])}; flags are written --name=value"
         )
 
 
@@ -192,10 +190,9 @@ def _refuse_unknown(argv: Sequence[str], values: flags.FlagValues) -> None:
         is_flag = argument.startswith("-") and name[:1].isalpha()  # -1 is a value
         if not is_flag or name in values or name.removeprefix("no") in values:
             continue
-        shown = name[:_LONGEST_NAME]
-        close = difflib.get_close_matches(shown, [*values, "config"], n=1)
+        close = difflib.get_close_matches(name[:LIMIT], [*values, "config"], n=1)
         hint = f"did you mean --{close[0]}?" if close else "--help lists all flags"
-        raise ValueError(f"unknown flag --{shown}; {hint}")
+        raise ValueError(f"unknown flag --{shortened(name)}; {hint}")
 
 
 def _wrong_value(values: flags.FlagValues, error: Exception) -> str:
@@ -204,7 +201,9 @@ def _wrong_value(values: flags.FlagValues, error: Exception) -> str:
     if not separator or name not in values:
         return str(error)
     expected = _TYPES.get(values[name].parser.flag_type())
+    if "as a ConfigDict" in rest:
+        expected = "a dict such as {'name': value}; its fields are flags, too"
     if expected is None:
-        return f"--{name}={rest[:200]}"
+        return f"--{name}={shortened(rest, 200)}"
     given = rest.partition(": ")[0]
-    return f"--{name}={given[:_LONGEST_NAME]}: expected {expected}"
+    return f"--{name}={shortened(given)}: expected {expected}"

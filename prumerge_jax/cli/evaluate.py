@@ -47,9 +47,9 @@ def _flags() -> flags.FlagValues:
 def _main(argv: Sequence[str]) -> int:
     values = _flags()
     config = command_line.parse_with_config(argv, values, __doc__, default="eval")
-    if (values.workdir is None) == (values.aot is None):
+    if bool(values.workdir) == bool(values.aot):
         raise ValueError("give one of --workdir=DIR and --aot=SLICE")
-    if values.aot is not None:
+    if values.aot:
         return _plan(config, values.aot)
     return _evaluate(config, pathlib.Path(values.workdir))
 
@@ -76,10 +76,10 @@ def _plan(config: ConfigDict, slice_name: str) -> int:
     from prumerge_jax.evaluation.config import engine_config
     from prumerge_jax.models.config import published
 
-    jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
+    jax.config.update("jax_platforms", "cpu")  # leaves a TPU of this machine free
     spellings = reductions.parse_list(config.reduction)
     model, where = published(config.checkpoint), topology(slice_name)
-    shapes = engine_config(config.engine)
+    shapes = engine_config(config.engine, config.mesh)
     dtype = compute_dtype(config.dtype or "bfloat16")
     for spelling in spellings:
         try:

@@ -16,6 +16,8 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
+from prumerge_jax.store.messages import LIMIT, shortened
+
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 _INSTALLED, _CLONE = _PACKAGE / "configs", _PACKAGE.parent / "configs"
 FOLDER = _INSTALLED if _INSTALLED.is_dir() else _CLONE
@@ -51,7 +53,7 @@ def load(recipe: str) -> ConfigDict:
         inspect.signature(get_config).bind(*arguments)
     except TypeError:
         expected = "needs an argument after a colon" if not arguments else "takes no argument"
-        raise ValueError(f"--config {recipe}: the recipe {expected}") from None
+        raise ValueError(f"--config {shortened(recipe)}: the recipe {expected}") from None
     try:
         config = get_config(*arguments)
     except Exception as error:
@@ -65,14 +67,16 @@ def _find(path: str) -> pathlib.Path:
     file = pathlib.Path(path)
     if file.suffix == ".py":
         if not file.is_file():
-            raise ValueError(f"--config {path}: no such file")
+            raise ValueError(f"--config {shortened(path)}: no such file")
         _make_importable(replace=False)
         return file.resolve()
     published = names()
     if path not in published:
-        close = difflib.get_close_matches(path, published, n=1)
+        close = difflib.get_close_matches(path[:LIMIT], published, n=1)
         hint = f"did you mean {close[0]}?" if close else f"published are {', '.join(published)}"
-        raise ValueError(f"--config {path[:80]}: no recipe of that name, and no .py file; {hint}")
+        raise ValueError(
+            f"--config {shortened(path)}: no recipe of that name, and no .py file; {hint}"
+        )
     _make_importable(replace=True)
     return FOLDER / f"{path}.py"
 
@@ -112,7 +116,7 @@ def _load_module(name: str, file: pathlib.Path, package: pathlib.Path | None = N
 def _failure(recipe: str, file: pathlib.Path, error: Exception) -> str:
     """Names the line of the recipe that failed, or that Python cannot read."""
     if isinstance(error, SyntaxError):
-        return f"--config {recipe}: {error.filename}, line {error.lineno}: {error.msg}"
+        return f"--config {shortened(recipe)}: {error.filename}, line {error.lineno}: {error.msg}"
     own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
     where = f"line {own[-1].lineno}: " if own else ""
-    return f"--config {recipe}: {where}{type(error).__name__}: {error}"
+    return f"--config {shortened(recipe)}: {where}{type(error).__name__}: {error}"

@@ -61,9 +61,9 @@ def _flags() -> flags.FlagValues:
 def _main(argv: Sequence[str]) -> None:
     values = _flags()
     config = command_line.parse_with_config(argv, values, __doc__)
-    if (values.workdir is None) == (values.aot is None):
+    if bool(values.workdir) == bool(values.aot):
         raise ValueError("give one of --workdir=DIR and --aot=SLICE")
-    if values.aot is not None:
+    if values.aot:
         return _plan(config, values.aot)
     _train(argv, config, values)
 
@@ -103,7 +103,7 @@ def _plan(config: ConfigDict, slice_name: str) -> None:
     from prumerge_jax.aot.topology import topology
     from prumerge_jax.aot.training import plan_training
 
-    jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free
+    jax.config.update("jax_platforms", "cpu")  # leaves a TPU of this machine free
     try:
         plan = plan_training(config, topology(slice_name))
     except DoesNotFit as error:

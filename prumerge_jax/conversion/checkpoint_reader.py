@@ -1,7 +1,7 @@
 """Opens what a user has: finds its kind, parses its config, matches every tensor.
 
-A LLaVA may lie in one directory (llava-hf) or in several: language model, vision tower, projector
-and adapter. Everything that can be checked without reading weights is checked here.
+A LLaVA may be stored in one directory (llava-hf) or in several: language model, vision tower,
+projector and adapter. Everything that can be checked without reading weights is checked here.
 """
 
 import dataclasses
@@ -50,12 +50,12 @@ TEXT_FILES = (
 )
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_TRAINED_BESIDE_ADAPTERS = "non_lora_trainables.bin"
+_TRAINED_WITH_ADAPTERS = "non_lora_trainables.bin"
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenedModel:
-    """A whole LLaVA, ready to be converted.
+    """A complete LLaVA, ready to be converted.
 
     Attributes:
       config: its sizes.
@@ -99,7 +99,7 @@ class Sources:
       vision_tower: a CLIP directory, for models that do not hold their tower.
       projector: a stage-1 directory (`config.json`, `mm_projector.bin`), for a plain LLaMA.
       adapter: a LoRA directory of PEFT.
-      adapter_base: the user's word that `folder` is this model, see `peft.check_base`.
+      adapter_base: the user's statement that `folder` is this model, see `peft.check_base`.
       merge: add the adapter to the weights instead of keeping it as it is.
       allow_pickle: admit `.bin` files, see `torch_bin`.
     """
@@ -227,9 +227,9 @@ class _Opener:
         if self.sources.projector:
             self.detect(self.sources.projector)
             self.open_projector(self.sources.projector / "mm_projector.bin", config)
-        elif not (multimodal / _TRAINED_BESIDE_ADAPTERS).is_file():
+        elif not (multimodal / _TRAINED_WITH_ADAPTERS).is_file():
             raise ConversionError(
-                f"{multimodal} holds no {_TRAINED_BESIDE_ADAPTERS}: "
+                f"{multimodal} holds no {_TRAINED_WITH_ADAPTERS}: "
                 "the projector is missing, give it as --projector"
             )
         self.open_tower(config.vision)
@@ -246,11 +246,11 @@ class _Opener:
         _check_dtypes(adapter.tensors)
         peft.check_base(adapter, self.sources.folder, self.sources.adapter_base)
         self.files += [file.path for file in checkpoint.files]
-        beside = folder / _TRAINED_BESIDE_ADAPTERS
-        if beside.is_file():
+        projector = folder / _TRAINED_WITH_ADAPTERS
+        if projector.is_file():
             if base_kind is Kind.LLAMA and self.sources.projector:
-                raise ConversionError(f"{beside} and --projector both hold a projector")
-            self.open_projector(beside, config)
+                raise ConversionError(f"{projector} and --projector both hold a projector")
+            self.open_projector(projector, config)
         if self.sources.merge:
             self.tensors = peft.merge_into(self.tensors, adapter)
             return adapter

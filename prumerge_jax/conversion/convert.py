@@ -24,7 +24,7 @@ UNUSED_TOWER_TENSORS = "unused_tower_tensors.safetensors"
 REPORT = "conversion_report.json"
 
 # Rows moved at once when a tensor is transposed: few enough for the cache, 5 times faster than
-# transposing the whole.
+# transposing all at once.
 _BLOCK = 64
 
 

@@ -99,7 +99,7 @@ def _refuse_other_families(config: dict[str, Any], folder: pathlib.Path) -> None
     for name in architectures if isinstance(architectures, list) else []:
         for prefix, family in _UNSUPPORTED_ARCHITECTURES.items():
             if isinstance(name, str) and name.startswith(prefix):
-                raise ConversionError(f"{where}: {name} is {family}, which is not supported")
+                raise ConversionError(f"{where}: {name[:80]} is {family}, which is not supported")
     for field, family in _UNSUPPORTED_FIELDS.items():
         if config.get(field):
             raise ConversionError(f"{where}: {field} says {family}, which is not supported")

@@ -15,7 +15,7 @@ def download(repository: str, revision: str) -> pathlib.Path:
 
     Args:
       repository: `organisation/name`.
-      revision: a full commit id, so that the files cannot change behind the name.
+      revision: a full commit id, so that the files behind the name cannot change.
 
     Raises:
       ConversionError: the revision is not a commit id, or the files cannot be had.
@@ -24,7 +24,7 @@ def download(repository: str, revision: str) -> pathlib.Path:
 
     if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         raise ConversionError(
-            f"--download needs --revision=COMMIT, 40 hexadecimal digits, not {revision!r}"
+            f"--download needs --revision=COMMIT, 40 hexadecimal digits, not {revision!r:.80}"
         )
     try:
         folder = huggingface_hub.snapshot_download(
@@ -32,5 +32,7 @@ def download(repository: str, revision: str) -> pathlib.Path:
         )
     except Exception as error:  # the hub client raises errors of several HTTP libraries
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConversionError(f"cannot download {repository}@{revision}: {reason}") from error
+        raise ConversionError(
+            f"cannot download {repository[:80]}@{revision}: {reason[:200]}"
+        ) from error
     return pathlib.Path(folder)

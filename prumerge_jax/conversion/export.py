@@ -60,7 +60,7 @@ class StoredModel:
         return self.manifest.arrays[weight.path].dtype
 
     def tensors(self, weight: Weight) -> Iterator[tuple[str, np.ndarray]]:
-        """The checkpoint tensors behind one weight, by canonical key."""
+        """The checkpoint tensors of one weight, by canonical key."""
         array = directories.read_array(self.folder, weight.path)
         parts = [array] if weight.num_layers is None else array
         for key, part in zip(weight.keys, parts, strict=True):

@@ -15,6 +15,7 @@ from prumerge_jax.models.llava import projector_depth
 from prumerge_jax.store.strict_json import to_json
 
 _ABSENT = object()
+_TOO_LARGE = 1 << 62
 _VISION_ACTIVATIONS = ("quick_gelu", "gelu")
 
 
@@ -47,6 +48,8 @@ class Section:
             raise ConversionError(
                 f"{self.where}: {name} is {value!r:.80}, expected {kind.__name__}"
             )
+        if isinstance(value, int) and abs(value) >= _TOO_LARGE:
+            raise ConversionError(f"{self.where}: {name} is {value!r:.80}, out of all bounds")
         return value
 
     def require(self, name: str, supported: Sequence[Any], default: Any = _ABSENT) -> Any:
@@ -224,7 +227,7 @@ def parse_vision(section: Section) -> VisionConfig:
 
 
 def with_processor(folder: pathlib.Path, vision: VisionConfig) -> VisionConfig:
-    """Adds pixel mean and deviation from the processor files beside a checkpoint, if it has them.
+    """Adds pixel mean and deviation from the processor files of a checkpoint, if it has them.
 
     Raises:
       ConversionError: they ask for other pixels, or for another number of image tokens, than this
@@ -279,4 +282,4 @@ def _refusing(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except ValueError as error:
-        raise ConversionError(str(error)) from None
+        raise ConversionError(str(error)[:300]) from None

@@ -69,7 +69,7 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of our weight."""
+        """Shape of our weight."""
         axes = self.transform.value
         inner = tuple(self.tensor_shape[a] for a in axes) if axes else self.tensor_shape
         return inner if self.num_layers is None else (self.num_layers, *inner)
@@ -235,7 +235,7 @@ def assign(
 
 
 def expected_shapes(table: Iterable[Weight]) -> dict[str, tuple[int, ...]]:
-    """Shape by canonical key of all tensors behind these weights."""
+    """Shape by canonical key of all tensors of these weights."""
     return {key: weight.tensor_shape for weight in table for key in weight.keys}
 
 

@@ -1,7 +1,7 @@
-"""The miniature that comes with the package: a LLaVA that reads handwritten digits.
+"""The small LLaVA that comes with the package, by its name: `miniature`.
 
-It lies in `prumerge_jax/miniature/` as a llava-hf checkpoint in float16, which transformers can
-read too. `configs/digits/` are the recipes that made it.
+It is stored in `prumerge_jax/miniature/` as a llava-hf checkpoint in float16, which transformers
+can read too.
 """
 
 import os

@@ -69,7 +69,7 @@ class MergedTensor:
 
     @property
     def info(self) -> TensorInfo:
-        """Of the weight without the adapter."""
+        """Shape and dtype of the weight without the adapter."""
         return self.base.info
 
     def read(self) -> np.ndarray:

@@ -206,7 +206,7 @@ class ShardedWriter:
         del self._unwritten[name]
 
     def finish(self) -> None:
-        """Asserts that the files are whole.
+        """Asserts that the files are complete.
 
         Raises:
           ConversionError: a declared tensor was never written.

@@ -67,7 +67,7 @@ def compare_with_torch(model: OpenedModel, directory: pathlib.Path) -> Compariso
 
 
 def check_comparable(config: LlavaConfig) -> None:
-    """Checks what `compare_with_torch` needs besides weights, before anything is converted.
+    """Checks what `compare_with_torch` needs in addition to weights, before anything is converted.
 
     Raises:
       ConversionError: torch or transformers is missing, memory is too small, or transformers has

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from prumerge_jax import cost
 from prumerge_jax.data import conversation as conversations
 from prumerge_jax.data.packing import PositionIds
+from prumerge_jax.engine.encoding import DTYPES
 from prumerge_jax.engine.shapes import EVALUATION_SIZES, EngineConfig
 from prumerge_jax.evaluation.benchmarks.base import PROTOCOLS, Benchmark, TaskFiles
 from prumerge_jax.evaluation.benchmarks.registry import BENCHMARKS, benchmark, unnamed_benchmark
@@ -27,7 +28,6 @@ FIELDS = (
     *("checkpoint", *TASK_FIELDS, "tasks", "answers", "reduction", "baselines", "decoding"),
     *("dtype", "mesh", "engine", "chip"),
 )
-DTYPES = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**31
 """Seeds are below; row i draws with seed + i, which must stay a uint32."""
 
@@ -166,30 +166,25 @@ def parse_config(config: ConfigDict) -> EvalConfig:
         position_ids=decoding.get("position_ids"),
         dtype=None if dtype is None else jnp.dtype(_one_of("dtype", dtype, DTYPES)),
         mesh=mesh,
-        engine=engine_config(fields["engine"], mesh.get("data", 1) * mesh.get("fsdp", 1)),
+        engine=engine_config(fields["engine"], mesh),
         chip=None if chip is None else _one_of("chip", chip, sorted(cost.CHIPS)),
     )
 
 
-def engine_config(fields: Mapping[str, Any], shards: int = 1) -> EngineConfig:
-    """The engine's shapes, those of an evaluation where the fields are None.
-
-    Args:
-      fields: of `EngineConfig`.
-      shards: data shards of the mesh.
+def engine_config(fields: Mapping[str, Any], mesh: Mapping[str, int]) -> EngineConfig:
+    """What is fixed of the engine's shapes.
 
     Raises:
-      ValueError: a shape that was set is not allowed, or does not divide over the shards; the
-        message names its flag.
+      ValueError: a size that was set does not divide over the data shards of the mesh, or is not
+        allowed; the message names its flag.
     """
-    fields = _mapping("engine", fields)
+    given = {k: v for k, v in _mapping("engine", fields).items() if v is not None}
     known = {field.name for field in dataclasses.fields(EngineConfig)} - {"defaults"}
-    _check_names("engine", fields, sorted(known))
-    for name, value in fields.items():
-        if value is not None:
-            _typed(f"engine.{name}", value, int)
-    config = EngineConfig(**fields, defaults=EVALUATION_SIZES)
-    config.sizes(shards)
+    _check_names("engine", given, sorted(known))
+    for name, value in given.items():
+        _typed(f"engine.{name}", value, int)
+    config = EngineConfig(**given, defaults=EVALUATION_SIZES)
+    config.sizes(mesh.get("data", 1) * mesh.get("fsdp", 1))
     return config
 
 

@@ -23,6 +23,9 @@ def save(folder: pathlib.Path, array: np.ndarray | jax.Array) -> None:
     """Writes one weight; of several processes each its own shards, and all return together.
 
     A numpy array is not copied; it must not change during the call.
+
+    Raises:
+      DirectoryError: it cannot be written, for example because the disk is full.
     """
     context = ocp.Context()
     saving = context.array.saving
@@ -37,8 +40,12 @@ def save(folder: pathlib.Path, array: np.ndarray | jax.Array) -> None:
         saving.storage_options.shard_axes = (0,)
     # Guards asynchronous saves against later changes; this one is synchronous.
     context.memory.deepcopy_host_arrays = False
-    with context, _quiet():
-        ocp.save(folder.resolve(), {"value": array})
+    try:
+        with context, _quiet():
+            ocp.save(folder.resolve(), {"value": array})
+    except Exception as error:  # of Orbax, TensorStore and their threads, of many classes
+        reason = str(error).partition("\n")[0][:200]
+        raise DirectoryError(f"{folder} cannot be written: {reason}") from error
 
 
 class ArrayFile:

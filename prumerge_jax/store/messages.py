@@ -5,8 +5,8 @@ LIMIT = 80
 
 
 def quoted(value: object, limit: int = LIMIT) -> str:
-    """`repr(value)`, its middle left out where it is longer than `limit`."""
-    return shortened(repr(value), limit)
+    """`repr(value)` in one line, its middle left out where it is longer than `limit`."""
+    return shortened(" ".join(repr(value).splitlines()), limit)
 
 
 def shortened(text: str, limit: int = LIMIT) -> str:

@@ -7,8 +7,8 @@
 
 One checkpoint per weight lets a writer hold a single weight in memory and lets a reader put each
 one straight into its shards. Orbax does not notice a flipped bit and casts silently, so integrity
-and dtypes rest on the manifest. It is written last, and the whole directory is renamed into place:
-what has no manifest was never finished, and nothing here reads it.
+and dtypes rest on the manifest. It is written last, and the complete directory is renamed into
+place: what has no manifest was never finished, and nothing here reads it.
 """
 
 import concurrent.futures
@@ -58,10 +58,10 @@ CONFIG = "config.json"
 
 
 class DirectoryWriter:
-    """Writes a model directory that either appears whole or not at all.
+    """Writes a model directory that either appears complete or not at all.
 
     Used as a context manager: a clean exit commits, an exception removes what was written. What a
-    killed process leaves behind never loads, see `StagedDirectory`.
+    killed process leaves never loads, see `StagedDirectory`.
 
     All processes of a run write together, on a file system that all of them see: each its own
     shards of every weight, and the first one everything else.

@@ -23,6 +23,7 @@ from prumerge_jax.data.images import ImageProcessor
 from prumerge_jax.data.pipeline import Example, Preprocessor
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
+from prumerge_jax.store.atomic import write_atomically
 from prumerge_jax.store.messages import quoted
 from prumerge_jax.training.config import ExecutionConfig, TrainConfig
 
@@ -145,9 +146,7 @@ def check_targets(
                 f"{', '.join(found['first'])}): {_CAUSES}"
             )
         with exclusive(folder):
-            new = file.with_suffix(".new")
-            new.write_text(json.dumps(found))
-            new.replace(file)
+            write_atomically(file, json.dumps(found).encode())
     if found["without"]:
         _logger.warning(
             "%d of %d samples have nothing to learn (the first are %s): %s",
@@ -173,6 +172,7 @@ def _count_targets(
     dataset: Dataset, preprocess: Preprocessor, fewest_visual_tokens: int
 ) -> dict[str, Any]:
     """How many samples there are, how many of them have no target, and the ids of the first."""
+    _logger.info("counting what can be learned in %d samples, once", dataset.samples)
     samples, without = 0, 0
     first: list[str] = []
     for sample in dataset.conversations():

@@ -12,6 +12,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from prumerge_jax.store.atomic import write_atomically
+
 _logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
@@ -230,16 +232,14 @@ class _EventFile:
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Keeps the records up to `step`; a torn last line goes too."""
+    """Keeps the records up to `step`; a torn last line and damaged ones are dropped."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            _logger.warning("%s: dropping a torn line", path)
-    rewritten = path.with_suffix(".rewritten")
-    rewritten.write_text("".join(kept))
-    rewritten.replace(path)
+        except (ValueError, KeyError, TypeError):
+            _logger.warning("%s: dropping a torn or damaged line", path)
+    write_atomically(path, b"".join(kept))

@@ -23,7 +23,7 @@ from prumerge_jax.sharding.processes import DataShards
 from prumerge_jax.training.checkpoint import Checkpoints
 from prumerge_jax.training.config import ConfigError, MeshConfig, TrainConfig, parse, with_sizes
 from prumerge_jax.training.inputs import TrainingSource
-from prumerge_jax.training.loop import LoopConfig, Outputs, train
+from prumerge_jax.training.loop import LoopConfig, Outputs, TrainingError, train
 from prumerge_jax.training.metrics import MetricWriter
 from prumerge_jax.training.objectives.registry import Objective, make_objective
 from prumerge_jax.training.optimizer import make_optimizer, schedule
@@ -102,11 +102,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], stop
         setup.pretrained.verify(hashes=setup.config.run.verify_weights)
         trained = _train(setup, workdir, stop)
         if trained is not None:
-            source = {"training": fields, "base_weights": setup.pretrained.identity()}
-            setup.pretrained.export(
-                workdir / MODEL, trained, setup.config.adapter, setup.mesh, source
-            )
-            _logger.info("wrote the model to %s", workdir / MODEL)
+            _export(setup, trained, workdir / MODEL)
 
 
 def check(config: TrainConfig, fields: Mapping[str, Any]) -> Setup:
@@ -228,6 +224,18 @@ def _train(setup: Setup, workdir: pathlib.Path, stop: StopFlag) -> Weights | Non
         )
     checkpoints.close()
     return objective.finish(state.trained) if done == total_steps else None
+
+
+def _export(setup: Setup, trained: Weights, directory: pathlib.Path) -> None:
+    source = {"training": setup.fields, "base_weights": setup.pretrained.identity()}
+    try:
+        setup.pretrained.export(directory, trained, setup.config.adapter, setup.mesh, source)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise TrainingError(
+            f"the model cannot be written to {directory}: {error}; the checkpoint of the last step "
+            "is intact, so the same command writes it once there is space"
+        ) from error
+    _logger.info("wrote the model to %s", directory)
 
 
 def _step_function(setup: Setup, total_steps: int) -> TrainStep:

@@ -29,7 +29,7 @@ from prumerge_jax.models.layers import AdapterConfig
 from prumerge_jax.models.llava import LlavaModel
 from prumerge_jax.sharding.mesh import use_mesh
 from prumerge_jax.store import model_directory as directories
-from prumerge_jax.store.manifest import MANIFEST, StoredArray, size_and_sha256
+from prumerge_jax.store.manifest import MANIFEST, StoredArray, weights_identity
 from prumerge_jax.store.messages import quoted
 from prumerge_jax.store.strict_json import to_json
 from prumerge_jax.training.config import RANDOM, ConfigError, TrainConfig
@@ -178,9 +178,9 @@ class Pretrained:
             directories.verify(self.directory, hashes=hashes)
 
     def identity(self) -> str:
-        """What identifies the weights: a hash."""
+        """What identifies the weights: a hash of their content, or of sizes and seed."""
         if self.directory is not None:
-            return size_and_sha256(self.directory / MANIFEST)[1]
+            return weights_identity(self.directory)
         identity = json.dumps([to_json(self.model), self.seed], sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()
 

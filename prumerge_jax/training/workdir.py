@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from prumerge_jax.store.atomic import write_atomically
 from prumerge_jax.store.messages import quoted
 from prumerge_jax.store.strict_json import load_json
 
@@ -97,9 +98,7 @@ def claim_workdir(workdir: str | os.PathLike[str]) -> Iterator[None]:
 
 def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
     """Marks a directory as that of a run with this configuration, plain JSON values."""
-    new = pathlib.Path(workdir) / f"{CONFIG}.new"
-    new.write_text(json.dumps(config, indent=1))
-    new.replace(pathlib.Path(workdir) / CONFIG)
+    write_atomically(pathlib.Path(workdir) / CONFIG, json.dumps(config, indent=1).encode())
 
 
 def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
@@ -117,7 +116,7 @@ def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
     file = path / CONFIG
     if not file.exists():
         # An earlier start may have failed before its first step; it left no more than these.
-        own = {f"{CONFIG}.new", CHECKPOINTS}
+        own = {f"{CONFIG}.incomplete", CHECKPOINTS}
         if others := sorted({entry.name for entry in path.iterdir()} - own):
             raise WorkdirError(
                 f"{path} holds {others[:5]} but no run; expected an empty directory, or one to "

@@ -6,7 +6,6 @@ import json
 import pathlib
 import shutil
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +33,7 @@ from tests.conversion.checkpoints import (
     write_hf,
     write_tensors,
 )
+from tests.programs import run_program
 from tests.tiny_llava import tokenizer_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -217,8 +217,7 @@ def test_a_directorys_name_does_not_matter(tmp_path: pathlib.Path) -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "convert_weights.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    return run_program("convert_weights.py", *arguments)
 
 
 def test_the_program(tmp_path: pathlib.Path) -> None:

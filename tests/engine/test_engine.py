@@ -1,6 +1,7 @@
 """The engine against one-at-a-time runs, and its invariants."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -26,9 +27,10 @@ from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.models import tuning
 from prumerge_jax.models.config import TextConfig, published
 from prumerge_jax.models.llama import KVCache
-from prumerge_jax.models.llava import LlavaModel, abstract_model, inference_layout, random_model
+from prumerge_jax.models.llava import LlavaModel, abstract_model, inference_layout
 from prumerge_jax.models.tuning import Tuning
 from tests.conftest import require_eight_devices
+from tests.tiny_llava import random_llava
 
 SMALL = EngineShapes(
     batch_size=2,
@@ -58,12 +60,7 @@ def plain() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model() -> LlavaModel:
-    model = random_model(CONFIG, seed=0)
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        # Larger than the initial weights, so that different prompts give different answers.
-        if path[-1] == "kernel":
-            variable[...] = variable[...] * 4
-    return model
+    return random_llava(CONFIG, gain=4)  # so large that different prompts give different answers
 
 
 def make_engine(
@@ -118,12 +115,29 @@ def tokens_of(answers: dict[int, Answer]) -> dict[int, tuple[int, ...]]:
     return {key: answer.token_ids for key, answer in answers.items()}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def row_logits(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    ids: jax.Array,
+    visual: jax.Array,
+    index: jax.Array,
+    segments: jax.Array,
+) -> jax.Array:
+    """Logits [1, T, V] of rows whose padding has segment 0."""
+    model = nnx.merge(graphdef, state)
+    x = model.embed_rows(ids, visual, index)
+    hidden = model.decoder(x, jnp.arange(ids.shape[1])[None], segments)
+    return model.decoder.logits(hidden)
+
+
 def naive_logits(
     model: LlavaModel, request: Request, tokens: np.ndarray, reduction: str
 ) -> jax.Array:
-    """Logits [T, V] of one request alone, unpadded, straight through the model."""
+    """Logits [T, V] of one request alone in its row, straight through the model."""
     index = np.full(len(tokens), -1)
-    visual = jnp.zeros((1, 1, CONFIG.vision.width))
+    capacity = reductions.parse(reduction).capacity_for(CONFIG.vision.num_patches)
+    visual = jnp.zeros((1, capacity, CONFIG.vision.width))
     ids = tokens
     if request.images:
         reduced = programs.encode(
@@ -137,10 +151,12 @@ def naive_logits(
         visual = reduced.tokens
         index = np.insert(np.delete(index, at), [at] * count, np.arange(count))
         ids = np.insert(np.delete(tokens, at), [at] * count, 0)
-    x = model.embed_rows(jnp.asarray(ids)[None], visual, jnp.asarray(index)[None])
     length = len(ids)
-    hidden = model.decoder(x, jnp.arange(length)[None], jnp.ones((1, length), jnp.int32))
-    return model.decoder.logits(hidden)[0]
+    padding = (0, -length % 64)  # few lengths, and so few to compile
+    row = [np.pad(ids, padding), np.pad(index, padding, constant_values=-1)]
+    segments = np.pad(np.ones(length, np.int32), padding)
+    ids, index, segments = (jnp.asarray(values)[None] for values in (*row, segments))
+    return row_logits(*nnx.split(model), ids, visual, index, segments)[0, :length]
 
 
 def test_scores_equal_one_at_a_time(model: LlavaModel) -> None:
@@ -334,9 +350,7 @@ def test_streamed_tokens_add_up_to_the_answers(model: LlavaModel) -> None:
             answers[event.key] = event
     assert pieces > 2 * len(requests)
     assert {key: tuple(tokens) for key, tokens in streamed.items()} == tokens_of(answers)
-    assert answers == by_key(make_engine(model).generate(requests)) or all(
-        np.isnan(answer.log_likelihood) for answer in answers.values()
-    )
+    assert tokens_of(answers) == tokens_of(by_key(make_engine(model).generate(requests)))
 
 
 def test_images_over_capacity_are_encoded_again(model: LlavaModel) -> None:
@@ -429,17 +443,17 @@ def test_each_stage_compiles_once(model: LlavaModel, compiled: list[str]) -> Non
     assert compiled, "the listener hears nothing: the test shows nothing"
 
 
-@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [None, pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_windows_of_every_size_compile_nothing_after_a_warm_up(
     model: LlavaModel, compiled: list[str], sizes: tuple[int, int, int] | None
 ) -> None:
-    """With weights placed as `Llava.load` places them, images or none, two windows and a bit."""
+    """With weights placed as `Llava.load` places them, with images and without."""
     engine = sharded_engine(model, sizes)
     with sharding.use_mesh(engine.model.mesh):
         engine.warm_up()
         list(engine.score(make_requests(1, seed=7)))
         compiled.clear()
-        for count in range(1, 2 * engine.shapes.window_size + 2):
+        for count in range(1, engine.shapes.window_size + 2):
             for images in (True, False):
                 mixed = make_requests(count, seed=count)
                 some = mixed if images else [text_only(request) for request in mixed]

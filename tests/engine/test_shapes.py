@@ -30,7 +30,7 @@ from prumerge_jax.engine.shapes import (
     row_length_for_fixed_counts,
 )
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
-from prumerge_jax.models.llava import random_model
+from tests.tiny_llava import random_llava
 
 IMAGES = 2000
 LLAVA_PATCHES, DIGITS_PATCHES = 576, 144
@@ -208,7 +208,7 @@ def test_two_thousand_images_compile_once_and_waste_less_than_a_twentieth(
         patches, counts, text_tokens = LLAVA_PATCHES, lognormal_counts(rng), np.full(IMAGES, 60)
     config = tiny_config(width + (run is Engine.score))
     capacity = reductions.parse("prumerge").capacity_for(patches)
-    model = PlacedModel(*nnx.split(random_model(config, seed=0)), config, jnp.dtype(jnp.float32))
+    model = PlacedModel(*nnx.split(random_llava(config)), config, jnp.dtype(jnp.float32))
     shapes = fitted("prumerge", patches, text_tokens)
     engine = Engine(model, reductions.parse(f"prumerge:capacity={capacity}"), shapes)
     engine.encoder = encoder = DrawnCounts(model, shapes)

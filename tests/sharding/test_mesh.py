@@ -16,8 +16,9 @@ from prumerge_jax.aot.hlo import program_cost
 from prumerge_jax.engine import programs
 from prumerge_jax.models.config import published
 from prumerge_jax.models.layers import AdapterConfig, Linear
-from prumerge_jax.models.llava import abstract_model, random_model
+from prumerge_jax.models.llava import abstract_model
 from tests.conftest import require_eight_devices
+from tests.tiny_llava import random_llava
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def test_even_spec_takes_as_many_mesh_axes_as_divide(
 def test_images_lie_over_all_devices_and_need_no_collective(batch: int) -> None:
     require_eight_devices()
     config = published("tiny")
-    graphdef, state = nnx.split(random_model(config, seed=0))
+    graphdef, state = nnx.split(random_llava(config))
     side = config.vision.image_size
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, size=(batch, side, side, 3), dtype=np.uint8)

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -286,6 +287,24 @@ def test_an_error_leaves_nothing(tmp_path: pathlib.Path) -> None:
 
     with pytest.raises(RuntimeError, match="broken"):
         fail_halfway()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path: pathlib.Path) -> None:
+    """The limit on a file's size stands for the disk's; TensorStore reports both alike."""
+
+    def write_too_much() -> None:
+        with DirectoryWriter(tmp_path / "new" / "m", TINY) as writer:
+            writer.write_array("a", np.ones((500, 500), np.float32))
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(DirectoryError, match="params/a cannot be written: ") as caught:
+            write_too_much()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -39,7 +39,7 @@ def mesh_case(sizes: tuple[int, int, int], *more: object) -> ParameterSet:
     return pytest.param(sizes, *more, id="x".join(map(str, sizes)), marks=marks)
 
 
-mesh_cases = pytest.mark.parametrize("sizes", map(mesh_case, MESHES))
+mesh_cases = pytest.mark.parametrize("sizes", [mesh_case(sizes) for sizes in MESHES])
 
 
 @functools.cache
@@ -146,7 +146,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return directory
 
 
-@pytest.mark.parametrize("sizes", map(mesh_case, [(1, 1, 1), (2, 2, 2), (4, 1, 2)]))
+@pytest.mark.parametrize("sizes", [mesh_case(sizes) for sizes in ((1, 1, 1), (2, 2, 2), (4, 1, 2))])
 def test_a_checkpoint_of_eight_devices_is_restored_on_others(
     saved: pathlib.Path, sizes: tuple[int, int, int]
 ) -> None:

@@ -190,6 +190,19 @@ def test_sizes_that_a_recipe_fixes_must_agree_but_the_vocabulary_may_differ(
     assert load(config).model == MODEL
 
 
+def test_the_same_weights_written_twice_count_as_the_same(
+    config: ml_collections.ConfigDict, weights: dict[str, np.ndarray], tmp_path: pathlib.Path
+) -> None:
+    identities = [load(config).identity()]
+    for name, change in (("again", 0.0), ("other", 1e-3)):
+        with directories.DirectoryWriter(tmp_path / name, MODEL) as writer:
+            for path, weight in weights.items():
+                writer.write_array(path, weight + np.float32(change))
+        config.weights = str(tmp_path / name)
+        identities.append(load(config).identity())
+    assert identities[0] == identities[1] != identities[2]
+
+
 def test_a_directory_is_hashed_by_verify_alone(
     config: ml_collections.ConfigDict, directory: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

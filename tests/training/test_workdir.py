@@ -1,5 +1,6 @@
 """One run per directory, always with the same configuration."""
 
+import json
 import pathlib
 
 import pytest
@@ -15,10 +16,13 @@ CONFIG = {"seed": 1, "optimizer": {"b1": 0.9}, "learning_rates": [["*", 0.1]], "
 
 
 def test_the_same_configuration_resumes_and_run_may_differ(tmp_path: pathlib.Path) -> None:
-    check_config(tmp_path, CONFIG)
+    check_config(tmp_path, CONFIG)  # none of these raises, nor writes
+    assert not list(tmp_path.iterdir())
     write_config(tmp_path, CONFIG)
     check_config(tmp_path, CONFIG)
     check_config(tmp_path, CONFIG | {"run": {"keep": 5, "mesh": {"data": 8}}})
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
 
 
 def test_another_configuration_is_refused_field_by_field(tmp_path: pathlib.Path) -> None:

@@ -1,0 +1,26 @@
+"""Programs as a user runs them, but in this process: imports and compiled functions are shared."""
+
+import contextlib
+import io
+import subprocess
+
+from prumerge_jax.cli import convert, evaluate, train
+
+MAINS = {"train.py": train.main, "eval.py": evaluate.main, "convert_weights.py": convert.main}
+
+
+def run_program(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Exit status and output of a program, as a process of its own would have them."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    status: int | str | None = 0
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            MAINS[script]([script, *flags])
+        except SystemExit as end:
+            status = end.code
+    if isinstance(status, str):
+        stderr.write(f"{status}\n")
+        status = 1
+    return subprocess.CompletedProcess(
+        [script, *flags], status or 0, stdout.getvalue(), stderr.getvalue()
+    )
