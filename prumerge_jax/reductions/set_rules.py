@@ -95,15 +95,13 @@ class SetRule(Reduction):
 
     def reduce(self, evidence: Evidence) -> VisualTokens:
         """The first patches of the order, in raster order."""
-        batch, num_patches, _ = evidence.hidden.shape
+        num_patches = evidence.hidden.shape[1]
         steps = self.capacity_for(num_patches)
-        finite = jnp.isfinite(evidence.hidden.astype(jnp.float32)).all((1, 2))
+        finite = finite_images(evidence.hidden)
         if self.reads_attention:
-            finite &= jnp.isfinite(evidence.attention).all(1)
-        evidence = _without_nan(evidence, finite)
-        available = evidence.present
-        if available is None:
-            available = jnp.ones((batch, num_patches), bool)
+            finite &= finite_images(evidence.attention)
+        evidence = without_nan(evidence, finite)
+        available = all_available(evidence)
         order = self.order(evidence, available, steps)
         required = jnp.minimum(self.required(evidence, order), available.sum(-1))
         in_prefix = jnp.arange(steps) < required[:, None]
@@ -266,13 +264,29 @@ def unit_range(score: jax.Array, available: jax.Array) -> jax.Array:
     return jnp.where(available & (span > 0), (score - low) / jnp.where(span > 0, span, 1), 0)
 
 
-def _without_nan(evidence: Evidence, finite: jax.Array) -> Evidence:
-    """The evidence with zeros for images that are not finite; they get no tokens."""
+def all_available(evidence: Evidence) -> jax.Array:
+    """Patches that may be chosen, [B, N] bool: all that are no padding."""
+    if evidence.present is not None:
+        return evidence.present
+    return jnp.ones(evidence.hidden.shape[:2], bool)
 
-    def clean(x: jax.Array | None) -> jax.Array | None:
-        if x is None or not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
-        return jnp.where(finite.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+
+def finite_images(*arrays: jax.Array) -> jax.Array:
+    """Images of which every array [B, ...] is finite, [B] bool."""
+    flat = [jnp.isfinite(x.astype(jnp.float32)).reshape(len(x), -1).all(-1) for x in arrays]
+    return jnp.stack(flat).all(0)
+
+
+def zero_unless(finite: jax.Array, x: jax.Array) -> jax.Array:
+    """x [B, ...] with zeros for images that are not finite [B]; they get no tokens."""
+    return jnp.where(finite.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+
+
+def without_nan(evidence: Evidence, finite: jax.Array) -> Evidence:
+    """The evidence with zeros for images that are not finite."""
+
+    def clean(x: jax.Array) -> jax.Array:
+        return zero_unless(finite, x) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     return jax.tree.map(clean, evidence)
 
