@@ -54,15 +54,19 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     )
     started = time.process_time()
     try:
-        convert(open_model(sources), folder / "out")
-        outcomes[folder.name] = "accepted", 0
+        try:
+            model = open_model(sources)
+        finally:
+            seconds = time.process_time() - started
+        convert(model, folder / "out")
+        outcomes[folder.name] = "accepted", seconds
     except ConversionError as error:
-        outcomes[folder.name] = str(error), time.process_time() - started
+        outcomes[folder.name] = str(error), seconds
 print(json.dumps([peak_resident_gb(), outcomes]))
 """
 
 Outcomes = tuple[float, dict[str, tuple[str, float]]]
-"""Peak memory in GB; by case the message and the CPU seconds until it."""
+"""Peak memory in GB; by case the message and the CPU seconds of `open_model`."""
 Case = Callable[[pathlib.Path], None]
 CASES: dict[str, tuple[Case, str]] = {}
 
