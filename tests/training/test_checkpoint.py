@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from prumerge_jax.sharding.mesh import make_mesh, replicated
@@ -190,6 +191,24 @@ def test_what_a_killed_run_left_is_removed(copy: pathlib.Path) -> None:
     checkpoints = open_checkpoints(copy)
     assert checkpoints.steps() == [1, 2, 3]
     assert sorted(p.name for p in copy.iterdir()) == [f"step_0000000{n}" for n in (1, 2, 3)]
+
+
+def test_a_failed_save_is_said_once_without_the_tracebacks_of_orbax(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = open_checkpoints(tmp_path)
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(epath.Path, "write_text", full)  # where Orbax writes its metadata
+    checkpoints.save(1, make_state(1), {"samples": 1})
+    checkpoints.wait()
+    errors = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert [record.name for record in errors] == ["prumerge_jax.training.checkpoint"]
+    assert not any(record.exc_info for record in caplog.records)
+    with pytest.raises(CheckpointError, match="the last checkpoint was not saved.*No space left"):
+        checkpoints.close()
 
 
 def test_a_full_disk_leaves_old_steps_and_the_run_alive(
