@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-import convert_weights
+from prumerge_jax.conversion import download as download_module
 from prumerge_jax.conversion import keys, verify
 from prumerge_jax.conversion.checkpoint_reader import Sources, open_model
 from prumerge_jax.conversion.convert import convert
@@ -248,11 +246,11 @@ def test_the_program_there_and_back(tmp_path: pathlib.Path) -> None:
 
 def refusal_of_the_program(*arguments: str) -> str:
     """What `convert_weights.py` says on these arguments, which it must refuse."""
-    with flagsaver.flagsaver():
-        rest = flags.FLAGS(["convert_weights.py", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            convert_weights.main(rest)
-    return str(caught.value)
+    done = run_program("convert_weights.py", *arguments)
+    assert done.returncode == 1
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    (message,) = [line for line in lines if line and "%|" not in line]  # but for progress bars
+    return message
 
 
 def test_the_output_is_looked_at_before_anything_is_downloaded_or_verified(
@@ -261,7 +259,7 @@ def test_the_output_is_looked_at_before_anything_is_downloaded_or_verified(
     def expensive(*arguments: object) -> pathlib.Path:
         raise AssertionError("this is expensive")
 
-    monkeypatch.setattr(convert_weights, "download", expensive)
+    monkeypatch.setattr(download_module, "download", expensive)
     monkeypatch.setattr(directory, "verify", expensive)
     (tmp_path / "out").symlink_to("nowhere")
     for arguments in (["--download=a/b"], ["--input=ours", "--to=hf"]):
@@ -277,7 +275,8 @@ def test_too_small_a_disk_is_said_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     arguments = (f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'new' / 'out'}")
     error = refusal_of_the_program(*arguments)
-    assert re.search(r"out needs \S+ GB, the disk has 1e-05 GB left; make room", error), error
+    expected = r"out needs [4-7](\.\d+)?e-05 GB, the disk has 1e-05 GB left; make room"
+    assert re.search(expected, error), error
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -397,10 +396,10 @@ def test_links_that_lead_out_are_refused(tmp_path: pathlib.Path, name: str) -> N
         ),
         ([], "give one of --input and --download"),
         (["--input=in", "--download=a/b"], "give one of --input and --download"),
-        (["--input=in", "more"], "unexpected arguments: more"),
+        (["--input=in", "more"], "unexpected argument 'more'"),
         (["--input=in", "--revision=main"], "--revision is the commit of --download"),
-        (["--input=in", "--merge"], "--merge needs an adapter to merge"),
-        (["--input=in", "--adapter_base=a/b"], "--adapter_base speaks of an adapter"),
+        (["--input=in", "--merge"], "--merge is about an adapter"),
+        (["--input=in", "--adapter_base=a/b"], "--adapter_base is about an adapter"),
         (["--to=peft", "--input=in", "--merge"], "--to=peft takes no --merge"),
         (["--to=hf", "--input=in", "--adapter_base=a"], "--to=hf takes no --adapter_base"),
         (["--to=hf", "--download=a/b", "--revision=x"], "takes no --download --revision"),
