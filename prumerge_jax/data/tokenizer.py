@@ -195,9 +195,7 @@ class TextStream:
 
 def _load(path: pathlib.Path) -> sentencepiece.SentencePieceProcessor:
     """Reads and checks a model, so that a wrong file is found here and not at the first prompt."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: not a regular file; expected a SentencePiece model")
-    if not path.exists():
+    if not path.is_file():  # reading a pipe would never end
         raise FileNotFoundError(
             f"{path}: no such file; copy the {path.name} of the LLaVA or Vicuna that the model was "
             "trained from there"

@@ -230,5 +230,5 @@ def test_a_stream_writes_words_as_they_come(small):
 
 def test_only_a_regular_file_is_a_model(tmp_path):
     os.mkfifo(tmp_path / "tokenizer.model")
-    with pytest.raises(ValueError, match="not a regular file"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         Tokenizer(tmp_path / "tokenizer.model")
