@@ -140,7 +140,7 @@ class Journal:
         self._outcomes |= batch
 
     def write_results(self, folder: pathlib.Path) -> None:
-        """Writes answers.jsonl and errors.jsonl, each whole or not at all, in input order.
+        """Writes answers.jsonl and errors.jsonl, each complete or not at all, in input order.
 
         Raises:
           ValueError: A row has neither an answer nor an error yet.

@@ -1,4 +1,4 @@
-"""JSON and JSON-lines files: errors that name file and row, writes that are whole or absent."""
+"""JSON and JSON-lines files: errors that name file and row, writes that are complete or absent."""
 
 import codecs
 import json
@@ -116,7 +116,7 @@ def strings(row: Any, name: str, where: str) -> list[str]:
 
 
 def replace_file(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes `path` so that a crash leaves the old file or the whole new one, never a part.
+    """Writes `path` so that a crash leaves the old file or the complete new one, never a part.
 
     Raises:
       OSError: The file could not be written, on a full disk for example; the message names it, and
