@@ -1,6 +1,7 @@
 """What does not fit is refused before a question is asked, in the words of the scorer."""
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -141,3 +142,27 @@ def test_annotations_that_are_no_strict_json_are_refused_in_one_line(
         benchmark(name).read_annotations(path)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
+
+
+def test_a_pipe_is_not_waited_for(tmp_path) -> None:
+    path = tmp_path / "questions.jsonl"
+    os.mkfifo(path)
+    for name in ("pope", "scienceqa", "mmbench", "questions"):
+        with pytest.raises(OSError, match=r"questions\.jsonl is not a regular file"):
+            benchmark(name).read_questions(path)
+
+
+@pytest.mark.parametrize("content", [b"index\timage\n\xff\t1\n", b"index\t\0\n\0"])
+def test_a_table_that_is_no_text_is_named(tmp_path, content: bytes) -> None:
+    path = tmp_path / "table.tsv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"table\.tsv"):
+        benchmark("mmbench").read_questions(path)
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path) -> None:
+    path = tmp_path / "questions.jsonl"
+    row = json.dumps({"question_id": 1, "image": "a.png", "text": "What?"})
+    path.write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\n")
+    (asked,) = benchmark("questions").read_questions(path)
+    assert (asked.question_id, asked.image, asked.text) == (1, "a.png", "What?")
