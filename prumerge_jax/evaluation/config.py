@@ -41,7 +41,7 @@ class Decoding:
       conversation: prompt template.
       position_ids: see `packing.pack_window`.
       max_new_tokens: None takes the benchmark's own limit.
-      temperature: of the draws; 0 is greedy.
+      temperature: divides the logits; 0 is greedy.
       top_p: smallest probability mass to draw from.
       seed: row i draws with seed + i.
       num_workers: processes that decode images.
