@@ -58,6 +58,9 @@ BY_PLATFORM = {
         # XLA's CPU products take no slices: a decoding step of one slot took 610 ms with the layers
         # in a stack and 236 in a list, of eight slots 1033 and 717.
         layers="list",
+        # Scoring's rows took 1.08 times as long without it, prefill's 1.04: six layers of width 512,
+        # 1,280 positions, 15 pairs in turns on a busy machine.
+        projection_barrier=True,
     ),
     # Compiled for an H100, not run: figures are what the optimised program copies.
     "gpu": Tuning(
@@ -66,6 +69,8 @@ BY_PLATFORM = {
         # A loop over a stack copies a layer's weights out of it before they are multiplied: three
         # times the traffic of decoding, which is bound by it. Nothing is copied of a list.
         layers="list",
+        # No figure: the form that was compiled.
+        projection_barrier=True,
     ),
     # XLA's estimates for programs of 7B in bfloat16, not run; docs/performance.md.
     "tpu": Tuning(
