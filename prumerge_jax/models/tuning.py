@@ -58,7 +58,7 @@ BY_PLATFORM = {
         # XLA's CPU products take no slices: a decoding step of one slot took 610 ms with the layers
         # in a stack and 236 in a list, of eight slots 1033 and 717.
         layers="list",
-        # Scoring's rows took 1.08 times as long without it, prefill's 1.04: six layers of width 512,
+        # Scoring's rows took 1.08 times as long without it, prefill's 1.04: 6 layers of width 512,
         # 1,280 positions, 15 pairs in turns on a busy machine.
         projection_barrier=True,
     ),
