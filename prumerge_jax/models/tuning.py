@@ -58,8 +58,7 @@ BY_PLATFORM = {
         # XLA's CPU products take no slices: a decoding step of one slot took 610 ms with the layers
         # in a stack and 236 in a list, of eight slots 1033 and 717.
         layers="list",
-        # Scoring's rows took 1.08 times as long without it, prefill's 1.04: 6 layers of width 512,
-        # 1,280 positions, 15 pairs in turns on a busy machine.
+        # No figure of its own: everything in docs/performance.md was measured with it.
         projection_barrier=True,
     ),
     # Compiled for an H100, not run: figures are what the optimised program copies.
