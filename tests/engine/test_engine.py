@@ -424,6 +424,7 @@ def compiled() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_duration_listener(heard)
 
 
+@pytest.mark.usefixtures("no_compilation_cache")
 def test_each_stage_compiles_once(model: LlavaModel, compiled: list[str]) -> None:
     """Fifty windows of other lengths, contents and sampling after a warm-up compile nothing."""
     make_engine(model).warm_up()
