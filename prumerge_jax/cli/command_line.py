@@ -4,7 +4,6 @@ Flags are absl's. Of a program with `--config` every field of the configuration 
 `--config.batch_size=64`.
 """
 
-import difflib
 import itertools
 import os
 import sys
@@ -16,7 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from prumerge_jax.cli import recipes
-from prumerge_jax.store.messages import LIMIT, quoted, shortened
+from prumerge_jax.messages import nearest, quoted, shortened
 
 _HELP = {"help", "helpshort", "helpfull", "h", "?"}
 _INTERRUPTED = 130
@@ -197,8 +196,8 @@ def _refuse_unknown(argv: Sequence[str], values: flags.FlagValues) -> None:
         is_flag = argument.startswith("-") and name[:1].isalpha()  # -1 is a value
         if not is_flag or name in values or name.removeprefix("no") in values:
             continue
-        close = difflib.get_close_matches(name[:LIMIT], [*values, "config"], n=1)
-        hint = f"did you mean --{close[0]}?" if close else "--help lists all flags"
+        near = nearest(name, [*values, "config"])
+        hint = f"did you mean --{near}?" if near else "--help lists all flags"
         raise ValueError(f"unknown flag --{shortened(name)}; {hint}")
 
 

@@ -17,10 +17,10 @@ from prumerge_jax.data import packing
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.request import Request
 from prumerge_jax.engine.shapes import EngineShapes
+from prumerge_jax.messages import quoted
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.reductions import Reduction
-from prumerge_jax.store.messages import quoted
 
 _Tree = TypeVar("_Tree")
 

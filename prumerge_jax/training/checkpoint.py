@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from prumerge_jax.messages import shortened
 from prumerge_jax.sharding.processes import allgather_ints
 from prumerge_jax.store.manifest import size_and_sha256
-from prumerge_jax.store.messages import shortened
 from prumerge_jax.store.strict_json import load_json
 from prumerge_jax.training.step import TrainState
 from prumerge_jax.training.weights import Shapes, Weights

@@ -17,10 +17,10 @@ import ml_collections
 from jax.sharding import Mesh
 
 from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.messages import shortened
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.sharding.mesh import MESH_AXES, make_mesh, use_mesh
 from prumerge_jax.sharding.processes import DataShards
-from prumerge_jax.store.messages import shortened
 from prumerge_jax.training.checkpoint import Checkpoints
 from prumerge_jax.training.config import ConfigError, MeshConfig, TrainConfig, parse, with_sizes
 from prumerge_jax.training.inputs import TrainingSource
