@@ -88,7 +88,7 @@ def test_speeds_around_saves_are_those_of_the_steps(
     assert [line["loss"] for line in lines] == list(range(1, STEPS + 1))
     seconds = [line["seconds_per_step"] for line in lines[1:]]
     assert min(seconds) > SECONDS / 4  # none was read together with the one before
-    assert np.mean(seconds) > 0.9 * SECONDS
+    assert np.mean(seconds) > 0.7 * SECONDS
     assert saved.steps() == [2, 4, 6, 8, 10, 12]
     assert saved.positions[4] == {"samples": 16, "metrics": {}}
 
