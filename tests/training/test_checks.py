@@ -145,6 +145,7 @@ def test_own_data_trains_by_flags_alone(tmp_path: pathlib.Path) -> None:
         "--config.weights=miniature", f"--config.data.json_file={tmp_path / 'own.json'}",
         f"--config.data.directory={tmp_path / 'cache'}", "--config.batch_size=2",
         "--config.dtype=float32", "--config.max_length=256", "--config.reduction=prumerge",
+        "--config.run.mesh.data=1", "--config.run.mesh.fsdp=1",
         "--config.adapter.rank=4", "--config.run.num_workers=0", "--config.run.log_every=1",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
