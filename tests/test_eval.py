@@ -81,6 +81,7 @@ def test_every_reduction_is_checked_before_the_model_is_loaded(
         run.evaluate(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_bad_image_gives_status_3_and_the_rest(
     model: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

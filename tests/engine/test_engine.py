@@ -497,6 +497,7 @@ def sharded_engine(model: LlavaModel, sizes: tuple[int, int, int] | None) -> Eng
     return Engine(PlacedModel(graphdef, placed, CONFIG, dtype, mesh=mesh), reduction, shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes"), [(2, 2, 2), (8, 1, 1)])
 def test_mesh_equals_one_device(model: LlavaModel, sizes: tuple[int, int, int]) -> None:
     sharded = sharded_engine(model, sizes)

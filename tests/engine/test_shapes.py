@@ -190,6 +190,7 @@ def compiled() -> Iterator[collections.Counter[str]]:
     jax.monitoring.unregister_event_duration_listener(heard)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_compilation_cache")
 @pytest.mark.parametrize(
     ("run", "kind", "width"),

@@ -45,12 +45,12 @@ def own_data_on_a_recipe_of_the_digits(config: ml_collections.ConfigDict) -> Non
     changed.weights = "miniature"
     changed.data.name = "llava_json"
     changed.data.json_file = "own.json"
-    config.update(changed)
+    config.update(changed.copy_and_resolve_references())
 
 
 def captions_of_own_data(config: ml_collections.ConfigDict) -> None:
     data = config.data.copy_and_resolve_references()
-    config.update(contrastive.get_config("tiny"))
+    config.update(contrastive.get_config("tiny").copy_and_resolve_references())
     config.data.name, config.data.json_file = "llava_json", data.json_file
 
 
