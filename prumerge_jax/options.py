@@ -9,15 +9,13 @@ it may be left open:
 """
 
 import dataclasses
-import difflib
 import math
 import numbers
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-QUOTED = 80
-"""Longest quotation of a user's text in a message, in characters."""
+from prumerge_jax.messages import did_you_mean, quoted
 
 
 class Bounds(typing.NamedTuple):
@@ -27,18 +25,12 @@ class Bounds(typing.NamedTuple):
     greatest: float
 
 
-def quote(value: object) -> str:
-    """`repr(value)` for a message: one line of at most `QUOTED` characters."""
-    text = repr(value)
-    return text if len(text) <= QUOTED else f"{text[: QUOTED - 4]}...{text[-1]}"
-
-
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that does not exist: the nearest one that does, and all of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(name[:QUOTED], known, n=1, cutoff=0.5)
-    start = f"; did you mean {near[0]!r}? Expected" if near else "; expected"
-    return f"{what} {quote(name)}{start} one of {', '.join(known)}"
+    hint = did_you_mean(name, known)
+    expected = f"{hint} Expected" if hint else "; expected"
+    return f"{what} {quoted(name)}{expected} one of {', '.join(known)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +126,7 @@ def check(method: object) -> None:
     """
     for name, option in options(type(method)).items():
         if not option.allows(value := getattr(method, name)):
-            raise ValueError(f"{name} is {quote(value)}; expected {option.expected}")
+            raise ValueError(f"{name} is {quoted(value)}; expected {option.expected}")
 
 
 def make(method: type, values: Mapping[str, Any]) -> Any:

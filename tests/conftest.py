@@ -4,6 +4,7 @@ import hashlib
 import os
 import pathlib
 import platform
+from collections.abc import Iterator
 from importlib import metadata
 
 import hypothesis
@@ -73,3 +74,16 @@ def golden() -> pathlib.Path:
     if folder is None:
         pytest.skip("no golden data: set PRUMERGE_GOLDEN to the folder of reference outputs")
     return folder
+
+
+@pytest.fixture
+def no_compilation_cache() -> Iterator[None]:
+    """For tests that count compilations: one that is found in the cache is none."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache as cache
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    cache.reset_cache()

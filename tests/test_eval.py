@@ -10,6 +10,7 @@ import pytest
 from configs import eval as eval_config
 from prumerge_jax.digits import benchmark as digits
 from prumerge_jax.evaluation import run
+from prumerge_jax.llava import Llava
 from tests.programs import run_program
 from tests.tiny_llava import write_tiny_llava
 
@@ -72,7 +73,7 @@ def test_several_reductions_with_baselines(model: pathlib.Path, tmp_path: pathli
 def test_every_reduction_is_checked_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, reduction: str, message: str
 ) -> None:
-    monkeypatch.setattr(run, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(Llava, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     config = eval_config.get_config()
     config.digits.scenes = 1
     config.reduction = reduction
@@ -80,6 +81,7 @@ def test_every_reduction_is_checked_before_the_model_is_loaded(
         run.evaluate(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_bad_image_gives_status_3_and_the_rest(
     model: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -90,6 +92,7 @@ def test_a_bad_image_gives_status_3_and_the_rest(
     out = run_eval(
         tmp_path / "run",
         f"--config.checkpoint={model}",
+        "--config.benchmark=digits",
         "--config.reduction=prumerge",
         f"--config.questions={data / digits.QUESTIONS_FILE}",
         f"--config.images={data / digits.IMAGE_FOLDER}",

@@ -47,6 +47,7 @@ def test_golden_cases(golden: pathlib.Path, name: str) -> None:
             np.testing.assert_array_equal(got.patch_indices[0, : len(selected)], selected)
 
 
+@pytest.mark.slow
 def test_golden_tower(golden: pathlib.Path) -> None:
     """Photo to visual tokens through a tower of the real geometry, float32."""
     from flax import nnx

@@ -4,7 +4,6 @@ Flags are absl's. Of a program with `--config` every field of the configuration 
 `--config.batch_size=64`.
 """
 
-import difflib
 import itertools
 import os
 import sys
@@ -16,7 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from prumerge_jax.cli import recipes
-from prumerge_jax.store.messages import LIMIT, quoted, shortened
+from prumerge_jax.messages import nearest, quoted, shortened
 
 _HELP = {"help", "helpshort", "helpfull", "h", "?"}
 _INTERRUPTED = 130
@@ -98,10 +97,11 @@ def parse_with_config(
     arguments = values.read_flags_from_files(list(argv[1:]), force_gnu=False)
     recipe, arguments = _take_config(arguments, default)
     command_line = [argv[0], *arguments]
+    published = ", ".join(recipes.names())
+    help_text = f"  --config: a Python file, or one of {published}"
     if recipe is None:
-        published = ", ".join(recipes.names())
         if _wants_help(command_line):
-            _parse(command_line, values, description, f"Recipes for --config: {published}")
+            _parse(command_line, values, description, help_text)
         others = [argument for argument in command_line if not argument.startswith("--config.")]
         _refuse_unknown(others, values)
         raise ValueError(f"--config is missing; give a file or one of {published}")
@@ -111,17 +111,15 @@ def parse_with_config(
     config_flags.DEFINE_config_dict(
         "config", config, flag_values=values, sys_argv=[f"--config.{field}" for field in fields]
     )
-    listed = [f"  --config.{field}={config_value(config, field)}" for field in fields]
-    _parse(command_line, values, description, "\n".join([f"Fields of {recipe}:", *listed]))
+    named = {field: _value(config, field) for field in fields}
+    listed = [
+        f"  --config.{field}={value}"
+        for field, value in named.items()
+        if not isinstance(value, ConfigDict)
+    ]
+    listed = [help_text, "", f"Fields of {recipe}:", *listed]
+    _parse(command_line, values, description, "\n".join(listed))
     return config
-
-
-def config_value(config: ConfigDict, field: str) -> object:
-    """The value of a field that is named with dots."""
-    value = config
-    for key in field.split("."):
-        value = value[key]
-    return value.to_dict() if isinstance(value, ConfigDict) else value
 
 
 def _take_config(arguments: list[str], default: str | None) -> tuple[str | None, list[str]]:
@@ -151,9 +149,17 @@ def _fields(config: ConfigDict, prefix: str = "") -> Iterator[str]:
             yield from _fields(config[key], f"{prefix}{key}.")
 
 
+def _value(config: ConfigDict, field: str) -> object:
+    """The value of a field that is named with dots."""
+    value = config
+    for key in field.split("."):
+        value = value[key]
+    return value
+
+
 def _parse(argv: Sequence[str], values: flags.FlagValues, description: str, fields: str) -> None:
     if _wants_help(argv):
-        print("\n\n".join(filter(None, (description.strip(), _listed(values), fields))))
+        print(f"{description.strip()}\n\n{_listed(values)}\n{fields}".rstrip())
         sys.exit(0)
     _refuse_unknown(argv, values)
     try:
@@ -174,7 +180,7 @@ def _listed(values: flags.FlagValues) -> str:
     lines = ["Flags:"]
     for name in sorted(values):
         flag = values[name]
-        if name == flag.name and not name.startswith("config."):
+        if name == flag.name and name.partition(".")[0] != "config":
             default = "" if flag.default is None else f" (default: {flag.default})"
             lines.append(f"  --{name}: {flag.help}{default}")
     return "\n".join(lines)
@@ -190,8 +196,8 @@ def _refuse_unknown(argv: Sequence[str], values: flags.FlagValues) -> None:
         is_flag = argument.startswith("-") and name[:1].isalpha()  # -1 is a value
         if not is_flag or name in values or name.removeprefix("no") in values:
             continue
-        close = difflib.get_close_matches(name[:LIMIT], [*values, "config"], n=1)
-        hint = f"did you mean --{close[0]}?" if close else "--help lists all flags"
+        near = nearest(name, [*values, "config"])
+        hint = f"did you mean --{near}?" if near else "--help lists all flags"
         raise ValueError(f"unknown flag --{shortened(name)}; {hint}")
 
 

@@ -6,7 +6,6 @@ carries them as `prumerge_jax/configs`. They import each other as `configs` in e
 may a file of the user's.
 """
 
-import difflib
 import importlib.util
 import inspect
 import pathlib
@@ -16,7 +15,7 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
-from prumerge_jax.store.messages import LIMIT, shortened
+from prumerge_jax.messages import nearest, shortened
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 _INSTALLED, _CLONE = _PACKAGE / "configs", _PACKAGE.parent / "configs"
@@ -72,8 +71,8 @@ def _find(path: str) -> pathlib.Path:
         return file.resolve()
     published = names()
     if path not in published:
-        close = difflib.get_close_matches(path[:LIMIT], published, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"published are {', '.join(published)}"
+        near = nearest(path, published)
+        hint = f"did you mean {near}?" if near else f"published are {', '.join(published)}"
         raise ValueError(
             f"--config {shortened(path)}: no recipe of that name, and no .py file; {hint}"
         )

@@ -42,7 +42,7 @@ _DTYPES = {
 _DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 # A 13B model in one file has 760 tensors and a header of 0.1 MB. The format allows 100 MB, with
 # which a small file could fill memory.
-_MAX_HEADER_BYTES = 4 << 20
+_MAX_HEADER_BYTES = 2 << 20
 _MAX_TENSORS = 20_000
 _MAX_RANK = 8
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE, IMAGE_PLACEHOLDER, IMAGE_TOKEN
-from prumerge_jax.store.messages import quoted
+from prumerge_jax.messages import quoted
 
 LabelProtocol = Literal["prumerge", "llava-1.2"]
 """Whose label lengths to use for the rounds after the first.

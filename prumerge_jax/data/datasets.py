@@ -3,7 +3,6 @@
 `llava_json` is known here; a room with a data set of its own registers it (`register_dataset`).
 """
 
-import difflib
 import fcntl
 import pathlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 
 from prumerge_jax.data import llava_json, samples
 from prumerge_jax.data.samples import Sample
-from prumerge_jax.store.messages import quoted
+from prumerge_jax.messages import did_you_mean, quoted
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,9 @@ def open_dataset(data: DataConfig) -> Dataset:
       OSError: a file cannot be read.
     """
     if data.name not in _DATASETS:
-        near = difflib.get_close_matches(str(data.name), _DATASETS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"data.name is {quoted(data.name)}; expected one of {sorted(_DATASETS)}{hint}"
+            f"data.name is {quoted(data.name)}; expected one of {sorted(_DATASETS)}"
+            + did_you_mean(data.name, _DATASETS)
         )
     return _DATASETS[data.name].open(data)
 

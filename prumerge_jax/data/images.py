@@ -16,8 +16,8 @@ from typing import BinaryIO, Literal, get_args
 import numpy as np
 from PIL import Image, ImageFile
 
+from prumerge_jax.messages import quoted, shortened
 from prumerge_jax.models.config import CLIP_MEAN, CLIP_STD
-from prumerge_jax.store.messages import quoted, shortened
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000

@@ -24,7 +24,7 @@ import tensorflow_datasets as tfds
 from prumerge_jax.data import conversation, images, samples
 from prumerge_jax.data.samples import Turn
 from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER
-from prumerge_jax.store.messages import quoted
+from prumerge_jax.messages import quoted
 
 _logger = logging.getLogger(__name__)
 

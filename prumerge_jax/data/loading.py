@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from prumerge_jax.data.images import ImageError, ImageProcessor, ImageSource
-from prumerge_jax.store.messages import shortened
+from prumerge_jax.messages import shortened
 
 TIMEOUT_SECONDS = 120
 """After so long a reader is taken to hang on its image."""

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
-from prumerge_jax.store.messages import quoted
+from prumerge_jax.messages import quoted
 
 PositionIds = Literal["compact", "original"]
 

@@ -23,7 +23,7 @@ from prumerge_jax.data.conversation import LabelledText, LabelProtocol, Template
 from prumerge_jax.data.images import ImageProcessor
 from prumerge_jax.data.samples import Sample
 from prumerge_jax.data.tokenizer import Tokenizer
-from prumerge_jax.store.messages import quoted
+from prumerge_jax.messages import quoted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -140,7 +140,7 @@ def write_files(folder: pathlib.Path, *, split: str = "test", scenes: int, seed:
     """Writes the question file, the annotations and the images of a split into `folder`.
 
     The scenes and questions are those of the data set `digits_vqa` of the same seed. The question
-    file comes last and whole, so that a folder which has one is complete.
+    file comes last and complete, so that a folder which has one is complete.
 
     Args:
       folder: made if it does not exist.

@@ -32,8 +32,8 @@ from prumerge_jax.digits.contrastive import (
     scale_cls_queries,
 )
 from prumerge_jax.digits.dataset import DigitsVqa, DigitsVqaConfig, caption_sample
+from prumerge_jax.messages import quoted
 from prumerge_jax.models.config import TextConfig
-from prumerge_jax.store.messages import quoted
 from prumerge_jax.training.config import ConfigError, TrainConfig
 from prumerge_jax.training.inputs import TrainingSource
 from prumerge_jax.training.objectives.registry import Objective, Packer, register_objective

@@ -25,7 +25,7 @@ from prumerge_jax.engine.request import (
     SamplingParams,
     check_image_count,
 )
-from prumerge_jax.store.messages import quoted, shortened
+from prumerge_jax.messages import quoted, shortened
 
 Images = Sequence[ImageSource | Sequence[ImageSource] | None]
 """One image per prompt: a path, bytes, PIL image, uint8 [H, W, 3] or data URL, alone or as the only

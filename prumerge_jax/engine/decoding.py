@@ -24,13 +24,14 @@ class SlotDecoder:
 
     def __init__(self, model: PlacedModel, shapes: EngineShapes) -> None:
         self.model, self.shapes = model, shapes
-        self.slots = programs.empty_slots(
+        empty = programs.empty_slots(
             model.graphdef,
             model.state,
             slots=shapes.slots,
             length=shapes.cache_length,
             dtype=model.dtype,
         )
+        self.slots = model.commit(empty)
         self.occupant: list[_Sequence | None] = [None] * shapes.slots
         self.unread: collections.deque[_Chunk] = collections.deque()
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,12 @@ from prumerge_jax.data import packing
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.request import Request
 from prumerge_jax.engine.shapes import EngineShapes
+from prumerge_jax.messages import quoted
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.reductions import Reduction
-from prumerge_jax.store.messages import quoted
+
+_Tree = TypeVar("_Tree")
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Compute dtypes."""
@@ -82,6 +84,12 @@ class PlacedModel:
         compiles one function for committed arguments and another for those that are not.
         """
         return jax.device_put(x, self.batch_sharding)
+
+    def commit(self, tree: _Tree) -> _Tree:
+        """Arrays that a jitted function made of nothing, committed as what it makes of others."""
+        if self.mesh is not None:  # with a mesh all are
+            return tree
+        return jax.device_put(tree, self.batch_sharding)
 
     def put_rows(self, rows: packing.Rows) -> programs.Rows:
         """The device's part of a plan."""

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from prumerge_jax.data.tokens import IMAGE_TOKEN
-from prumerge_jax.store.messages import quoted
+from prumerge_jax.messages import quoted
 
 MAX_STOP_IDS = 4
 """Most stop ids of a request; the compiled programs compare every token with so many."""

@@ -44,7 +44,7 @@ def read_answers(path: pathlib.Path) -> Answers:
 
 
 def write_answers(path: pathlib.Path, rows: Sequence[jsonfiles.Row]) -> None:
-    """Writes an answers file whole or not at all."""
+    """Writes an answers file completely or not at all."""
     jsonfiles.replace_file(path, "".join(map(jsonfiles.dump_line, rows)))
 
 

@@ -5,7 +5,6 @@ here, so that it is wrong in one line before a file is read or written.
 """
 
 import dataclasses
-import difflib
 import math
 import pathlib
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from prumerge_jax.engine.encoding import DTYPES
 from prumerge_jax.engine.shapes import EVALUATION_SIZES, EngineConfig
 from prumerge_jax.evaluation.benchmarks.base import PROTOCOLS, Benchmark, TaskFiles
 from prumerge_jax.evaluation.benchmarks.registry import BENCHMARKS, benchmark, unnamed_benchmark
+from prumerge_jax.options import unknown
 from prumerge_jax.reductions import parse_list
 
 TASK_FIELDS = ("benchmark", "questions", "images", "annotations")
@@ -41,7 +41,7 @@ class Decoding:
       conversation: prompt template.
       position_ids: see `packing.pack_window`.
       max_new_tokens: None takes the benchmark's own limit.
-      temperature: of the draws; 0 is greedy.
+      temperature: divides the logits; 0 is greedy.
       top_p: smallest probability mass to draw from.
       seed: row i draws with seed + i.
       num_workers: processes that decode images.
@@ -256,9 +256,7 @@ def _mapping(where: str, value: Any) -> dict[str, Any]:
 def _check_names(where: str, values: Mapping[str, Any], known: Any) -> None:
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(str(name), list(known), 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"{where} has no field {name!r:.80}; {hint}")
+            raise ValueError(unknown(f"{where} has no field", str(name), known))
 
 
 def _check_fields(where: str, values: Mapping[str, Any], kind: type) -> None:
@@ -287,10 +285,6 @@ def _typed(name: str, value: Any, kind: type) -> Any:
 
 def _one_of(name: str, value: str, known: Any) -> str:
     if value not in known:
-        near = difflib.get_close_matches(value, list(known), 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(
-            f"--config.{name}: unknown {name.rpartition('.')[2].replace('_', ' ')} "
-            f"{value!r:.80}{hint}; expected one of {', '.join(known)}"
-        )
+        what = f"--config.{name}: unknown {name.rpartition('.')[2].replace('_', ' ')}"
+        raise ValueError(unknown(what, value, known))
     return value

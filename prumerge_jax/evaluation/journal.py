@@ -22,6 +22,7 @@ from typing import Any, Self
 
 from prumerge_jax.evaluation import jsonfiles
 from prumerge_jax.evaluation.answers import Fingerprint, write_answers
+from prumerge_jax.store.atomic import sync_folder
 from prumerge_jax.store.strict_json import parse_json
 
 _START = b'{"fingerprint": '
@@ -139,7 +140,7 @@ class Journal:
         self._outcomes |= batch
 
     def write_results(self, folder: pathlib.Path) -> None:
-        """Writes answers.jsonl and errors.jsonl, each whole or not at all, in input order.
+        """Writes answers.jsonl and errors.jsonl, each complete or not at all, in input order.
 
         Raises:
           ValueError: A row has neither an answer nor an error yet.
@@ -187,7 +188,7 @@ class Journal:
             self._truncate(len(complete))
         if not complete:
             self._write(self._header)
-            jsonfiles.sync_directory(self.path.parent)
+            sync_folder(self.path.parent)
 
     def _read(self, data: bytes, fingerprint: dict[str, Any]) -> None:
         """Takes over every line that is intact, in order."""

@@ -1,12 +1,11 @@
-"""JSON and JSON-lines files: errors that name file and row, writes that are whole or absent."""
+"""JSON and JSON-lines files: errors that name file and row, writes that are complete or absent."""
 
 import codecs
-import contextlib
 import json
-import os
 import pathlib
 from typing import Any, cast
 
+from prumerge_jax.store.atomic import write_atomically
 from prumerge_jax.store.strict_json import parse_json
 
 Row = dict[str, Any]
@@ -117,31 +116,13 @@ def strings(row: Any, name: str, where: str) -> list[str]:
 
 
 def replace_file(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes `path` so that a crash leaves the old file or the whole new one, never a part.
+    """Writes `path` so that a crash leaves the old file or the complete new one, never a part.
 
     Raises:
       OSError: The file could not be written, on a full disk for example; the message names it, and
         what was there before is as it was.
     """
-    data = content.encode() if isinstance(content, str) else content
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync_directory(path.parent)
+        write_atomically(path, content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def sync_directory(folder: pathlib.Path) -> None:
-    """Makes the creation or renaming of a file in `folder` survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

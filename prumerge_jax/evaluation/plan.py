@@ -30,7 +30,7 @@ class Run:
       name: the reduction as it was spelled.
       reduction: what happens to the visual tokens.
       decoding: how answers are made.
-      fingerprint: of the answers.
+      fingerprint: all that determines the answers.
       folder: where they are stored.
     """
 
@@ -51,10 +51,10 @@ class Plan:
       workdir: folder of the evaluation.
       checkpoint: the model's directory.
       model: its sizes.
-      dtype: of its computation.
+      dtype: compute dtype.
       mesh: its devices; None is the first one.
       weights: hash of its weights.
-      questions: of each benchmark.
+      questions: one entry per benchmark.
       runs: by benchmark, then by reduction. Baselines join when their token counts are known.
     """
 

@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import ml_collections
 
@@ -129,7 +130,7 @@ def _score_answers(settings: EvalConfig, path: pathlib.Path, workdir: pathlib.Pa
     return ALL_ANSWERED
 
 
-def _say_notes(questions: list[TaskQuestions] | tuple[TaskQuestions, ...]) -> None:
+def _say_notes(questions: Sequence[TaskQuestions]) -> None:
     for entry in questions:
         for note in entry.notes:
             print(note, flush=True)

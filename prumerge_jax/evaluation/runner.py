@@ -104,7 +104,7 @@ def run(
       rows: the questions.
       reduction: what happens to the visual tokens.
       decoding: how answers are made.
-      fingerprint: of the run, see `fingerprint`.
+      fingerprint: all that determines the answers, see `fingerprint`.
       workdir: an existing folder.
 
     Raises:

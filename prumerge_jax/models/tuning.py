@@ -58,6 +58,8 @@ BY_PLATFORM = {
         # XLA's CPU products take no slices: a decoding step of one slot took 610 ms with the layers
         # in a stack and 236 in a list, of eight slots 1033 and 717.
         layers="list",
+        # No figure of its own: everything in docs/performance.md was measured with it.
+        projection_barrier=True,
     ),
     # Compiled for an H100, not run: figures are what the optimised program copies.
     "gpu": Tuning(
@@ -66,6 +68,8 @@ BY_PLATFORM = {
         # A loop over a stack copies a layer's weights out of it before they are multiplied: three
         # times the traffic of decoding, which is bound by it. Nothing is copied of a list.
         layers="list",
+        # No figure: the form that was compiled.
+        projection_barrier=True,
     ),
     # XLA's estimates for programs of 7B in bfloat16, not run; docs/performance.md.
     "tpu": Tuning(

@@ -1,6 +1,6 @@
 """Reductions as callers name them, applied to evidence."""
 
-from prumerge_jax.options import quote
+from prumerge_jax.messages import quoted
 from prumerge_jax.prumerge import PruMergeConfig, VisualTokens
 from prumerge_jax.reductions.base import Assignment, Evidence, Reduction
 from prumerge_jax.reductions.prumerge import PruMerge
@@ -22,7 +22,7 @@ def as_reduction(reduction: ReductionLike) -> Reduction:
         return reduction
     if isinstance(reduction, str):
         return parse(reduction)
-    raise ValueError(f"reduction is {quote(reduction)}; expected text such as 'prumerge'")
+    raise ValueError(f"reduction is {quoted(reduction)}; expected text such as 'prumerge'")
 
 
 def reduce(evidence: Evidence, reduction: ReductionLike) -> VisualTokens:
@@ -48,7 +48,7 @@ def _supplied(evidence: Evidence, reduction: ReductionLike) -> Reduction:
     missing = sorted(name for name in reduction.needs if getattr(evidence, name) is None)
     if missing:
         raise ValueError(
-            f"reduction {quote(spell(reduction))} needs evidence that was not gathered: "
+            f"reduction {quoted(spell(reduction))} needs evidence that was not gathered: "
             f"{', '.join(missing)}"
         )
     return reduction

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prumerge_jax import options
-from prumerge_jax.options import quote
+from prumerge_jax.messages import quoted
 from prumerge_jax.reductions.base import Reduction
 from prumerge_jax.reductions.baselines import Baseline, Choice
 
@@ -78,7 +78,7 @@ def parse(spelling: str) -> Reduction:
     try:
         return _make(name, parts)
     except ValueError as error:
-        raise ValueError(f"reduction {quote(spelling)}: {error}") from None
+        raise ValueError(f"reduction {quoted(spelling)}: {error}") from None
 
 
 def _make(name: str, parts: Sequence[str]) -> Reduction:
@@ -91,7 +91,7 @@ def _make(name: str, parts: Sequence[str]) -> Reduction:
         if not separator and entry.shorthand and not values:
             parameter, text = entry.shorthand, part
         elif not separator:
-            raise ValueError(f"{quote(part)} is not 'parameter=value'")
+            raise ValueError(f"{quoted(part)} is not 'parameter=value'")
         if parameter not in known:
             raise ValueError(options.unknown("no such parameter", parameter, known))
         if parameter in values:
@@ -129,7 +129,7 @@ def _parse_one_of_many(spelling: str) -> Reduction:
     words = [*before.split(","), *(part.partition(":")[0] for part in written.split(","))]
     if "," in spelling and sum(word in names() for word in words) > 1:
         raise ValueError(
-            f"reduction {quote(spelling)}: several reductions are separated by a space; commas "
+            f"reduction {quoted(spelling)}: several reductions are separated by a space; commas "
             "separate the parameters of one"
         )
     return parse(spelling)

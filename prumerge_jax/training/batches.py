@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from prumerge_jax.data import packing
 from prumerge_jax.data.pipeline import Example
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
+from prumerge_jax.messages import quoted
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.sharding.mesh import logical_spec
 from prumerge_jax.sharding.processes import (
@@ -30,7 +31,6 @@ from prumerge_jax.sharding.processes import (
     allgather_ints,
     to_global_array,
 )
-from prumerge_jax.store.messages import quoted
 from prumerge_jax.training.inputs import kept_tokens
 from prumerge_jax.training.weights import Leaf
 

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from prumerge_jax.messages import shortened
 from prumerge_jax.sharding.processes import allgather_ints
 from prumerge_jax.store.manifest import size_and_sha256
 from prumerge_jax.store.strict_json import load_json
@@ -76,6 +77,7 @@ class Checkpoints:
         self._saver = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._saving: concurrent.futures.Future[None] | None = None
         self._is_writer = jax.process_index() == 0
+        logging.getLogger("absl").addFilter(_is_not_traceback_of_orbax)
         self._directory.mkdir(parents=True, exist_ok=True)
         if self._is_writer:
             for leftover in self._directory.glob(f"*{_INCOMPLETE}*"):
@@ -128,7 +130,11 @@ class Checkpoints:
         """
         self._saver.shutdown()
         if self._saving is not None and (error := self._saving.exception()):
-            raise CheckpointError(f"the last checkpoint was not saved: {error}") from error
+            reason = shortened(" ".join(str(error).split()), 300)
+            raise CheckpointError(
+                f"the last checkpoint was not saved: {reason}; {self._directory} has those of the "
+                f"steps {self.steps()}"
+            ) from error
 
     def restore(self, target: TrainState) -> Restored | None:
         """Restores the newest intact step, straight into the shards of `target`.
@@ -203,7 +209,10 @@ class Checkpoints:
             raise
 
     def _abandon(self, target: pathlib.Path, error: Exception) -> None:
-        _logger.error("checkpoint %s was NOT saved, older ones are intact: %s", target.name, error)
+        _logger.error(
+            "checkpoint %s was NOT saved, older ones are intact: %s",
+            target.name, shortened(" ".join(str(error).split()), 300),
+        )  # fmt: skip
         if self._is_writer:
             for leftover in self._directory.glob(f"{target.name}{_INCOMPLETE}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -292,6 +301,11 @@ def _check_same(stored: dict[str, Any], expected: dict[str, Any], where: str) ->
                 f"{where}: {name} is {found[1]} {found[0]}, this run expects {wanted[1]} "
                 f"{wanted[0]}; nothing is cast or reshaped"
             )
+
+
+def _is_not_traceback_of_orbax(record: logging.LogRecord) -> bool:
+    """Every thread of Orbax logs a failed save with its traceback; `Checkpoints` says it once."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _digest(files: Mapping[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """The configuration of a run as frozen dataclasses, parsed once from the fields that users set."""
 
 import dataclasses
-import difflib
 import json
 import math
 import types
@@ -17,9 +16,9 @@ from prumerge_jax.data.datasets import DataConfig, known_options
 from prumerge_jax.data.images import ImageMode
 from prumerge_jax.data.packing import PositionIds
 from prumerge_jax.data.tokenizer import Style
+from prumerge_jax.messages import did_you_mean, quoted
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.layers import AdapterConfig
-from prumerge_jax.store.messages import quoted
 from prumerge_jax.training.optimizer import OptimizerConfig
 
 Kind = TypeVar("Kind")
@@ -156,7 +155,7 @@ class TrainConfig:
         if self.conversation not in trainable:
             raise ValueError(
                 f"conversation is {quoted(self.conversation)}; expected one of {trainable}"
-                + _hint(self.conversation, trainable)
+                + did_you_mean(self.conversation, trainable)
             )
 
     @property
@@ -238,7 +237,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             return value
         raise ConfigError(
             f"config.{name} is {quoted(value)}; expected one of {list(arguments)}"
-            + _hint(str(value), [str(argument) for argument in arguments])
+            + did_you_mean(str(value), [str(argument) for argument in arguments])
         )
     elif origin and issubclass(origin, Mapping):
         return dict(_section(value, name))
@@ -259,9 +258,6 @@ def _section(values: Any, name: str) -> Mapping[str, Any]:
 def _refuse_unknown(values: Mapping[str, Any], known: Any, prefix: str) -> None:
     for name in values:
         if name not in known:
-            raise ConfigError(f"unknown field config.{prefix}{name}" + _hint(name, list(known)))
-
-
-def _hint(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"unknown field config.{prefix}{name}" + did_you_mean(name, list(known))
+            )

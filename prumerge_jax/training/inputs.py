@@ -23,8 +23,8 @@ from prumerge_jax.data.images import ImageProcessor
 from prumerge_jax.data.pipeline import Example, Preprocessor
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
+from prumerge_jax.messages import quoted
 from prumerge_jax.store.atomic import write_atomically
-from prumerge_jax.store.messages import quoted
 from prumerge_jax.training.config import ExecutionConfig, TrainConfig
 
 _logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.messages import shortened
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.sharding.mesh import MESH_AXES, make_mesh, use_mesh
 from prumerge_jax.sharding.processes import DataShards
@@ -232,8 +233,8 @@ def _export(setup: Setup, trained: Weights, directory: pathlib.Path) -> None:
         setup.pretrained.export(directory, trained, setup.config.adapter, setup.mesh, source)
     except (OSError, RuntimeError, ValueError) as error:
         raise TrainingError(
-            f"the model cannot be written to {directory}: {error}; the checkpoint of the last step "
-            "is intact, so the same command writes it once there is space"
+            f"the model cannot be written to {directory}: {shortened(str(error), 300)}; the "
+            "checkpoint of the last step is intact: mend that and run the same command"
         ) from error
     _logger.info("wrote the model to %s", directory)
 

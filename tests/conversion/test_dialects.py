@@ -36,6 +36,7 @@ from tests.conversion.checkpoints import (
     write_peft,
 )
 from tests.conversion.test_convert import assert_same_bits, canonical_tensors
+from tests.store.test_model_directory import to_version_1
 
 VICUNA = "vicuna-7b-v1.5"
 
@@ -319,6 +320,18 @@ def test_llava_hf_round_trip(tmp_path: pathlib.Path) -> None:
     opened = open_model(Sources(tmp_path / "back"))
     assert opened.config == TINY
     assert_same_bits(read_all(opened), tensors)
+
+
+def test_directories_of_version_1_are_exported(tmp_path: pathlib.Path) -> None:
+    tensors = write_hf(tmp_path / "in")
+    convert(open_model(Sources(tmp_path / "in")), tmp_path / "ours")
+    to_version_1(tmp_path / "ours")
+    old, new = "passthrough.safetensors", "unused_tower_tensors.safetensors"
+    (tmp_path / "ours" / new).rename(tmp_path / "ours" / old)
+    manifest = tmp_path / "ours" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(new, old))
+    export_model(tmp_path / "ours", tmp_path / "back", Dialect.HF)
+    assert_same_bits(read_all(open_model(Sources(tmp_path / "back"))), tensors)
 
 
 @pytest.mark.parametrize("projector", ["linear", "mlp3x_gelu"])

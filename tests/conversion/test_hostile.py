@@ -54,15 +54,19 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     )
     started = time.process_time()
     try:
-        convert(open_model(sources), folder / "out")
-        outcomes[folder.name] = "accepted", 0
+        try:
+            model = open_model(sources)
+        finally:
+            seconds = time.process_time() - started
+        convert(model, folder / "out")
+        outcomes[folder.name] = "accepted", seconds
     except ConversionError as error:
-        outcomes[folder.name] = str(error), time.process_time() - started
+        outcomes[folder.name] = str(error), seconds
 print(json.dumps([peak_resident_gb(), outcomes]))
 """
 
 Outcomes = tuple[float, dict[str, tuple[str, float]]]
-"""Peak memory in GB; by case the message and the CPU seconds until it."""
+"""Peak memory in GB; by case the message and the CPU seconds of `open_model`."""
 Case = Callable[[pathlib.Path], None]
 CASES: dict[str, tuple[Case, str]] = {}
 
@@ -284,13 +288,13 @@ def safetensors_header_of_empty_lists(folder: pathlib.Path) -> None:
 
 @case("the header is not an object")
 def safetensors_header_of_lists_below_the_limit(folder: pathlib.Path) -> None:
-    safetensors_header(folder, b"[" + b"[]," * (1 << 20) + b"[]]")
+    safetensors_header(folder, b"[" + b"[]," * (1 << 19) + b"[]]")
 
 
-@case("50000 tensors in one file")
+@case("25000 tensors in one file")
 def safetensors_of_many_empty_tensors(folder: pathlib.Path) -> None:
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    safetensors_header(folder, json.dumps({str(n): entry for n in range(50_000)}).encode())
+    safetensors_header(folder, json.dumps({str(n): entry for n in range(25_000)}).encode())
 
 
 @case("model.safetensors.index.json: larger than")

@@ -147,7 +147,7 @@ DEEP = b")" + b"\x85" * 140_000  # tuples in tuples
 EIGHT = bytes(8)
 HOSTILE = {
     "a tower of tuples as a module": (archive(DOUBLINGS), "names a class by a tuple"),
-    "a tower of tuples as a key": (archive(b"}" + doublings(40) + b"K\x01s."), "a tuple, no str"),
+    "a tower of tuples as a key": (archive(doublings(40) + b"}h\x28K\x01s."), "a tuple, no str"),
     "a tower of tuples called": (archive(doublings(40) + b")R."), "calls a tuple"),
     "deep module": (archive(b"\x80\x04" + DEEP + text("x") + b"\x93)R."), "class by a tuple"),
     "deep key": (archive(b"}" + DEEP + b"K\x01s."), "a key that is a tuple, no string"),

@@ -19,6 +19,7 @@ from prumerge_jax.data import datasets, llava_json, samples
 from prumerge_jax.digits import dataset as digits_vqa
 from prumerge_jax.digits import questions as digits_questions
 from prumerge_jax.digits import scenes as digits
+from prumerge_jax.messages import shortened
 
 TINY = {"train_scenes": 8, "validation_scenes": 2, "test_scenes": 4, "scenes_per_layout": 4}
 
@@ -316,7 +317,8 @@ def test_unreadable_images_are_named_together_and_repaired_ones_are_read(tmp_pat
     with pytest.raises(ValueError, match="2 of 5 samples have an image") as error:
         _prepare(tmp_path, entries, tmp_path)
     for index in intact:
-        assert f"sample 's{index}': {tmp_path}/{index}.jpg: " in str(error.value)
+        named = shortened(f"sample 's{index}': {tmp_path}/{index}.jpg")
+        assert f"{named}: " in str(error.value)
     assert "data.skip_bad_images=true" in str(error.value)
     for index, content in intact.items():
         (tmp_path / f"{index}.jpg").write_bytes(content)

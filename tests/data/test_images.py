@@ -14,6 +14,7 @@ from PIL import Image, ImageFile
 
 from prumerge_jax.data import images
 from prumerge_jax.data.images import ImageError, load_image, normalize, preprocess
+from prumerge_jax.messages import shortened
 
 MODES = ("crop", "pad")
 
@@ -277,7 +278,7 @@ def test_bad_file_is_refused_by_name(tmp_path, name):
     with pytest.raises(ImageError) as caught:
         load_image(path)
     message = str(caught.value)
-    assert message.startswith(f"{path}: ")
+    assert message.startswith(f"{shortened(str(path))}: ")
     assert cause in message
     assert "expected a complete JPEG" in message
     with pytest.raises(ImageError, match="^image 17: "):

@@ -175,6 +175,7 @@ def test_scenes_of_one_layout_stay_together_when_grouped_first(source, preproces
     assert numbers != sorted(numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_reading_resumes_where_the_state_was_taken(source, preprocess, num_workers) -> None:
     if not flags.FLAGS.is_parsed():

@@ -424,6 +424,7 @@ def compiled() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_duration_listener(heard)
 
 
+@pytest.mark.usefixtures("no_compilation_cache")
 def test_each_stage_compiles_once(model: LlavaModel, compiled: list[str]) -> None:
     """Fifty windows of other lengths, contents and sampling after a warm-up compile nothing."""
     make_engine(model).warm_up()
@@ -496,6 +497,7 @@ def sharded_engine(model: LlavaModel, sizes: tuple[int, int, int] | None) -> Eng
     return Engine(PlacedModel(graphdef, placed, CONFIG, dtype, mesh=mesh), reduction, shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes"), [(2, 2, 2), (8, 1, 1)])
 def test_mesh_equals_one_device(model: LlavaModel, sizes: tuple[int, int, int]) -> None:
     sharded = sharded_engine(model, sizes)
@@ -509,6 +511,7 @@ def test_mesh_equals_one_device(model: LlavaModel, sizes: tuple[int, int, int]) 
         drawn = by_key(sharded.generate(sampled))
     expected = by_key(plain.score(scored))
     for key in expected:
-        assert scores[key].log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-4)
+        value = pytest.approx(expected[key].log_likelihood, rel=1e-5)  # of some -50
+        assert scores[key].log_likelihood == value
     assert tokens_of(answers) == tokens_of(by_key(plain.generate(requests)))
     assert tokens_of(drawn) == tokens_of(by_key(plain.generate(sampled)))

@@ -35,7 +35,7 @@ from tests.tiny_llava import random_llava
 IMAGES = 2000
 LLAVA_PATCHES, DIGITS_PATCHES = 576, 144
 STAGES = {
-    Engine.score: ("encode", "join", "read", "log_likelihoods"),
+    Engine.score: ("encode", "join", "hidden_before_last_mlp", "log_likelihoods"),
     Engine.generate: ("encode", "join", "prefill", "first_tokens", "insert", "decode"),
 }
 
@@ -190,6 +190,8 @@ def compiled() -> Iterator[collections.Counter[str]]:
     jax.monitoring.unregister_event_duration_listener(heard)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_compilation_cache")
 @pytest.mark.parametrize(
     ("run", "kind", "width"),
     [(Engine.score, "digits", 6), (Engine.score, "lognormal", 10), (Engine.generate, "digits", 6)],

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from prumerge_jax.digits import benchmark as digits
+from prumerge_jax.digits.questions import FAMILIES, conclusion
 from prumerge_jax.engine.shapes import EngineConfig
 from prumerge_jax.evaluation import runner
+from prumerge_jax.evaluation.benchmarks.pope import says_yes
 from prumerge_jax.evaluation.config import Decoding
 from prumerge_jax.evaluation.questions import Task, TaskQuestions
 from prumerge_jax.llava import Llava
@@ -90,7 +92,25 @@ def test_a_run_answers_everything_once(straight: tuple[bytes, runner.RunScores])
     assert 1 <= scored.visual_tokens.min() < scored.visual_tokens.max()
     assert scored.metrics["visual_tokens_mean"] == pytest.approx(scored.visual_tokens.mean())
     assert 0 < scored.metrics["token_efficiency"] <= 1
-    assert 0 <= scored.metrics["accuracy_mean"] <= 100
+
+
+def test_the_metrics_are_those_of_the_answers(
+    data: pathlib.Path, straight: tuple[bytes, runner.RunScores]
+) -> None:
+    lines, scored = straight
+    truths = digits.Digits().read_annotations(data / digits.ANNOTATIONS_FILE)
+    right: dict[str, list[bool]] = {}
+    for row in map(json.loads, lines.splitlines()):
+        family, text = row["question_id"].rpartition("_")[2], conclusion(row["text"])
+        answer = truths[row["question_id"]].answer
+        is_right = says_yes(text) == (answer == "yes") if family == "presence" else text == answer
+        right.setdefault(family, []).append(is_right)
+    assert right.keys() == set(FAMILIES)
+    for family, rows in right.items():
+        assert scored.metrics[f"accuracy_{family}"] == pytest.approx(100 * np.mean(rows))
+    mean = np.mean([np.mean(rows) for rows in right.values()])
+    assert scored.metrics["accuracy_mean"] == pytest.approx(100 * mean)
+    assert scored.per_question["accuracy_mean"].mean() == pytest.approx(mean)
 
 
 @pytest.mark.slow

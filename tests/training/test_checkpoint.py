@@ -1,6 +1,7 @@
 """Checkpoints: exact, verified, set aside when damaged, refused when they do not fit."""
 
 import json
+import logging
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -190,6 +191,21 @@ def test_what_a_killed_run_left_is_removed(copy: pathlib.Path) -> None:
     checkpoints = open_checkpoints(copy)
     assert checkpoints.steps() == [1, 2, 3]
     assert sorted(p.name for p in copy.iterdir()) == [f"step_0000000{n}" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("file", "shown"), [("/lib/orbax/checkpoint/_src/future.py", False), ("/lib/other.py", True)]
+)
+def test_a_failed_save_is_said_without_the_tracebacks_of_orbax(
+    tmp_path: pathlib.Path, file: str, shown: bool
+) -> None:
+    open_checkpoints(tmp_path)
+    error = OSError(28, "No space left on device")
+    fields = ("absl", logging.ERROR, file, 1, "a thread raised", None)
+    traceback = logging.LogRecord(*fields, (OSError, error, None))
+    plain = logging.LogRecord(*fields, None)
+    assert bool(logging.getLogger("absl").filter(traceback)) is shown
+    assert logging.getLogger("absl").filter(plain)
 
 
 def test_a_full_disk_leaves_old_steps_and_the_run_alive(

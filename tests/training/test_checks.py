@@ -45,12 +45,12 @@ def own_data_on_a_recipe_of_the_digits(config: ml_collections.ConfigDict) -> Non
     changed.weights = "miniature"
     changed.data.name = "llava_json"
     changed.data.json_file = "own.json"
-    config.update(changed)
+    config.update(changed.copy_and_resolve_references())
 
 
 def captions_of_own_data(config: ml_collections.ConfigDict) -> None:
     data = config.data.copy_and_resolve_references()
-    config.update(contrastive.get_config("tiny"))
+    config.update(contrastive.get_config("tiny").copy_and_resolve_references())
     config.data.name, config.data.json_file = "llava_json", data.json_file
 
 
@@ -145,6 +145,7 @@ def test_own_data_trains_by_flags_alone(tmp_path: pathlib.Path) -> None:
         "--config.weights=miniature", f"--config.data.json_file={tmp_path / 'own.json'}",
         f"--config.data.directory={tmp_path / 'cache'}", "--config.batch_size=2",
         "--config.dtype=float32", "--config.max_length=256", "--config.reduction=prumerge",
+        "--config.run.mesh.data=1", "--config.run.mesh.fsdp=1",
         "--config.adapter.rank=4", "--config.run.num_workers=0", "--config.run.log_every=1",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -15,7 +15,7 @@ from prumerge_jax.training.metrics import METRICS, MetricWriter
 from prumerge_jax.training.step import StepMetrics
 from prumerge_jax.training.workdir import StopFlag
 
-SECONDS = 0.03
+SECONDS = 0.1
 STEPS = 12
 
 
@@ -87,8 +87,8 @@ def test_speeds_around_saves_are_those_of_the_steps(
     lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     assert [line["loss"] for line in lines] == list(range(1, STEPS + 1))
     seconds = [line["seconds_per_step"] for line in lines[1:]]
-    assert np.median(seconds) == pytest.approx(SECONDS, rel=0.5)
-    assert min(seconds) > SECONDS / 2
+    assert min(seconds) > SECONDS / 4  # none was read together with the one before
+    assert np.mean(seconds) > 0.7 * SECONDS
     assert saved.steps() == [2, 4, 6, 8, 10, 12]
     assert saved.positions[4] == {"samples": 16, "metrics": {}}
 

@@ -146,6 +146,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [mesh_case(sizes) for sizes in ((1, 1, 1), (2, 2, 2), (4, 1, 2))])
 def test_a_checkpoint_of_eight_devices_is_restored_on_others(
     saved: pathlib.Path, sizes: tuple[int, int, int]

@@ -130,6 +130,7 @@ def interrupt(
     return process.returncode
 
 
+@pytest.mark.slow
 def test_the_contrastive_objective_leaves_its_tower_sharpened(
     first: ml_collections.ConfigDict, base: pathlib.Path
 ) -> None:

@@ -169,6 +169,7 @@ def torch_adapter(tensors: dict[str, torch.Tensor], path: str) -> np.ndarray:
     )
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_equal_transformers_and_peft(
     oracle: torch.nn.Module, examples: list[Example]
 ) -> None:

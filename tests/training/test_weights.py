@@ -125,6 +125,7 @@ def config(directory: pathlib.Path) -> ml_collections.ConfigDict:
     return config
 
 
+@pytest.mark.slow
 def test_frozen_weights_are_rounded_for_the_run_and_exported_as_they_were(
     config: ml_collections.ConfigDict, weights: dict[str, np.ndarray], tmp_path: pathlib.Path
 ) -> None:

@@ -41,7 +41,7 @@ def parse(text: str) -> str:
 
 
 def fact_of(question_id: QuestionId, prompt: str, annotations: Annotations) -> Fact:
-    """The official question behind a prompt of LLaVA's question file.
+    """The official question of a prompt of LLaVA's question file.
 
     Raises:
       ValueError: The release has no such question. A prompt must be stored as it was asked.
@@ -66,7 +66,7 @@ class Mme(Benchmark[Annotations]):
     """2374 questions, two per image; papers report the sum `perception` (at most 2000).
 
     Annotations: the folder MME_Benchmark_release_version, a folder per subtask with a text file of
-    `question<TAB>answer` lines per image, beside the images or in questions_answers_YN/.
+    `question<TAB>answer` lines per image, alongside the images or in questions_answers_YN/.
     """
 
     name = "mme"
@@ -80,8 +80,8 @@ class Mme(Benchmark[Annotations]):
         """Reads all subtasks of the release."""
         annotations = {}
         for folder in sorted(entry for entry in path.iterdir() if entry.is_dir()):
-            beside = folder / "questions_answers_YN"
-            files = sorted((beside if beside.is_dir() else folder).glob("*.txt"))
+            split = folder / "questions_answers_YN"
+            files = sorted((split if split.is_dir() else folder).glob("*.txt"))
             for file in files:
                 lines = _read_text(file).rstrip("\n").split("\n")
                 for number, line in enumerate(lines, start=1):

@@ -1,6 +1,5 @@
 """The benchmarks by name."""
 
-import difflib
 from typing import Any
 
 from prumerge_jax.evaluation.benchmarks.base import Benchmark
@@ -16,6 +15,7 @@ from prumerge_jax.evaluation.benchmarks.seed_bench import SeedBench
 from prumerge_jax.evaluation.benchmarks.textvqa import TextVqa
 from prumerge_jax.evaluation.benchmarks.vizwiz import VizWiz
 from prumerge_jax.evaluation.benchmarks.vqav2 import VqaV2
+from prumerge_jax.options import unknown
 
 BENCHMARKS: dict[str, Benchmark[Any]] = {}
 """Every benchmark that was registered."""
@@ -39,11 +39,7 @@ def benchmark(name: str) -> Benchmark[Any]:
       ValueError: There is none; the message lists those there are.
     """
     if name not in BENCHMARKS:
-        near = difflib.get_close_matches(name, BENCHMARKS, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(
-            f"unknown benchmark {name!r:.80}{hint}; known: {', '.join(sorted(BENCHMARKS))}"
-        )
+        raise ValueError(unknown("unknown benchmark", name, BENCHMARKS))
     return BENCHMARKS[name]
 
 

@@ -1,6 +1,6 @@
-"""`report.html`: what a scoring run found, with charts and pictures.
+"""`report.html`: what a scoring run found, with charts and overlays.
 
-The page is one file that needs no network: styles and charts are inline, pictures are data URLs,
+The page is one file that needs no network: styles and charts are inline, images are data URLs,
 and a content security policy forbids everything else. It follows the reader's choice of light or
 dark and the width of the screen.
 """
@@ -21,10 +21,10 @@ from prumerge_jax.evaluation.report.results import (
     NOTE,
     Row,
     by_benchmark,
-    decimal,
+    format_decimal,
+    metric_label,
     overview,
     score_table,
-    words,
 )
 from prumerge_jax.evaluation.report.tables import Table, to_html
 
@@ -33,7 +33,7 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A picture, such as the patches that were kept of an image."""
+    """An image, such as the patches that were kept of an image."""
 
     title: str
     png: bytes
@@ -65,7 +65,7 @@ class Report:
       title: heading of the page.
       facts: what it takes to judge or repeat the run: checkpoint, protocol, versions, hardware.
       rows: in the order of the table; benchmarks in the order of their first rows.
-      examples: pictures, in order.
+      examples: images, in order.
       tokens_by_group: None where images cannot be grouped.
     """
 
@@ -77,7 +77,7 @@ class Report:
 
 
 def write_report(path: pathlib.Path, report: Report) -> None:
-    """Writes the page, whole or not at all.
+    """Writes the page, completely or not at all.
 
     Raises:
       ValueError: rows of one benchmark have different headline metrics.
@@ -120,7 +120,7 @@ def _figure(caption: str, content: str) -> str:
 
 def _scatter(rows: Sequence[Row]) -> str:
     """The headline metric against mean tokens."""
-    metric = words(rows[0].headline)
+    metric = metric_label(rows[0].headline)
     points = []
     for row in rows:
         if math.isfinite(row.score) and math.isfinite(row.mean_tokens):
@@ -189,7 +189,7 @@ def _groups_section(groups: TokensByGroup) -> str:
         title,
         ["reduction", *map(str, columns)],
         [
-            [reduction, *(decimal(means.get(column)) for column in columns)]
+            [reduction, *(format_decimal(means.get(column)) for column in columns)]
             for reduction, means in groups.means.items()
         ],
     )

@@ -82,7 +82,7 @@ def _check(pixels: np.ndarray, patch_indices: np.ndarray, assignment: np.ndarray
             f"patch_indices must name 1 or more patches from 0 to {assignment.size - 1}, no padding"
         )
     if assignment.min() < -1 or assignment.max() >= count:
-        raise ValueError(f"assignment must lie between -1 and {count - 1}, the last kept token")
+        raise ValueError(f"assignment must be between -1 and {count - 1}, the last kept token")
     own = patch_indices[assignment[patch_indices]]
     if (own != patch_indices).any():
         patch = int(patch_indices[np.argmax(own != patch_indices)])

@@ -120,7 +120,10 @@ def overview(groups: Mapping[str, Sequence[Row]]) -> Table:
     reductions = dict.fromkeys(reduction for _, reduction in cells)
     return Table(
         "Overview",
-        ["reduction", *(f"{name} {words(group[0].headline)}" for name, group in groups.items())],
+        [
+            "reduction",
+            *(f"{name} {metric_label(group[0].headline)}" for name, group in groups.items()),
+        ],
         [
             [reduction, *(cells.get((name, reduction), _ABSENT) for name in groups)]
             for reduction in reductions
@@ -138,17 +141,19 @@ def score_table(benchmark: str, rows: Sequence[Row]) -> Table:
             "reduction",
             "visual tokens mean",
             "visual tokens p95",
-            words(headline),
+            metric_label(headline),
             f"difference to {BASELINE}",
             "images per second",
             "speed-up",
-            *map(words, others),
+            *map(metric_label, others),
         ],
         [
             [
                 row.reduction,
-                decimal(row.mean_tokens),
-                decimal(np.percentile(row.visual_tokens, 95) if row.visual_tokens.size else None),
+                format_decimal(row.mean_tokens),
+                format_decimal(
+                    np.percentile(row.visual_tokens, 95) if row.visual_tokens.size else None
+                ),
                 _score(row, headline),
                 _interval(row.difference),
                 _rate(row.images_per_second),
@@ -160,19 +165,19 @@ def score_table(benchmark: str, rows: Sequence[Row]) -> Table:
     )
 
 
-def words(metric: str) -> str:
+def metric_label(metric: str) -> str:
     """A metric's name as it is read."""
     return metric.replace("_", " ")
 
 
-def decimal(value: float | None) -> str:
+def format_decimal(value: float | None) -> str:
     """One decimal, or a dash."""
     return _ABSENT if _is_absent(value) else f"{value:.1f}"
 
 
 def _score(row: Row, metric: str) -> str:
-    value, error = decimal(row.metrics.get(metric)), row.standard_errors.get(metric)
-    return value if value == _ABSENT or _is_absent(error) else f"{value} ±{decimal(error)}"
+    value, error = format_decimal(row.metrics.get(metric)), row.standard_errors.get(metric)
+    return value if value == _ABSENT or _is_absent(error) else f"{value} ±{format_decimal(error)}"
 
 
 def _interval(interval: Interval | None) -> str:

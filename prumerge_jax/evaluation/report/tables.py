@@ -50,7 +50,7 @@ def _column(cells: Sequence[str]) -> list[str]:
 
 
 def _block(columns: Sequence[Sequence[str]]) -> str:
-    """Columns beside each other, bottom lines level; the first one, the row names, flush left."""
+    """Columns side by side, bottom lines level; the first one, the row names, flush left."""
     height = max(map(len, columns))
     level = [[" " * len(column[-1])] * (height - len(column)) + [*column] for column in columns]
     level[0] = [text.strip().ljust(len(text)) for text in level[0]]

@@ -5,7 +5,6 @@ can be checked and compiled ahead of time.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from prumerge_jax.data.tokenizer import Tokenizer
-from prumerge_jax.store.messages import quoted
+from prumerge_jax.messages import did_you_mean, quoted
 from prumerge_jax.training.batches import GlobalBatch
 from prumerge_jax.training.config import ConfigError, TrainConfig
 from prumerge_jax.training.inputs import TrainingSource
@@ -82,9 +81,8 @@ def make_objective(config: TrainConfig) -> Objective:
       ValueError: there is no such objective, or the configuration contradicts itself.
     """
     if config.objective not in _OBJECTIVES:
-        near = difflib.get_close_matches(config.objective, _OBJECTIVES, 1)
         raise ConfigError(
             f"config.objective is {quoted(config.objective)}; expected one of "
-            f"{sorted(_OBJECTIVES)}" + (f"; did you mean {near[0]!r}?" if near else "")
+            f"{sorted(_OBJECTIVES)}{did_you_mean(config.objective, _OBJECTIVES)}"
         )
     return _OBJECTIVES[config.objective](config)

@@ -1,6 +1,6 @@
 import numpy as np
 
-from prumerge_jax.store.messages import quoted, shortened
+from prumerge_jax.messages import quoted, shortened
 
 
 def test_values_are_shown_in_one_short_line() -> None:
