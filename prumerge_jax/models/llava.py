@@ -184,7 +184,7 @@ def inference_layout(graphdef: nnx.GraphDef, state: nnx.State) -> tuple[nnx.Grap
     does little else than read weights.
 
     Args:
-      graphdef, state: of a `LlavaModel`; stacked weights that are taken apart are deleted, one
+      graphdef, state: a split `LlavaModel`; stacked weights that are taken apart are deleted, one
         after the other.
     """
     if tuning.current().layers == "stack":

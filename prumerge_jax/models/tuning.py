@@ -1,8 +1,8 @@
 """Preferences of each platform: which of several equivalent forms of a computation it runs fastest.
 
 Every form computes the same; they differ in time, in memory and in the last bits. The table below
-is the only place that knows what a platform prefers. What a platform *cannot* do is no preference:
-the code that works around it asks for the platform itself.
+is the only place that knows what a platform prefers. What a platform *cannot* do is not a
+preference: the code that works around it asks for the platform itself.
 
 To compare on a chip:
 
@@ -58,7 +58,7 @@ BY_PLATFORM = {
         # XLA's CPU products take no slices: a decoding step of one slot took 610 ms with the layers
         # in a stack and 236 in a list, of eight slots 1033 and 717.
         layers="list",
-        # No figure of its own: everything in docs/performance.md was measured with it.
+        # No separate figure: everything in docs/performance.md was measured with it.
         projection_barrier=True,
     ),
     # Compiled for an H100, not run: figures are what the optimised program copies.
@@ -99,6 +99,6 @@ def current() -> Tuning:
 
 @contextmanager
 def use(tuning: Tuning) -> Iterator[None]:
-    """Runs, and compiles, what is inside with this tuning in place of the platform's own."""
+    """Runs, and compiles, what is inside with this tuning in place of the platform's."""
     with _override(tuning):
         yield

@@ -26,7 +26,7 @@ class _Entry:
 
 
 _ENTRIES: dict[str, _Entry] = {}
-# Names of their own for the baselines of `prumerge`.
+# Short names for the baselines of `prumerge`.
 _BASELINES = {"random": ("prumerge", "ranking=random"), "uniform": ("prumerge", "ranking=uniform")}
 
 

@@ -41,7 +41,7 @@ class StoredArray:
     Attributes:
       shape: layers stacked on the leading axis.
       dtype: as stored.
-      sha256: of the bytes in C order, hex; None in directories of format version 1.
+      sha256: hash of the bytes in C order, hex; None in directories of format version 1.
     """
 
     shape: tuple[int, ...]

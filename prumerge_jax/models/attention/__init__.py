@@ -1,4 +1,4 @@
-"""Attention: what may see what is stated here, each backend computes it its own way.
+"""Attention: what may see what is stated here; how it is computed is up to each backend.
 
 Backends, one file each:
 
@@ -84,7 +84,7 @@ def attend_to_cache(
       k, v: [L, B, S, K, D], the cache with the new token's entries already written.
       layer: int32 [], the one whose entries are seen.
       lengths: [B] int32, the number of valid entries. Entries beyond it are never seen, but must
-        be finite: masking here would read the whole cache once more at every step.
+        be finite: masking here would read the complete cache once more at every step.
       implementation: `xla` or `products`; by default `tuning.current().cache_attention`.
 
     Returns:
@@ -104,7 +104,7 @@ def attend_to_cache(
 def backend_for(dtype: jnp.dtype, head_dim: int) -> str:
     """The backend for heads of this width and dtype: the tuning's, or `xla` if it takes none such.
 
-    Tower and decoder have heads of their own, so each gets its own answer.
+    Heads of the tower and of the decoder differ, so each gets a separate answer.
     """
     preferred = tuning.current().attention
     takes = _TAKES.get(preferred)
