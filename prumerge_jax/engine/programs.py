@@ -1,6 +1,6 @@
 """The jitted functions of inference. Each has one shape per engine, so each compiles once.
 
-The host decides what goes where (`windows.py`, `decoding.py`); nothing here looks at a value on the
+The host decides what goes where (`windows.py`, `decoding.py`); nothing here reads a value on the
 host.
 
 Axes: B images, R capacity, T row length, S slots, C cache length, G segments, E stop ids, M
@@ -73,7 +73,7 @@ class Segments(NamedTuple):
     """Sequences in rows, and how each continues.
 
     Attributes:
-      row, start, length: [G] int32, place of the prompt in the rows. A length of 0 is no segment.
+      row, start, length: [G] int32, place of the prompt in the rows. Length 0 means no segment.
       max_new_tokens: [G] int32, most tokens to generate.
       sampling: how tokens are drawn.
     """
@@ -192,7 +192,7 @@ def draw(logits: jax.Array, sampling: Sampling, drawn: jax.Array) -> jax.Array:
 
     Args:
       logits: [S, V] float32.
-      sampling: of each row. A draw depends on the row's own seed and step alone.
+      sampling: parameters of each row. A draw depends on the row's seed and step alone.
       drawn: [S] int32, the step: tokens the row has drawn before.
 
     Returns:

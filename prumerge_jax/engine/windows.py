@@ -22,12 +22,12 @@ from prumerge_jax.reductions import Reduction
 
 @dataclasses.dataclass
 class Counters:
-    """What an engine has computed, for figures of speed and padding.
+    """What an engine has computed, from which speed and padding follow.
 
     Attributes:
       requests: answered without an error.
       images: encoded; requests of a window that share one count it once.
-      visual_tokens: of the encoded images.
+      visual_tokens: valid visual tokens of the encoded images.
       real_tokens, row_tokens: tokens of the packed rows without and with padding.
     """
 
