@@ -1,4 +1,4 @@
-"""The JSON files next to weights, in the words of the programs that will read them."""
+"""The JSON files next to weights, in the format of the libraries that will read them."""
 
 from typing import Any
 

@@ -16,7 +16,7 @@ def check_folder(folder: pathlib.Path) -> None:
     `blobs/` are what the cache consists of.
 
     Raises:
-      ConversionError: it is no directory, or a link leads out of it; the message names it.
+      ConversionError: it is not a directory, or a link leads out of it; the message names it.
       OSError: it cannot be read.
     """
     if not folder.is_dir():

@@ -143,7 +143,7 @@ def evaluation_prompt(template: Template, text: str, has_image: bool = True) -> 
 
 
 def training_prompt(template: Template, turns: Sequence[str]) -> str:
-    """The whole conversation as one string.
+    """The complete conversation as one string.
 
     Args:
       template: one with a training form.
@@ -232,7 +232,7 @@ class LabelledText(NamedTuple):
     Attributes:
       ids: int32 [T], BOS first, `IMAGE_TOKEN` (-200) where an image stands.
       labels: int32 [T], the ids to be predicted, `IGNORE` (-100) elsewhere.
-      mismatch: the rounds did not add up to the whole and every label was dropped: count these.
+      mismatch: the rounds did not add up to the total and every label was dropped: count these.
     """
 
     ids: np.ndarray
@@ -286,7 +286,7 @@ def label_rounds(
     """Labels of a conversation that is one string already (LLaVA's `preprocess_v1`).
 
     The reference finds each round by the *lengths* of its parts tokenised alone. Where those do
-    not add up to the whole (an answer that holds the text of a role, a literal `<unk>`), the sample
+    not add up to the total (an answer that holds the text of a role, a literal `<unk>`), the sample
     is left without any label, and `mismatch` is set.
 
     Args:

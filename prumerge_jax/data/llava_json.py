@@ -174,7 +174,7 @@ def read_regular(file: pathlib.Path) -> bytes:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no regular file.
+      ValueError: it is not a regular file.
     """
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)

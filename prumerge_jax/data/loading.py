@@ -16,7 +16,7 @@ from prumerge_jax.data.images import ImageError, ImageProcessor, ImageSource
 from prumerge_jax.messages import shortened
 
 TIMEOUT_SECONDS = 120
-"""After so long a reader is taken to hang on its image."""
+"""Time after which a reader is taken to hang on its image."""
 
 Named = tuple[str, ImageSource]
 """What to call an image in an error, and where it is."""
@@ -110,7 +110,7 @@ def _timed_out(name: str) -> ImageError:
 
 
 class _ReaderPool:
-    """Reader processes, each driven by a thread of its own."""
+    """Reader processes, each driven by a separate thread."""
 
     def __init__(self, processor: ImageProcessor, size: int) -> None:
         self._readers = [_Reader(processor) for _ in range(size)]
