@@ -76,7 +76,7 @@ def field(row: Any, name: str, kinds: type | tuple[type, ...], where: str) -> An
     """`row[name]`, checked to be one of `kinds`.
 
     Raises:
-      ValueError: The row is no JSON object, or the field is missing or of another type; `where`
+      ValueError: The row is not a JSON object, or the field is missing or of another type; `where`
         names file and row.
     """
     if not isinstance(row, dict):

@@ -11,7 +11,7 @@ Base weights are named by hash, not copied. Orbax does not notice a flipped bit 
 so integrity rests on the manifest: a step is written under another name, hashed, and renamed into
 place last. A directory whose files differ from its manifest does not count as saved.
 
-Of several processes each writes and reads its own shards, on a file system that all of them see;
+With several processes, each writes and reads its shards, on a file system that all of them see;
 the first one hashes, names, verifies and removes.
 """
 
@@ -313,7 +313,7 @@ def _digest(files: Mapping[str, Any]) -> str:
 
 
 def _remove(path: pathlib.Path) -> None:
-    # Renamed first: a kill in the middle must not leave half a step under its own name.
+    # Renamed first: a kill in the middle must not leave half a step under its final name.
     doomed = path.with_name(path.name + _INCOMPLETE)
     path.rename(doomed)
     shutil.rmtree(doomed)

@@ -187,10 +187,10 @@ def _count_targets(
 
 
 def kept_tokens(token_ids: np.ndarray, visual_tokens: int, length: int) -> int:
-    """How many leading tokens of a sample fit into `length` once its image is inserted.
+    """Number of leading tokens of a sample that fit into `length` once its image is inserted.
 
     LLaVA cuts at the same place; fewer visual tokens leave room for more text. An image that would
-    not fit as a whole is dropped, with all that follows it.
+    not fit completely is dropped, with all that follows it.
 
     Args:
       token_ids: int32 [T], with `IMAGE_TOKEN` (-200) where the image's tokens go.
@@ -203,7 +203,7 @@ def kept_tokens(token_ids: np.ndarray, visual_tokens: int, length: int) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _RowsOfBatch:
-    """Picks `rows` out of every `size` elements of a data set."""
+    """Selects `rows` out of every `size` elements of a data set."""
 
     dataset: grain.MapDataset[Any]
     size: int

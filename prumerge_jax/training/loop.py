@@ -27,7 +27,7 @@ class LoopConfig:
 
     Attributes:
       start: number of steps done already.
-      total_steps: number of optimizer steps of the whole run.
+      total_steps: number of optimizer steps of the complete run.
       save_every: steps between two checkpoints; there is always one at the end.
     """
 

@@ -1,4 +1,4 @@
-"""Weights as one flat dictionary, where they come from, and the model that a run leaves behind.
+"""Weights as one flat dictionary, where they come from, and the model that a run exports.
 
 Between the jitted functions a model is a dictionary from dotted path to array (`Weights`), the
 form in which model directories and checkpoints hold it too. Inside a jitted function an
@@ -158,7 +158,7 @@ class Pretrained:
       model: sizes.
       directory: holds the weights and the tokenizer; None for random weights.
       stored: shape and dtype of every weight in the directory.
-      seed: of random weights.
+      seed: seed of random weights.
       random_tokenizer: for random weights, a `tokenizer.model` or a registered name.
     """
 
@@ -250,7 +250,7 @@ class Pretrained:
         mesh: Mesh,
         source: Mapping[str, Any],
     ) -> None:
-        """Writes a whole model: the trained weights, the others exactly as they were.
+        """Writes a complete model: the trained weights, the others exactly as they were.
 
         Args:
           directory: must not exist yet.

@@ -50,7 +50,7 @@ def unnamed_benchmark(*, has_questions: bool) -> Benchmark[Any]:
     own questions is meant.
 
     Raises:
-      ValueError: no registered benchmark brings its own.
+      ValueError: no registered benchmark brings default questions.
     """
     if has_questions:
         return benchmark(OwnQuestions.name)
