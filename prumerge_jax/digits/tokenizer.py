@@ -2,7 +2,7 @@
 
 A small decoder looks a place or a digit up far better when its name is one token, and the trainers
 of SentencePiece promise no such thing at this size: they spend pieces on fragments or join a digit
-with the mark behind it. So the pieces are listed here and not learned. The rest is as in
+with the mark after it. So the pieces are listed here and not learned. The rest is as in
 Llama's model: `<unk>` 0, `<s>` 1, `</s>` 2, then 256 byte pieces that spell whatever the list lacks
 (the newline among it), identity normaliser, dummy prefix, spaces kept.
 

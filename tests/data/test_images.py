@@ -31,7 +31,7 @@ def encoded(image: Image.Image | np.ndarray, file_format: str, **options) -> byt
 
 
 def sha256_chw(pixels: np.ndarray) -> str:
-    """Of normalised [H, W, 3] pixels, in the channel order of the reference."""
+    """SHA-256 of normalised [H, W, 3] pixels, in the channel order of the reference."""
     return hashlib.sha256(np.ascontiguousarray(pixels.transpose(2, 0, 1)).tobytes()).hexdigest()
 
 

@@ -66,7 +66,7 @@ def expand_by_hand(request, layout, position_ids):
 
 
 def assert_filled_by_hand(batches, requests, layout, position_ids):
-    """Each request stands whole, once, where its rows say; the rest is padding."""
+    """Each request is placed completely, once, where its rows say; the rest is padding."""
     seen = np.concatenate([rows.requests for rows in batches]) if batches else np.zeros(0)
     np.testing.assert_array_equal(np.sort(seen), np.arange(len(requests)))
     for rows in batches:

@@ -184,7 +184,7 @@ def test_shards_of_a_mesh(implementation: str, heads: int, axes: Axes) -> None:
 
 @pytest.mark.parametrize("segmented", [True, False])
 def test_cudnn_lowers_for_gpus(segmented: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GPU here: the program for one must contain cuDNN's fused attention."""
+    """No GPU here: the function lowered for one must contain cuDNN's fused attention."""
     # JAX asks the machine for its cuDNN before it builds the program for another one.
     module = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{module}.check_cudnn_version", lambda: 91000)
@@ -199,7 +199,7 @@ def test_cudnn_lowers_for_gpus(segmented: bool, monkeypatch: pytest.MonkeyPatch)
 
 
 def second_layer(x: jax.Array) -> jax.Array:
-    """Of two; the first must not be read."""
+    """Layer 1 of a stack of two; layer 0 is NaN and must not be read."""
     return jnp.stack([jnp.full_like(x, jnp.nan), x])
 
 
