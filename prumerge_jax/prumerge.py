@@ -52,7 +52,7 @@ class PruMergeConfig:
       pool: neighbours come from `all` other patches or only from the `pruned` ones.
       extra_token: whether to append the attention-weighted sum of the pruned patches.
       order: tokens by descending `attention` followed by the added ones, or in `raster` order.
-      capacity: R; None is the most that N patches can need.
+      capacity: R; None means the most that N patches can need.
 
     Raises:
       ValueError: a value that is not allowed.
@@ -177,7 +177,7 @@ class Selection(NamedTuple):
 def cls_attention(query_cls: jax.Array, keys: jax.Array) -> jax.Array:
     """Attention of CLS to the patches, through one head as wide as the tower.
 
-    Not the tower's own attention: queries and keys of all heads are concatenated, and the scale is
+    Not the tower's attention: queries and keys of all heads are concatenated, and the scale is
     D^-0.5 for the full width D (clip_encoder.py of the reference).
 
     Args:
@@ -195,7 +195,7 @@ def cls_attention(query_cls: jax.Array, keys: jax.Array) -> jax.Array:
 def reduce_tokens(
     hidden: jax.Array, keys: jax.Array, attention: jax.Array, config: PruMergeConfig
 ) -> VisualTokens:
-    """Selects and merges the visual tokens of every image on its own.
+    """Selects and merges the visual tokens of every image independently.
 
     Args:
       hidden: [B, N, D], patch features.

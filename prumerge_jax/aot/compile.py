@@ -69,13 +69,13 @@ class DoesNotFit(RuntimeError):
 
 
 def tpu(chip: Chip) -> Tpu:
-    """The chip's TPU side.
+    """The TPU-specific figures of a chip.
 
     Raises:
       ValueError: it is not a TPU.
     """
     if chip.tpu is None:
-        raise ValueError("plans are for TPUs; this chip is none")
+        raise ValueError("plans are for TPUs; this chip is not one")
     return chip.tpu
 
 

@@ -1,6 +1,6 @@
 """What inference needs of a TPU slice: its jitted functions compiled, not run.
 
-Without weights, images or a TPU. `decode` is one step of all slots: how many follow is not known.
+No weights, images or TPU are needed. `decode` is one step of all slots; how many follow is unknown.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class InferencePlan:
       topology: the slice.
       mesh: sizes of the mesh's axes.
       reduction: its spelling.
-      dtype: of weights and computation.
+      dtype: dtype of weights and computation.
       visual_tokens: assumed mean per image.
       shapes: shapes of the programs.
       programs: encode, read (scoring), prefill and decode, one run each.
@@ -133,7 +133,7 @@ def plan_inference(
       reduction: spelling of what happens to the visual tokens.
       topology: the slice.
       mesh: sizes of the mesh's axes; those that are tried next have more `tensor`.
-      dtype: of weights and computation.
+      dtype: dtype of weights and computation.
 
     Raises:
       ValueError: the mesh is larger than the slice, a shape does not divide over its shards, or
@@ -261,10 +261,10 @@ def _abstract_slots(
         )
     )
     cache = NamedSharding(mesh, PartitionSpec(*logical_spec(None, "batch", None, "heads", None)))
-    whole = replicated(mesh)
+    unsharded = replicated(mesh)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=cache if leaf.ndim == 5 else whole
+            leaf.shape, leaf.dtype, sharding=cache if leaf.ndim == 5 else unsharded
         ),
         shapes,
     )

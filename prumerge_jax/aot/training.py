@@ -1,6 +1,6 @@
 """What a training step needs of a TPU slice: compiled, not run.
 
-Without weights, data or a TPU. How many micro-batches a step has depends on the tokens of its
+No weights, data or TPU are needed. How many micro-batches a step has depends on the tokens of its
 samples, which only the data can tell; a plan assumes their mean.
 """
 

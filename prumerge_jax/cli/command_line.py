@@ -48,7 +48,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
 def mistakes_in_one_line(argv: Sequence[str]) -> Iterator[None]:
     """Ends the program with status 1 and one line where input, machine or disk is at fault.
 
-    These are ValueError, which all our own classes of error derive from, OSError and a missing
+    These are ValueError, which all our error classes derive from, OSError and a missing
     package; anything else is a bug of ours and keeps its traceback.
     """
     try:

@@ -18,7 +18,7 @@ def download(repository: str, revision: str) -> pathlib.Path:
       revision: a full commit id, so that the files of that name cannot change.
 
     Raises:
-      ConversionError: the revision is not a commit id, or the files cannot be had.
+      ConversionError: the revision is not a commit id, or the files are not available.
     """
     import huggingface_hub
 

@@ -1,4 +1,4 @@
-"""The one table that says which checkpoint tensor is which weight of ours, read both ways.
+"""The one table that maps checkpoint tensors to our weights, used in both directions.
 
 Checkpoint keys of every dialect are first brought to one naming, called canonical here: what
 llava-hf's files become after `canonical_key`, for example
@@ -50,8 +50,8 @@ class Weight:
       path: our dotted path.
       pattern: the canonical key, `{}` in place of the layer number of a stacked weight.
       tensor_shape: shape of one checkpoint tensor.
-      transform: from its layout to ours.
-      num_layers: how many are stacked on a leading axis; None for a weight that stands alone.
+      transform: how its layout becomes ours.
+      num_layers: how many are stacked on a leading axis; None for a weight that is not stacked.
     """
 
     path: str

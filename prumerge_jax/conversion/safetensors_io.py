@@ -188,7 +188,7 @@ class ShardedWriter:
         """Writes one declared tensor.
 
         Raises:
-          ConversionError: not declared, written before, or of another shape or dtype.
+          ConversionError: not declared, already written, or of another shape or dtype.
         """
         info = self._unwritten.get(name)
         if info is None:

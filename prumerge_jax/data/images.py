@@ -66,7 +66,7 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # Of palettes with alpha; that alpha is dropped is what this function promises.
+            # Palettes with alpha: dropping alpha is what this function promises.
             warnings.filterwarnings("ignore", "Palette images with Transparency")
             return _decode(source)
     except Exception as error:  # decoders raise nearly anything on damaged bytes

@@ -2,7 +2,7 @@
 
 PruMerge leaves every image with a different number of visual tokens. Padding all sequences to the
 longest would compute several times the real tokens; packing them into rows of a fixed length (see
-`fill_rows`) computes next to none more, at one compiled shape. The planner needs lengths and text
+`fill_rows`) computes hardly any more, at one compiled shape. The planner needs lengths and text
 alone, never the visual tokens themselves, so it runs on the host (NumPy) while the device encodes.
 
 Shapes: B images of the encoded batch, R capacity (visual token slots per image), N patches.
@@ -123,7 +123,7 @@ class Rows:
 
 
 def sequence_lengths(requests: Sequence[Request], layout: VisualLayout) -> np.ndarray:
-    """Tokens of each request once its visual tokens stand in place of the placeholders.
+    """Tokens of each request once visual tokens have replaced the placeholders.
 
     Returns:
       int64 [len(requests)].
@@ -150,13 +150,13 @@ def fill_rows(
     for. Deterministic: of equal lengths the first in the input comes first.
 
     Args:
-      lengths: to be packed.
+      lengths: the lengths to be packed.
       row_length: room in a row.
       carried_over: this many of the first lengths are packed first-fit-decreasing before all
         others, into the first rows.
 
     Returns:
-      For each row the indices into `lengths`, in the order in which they stand in the row.
+      For each row the indices into `lengths`, in the order in which they are placed in the row.
 
     Raises:
       ValueError: a length is smaller than 1 or larger than `row_length`.

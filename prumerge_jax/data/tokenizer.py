@@ -129,7 +129,7 @@ class Tokenizer:
         ).strip()
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        # As bytes, because SentencePiece reports a lone surrogate in words nobody understands.
+        # As bytes, because SentencePiece's error about a lone surrogate is incomprehensible.
         return self._pieces.encode(text.encode("utf-8"))
 
     def _encode_verbatim(self, text: str) -> list[int]:

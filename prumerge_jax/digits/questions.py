@@ -180,7 +180,7 @@ def _ask_compare(scene: digits.Scene, random: np.random.RandomState) -> Question
 def _checked(scene: digits.Scene, wanted: int) -> str:
     """Each digit, the wanted one, and whether they are the same: `south 3 7 no, west 7 7 yes.`
 
-    The wanted digit is said again each time, so that what is compared stands side by side. Without
+    The wanted digit is repeated each time, so that what is compared is side by side. Without
     it (`north 3 no`) small decoders have to find it among the digits of earlier answers.
     """
     marks = ("yes" if digit == wanted else "no" for digit in scene.digits)

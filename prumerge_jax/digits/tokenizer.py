@@ -38,8 +38,8 @@ def build_for_digits() -> bytes:
 def build(texts: Iterable[str]) -> bytes:
     """A serialised model (the content of a `tokenizer.model`) for the words of `texts`.
 
-    Words, single digits and punctuation marks become pieces, with the space before them where one
-    stands there, and where a text or a line starts with them, in both forms: the dummy prefix
+    Words, single digits and punctuation marks become pieces, with the space before them where there
+    is one, and where a text or a line starts with them, in both forms: the dummy prefix
     falls on the first chunk of a prompt only. The same texts give the same bytes.
     """
     model = _model_pb.ModelProto()

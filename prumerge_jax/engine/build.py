@@ -79,7 +79,7 @@ class RequestBuilder:
         self.num_workers = num_workers
 
     def token_ids(self, text: str, num_images: int) -> np.ndarray:
-        """int32 [T] of the prompt that asks `text`, the image's token in front of it.
+        """Ids int32 [T] of the prompt that asks `text`, the image's token in front of it.
 
         Raises:
           ValueError: several images, a literal `<image>` in the text, text that is not Unicode, a

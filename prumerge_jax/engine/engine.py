@@ -1,6 +1,6 @@
 """The batch engine: many (image, text) requests through few jitted functions of fixed shape.
 
-A window of requests goes through four stations:
+A window of requests goes through four stages:
 
 1. encode: images, in batches of one shape, to visual tokens of per-image length (`encoding.py`).
 2. plan: the lengths come to the host, which packs all sequences into rows (`windows.py`).

@@ -38,7 +38,7 @@ class Sampling(NamedTuple):
       temperature: [S] float32; 0 is greedy.
       top_p: [S] float32; 1 draws from all tokens.
       seed: [S] uint32.
-      stop_ids: [S, E] int32, tokens that end the sequence; -1 is none.
+      stop_ids: [S, E] int32, tokens that end the sequence; -1 means none.
     """
 
     temperature: jax.Array
@@ -55,7 +55,7 @@ class Slots(NamedTuple):
       lengths: [S] int32, valid entries of the cache.
       positions: [S] int32, rotary position of `token`.
       token: [S] int32, the newest token, not yet in the cache.
-      remaining: [S] int32, tokens that may still follow; 0 is an idle slot.
+      remaining: [S] int32, tokens that may still follow; 0 means an idle slot.
       drawn: [S] int32, tokens drawn so far.
       sampling: how each sequence's tokens are drawn, and which end it.
     """
@@ -215,7 +215,7 @@ def draw(logits: jax.Array, sampling: Sampling, drawn: jax.Array) -> jax.Array:
         tokens = jax.vmap(one)(scaled, sampling.seed, drawn).astype(jnp.int32)
         return jnp.where(is_random, tokens, greedy)
 
-    # Greedy decoding, the rule, pays neither for random numbers nor for sorting the vocabulary.
+    # Greedy decoding, the common case, needs neither random numbers nor a sorted vocabulary.
     return jax.lax.cond(is_random.any(), sampled, lambda: greedy)
 
 
@@ -275,7 +275,7 @@ def insert(
       rows: the plan, for the positions.
       segments: G segments of these rows.
       first: [G] int32 from `first_tokens`.
-      slot_of: [G] int32, the slot a segment goes to; -1 is none.
+      slot_of: [G] int32, the slot a segment goes to; -1 means none.
     """
     capacity = slots.cache.k.shape[2]
     offsets = jnp.arange(capacity)
@@ -347,7 +347,7 @@ def decode(
         at = jnp.where(busy, slots.lengths, slots.cache.k.shape[2])
         hidden, cache = model.decoder.decode(x, slots.positions, slots.cache, at)
         logits = model.decoder.logits(hidden[:, 0])
-        # What an idle slot once sampled at must not make the others pay for sampling.
+        # Stale temperatures of idle slots must not make the others pay for sampling.
         temperature = jnp.where(busy, slots.sampling.temperature, 0)
         token = draw(logits, slots.sampling._replace(temperature=temperature), slots.drawn)
         left = jnp.where(is_stop(token, slots.sampling), 0, slots.remaining - 1)

@@ -1,6 +1,6 @@
 """What goes into the engine and what comes out: requests and answers.
 
-The API, the evaluation and any server speak to the engine in these types alone.
+The API, the evaluation and any server use only these types to talk to the engine.
 """
 
 import dataclasses
@@ -102,7 +102,7 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """One sequence to run: generated on from, or, with a continuation, scored.
+    """One sequence to run: to generate from, or, with a continuation, to score.
 
     Attributes:
       key: names the request in its answer.

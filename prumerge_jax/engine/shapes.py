@@ -205,7 +205,7 @@ def fit(
 def row_length_for_variable_counts(longest: np.ndarray) -> int:
     """Room for six of the longest sequences, but no more than 1024 tokens unless one is longer.
 
-    Among so many there are some that fill a row up, see `packing.fill_rows`. Longer rows gain
+    Among that many, some fill a row completely, see `packing.fill_rows`. Longer rows gain
     little, and attention that does not leave out keys by `longest_prompt` computes the square of
     every row.
 
@@ -220,7 +220,7 @@ def row_length_for_fixed_counts(lengths: np.ndarray) -> int:
     """The row length, up to that of two sequences, that leaves least padding.
 
     Without reduction a sequence of LLaVA-1.5 has 576 tokens and a short text; rows of 640 hold one
-    with next to no padding, rows of 1024 would be padding by 38 %.
+    with next to no padding, rows of 1024 would be 38 % padding.
 
     Args:
       lengths: int [requests], the tokens of each.

@@ -1,4 +1,4 @@
-"""The second station of the engine: windows of encoded requests, packed into rows.
+"""The second stage of the engine: windows of encoded requests, packed into rows.
 
 A window's sequences seldom fill its last batch of rows. Those of the last batch are therefore
 carried over to the next window, where they come first and others fill up their rows.
@@ -43,11 +43,11 @@ class Window:
     """Requests that are planned together, with their encoded images.
 
     Attributes:
-      requests: those that can run; first the ones carried over from the window before.
+      requests: those that can run; first the ones carried over from the previous window.
       planned: the packing's view of them, in the same order.
       layout: lengths of the images in `pool`.
-      pool: [2 * window_size, R, Dv] visual tokens of the window before and of this one.
-      batches: rows to run; requests that stand in none of them are carried over.
+      pool: [2 * window_size, R, Dv] visual tokens of the previous window and of this one.
+      batches: rows to run; requests that are in none of them are carried over.
       failed: answers of the requests that cannot run.
     """
 

@@ -1,7 +1,7 @@
 """What to evaluate: the fields of `configs/eval.py`, read and checked once.
 
 Nothing below `run.evaluate` sees a ConfigDict. Everything that the fields alone tell is checked
-here, so that it is wrong in one line before a file is read or written.
+here, so that a mistake is reported in one line before a file is read or written.
 """
 
 import dataclasses

@@ -3,9 +3,9 @@
 One JSON-lines file. Its first line is the fingerprint of the run; then one line per finished row,
 appended and fsynced a batch at a time. Every line ends in a CRC-32 of its content, that of a
 row continued from the fingerprint's. So a line that was damaged or edited, or belongs to another
-run, is noticed, said, and its row is scored again. Opening the journal locks it, cuts off a line
-that a crash left incomplete and refuses another run's fingerprint. The answers file is written from
-it at the end, in input order, by rename: the same bytes whether or not the run was interrupted.
+run, is noticed and reported, and its row is scored again. Opening the journal locks it, cuts off a
+line that a crash left incomplete and refuses another run's fingerprint. The answers file is written
+from it at the end, in input order, by rename: the same bytes whether or not a run was interrupted.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _CHECKSUM = re.compile(rb', "crc32": "([0-9a-f]{8})"\}')
 
 @dataclasses.dataclass(frozen=True)
 class RowOutcome:
-    """What came of one row of the question file.
+    """The outcome of one row of the question file.
 
     Attributes:
       index: Place in the question file, from 0. (Question ids repeat in some benchmarks.)

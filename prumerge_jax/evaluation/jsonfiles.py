@@ -40,7 +40,7 @@ def read_file(path: pathlib.Path) -> bytes:
     """The content of a regular file.
 
     Raises:
-      OSError: It cannot be read, or is a FIFO or device, whose reading could last for ever.
+      OSError: It cannot be read, or is a FIFO or device, which could block forever.
     """
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file")

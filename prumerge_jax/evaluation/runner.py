@@ -66,7 +66,7 @@ class Answered:
 
 @dataclasses.dataclass(frozen=True)
 class RunScores:
-    """What a run gives.
+    """The result of a run.
 
     Attributes:
       metrics: the benchmark's metrics and the run's figures, one flat mapping. A figure that this

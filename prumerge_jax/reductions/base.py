@@ -1,4 +1,4 @@
-"""What a reduction is, what it may look at, and what it returns.
+"""What a reduction is, what it may read, and what it returns.
 
 Axes: B batch, N patches, R capacity, D width of the vision tower, H its heads, Dt width of the
 decoder, M tokens of a question.

@@ -45,7 +45,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Baseline(Reduction):
-    """As many tokens as `counted` gives each image, its patches chosen without looking.
+    """As many tokens as `counted` gives each image, its patches chosen without attention.
 
     Attributes:
       counted: the reduction whose counts are used.

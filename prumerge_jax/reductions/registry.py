@@ -12,7 +12,7 @@ from prumerge_jax.reductions.baselines import Baseline, Choice
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """What a name stands for.
+    """What a name means.
 
     Attributes:
       method: a frozen dataclass whose fields are the parameters.

@@ -108,7 +108,7 @@ def logical_spec(*logical: str | None) -> PartitionSpec:
 
 
 def divisible_spec(shape: Sequence[int], *logical: str | None) -> PartitionSpec:
-    """`logical_spec` on the current mesh, with as many of an axis' mesh axes as divide its length.
+    """`logical_spec` on the current mesh, with as many of an axis's mesh axes as divide its length.
 
     `jax.shard_map` takes even shards only, where `jax.jit` pads uneven ones.
     """

@@ -37,7 +37,7 @@ def distributed_session(
       heartbeat_seconds: time without a heartbeat after which a process counts as dead.
 
     Raises:
-      ValueError: of the three arguments some are given and others neither given nor found.
+      ValueError: some of the three arguments are given and others neither given nor found.
     """
     several = _initialize(coordinator, num_processes, process_id, heartbeat_seconds)
     try:

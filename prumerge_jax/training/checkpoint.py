@@ -3,7 +3,7 @@
     step_00000100/
       weights/        trained weights alone (adapters, projector, …), Orbax
       optimizer/      the optimizer's state, Orbax
-      data.json       where the data and the record of the run stand
+      data.json       position in the data, and state of the run's record
       metadata.json   step, configuration, hash of the frozen base weights, versions
       manifest.json   size and SHA-256 of every other file
 
@@ -92,13 +92,13 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, position: Mapping[str, Any]) -> None:
         """Starts to save a step, after an earlier save has ended; `state` may be donated at once.
 
-        A step that is there already is not saved again. A save that fails (a full disk) is logged,
+        A step that exists already is not saved again. A save that fails (a full disk) is logged,
         its files are removed, older steps are kept, and the run continues; only `close` raises.
 
         Args:
           step: number of optimizer steps done.
           state: saved in its shards.
-          position: where the data and the record of the run stand, JSON values.
+          position: position in the data and state of the run's record, JSON values.
         """
         if step in self.steps():
             return

@@ -93,7 +93,7 @@ class TrainConfig:
       weights: directory of the model to start from, `miniature`, or `random`.
       tokenizer: for random weights only, a `tokenizer.model` or the name of a registered one; a
         model directory contains one.
-      learning_rates: pairs of a path pattern and a peak rate; what no pattern fits is frozen.
+      learning_rates: pairs of a path pattern and a peak rate; what no pattern matches is frozen.
       adapter: LoRA on the decoder; None for none.
       data: the samples.
       conversation: name of the chat template.

@@ -1,7 +1,7 @@
-"""The samples of a run: which data set, in which order, from where on.
+"""The samples of a run: which data set, in which order, starting where.
 
 A place in the data is one number, the samples used so far over all processes. The order depends on
-the seed alone, so a resumed run continues exactly where the saved one stood.
+the seed alone, so a resumed run continues exactly where the saved one stopped.
 """
 
 import dataclasses
@@ -117,8 +117,8 @@ def check_targets(
 ) -> None:
     """Warns of samples that nothing can be learned from.
 
-    That is so where no answer is labelled, or where all labels are cut off. The outcome is stored
-    with the records, since it takes about a millisecond per sample.
+    These are samples without a labelled answer, and samples whose labels are all cut off. The
+    outcome is stored with the records, since it takes about a millisecond per sample.
 
     Args:
       config: configuration of the run.

@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
-# What the progress bar shows of a record, and how it calls it.
+# Fields of a record that the progress bar shows, and their labels.
 _SHOWN = {
     "loss": "loss",
     "tokens_per_second": "tokens/s",
@@ -29,7 +29,7 @@ _RATES = ("samples", "images", "tokens")
 
 
 class StepRecord(NamedTuple):
-    """What a step was found to be.
+    """Figures of one finished step.
 
     Attributes:
       step: counted from 1.
@@ -52,8 +52,8 @@ class MetricWriter:
     """Adds up the figures of the steps and writes their totals every few steps.
 
     A resumed run continues in the same files: lines of steps that a killed run made after its last
-    checkpoint are dropped, since they will come again. Its lines are those of a run that was never
-    interrupted, but for the speeds: the sums since the last line are part of a checkpoint.
+    checkpoint are dropped, since they will be rewritten. Its lines are those of a run that was
+    never interrupted, but for the speeds: the sums since the last line are part of a checkpoint.
 
     Args:
       workdir: gets `metrics.jsonl` and the folder `tensorboard`.

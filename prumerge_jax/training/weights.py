@@ -42,7 +42,7 @@ Weights = dict[str, jax.Array]
 Shapes = dict[str, jax.ShapeDtypeStruct]
 LearningRates = Sequence[tuple[str, float]]
 Leaf = Any
-"""An array, or what stands in its place in a tree of the same form: its shape, its sharding."""
+"""An array, or what takes its place in a tree of the same form: its shape, its sharding."""
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -119,10 +119,10 @@ def trained_paths(paths: Collection[str], learning_rates: LearningRates) -> dict
 
     Args:
       paths: dotted paths of all weights.
-      learning_rates: pairs of a path pattern (`*` stands for anything, dots included) and a rate.
+      learning_rates: pairs of a path pattern (`*` matches anything, dots included) and a rate.
 
     Raises:
-      ValueError: a pattern fits no weight, two patterns fit the same one, or nothing would train.
+      ValueError: a pattern matches no weight, two match the same one, or nothing would train.
     """
     rates: dict[str, float] = {}
     pattern_of: dict[str, str] = {}

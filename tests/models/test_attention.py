@@ -142,9 +142,9 @@ def test_pairs_of_the_kernel_are_those_of_the_blocks_that_its_mask_touches(causa
         assert length <= padded < length + 128 * (padded // block)
         for longest in (None, 1, 2, 130, 513, 4096):
             at = np.arange(padded)
-            behind = at[:, None] - at
+            distance = at[:, None] - at
             reach = padded if longest is None else longest - 1
-            seen = (behind <= reach) & (behind >= (0 if causal else -reach))
+            seen = (distance <= reach) & (distance >= (0 if causal else -reach))
             blocks = seen.reshape(padded // block, block, -1, block).any(axis=(1, 3))
             got = splash.splash_pairs(length, causal=causal, max_segment_length=longest)
             assert got == blocks.sum() * block**2, (length, longest)

@@ -76,7 +76,7 @@ class Benchmark(abc.ABC, Generic[Annotations]):
 
     Attributes:
       name: Key in the registry.
-      headline: Metric that stands for the benchmark in summaries.
+      headline: Metric that represents the benchmark in summaries.
       max_new_tokens: Limit of LLaVA's script for this benchmark; decoding is greedy.
       position_ids: Positions of the visual tokens where the configuration names none, see
         `packing.pack_window`.

@@ -1,6 +1,6 @@
 """MME: two yes/no questions per image, 14 subtasks (arXiv 2306.13394).
 
-After LLaVA's convert_answer_to_mme.py and MME's eval_tool/calculation.py.
+Follows LLaVA's convert_answer_to_mme.py and MME's eval_tool/calculation.py.
 """
 
 import pathlib

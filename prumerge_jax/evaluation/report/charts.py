@@ -1,6 +1,6 @@
 """Charts as inline SVG: readable at the width of a phone, coloured by the page's CSS variables.
 
-Every function takes a `description`, the text that stands for the chart where it cannot be seen.
+Every function takes a `description`, the text that replaces the chart where it cannot be seen.
 The page must hold `STYLE` and define the variables named there.
 """
 

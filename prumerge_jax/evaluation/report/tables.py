@@ -16,7 +16,7 @@ class Table:
     Attributes:
       caption: what the table shows.
       header: [columns] column names.
-      rows: [rows][columns] cells, as they are to be read.
+      rows: [rows][columns] cells, as displayed.
     """
 
     caption: str

@@ -50,7 +50,7 @@ def attend(
       causal: a query sees only keys at its own index or before.
       max_segment_length: the promise that no segment has more tokens and that each is in one
         piece. `blocks` and `splash` then leave out keys that are too far away to be seen; the
-        others do not look at it.
+        others ignore it.
       axes: logical names of the axes of `q`, `k` and `v`, which say how a mesh splits them.
       implementation: a backend; by default `backend_for` these heads.
 
@@ -102,7 +102,7 @@ def attend_to_cache(
 
 
 def backend_for(dtype: jnp.dtype, head_dim: int) -> str:
-    """The backend for heads of this width and dtype: the tuning's, or `xla` if it takes none such.
+    """The backend for heads of this width and dtype: the tuning's if it takes them, else `xla`.
 
     Heads of the tower and of the decoder differ, so each gets a separate answer.
     """

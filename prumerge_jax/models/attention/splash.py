@@ -76,7 +76,7 @@ def _on_device(
     if segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)
     at_the_end = ((0, 0), (0, padded - length))
-    # Zeros: what is padded sees itself alone, but is multiplied with a weight of zero elsewhere.
+    # Segment 0: padding attends to itself alone; elsewhere its values get a weight of zero.
     segments = jnp.pad(segment_ids, at_the_end)
     if k.shape[2] != heads:  # the multi-head kernel wants one key head per query head
         k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
@@ -99,7 +99,7 @@ def _on_device(
 
 def _blocks(block: int, head_dim: int) -> splash.BlockSizes:
     """The kernel's blocks, forward and backward."""
-    # Tokens fill a register that heads are too narrow for.
+    # Tokens fill a vector register; narrow heads do not.
     layout = splash.QKVLayout.SEQ_MINOR if head_dim % _LANES else splash.QKVLayout.HEAD_DIM_MINOR
     return splash.BlockSizes(
         block_q=block,
