@@ -1,7 +1,7 @@
 """Peak memory and speed of a conversion, and of loading onto eight devices.
 
 Writes a random bfloat16 checkpoint in llava-hf's layout, sharded, converts it, loads what came out
-onto a mesh of eight CPU devices, and converts back if asked, each in a process of its own:
+onto a mesh of eight CPU devices, and converts back if asked, each in a separate process:
 
     python benchmarks/convert.py --model llava-1.5-7b --layers 6 --export
 

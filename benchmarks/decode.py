@@ -36,7 +36,7 @@ def decoding(
     def run() -> jax.Array:
         nonlocal cache
         shape = (slots,)
-        busy = programs.Slots(  # all of it is donated, so every array is its own
+        busy = programs.Slots(  # all of it is donated, so no two arrays share memory
             cache=cache,
             lengths=jnp.full(shape, context, jnp.int32),
             positions=jnp.full(shape, context, jnp.int32),

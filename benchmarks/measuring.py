@@ -47,7 +47,7 @@ def quartiles_ms(seconds: Sequence[float]) -> dict[str, float]:
 
 
 class Compilations:
-    """Counts the programs that XLA compiles from the moment it is made."""
+    """Counts the functions that XLA compiles after its creation."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -76,7 +76,7 @@ def peak_rates(name: str | None, dtype: jnp.dtype) -> Chip:
     if dtype.itemsize != 2:
         raise ValueError(
             f"the datasheet peaks of {name} are for 16 bit, the computation is {dtype}: choose "
-            "--dtype bfloat16, or leave --chip out to measure this machine's own peak"
+            "--dtype bfloat16, or leave --chip out to measure this machine's peak"
         )
     return CHIPS[name]
 
@@ -185,7 +185,7 @@ def report(
     """Prints the results as a table and writes them as JSON where that was asked for.
 
     Args:
-      name: of the benchmark.
+      name: name of the benchmark.
       arguments: its flags.
       results: one flat object per line of the table, all with the same keys.
       chip: the rates that floors come from.

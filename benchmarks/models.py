@@ -28,7 +28,7 @@ GEOMETRIES = {
 
 
 def add_geometry_argument(parser: argparse.ArgumentParser) -> None:
-    """The flag that picks the sizes."""
+    """The flag that selects the sizes."""
     parser.add_argument(
         "--geometry",
         default="mid" if jax.default_backend() == "cpu" else "7b",

@@ -1,4 +1,4 @@
-"""An accelerator's numbers beside those of its host's CPU in float32.
+"""An accelerator's numbers compared with those of its host's CPU in float32.
 
     python benchmarks/numerics.py
     python benchmarks/numerics.py --cases cases.npz
@@ -202,7 +202,7 @@ def company(config: LlavaConfig, model: Model, dtype: jnp.dtype) -> list[dict[st
         ties, other = ties + tie, other + (not tie)
     return [
         line("packed", furthest, limit, f"{len(asked)} answers of 16 tokens"),
-        line("greedy", other, 0, f"of {len(asked)} answers; {ties} ties besides"),
+        line("greedy", other, 0, f"of {len(asked)} answers; {ties} more are ties"),
     ]
 
 

@@ -9,7 +9,7 @@ Attention scores are written to memory. Weights, activations and KV all have the
 "activation" is the outputs written, summed over the layers, keys and values not among them. The
 vision tower, the projector, PruMerge itself and decoding are not in it.
 
-The text lengths behind the table are unpublished. `INFERRED_TEXT_TOKENS` are those with which this
+The text lengths of the table are unpublished. `INFERRED_TEXT_TOKENS` are those with which this
 model comes within 1.5 % of all its 16-bit columns: they differ between the two rows that the paper
 compares.
 """

@@ -1,4 +1,4 @@
-"""Host preprocessing on its own: JPEG files to the pixels that the engine takes.
+"""Host preprocessing alone: JPEG files to the pixels that the engine takes.
 
     python benchmarks/preprocess.py
     python benchmarks/preprocess.py --width 1024 --height 768 --mode crop
@@ -33,7 +33,7 @@ from prumerge_jax.data.loading import Named, stream_pixels
 from prumerge_jax.models.config import published
 
 SIZE = published("llava-1.5-7b").vision.image_size
-PICTURES = 16
+IMAGES = 16
 QUALITY = 90  # of the JPEG files
 
 
@@ -58,7 +58,7 @@ def processor_ms(work: Callable[[pathlib.Path], object], paths: Sequence[pathlib
 
 
 def named(paths: Sequence[pathlib.Path]) -> Iterator[Named]:
-    """The pictures again and again, under new names: the stream decodes a name only once."""
+    """The images again and again, under new names: the stream decodes a name only once."""
     for number, path in enumerate(itertools.cycle(paths)):
         yield f"request {number}", path
 
@@ -90,7 +90,7 @@ def stream(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes the pictures, times the steps and the streams, and reports."""
+    """Writes the images, times the steps and the streams, and reports."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--height", type=int, default=480)
@@ -109,14 +109,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         paths = []
-        for number in range(PICTURES):
+        for number in range(IMAGES):
             paths.append(pathlib.Path(folder) / f"{number}.jpg")
             paths[-1].write_bytes(jpeg(arguments.width, arguments.height, rng))
-        pictures = {path: load_image(path) for path in paths}
-        expected = [preprocess(picture, SIZE, mode) for picture in pictures.values()]
+        images = {path: load_image(path) for path in paths}
+        expected = [preprocess(image, SIZE, mode) for image in images.values()]
         steps: dict[str, Callable[[pathlib.Path], object]] = {
             "decode": load_image,
-            f"{mode}, resize": lambda path: preprocess(pictures[path], SIZE, mode),
+            f"{mode}, resize": lambda path: preprocess(images[path], SIZE, mode),
             "one core": lambda path: preprocess(load_image(path), SIZE, mode),
         }
         ms = {name: processor_ms(work, paths * arguments.repeats) for name, work in steps.items()}

@@ -1,9 +1,9 @@
-"""The PruMerge step: ours, the reference's loop form in PyTorch, and the vision tower beside it.
+"""The PruMerge step: ours, the reference's loop form in PyTorch, and the vision tower.
 
     python benchmarks/prumerge_step.py
 
 Hidden states and keys are random; the attention has exactly `--kept` outliers (`--kept_plus` for
-PruMerge+, which adds its spatial samples). Both programs must give the same tokens before they are
+PruMerge+, which adds its spatial samples). Both forms must give the same tokens before they are
 timed. `ratio` is the loop's time over ours, the loop at the better of one and all threads;
 `tower_share` is our step's time over that of the tower, which is timed at `--tower_batch` images
 and scaled; the floor is the cost model's for merging as many tokens as are kept.
@@ -34,7 +34,7 @@ from prumerge_jax.models.config import VisionConfig
 def check_equal(
     ours: prumerge.VisualTokens, theirs: Sequence[torch.Tensor], tolerance: float = 1e-4
 ) -> None:
-    """Compares the tokens of both programs.
+    """Compares the tokens of both forms.
 
     One token in a hundred may differ: where two neighbours are equally similar but for rounding,
     either may be the last one that is merged.

@@ -9,15 +9,15 @@ packing, prefill and decoding all run; but random weights say nothing about how 
 needs, so the counts are drawn from a lognormal distribution and put in place of the measured ones
 before the window is planned. `full` is the same engine with all patches, `transformers` is
 `LlavaForConditionalGeneration` in PyTorch at its best batch size. `--data` splits the engine's rows
-over so many devices. A CPU is taken as two devices, so that each half of its cores has rows of its
-own (XLA runs the small products of attention on one core per device), at the price of a copy of the
-weights for each.
+over this many devices. A CPU is taken as two devices, so that each half of its cores has different
+rows (XLA runs the small products of attention on one core per device), at the price of a copy of
+the weights for each.
 
 Columns: `efficiency` is real over computed row tokens; `speedup` is against `full`, and
 `flop_ratio` what the FLOPs allow; `floor_share` is images per second over the cost model's floor at
-`--floor_batch` images (which counts the last layer whole, where scoring computes most of it for the
-scored positions alone); `memory_gb` the peak during the arm, weights of all arms included;
-`compilations` counts programs compiled in the timed part.
+`--floor_batch` images (which counts the complete last layer, where scoring computes most of it for
+the scored positions alone); `memory_gb` the peak during the arm, weights of all arms included;
+`compilations` counts functions compiled in the timed part.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class DrawnCounts(Encoder):
     counts: np.ndarray
 
     def measure(self, encoding: Encoding) -> EncodedImages:
-        """The encoder's images with other lengths; every program runs as it does there."""
+        """The encoder's images with other lengths; every jitted function runs as it does there."""
         images = super().measure(encoding)
         lengths = images.lengths.copy()
         for request, image in zip(encoding.requests, encoding.image_of, strict=True):
@@ -77,7 +77,7 @@ class Arm:
     """One way to run the requests.
 
     Attributes:
-      warm_up: as many requests as run every program and fill the memory.
+      warm_up: as many requests as run every jitted function and fill the memory.
       run: all requests once.
       counts: visual tokens of every request.
       efficiency: real over computed row tokens of what has run so far.
@@ -187,7 +187,7 @@ def peer_arm(
 
 
 def flops_per_image(config: LlavaConfig, visual: float, arguments: argparse.Namespace) -> float:
-    """Of all stages, by the cost model."""
+    """FLOPs per image of all stages, by the cost model."""
     workload = Workload(visual, arguments.text_tokens, output_tokens=arguments.output_tokens)
     stages = operations(config, workload).values()
     return sum(operation.flops for stage in stages for operation in stage)

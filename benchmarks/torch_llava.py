@@ -23,7 +23,7 @@ class TorchLlava:
       model: `LlavaForConditionalGeneration`, SDPA attention.
       input_ids: [B, N + text], every patch of the image as a placeholder.
       pixels: uint8 [B, 3, S, S].
-      mean, std: of the normalisation.
+      mean, std: parameters of the normalisation.
       output_tokens: tokens to generate.
     """
 

@@ -1,7 +1,7 @@
 """PruMerge in PyTorch as a loop over images and tokens: the form of the reference code.
 
 Written from the paper (arXiv 2403.15388) and the reference's documented behaviour. As there, every
-kept token puts "all other tokens" together anew by concatenation before it looks for its
+kept token puts "all other tokens" together again by concatenation before it looks for its
 neighbours among them.
 """
 

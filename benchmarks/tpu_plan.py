@@ -78,7 +78,7 @@ def row(model: str, reduced: TrainingPlan) -> str:
 
 
 def record(model: str, reduced: TrainingPlan) -> dict[str, Any]:
-    """A plan for machines."""
+    """A plan as JSON values."""
     programs = [dataclasses.asdict(program) for program, _ in reduced.programs]
     return {
         "model": model,
@@ -94,7 +94,7 @@ def record(model: str, reduced: TrainingPlan) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table, line by line."""
-    jax.config.update("jax_platforms", "cpu")  # nothing runs; a TPU that is there stays free
+    jax.config.update("jax_platforms", "cpu")  # nothing runs; leave a TPU that is present free
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", default=list(RECIPES), choices=RECIPES)
     parser.add_argument("--slices", nargs="+", default=SLICES)

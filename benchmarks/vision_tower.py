@@ -1,10 +1,10 @@
-"""The vision tower alone, and with the token reduction behind it.
+"""The vision tower alone, and with the token reduction after it.
 
     python benchmarks/vision_tower.py
 
-`tower` ends at the penultimate features, keys and CLS query; the other arms are the whole `encode`
-step of a reduction, from uint8 pixels to visual tokens. `floor_ms` is the cost model's for tower
-and merge, `utilisation` the model FLOPs over time and peak.
+`tower` ends at the penultimate features, keys and CLS query; the other arms are the complete
+`encode` step of a reduction, from uint8 pixels to visual tokens. `floor_ms` is the cost model's
+for tower and merge, `utilisation` the model FLOPs over time and peak.
 """
 
 import argparse

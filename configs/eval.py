@@ -8,7 +8,7 @@ def get_config() -> ConfigDict:
     """The default of `eval.py`."""
     config = ConfigDict()
     config.checkpoint = "miniature"  # model directory, or this name for the shipped one
-    # None: answers without a score where there are questions, else the miniature's own digits.
+    # None: answers without a score where there are questions, else the miniature's digits.
     config.benchmark = placeholder(str)
     config.questions = placeholder(str)  # question file of the benchmark, or your own
     config.images = placeholder(str)  # folder of the questions' image paths
@@ -22,9 +22,9 @@ def get_config() -> ConfigDict:
         {
             "protocol": "llava-1.6",
             "conversation": "vicuna_v1",
-            # None: the benchmark's own, which is compact but for the digits.
+            # None: the benchmark's default, which is compact but for the digits.
             "position_ids": placeholder(str),
-            "max_new_tokens": placeholder(int),  # None: the benchmark's own limit
+            "max_new_tokens": placeholder(int),  # None: the benchmark's limit
             "temperature": 0.0,
             "top_p": 1.0,
             "seed": 0,
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     )
     config.dtype = placeholder(str)  # None: as stored
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
-    # Shapes of the compiled programs, see engine/shapes.py. None: fitted to questions and mesh.
+    # Shapes of the jitted functions, see engine/shapes.py. None: fitted to questions and mesh.
     config.engine = ConfigDict(
         {
             "batch_size": placeholder(int),  # images per encode step

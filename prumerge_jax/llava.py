@@ -56,7 +56,7 @@ class Llava:
 
     Attributes:
       tokenizer: its SentencePiece tokenizer.
-      engine_config: what is fixed of the compiled programs' shapes.
+      engine_config: fixed shapes of the jitted functions.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class Llava:
         Args:
           directory: the converted directory, or `miniature` for the model that comes with the
             package; every file is checked against its manifest.
-          dtype: of the weights on the device and of the computation, `float32`, `bfloat16` or
-            `float16`; by default as stored.
-          engine: what to fix of the compiled programs' shapes.
-          mesh: devices to lay the weights out on (`sharding.make_mesh`); by default the first one.
+          dtype: dtype of the weights on the device and of the computation, `float32`, `bfloat16`
+            or `float16`; by default as stored.
+          engine: shapes of the jitted functions to fix.
+          mesh: devices to place the weights on (`sharding.make_mesh`); by default the first one.
             Each weight is read straight into its shards.
 
         Raises:
@@ -103,7 +103,7 @@ class Llava:
         root = model_directory(directory)
         if (root / MANIFEST).is_file() and not (root / TOKENIZER).is_file():
             raise directories.DirectoryError(
-                f"{root}: no {TOKENIZER}; convert again with the tokenizer beside the weights"
+                f"{root}: no {TOKENIZER}; convert again with the tokenizer next to the weights"
             )
         directories.verify(root)
         config = config_json.read_config(root)
@@ -124,7 +124,7 @@ class Llava:
 
     @property
     def engine_sizes(self) -> EngineSizes:
-        """How much one call of each compiled program takes, before it is fitted to requests."""
+        """How much one call of each jitted function takes, before it is fitted to requests."""
         return self.engine_config.sizes(self._model.shards)
 
     def generate(
@@ -309,7 +309,7 @@ class Llava:
 
         Args:
           reduction, position_ids: as in `generate`.
-          text_tokens: of every request, a continuation to score included.
+          text_tokens: text tokens of every request, a continuation to score included.
           max_new_tokens: most tokens per answer.
         """
         reduction = as_reduction(reduction)

@@ -114,7 +114,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
     elif typing.get_origin(hint) is typing.Annotated:
         kind, bounds = typing.get_args(hint)
     elif hint is not bool:
-        raise TypeError(f"field {field.name}: {hint} is no option; see {__name__}")
+        raise TypeError(f"field {field.name}: {hint} is not an option; see {__name__}")
     return Option(field.name, kind, words, bounds, may_be_none, field.default)
 
 

@@ -37,9 +37,9 @@ class PruMergeConfig:
     Attributes:
       count_rule: `iqr` keeps attention outliers, `top` the floor(N * ratio) most attended patches,
         `all` every patch.
-      iqr_factor: outliers lie above Q3 + iqr_factor * (Q3 - Q1).
+      iqr_factor: outliers are above Q3 + iqr_factor * (Q3 - Q1).
       ratio: share of patches that `top` keeps, and that `raster_fixed` adds.
-      min_tokens, max_tokens: bounds on the number of selected patches; None is no bound.
+      min_tokens, max_tokens: bounds on the number of selected patches; None means unbounded.
       added_patches: patches added to the selected ones: `none`; `raster` every k-th patch with k
         derived from the number selected, as the reference's adaptive branch; `raster_fixed` every
         floor(1 / ratio)-th, selected ones doubled, as its training branch; `uniform` as many as
@@ -48,11 +48,11 @@ class PruMergeConfig:
       merge: `sum` adds attention-weighted neighbours to a token; `mean` takes the
         attention-weighted average of the token and its neighbours; `none`.
       neighbours: number of neighbours that a token takes in.
-      similarity: of keys, `cosine` or `dot`.
+      similarity: similarity measure of keys, `cosine` or `dot`.
       pool: neighbours come from `all` other patches or only from the `pruned` ones.
       extra_token: whether to append the attention-weighted sum of the pruned patches.
       order: tokens by descending `attention` followed by the added ones, or in `raster` order.
-      capacity: R; None is the most that N patches can need.
+      capacity: R; None means the most that N patches can need.
 
     Raises:
       ValueError: a value that is not allowed.
@@ -85,7 +85,7 @@ class PruMergeConfig:
             return self.capacity
         if self.count_rule == "all":
             return num_patches
-        # At most a quarter of all values can lie above the third quartile.
+        # At most a quarter of all values can be above the third quartile.
         most = self.fixed_count(num_patches) if self.count_rule == "top" else num_patches // 4
         most = max(self.min_tokens, most)
         if self.max_tokens is not None:
@@ -177,7 +177,7 @@ class Selection(NamedTuple):
 def cls_attention(query_cls: jax.Array, keys: jax.Array) -> jax.Array:
     """Attention of CLS to the patches, through one head as wide as the tower.
 
-    Not the tower's own attention: queries and keys of all heads are concatenated, and the scale is
+    Not the tower's attention: queries and keys of all heads are concatenated, and the scale is
     D^-0.5 for the full width D (clip_encoder.py of the reference).
 
     Args:
@@ -195,7 +195,7 @@ def cls_attention(query_cls: jax.Array, keys: jax.Array) -> jax.Array:
 def reduce_tokens(
     hidden: jax.Array, keys: jax.Array, attention: jax.Array, config: PruMergeConfig
 ) -> VisualTokens:
-    """Selects and merges the visual tokens of every image on its own.
+    """Selects and merges the visual tokens of every image independently.
 
     Args:
       hidden: [B, N, D], patch features.

@@ -78,7 +78,7 @@ def golden() -> pathlib.Path:
 
 @pytest.fixture
 def no_compilation_cache() -> Iterator[None]:
-    """For tests that count compilations: one that is found in the cache is none."""
+    """For tests that count compilations: one that is found in the cache does not count."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache as cache
 

@@ -10,7 +10,7 @@ MAINS = {"train.py": train.main, "eval.py": evaluate.main, "convert_weights.py":
 
 
 def run_program(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Exit status and output of a program, as a process of its own would have them."""
+    """Exit status and output of a program, as a separate process would have them."""
     stdout, stderr = io.StringIO(), io.StringIO()
     status: int | str | None = 0
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):

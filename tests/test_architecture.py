@@ -26,7 +26,7 @@ def test_imports_point_one_way_and_a_circle_is_seen(tmp_path: pathlib.Path) -> N
 
 
 def lint(folder: pathlib.Path) -> tuple[int, str]:
-    """Status and report of the command that CI runs, in a folder of its own."""
+    """Status and report of the command that CI runs, in a separate folder."""
     code = "import importlinter.cli; importlinter.cli.lint_imports_command()"
     done = subprocess.run(
         [sys.executable, "-c", code, "--no-cache"],

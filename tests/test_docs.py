@@ -73,7 +73,7 @@ def test_every_reduction_and_benchmark_of_the_readme_is_known() -> None:
     assert len(spellings) >= 10
     for spelling in spellings:
         reductions.parse(spelling)
-    listed = text.partition("## Benchmarks")[2].partition("## Read on")[0]
+    listed = text.partition("## Benchmarks")[2].partition("## Further reading")[0]
     names = re.findall(r"`(\w+)`", listed)
     assert len(names) >= 13
     assert [benchmark(name).name for name in names] == names

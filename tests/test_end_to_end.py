@@ -148,12 +148,12 @@ def test_readme_commands_answer_about_a_photo(
     )
     assert out.stdout.strip().startswith("['")
     if reduction == "prumerge":
-        picture = tmp_path / "kept.png"
+        overlay = tmp_path / "kept.png"
         subprocess.run(
             [
                 sys.executable, "-m", "prumerge_jax.visualize", f"--checkpoint={converted}",
-                f"--image={photo}", f"--output={picture}",
+                f"--image={photo}", f"--output={overlay}",
             ],
             check=True, cwd=ROOT,
         )  # fmt: skip
-        assert Image.open(picture).size[0] > 500
+        assert Image.open(overlay).size[0] > 500

@@ -202,7 +202,7 @@ def _has_close_similarities(keys: np.ndarray, config: prumerge.PruMergeConfig) -
 
 @pytest.mark.parametrize("name", [p for p in PRESETS if p != "full"])
 def test_an_image_is_on_its_own(name: str) -> None:
-    """Bitwise the same beside any neighbours; the same patches whatever B and R are."""
+    """Bitwise the same in any batch; the same patches whatever B and R are."""
     config = prumerge.preset(name)
     hidden, keys, attention = random_batch(7, 144, 24, seed=3)
     alone = reduce_tokens(hidden[:1], keys[:1], attention[:1], config=config)

@@ -46,7 +46,7 @@ def scripts(wheel: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pa
     install = ["install", "--no-deps", "--no-index", "--quiet", str(wheel)]
     command = [sys.executable, "-m", "pip", "--python", str(python), *install]
     subprocess.run(command, check=True, capture_output=True)
-    # A path file is read after the environment's own packages; those of an editable install of the
+    # A path file is read after the environment's packages; those of an editable install of the
     # checkout are not, because path files of a folder that is added this way are not executed.
     here = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (pathlib.Path(site) / "others.pth").write_text("\n".join(sorted(here)))

@@ -1,4 +1,4 @@
-"""Stage 2 of the miniature: projector and decoder learn to describe pictures."""
+"""Stage 2 of the miniature: projector and decoder learn to describe images."""
 
 from configs import common
 from configs.digits import miniature

@@ -1,1 +1,1 @@
-"""Plans for accelerators that are not there: programs compiled ahead of time for TPU slices."""
+"""Plans for accelerators that are not present: functions compiled ahead of time for TPU slices."""

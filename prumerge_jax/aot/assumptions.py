@@ -20,7 +20,7 @@ class MeanTokens(NamedTuple):
 
     Attributes:
       mean: visual tokens per image.
-      reason: where the figure is from, for people.
+      reason: where the figure is from, for the printed plan.
     """
 
     mean: float
@@ -31,11 +31,11 @@ def mean_visual_tokens(spelling: str, vision: VisionConfig) -> MeanTokens:
     """The mean that a plan assumes of a reduction: published, or else its capacity.
 
     Args:
-      spelling: of the reduction.
+      spelling: spelling of the reduction.
       vision: the tower; for another number of patches than 576 the published share is kept.
 
     Raises:
-      ValueError: the reduction is not valid, or none that the tower can provide for.
+      ValueError: the reduction is not valid, or the tower cannot provide for it.
     """
     reduction = reductions.parse(spelling)
     side = reduction.image_size(vision.image_size, vision.patch_size) // vision.patch_size

@@ -1,6 +1,6 @@
-"""Programs compiled for a TPU slice that is not there: memory, collectives, estimated time.
+"""Programs compiled for a TPU slice that is not present: memory, collectives, estimated time.
 
-Nothing runs. Times are XLA's own cycle estimates, as far as it makes them, and peak rates for the
+Nothing runs. Times are XLA's cycle estimates, as far as it makes them, and peak rates for the
 rest; they leave out waiting, launches and the host.
 """
 
@@ -34,11 +34,11 @@ class Program:
     """A compiled program, as one chip runs it.
 
     Attributes:
-      name: of the function.
+      name: name of the function.
       arguments, outputs, temporaries: bytes; outputs without those that take a donated argument's
         place.
       cost: collectives and XLA's estimate.
-      kernel_flops: of hand-written kernels, for which XLA estimates nothing.
+      kernel_flops: FLOPs of hand-written kernels, for which XLA estimates nothing.
       compile_seconds: how long XLA took.
     """
 
@@ -69,13 +69,13 @@ class DoesNotFit(RuntimeError):
 
 
 def tpu(chip: Chip) -> Tpu:
-    """The chip's TPU side.
+    """The TPU-specific figures of a chip.
 
     Raises:
       ValueError: it is not a TPU.
     """
     if chip.tpu is None:
-        raise ValueError("plans are for TPUs; this chip is none")
+        raise ValueError("plans are for TPUs; this chip is not one")
     return chip.tpu
 
 
@@ -140,19 +140,19 @@ def tower_kernel_flops(vision: VisionConfig, images: int, dtype: jnp.dtype) -> f
 
 
 def decoder_kernel_flops(text: TextConfig, rows: int, pairs: float, dtype: jnp.dtype) -> float:
-    """FLOPs of that kernel, forward, for rows of `pairs` (query, key) pairs each; 0 likewise."""
+    """FLOPs of that kernel, forward, for rows of `pairs` (query, key) pairs each; 0 as above."""
     if backend_for(dtype, text.head_dim) != "splash":
         return 0.0
     return counts.attention_flops(text, rows * pairs)
 
 
 def peak_bytes(resident: int, programs: Iterable[Program]) -> int:
-    """Per chip: what stays, and the largest working set of a program."""
+    """Peak bytes per chip: what is resident, and the largest working set of a program."""
     return resident + max(p.temporaries + p.outputs for p in programs)
 
 
 class Planned(Protocol):
-    """What a plan says of itself."""
+    """What every plan provides."""
 
     @property
     def memory(self) -> int:

@@ -1,6 +1,6 @@
 """What a compiled program does on one chip, read off its HLO text.
 
-XLA's own `cost_analysis` counts the body of a loop once, whatever its trip count; here every
+XLA's `cost_analysis` counts the body of a loop once, whatever its trip count; here every
 computation counts as often as it runs.
 """
 
@@ -158,8 +158,8 @@ def _executions(module: _Module) -> Iterator[tuple[str, int]]:
 
 
 def _trips(module: _Module, loop: _Instruction) -> int | None:
-    """Of a loop; where XLA says nothing, of one that counts from 0 in steps of 1, as a scan does:
-    the bound in its condition."""
+    """Trip count of a loop. Where XLA states none, the bound in the loop's condition: scans count
+    from 0 in steps of 1."""
     if loop.trips is not None:
         return loop.trips
     instructions = module.computations.get(loop.condition or "", [])
@@ -180,7 +180,7 @@ def _received(instruction: _Instruction, computation: list[_Instruction]) -> int
 
 
 def _bytes(shape: str) -> int:
-    """Of an array or a tuple of arrays."""
+    """Bytes of an array or a tuple of arrays."""
     total = 0.0
     for dtype, sides in _ARRAY.findall(shape):
         bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])  # type: ignore[index]

@@ -1,6 +1,6 @@
-"""What the programs of inference need of a TPU slice: compiled, not run.
+"""What inference needs of a TPU slice: its jitted functions compiled, not run.
 
-Without weights, images or a TPU. `decode` is one step of all slots: how many follow is not known.
+No weights, images or TPU are needed. `decode` is one step of all slots; how many follow is unknown.
 """
 
 import dataclasses
@@ -55,10 +55,10 @@ class InferencePlan:
     Attributes:
       topology: the slice.
       mesh: sizes of the mesh's axes.
-      reduction: as it was spelled.
-      dtype: of weights and computation.
+      reduction: its spelling.
+      dtype: dtype of weights and computation.
       visual_tokens: assumed mean per image.
-      shapes: of the programs.
+      shapes: shapes of the programs.
       programs: encode, read (scoring), prefill and decode, one run each.
       work: by program, what it computes on all chips together, by the cost model.
       resident: bytes per chip of weights, KV slots and four windows of visual tokens.
@@ -78,7 +78,7 @@ class InferencePlan:
 
     @property
     def memory(self) -> int:
-        """Peak bytes per chip: what stays, and the largest working set of a program."""
+        """Peak bytes per chip: what is resident, and the largest working set of a program."""
         return peak_bytes(self.resident, self.programs)
 
     @property
@@ -88,7 +88,7 @@ class InferencePlan:
         return self.shapes.prefill_rows * self.shapes.row_length / length
 
     def lines(self) -> list[str]:
-        """The plan for people."""
+        """The plan as lines of text."""
         chip = self.topology.chip
         used = 1
         for size in self.mesh.values():
@@ -128,11 +128,12 @@ def plan_inference(
 
     Args:
       model: sizes.
-      engine: shapes of the programs; lengths that it leaves open are fitted to short questions.
+      engine: shapes of the jitted functions; lengths that it leaves open are fitted to short
+        questions.
       reduction: spelling of what happens to the visual tokens.
       topology: the slice.
       mesh: sizes of the mesh's axes; those that are tried next have more `tensor`.
-      dtype: of weights and computation.
+      dtype: dtype of weights and computation.
 
     Raises:
       ValueError: the mesh is larger than the slice, a shape does not divide over its shards, or
@@ -260,10 +261,10 @@ def _abstract_slots(
         )
     )
     cache = NamedSharding(mesh, PartitionSpec(*logical_spec(None, "batch", None, "heads", None)))
-    whole = replicated(mesh)
+    unsharded = replicated(mesh)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=cache if leaf.ndim == 5 else whole
+            leaf.shape, leaf.dtype, sharding=cache if leaf.ndim == 5 else unsharded
         ),
         shapes,
     )

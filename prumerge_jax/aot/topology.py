@@ -1,4 +1,4 @@
-"""TPU slices that are compiled for and not there: `v5e:8x8` as devices without hardware."""
+"""TPU slices to compile for without the hardware: `v5e:8x8` as abstract devices."""
 
 import importlib.util
 import os

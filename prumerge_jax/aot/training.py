@@ -1,6 +1,6 @@
 """What a training step needs of a TPU slice: compiled, not run.
 
-Without weights, data or a TPU. How many micro-batches a step has depends on the tokens of its
+No weights, data or TPU are needed. How many micro-batches a step has depends on the tokens of its
 samples, which only the data can tell; a plan assumes their mean.
 """
 
@@ -61,7 +61,7 @@ class Samples:
     Attributes:
       count: the global batch.
       visual_tokens, text_tokens: means per sample.
-      source: where the mean of the visual tokens is from, for people.
+      source: where the mean of the visual tokens is from, for the printed plan.
     """
 
     count: int
@@ -83,9 +83,9 @@ class TrainingPlan:
       topology: the slice.
       model: sizes.
       mesh: sizes of the mesh's axes.
-      samples: assumed of the data.
+      samples: assumptions about the data.
       row_positions: positions of a micro-batch, over all chips.
-      lora_rank: of the adapters, 0 without.
+      lora_rank: rank of the adapters, 0 without.
       encode: the tower and the reduction, once per step.
       accumulate: one micro-batch, forward and backward.
       update: the optimizer, once per step.
@@ -122,7 +122,7 @@ class TrainingPlan:
 
     @property
     def memory(self) -> int:
-        """Peak bytes per chip: what stays, and the largest working set of a program."""
+        """Peak bytes per chip: what is resident, and the largest working set of a program."""
         return peak_bytes(self.resident, (program for program, _ in self.programs))
 
     @property
@@ -145,7 +145,7 @@ class TrainingPlan:
         return sum(self.model_flops.values()) / (peak * self.seconds)
 
     def lines(self) -> list[str]:
-        """The plan for people."""
+        """The plan as lines of text."""
         chip, samples = self.topology.chip, self.samples
         flops = {name: value / 1e12 for name, value in self.model_flops.items()}
         source = f" ({samples.source})" if samples.source else ""
@@ -180,7 +180,7 @@ def plan_training(
         `ASSUMED_TEXT_TOKENS`.
 
     Raises:
-      ValueError: the configuration is none that can be planned, or its mesh does not fit the
+      ValueError: the configuration cannot be planned, or its mesh does not fit the
         slice.
       DoesNotFit: no mesh of the slice has the memory and divides the batch.
     """
@@ -248,7 +248,7 @@ def _check_divides(config: TrainConfig, sizes: Sizes) -> None:
     shards, tensor = sizes["data"] * sizes["fsdp"], sizes["tensor"]
     if config.batch_size % shards:
         raise DoesNotFit(
-            f"batch_size {config.batch_size} is no multiple of its {shards} data shards"
+            f"batch_size {config.batch_size} is not a multiple of its {shards} data shards"
         )
     heads = config.sizes.text.num_kv_heads
     if heads % tensor:

@@ -1,6 +1,6 @@
 """What all programs share: flags, and a user's mistake as one line on standard error.
 
-Flags are absl's. Of a program with `--config` every field of the configuration is a flag, too:
+Flags are absl's. In a program with `--config` every field of the configuration is a flag, too:
 `--config.batch_size=64`.
 """
 
@@ -48,7 +48,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
 def mistakes_in_one_line(argv: Sequence[str]) -> Iterator[None]:
     """Ends the program with status 1 and one line where input, machine or disk is at fault.
 
-    These are ValueError, which all our own classes of error derive from, OSError and a missing
+    These are ValueError, which all our error classes derive from, OSError and a missing
     package; anything else is a bug of ours and keeps its traceback.
     """
     try:
@@ -83,7 +83,7 @@ def parse_with_config(
 
     Args:
       argv: the command line.
-      values: the flags besides `--config`; the configuration's fields are added.
+      values: the flags in addition to `--config`; the configuration's fields are added.
       description: printed by `--help`.
       default: the recipe where `--config` is not given; None makes the flag required.
 
@@ -123,7 +123,7 @@ def parse_with_config(
 
 
 def _take_config(arguments: list[str], default: str | None) -> tuple[str | None, list[str]]:
-    """Splits `--config` off; of several the last counts."""
+    """Splits `--config` off; if there are several, the last one counts."""
     recipe, others = default, []
     remaining = iter(arguments)
     for argument in remaining:

@@ -11,8 +11,8 @@
 
 The first scores the shipped miniature on its digits; the fourth answers your own questions, without
 a score. Every field of configs/eval.py is a flag. A run that was interrupted resumes. With `--aot`
-the engine's programs are compiled for a TPU slice and not run; the checkpoint is then the name of a
-published size, and every reduction is planned. Exit status: 0 if every row was scored, 3 if some
+the engine's functions are compiled for a TPU slice and not run; the checkpoint is then the name of
+a published size, and every reduction is planned. Exit status: 0 if every row was scored, 3 if some
 failed (errors.jsonl says why), 1 if it could not run.
 """
 

@@ -51,7 +51,7 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_integer(
         "heartbeat_seconds",
         60,
-        "a process silent for so long counts as dead, and all end",
+        "a process silent for longer counts as dead, and all end",
         1,
         flag_values=values,
     )

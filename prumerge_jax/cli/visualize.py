@@ -1,4 +1,4 @@
-"""An image of what a reduction keeps of an image, and what it merges.
+"""Draws what a reduction keeps of an image, and what it merges.
 
 prumerge-visualize --checkpoint miniature --image FILE --output kept.png
     [--reduction prumerge:neighbours=8]

@@ -137,7 +137,7 @@ class _Opener:
         if self.sources.merge and self.sources.adapter is None:
             raise ConversionError("--merge needs an adapter to merge, given as --adapter")
         if self.sources.adapter_base and self.sources.adapter is None:
-            raise ConversionError("--adapter_base speaks of an adapter; give it as --adapter")
+            raise ConversionError("--adapter_base needs an adapter, given as --adapter")
         parts = (self.sources.vision_tower, self.sources.projector, self.sources.adapter)
         for part in (folder, *filter(None, parts)):
             check_folder(part)
@@ -289,7 +289,7 @@ class _Opener:
                 f"{self.sources.folder} does not hold its vision tower: give the CLIP directory "
                 f"({OPENAI_TOWER} for published models) as --vision_tower"
             )
-        # Exports of ours say the sizes of their tower in a folder of their own.
+        # Our exports state the sizes of their tower in a separate folder.
         exported = self.sources.folder / "vision_tower"
         sizes = VisionConfig()
         if (exported / "config.json").is_file():

@@ -40,7 +40,7 @@ def convert(
     Args:
       model: see `checkpoint_reader.open_model`.
       output: the directory to write; it must not exist.
-      dtype: of all weights but adapters; None keeps each weight's own.
+      dtype: dtype of all weights but adapters; None keeps each weight's.
       progress: called with the number of checkpoint bytes done since the last call.
 
     Raises:
@@ -110,7 +110,7 @@ def assemble(
 def _target_dtype(
     weight: Weight, tensors: Mapping[str, Tensor], dtype: np.dtype | None
 ) -> np.dtype:
-    """What a weight is stored as: `dtype`, or the one that all of its layers have."""
+    """Dtype in which a weight is stored: `dtype`, or the one that all of its layers have."""
     if dtype is not None:
         return dtype
     dtypes = {str(tensors[key].info.dtype) for key in weight.keys}
@@ -126,7 +126,7 @@ def _target_dtype(
 def _hashing(
     files: Iterable[pathlib.Path],
 ) -> Iterator[dict[pathlib.Path, concurrent.futures.Future[tuple[int, str]]]]:
-    """Size and SHA-256 of files, computed meanwhile; an exception does not wait for them."""
+    """Size and SHA-256 of files, computed concurrently; an exception does not wait for them."""
     hasher = concurrent.futures.ThreadPoolExecutor(max_workers=1)
     try:
         yield {path: hasher.submit(size_and_sha256, path) for path in files}

@@ -15,10 +15,10 @@ def download(repository: str, revision: str) -> pathlib.Path:
 
     Args:
       repository: `organisation/name`.
-      revision: a full commit id, so that the files behind the name cannot change.
+      revision: a full commit id, so that the files of that name cannot change.
 
     Raises:
-      ConversionError: the revision is not a commit id, or the files cannot be had.
+      ConversionError: the revision is not a commit id, or the files are not available.
     """
     import huggingface_hub
 

@@ -111,7 +111,7 @@ def export_model(
 
     Raises:
       ConversionError: the dialect cannot hold the model.
-      DirectoryError: `folder` is no model directory, or `output` exists.
+      DirectoryError: `folder` is not a model directory, or `output` exists.
     """
     require_new(output)
     adapter = config_json.read_adapter(folder)  # before every file is hashed
@@ -167,7 +167,7 @@ def export_adapter(folder: pathlib.Path, output: pathlib.Path, *, base: str | No
 
     Raises:
       ConversionError: the directory holds no adapters.
-      DirectoryError: `folder` is no model directory, or `output` exists.
+      DirectoryError: `folder` is not a model directory, or `output` exists.
     """
     require_new(output)
     adapter = config_json.read_adapter(folder)  # before every file is hashed

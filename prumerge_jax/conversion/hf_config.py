@@ -1,6 +1,6 @@
 """`config.json` of PyTorch checkpoints, parsed by whitelist into a `LlavaConfig`.
 
-Fields that only steer training, caching or the Python side of transformers are not looked at.
+Fields that only steer training, caching or the Python side of transformers are not read.
 Every field that would change a result is read, or must have the one value that is supported.
 """
 
@@ -113,7 +113,7 @@ def parse_hf(values: Any, where: str) -> LlavaConfig:
 
 
 def parse_llava(values: Any, where: str, vision: VisionConfig) -> LlavaConfig:
-    """The config of a `LlavaLlamaForCausalLM`; the tower's sizes come from its own config.
+    """The config of a `LlavaLlamaForCausalLM`; the tower's sizes come from its config.
 
     Raises:
       ConversionError: a field is malformed, out of bounds, or asks for something unsupported.
@@ -236,7 +236,7 @@ def with_processor(folder: pathlib.Path, vision: VisionConfig) -> VisionConfig:
     pixels = None
     if (path := folder / "processor_config.json").is_file():
         processor = Section(load_object(path), str(path))
-        # transformers' own default is 0, with which 575 places meet 576 features.
+        # transformers' default is 0, with which 575 places meet 576 features.
         processor.require("num_additional_image_tokens", [1])
         processor.require("vision_feature_select_strategy", ["default", None])
         processor.require("patch_size", [vision.patch_size, None])
@@ -278,7 +278,7 @@ def _built(section: Section, kind: type, **fields: Any) -> Any:
 
 
 def _refusing(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function of the model's own configuration, whose errors are the checkpoint's here."""
+    """Calls a function of our model's configuration, whose errors are the checkpoint's here."""
     try:
         return function(*arguments)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The JSON files next to weights, in the words of the programs that will read them."""
+"""The JSON files next to weights, in the format of the libraries that will read them."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ OPENAI_TOWER = "openai/clip-vit-large-patch14-336"
 
 
 def hf_config(config: LlavaConfig) -> dict[str, Any]:
-    """`config.json` of a LlavaForConditionalGeneration, read alike by transformers 4 and 5.
+    """`config.json` of a LlavaForConditionalGeneration, for transformers 4 and 5 alike.
 
     Raises:
       ConversionError: a projector that transformers' LLaVA does not have, or no image token.
@@ -42,7 +42,7 @@ def hf_config(config: LlavaConfig) -> dict[str, Any]:
 
 
 def llava_config(config: LlavaConfig) -> dict[str, Any]:
-    """`config.json` of a LlavaLlamaForCausalLM that holds its own vision tower."""
+    """`config.json` of a LlavaLlamaForCausalLM that holds its vision tower."""
     return {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava",

@@ -12,11 +12,11 @@ def check_folder(folder: pathlib.Path) -> None:
     """Checks that a directory exists and that the files in it are in it.
 
     A downloaded checkpoint with a link to a private file would carry that file into the output.
-    In a snapshot of a Hugging Face cache (`models--*/snapshots/COMMIT/`) links into its own
+    In a snapshot of a Hugging Face cache (`models--*/snapshots/COMMIT/`) links into its
     `blobs/` are what the cache consists of.
 
     Raises:
-      ConversionError: it is no directory, or a link leads out of it; the message names it.
+      ConversionError: it is not a directory, or a link leads out of it; the message names it.
       OSError: it cannot be read.
     """
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""The one table that says which checkpoint tensor is which weight of ours, read both ways.
+"""The one table that maps checkpoint tensors to our weights, used in both directions.
 
 Checkpoint keys of every dialect are first brought to one naming, called canonical here: what
 llava-hf's files become after `canonical_key`, for example
@@ -48,10 +48,10 @@ class Weight:
 
     Attributes:
       path: our dotted path.
-      pattern: the canonical key, `{}` in the place of the layer number of a stacked weight.
-      tensor_shape: of one checkpoint tensor.
-      transform: from its layout to ours.
-      num_layers: how many are stacked on a leading axis; None for a weight that stands alone.
+      pattern: the canonical key, `{}` in place of the layer number of a stacked weight.
+      tensor_shape: shape of one checkpoint tensor.
+      transform: how its layout becomes ours.
+      num_layers: how many are stacked on a leading axis; None for a weight that is not stacked.
     """
 
     path: str
@@ -109,7 +109,7 @@ def unused_tower_tensors(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
-# Tensors that old files hold and every program recomputes.
+# Tensors that old files hold and every library recomputes.
 _DERIVED = {
     r".*\.rotary_emb\.inv_freq": "rotary frequencies, recomputed from rope_theta",
     r".*embeddings\.position_ids": "position numbers 0, 1, 2, ..., recomputed",
@@ -117,7 +117,7 @@ _DERIVED = {
 
 
 def clip_ignored_reason(canonical: str) -> str | None:
-    """As `ignored_reason`, for a CLIPModel, of which only the tower is of use."""
+    """As `ignored_reason`, for a CLIPModel, of which only the tower is used."""
     if re.match(r"text_model\.|(text|visual)_projection\.|logit_scale$", canonical):
         return "not of CLIP's vision tower"
     return ignored_reason(canonical)
@@ -156,7 +156,7 @@ def canonical_key(key: str, dialect: Dialect) -> str:
 
 
 def dialect_key(canonical: str, dialect: Dialect, config: LlavaConfig) -> str:
-    """The name of a tensor in files that a dialect's published programs load.
+    """The name of a tensor in files that a dialect's published code loads.
 
     llava-hf: the naming of the published files, which every version of transformers reads.
     """
@@ -179,8 +179,8 @@ class Assignment:
     """Where every tensor of a checkpoint goes.
 
     Attributes:
-      key_of: the checkpoint's own key, by canonical key.
-      ignored: the checkpoint's own keys that are left out, with the reason.
+      key_of: the checkpoint's key, by canonical key.
+      ignored: the checkpoint's keys that are left out, with the reason.
     """
 
     key_of: Mapping[str, str]
@@ -197,7 +197,7 @@ def assign(
     """Matches a checkpoint's tensors with the expected ones, all or nothing.
 
     Args:
-      tensors: of the checkpoint, under its own keys.
+      tensors: the checkpoint's tensors, under its keys.
       dialect: how those keys are to be read.
       expected: shape by canonical key.
       where: names the checkpoint in errors.
@@ -246,7 +246,7 @@ def _hf_index(original: str) -> int | str:
 
 
 def vision_weights(vision: VisionConfig) -> Iterator[Weight]:
-    """Those of the tower that LLaVA uses; the rest are `unused_tower_tensors`."""
+    """Weights of the tower that LLaVA uses; the rest are `unused_tower_tensors`."""
     width, patch, root = vision.width, vision.patch_size, "vision_tower"
     yield Weight("vision.class_embedding", f"{root}.embeddings.class_embedding", (width,))
     yield Weight(
@@ -275,7 +275,7 @@ def vision_weights(vision: VisionConfig) -> Iterator[Weight]:
 
 
 def projector_weights(config: LlavaConfig) -> Iterator[Weight]:
-    """Those between the tower and the decoder."""
+    """Weights between the tower and the decoder."""
     width = config.text.width
     for layer in range(projector_depth(config.projector)):
         shape = (width, config.vision.width if layer == 0 else width)
@@ -284,7 +284,7 @@ def projector_weights(config: LlavaConfig) -> Iterator[Weight]:
 
 
 def decoder_weights(text: TextConfig) -> Iterator[Weight]:
-    """Those of the language model, embeddings and head included."""
+    """Weights of the language model, embeddings and head included."""
     root, width, layers = "language_model", text.width, text.num_layers
     vocabulary = (text.vocab_size, width)
     yield Weight("decoder.embed_tokens", f"{root}.embed_tokens.weight", vocabulary)
@@ -300,7 +300,7 @@ def decoder_weights(text: TextConfig) -> Iterator[Weight]:
 
 
 def adapter_weights(text: TextConfig, rank: int) -> Iterator[Weight]:
-    """Those of low-rank adapters on every linear layer of the decoder's blocks."""
+    """Weights of low-rank adapters on every linear layer of the decoder's blocks."""
     for name, (d_out, d_in) in checkpoint_linears(text).items():
         pattern, path = f"language_model.layers.{{}}.{name}", f"decoder.layers.{name}"
         for ours, theirs, shape in (

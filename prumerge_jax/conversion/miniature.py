@@ -27,7 +27,7 @@ def model_directory(
 
     Args:
       checkpoint: a path, or `miniature` for the shipped one.
-      cache: where the shipped one is unpacked when it is asked for first; float32, some 3 MB.
+      cache: where the shipped one is unpacked on first use; float32, some 3 MB.
     """
     if os.fspath(checkpoint) != NAME:
         return pathlib.Path(checkpoint).expanduser()
@@ -37,6 +37,6 @@ def model_directory(
         try:
             convert(open_model(Sources(_SHIPPED)), directory, dtype=np.dtype(np.float32))
         except DirectoryError:
-            if not (directory / MANIFEST).exists():  # no other process unpacked it meanwhile
+            if not (directory / MANIFEST).exists():  # no other process has unpacked it
                 raise
     return directory

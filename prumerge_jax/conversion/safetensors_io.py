@@ -51,7 +51,7 @@ class SafetensorsFile:
     """One `.safetensors` file; tensors are read by position, never mapped into memory.
 
     Attributes:
-      path: of the file.
+      path: path of the file.
       tensors: shape and dtype by name.
     """
 
@@ -79,7 +79,7 @@ class SafetensorsFile:
         """Where data begins, how many bytes it has, and the header."""
         size = self.path.stat().st_size
         if size < 8:
-            raise ConversionError(f"{self.path}: {size} bytes are no safetensors file")
+            raise ConversionError(f"{self.path}: {size} bytes are not a safetensors file")
         length = int.from_bytes(read_exactly(self.path, 8, 0).tobytes(), "little")
         if length > _MAX_HEADER_BYTES or length > size - 8:
             raise ConversionError(
@@ -188,7 +188,7 @@ class ShardedWriter:
         """Writes one declared tensor.
 
         Raises:
-          ConversionError: not declared, written before, or of another shape or dtype.
+          ConversionError: not declared, already written, or of another shape or dtype.
         """
         info = self._unwritten.get(name)
         if info is None:

@@ -43,7 +43,7 @@ class TensorFile(Protocol):
 
 
 class Checkpoint:
-    """The tensors of one or several files under their own names."""
+    """The tensors of one or several files under their names."""
 
     def __init__(self, files: Iterable[TensorFile]) -> None:
         """Joins files.

@@ -23,7 +23,7 @@ class TorchFile:
     """One `.bin` file that holds a state dict; tensors are read by position.
 
     Attributes:
-      path: of the file.
+      path: path of the file.
       tensors: shape and dtype by name.
     """
 

@@ -112,7 +112,7 @@ class _Machine:
                     raise self.fail(f"has a storage of type {name[:60]!r} or of no sound size")
                 self.stack.append(Storage(key, np.dtype(_STORAGES[name]), numel))
             case other:
-                raise self.fail(f"refers to {_describe(other)}, which is no storage")
+                raise self.fail(f"refers to {_describe(other)}, which is not a storage")
 
     def reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
@@ -139,7 +139,7 @@ class _Machine:
         if len(shape) != len(strides) or len(shape) > 8:
             raise self.fail(f"has a tensor of rank {len(shape)} with {len(strides)} strides")
         if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in sizes):
-            raise self.fail("has a tensor whose shape, strides or offset are no sizes")
+            raise self.fail("has a tensor whose shape, strides or offset are not sizes")
         return TensorRef(storage, offset, tuple(shape), tuple(strides))
 
     def build(self) -> None:
@@ -249,7 +249,7 @@ def interpret(pickle: bytes, where: str) -> dict[str, TensorRef]:
         raise machine.fail("holds no dictionary of tensors")
     for name, value in result.items():
         if not isinstance(value, TensorRef):
-            raise machine.fail(f"holds {name[:80]!r}, which is no tensor")
+            raise machine.fail(f"holds {name[:80]!r}, which is not a tensor")
     return result
 
 

@@ -15,7 +15,7 @@ ACTIVATION_BYTES = 2
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """Numbers of weights; `total` is the whole checkpoint.
+    """Numbers of weights; `total` is the complete checkpoint.
 
     `vision_used` are those of `vision` that the penultimate features and the last block's keys and
     CLS query depend on: all that PruMerge needs.
@@ -31,7 +31,7 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """The whole checkpoint, biases, norms and unused last vision block included."""
+        """The complete checkpoint, biases, norms and unused last vision block included."""
         decoder = self.embedding + self.blocks + self.norms + self.head
         return self.vision + self.projector + decoder
 

@@ -71,7 +71,7 @@ class Workload:
       text_tokens: prompt tokens per request.
       batch: requests computed together.
       output_tokens: per request; the first one comes from the prefill.
-      weight_bits: of the decoder's blocks and head; the tower and the projector stay at 16.
+      weight_bits: bits per weight of the decoder's blocks and head; tower and projector keep 16.
     """
 
     visual_tokens: float

@@ -19,8 +19,8 @@ from prumerge_jax.messages import quoted
 LabelProtocol = Literal["prumerge", "llava-1.2"]
 """Whose label lengths to use for the rounds after the first.
 
-`llava-1.2` takes one off both lengths where `</s>USER` has one id less than ` USER`, which is so in
-the tokenizer style `4.37`; `prumerge` never does, and therefore loses every multi-round sample in
+`llava-1.2` takes one off both lengths where `</s>USER` has one id less than ` USER`, as in the
+tokenizer style `4.37`; `prumerge` never does, and therefore loses every multi-round sample in
 that style. The published pairs are `prumerge` with `4.31` and `llava-1.2` with `4.37`.
 """
 
@@ -39,7 +39,7 @@ class Template:
 
     Attributes:
       name: the name LLaVA gives it.
-      opening: what stands before the first turn, separator included.
+      opening: what comes before the first turn, separator included.
       human: role of the human; None throws the human's text away and keeps the image alone.
       gap: between a role and its text.
       human_end: after the human's text.
@@ -120,7 +120,7 @@ def chat_template(name: str) -> Template:
 
 
 def evaluation_prompt(template: Template, text: str, has_image: bool = True) -> str:
-    """The prompt that asks `text`, ending where the answer begins; `<image>` stands first.
+    """The prompt that asks `text`, ending where the answer begins; `<image>` comes first.
 
     Raises:
       ValueError: the text holds a literal `<image>`, or the template has no evaluation form.
@@ -143,7 +143,7 @@ def evaluation_prompt(template: Template, text: str, has_image: bool = True) -> 
 
 
 def training_prompt(template: Template, turns: Sequence[str]) -> str:
-    """The whole conversation as one string.
+    """The complete conversation as one string.
 
     Args:
       template: one with a training form.
@@ -214,7 +214,7 @@ def sample_turns(sample: Mapping[str, Any]) -> list[str]:
     mentions = sum(IMAGE_PLACEHOLDER in text for text in texts)
     if mentions != 1:
         raise SampleError(
-            f"{name}: {IMAGE_PLACEHOLDER} stands in {mentions} turns; expected 1, as the sample "
+            f"{name}: {IMAGE_PLACEHOLDER} appears in {mentions} turns; expected 1, as the sample "
             "has one image"
         )
     return [_image_first(text) for text in texts]
@@ -230,9 +230,9 @@ class LabelledText(NamedTuple):
     """Token ids and labels of one sample, before images are inserted and before truncation.
 
     Attributes:
-      ids: int32 [T], BOS first, `IMAGE_TOKEN` (-200) where an image stands.
+      ids: int32 [T], BOS first, `IMAGE_TOKEN` (-200) where an image goes.
       labels: int32 [T], the ids to be predicted, `IGNORE` (-100) elsewhere.
-      mismatch: the rounds did not add up to the whole and every label was dropped: count these.
+      mismatch: the rounds did not add up to the total and every label was dropped: count these.
     """
 
     ids: np.ndarray
@@ -286,7 +286,7 @@ def label_rounds(
     """Labels of a conversation that is one string already (LLaVA's `preprocess_v1`).
 
     The reference finds each round by the *lengths* of its parts tokenised alone. Where those do
-    not add up to the whole (an answer that holds the text of a role, a literal `<unk>`), the sample
+    not add up to the total (an answer that holds the text of a role, a literal `<unk>`), the sample
     is left without any label, and `mismatch` is set.
 
     Args:

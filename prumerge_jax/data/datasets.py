@@ -1,6 +1,6 @@
 """The data sets that a training run can name, by `data.name`.
 
-`llava_json` is known here; a room with a data set of its own registers it (`register_dataset`).
+`llava_json` is known here; a room with another data set registers it (`register_dataset`).
 """
 
 import fcntl

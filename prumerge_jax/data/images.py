@@ -1,7 +1,7 @@
 """Image files to pixels: strict decoding and CLIP's preprocessing, both by PIL.
 
 PIL is the image resizer of record: the torchvision path of newer processors differs by one grey
-level here and there, enough to change which tokens PruMerge keeps. Images stay uint8 up to
+level here and there, enough to change which tokens PruMerge keeps. Images are kept uint8 up to
 `normalize`, so they travel and are stored at a quarter of the size.
 """
 
@@ -66,7 +66,7 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # Of palettes with alpha; that alpha is dropped is what this function promises.
+            # Palettes with alpha: dropping alpha is what this function promises.
             warnings.filterwarnings("ignore", "Palette images with Transparency")
             return _decode(source)
     except Exception as error:  # decoders raise nearly anything on damaged bytes
@@ -97,7 +97,7 @@ def _decode(source: ImageSource) -> Image.Image:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """Opens a file; a named pipe too, without waiting for somebody to write to it."""
+    """Opens a file; a named pipe too, without waiting for a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -161,10 +161,10 @@ def preprocess(
     of a square of the mean colour, so that nothing is cut off (LLaVA's `expand2square`).
 
     Args:
-      image: of mode RGB, as `load_image` returns it.
+      image: an image of mode RGB, as `load_image` returns it.
       size: side of the result in pixels.
       mode: what happens to an image that is not square.
-      mean: of the three channels, 0 to 1; the colour of the padding.
+      mean: mean of each of the three channels, 0 to 1; the colour of the padding.
 
     Returns:
       uint8 [size, size, 3].
@@ -191,7 +191,7 @@ class ImageProcessor:
 
     Attributes:
       image_size: S, side of the pixels.
-      pixel_mean: of the tower's three channels, 0 to 1; the colour of the padding.
+      pixel_mean: the tower's mean of each channel, 0 to 1; the colour of the padding.
       mode: what happens to an image that is not square.
 
     Raises:
@@ -235,8 +235,8 @@ def normalize(
 
     Args:
       pixels: uint8 [..., 3].
-      mean: of the three channels, 0 to 1.
-      std: of the three channels, 0 to 1.
+      mean: mean of each of the three channels, 0 to 1.
+      std: standard deviation of each of the three channels, 0 to 1.
 
     Returns:
       float32 [..., 3], bit for bit CLIP's.

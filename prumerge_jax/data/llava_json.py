@@ -174,7 +174,7 @@ def read_regular(file: pathlib.Path) -> bytes:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no regular file.
+      ValueError: it is not a regular file.
     """
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
@@ -243,7 +243,7 @@ def _fault(entry: Any, image_folder: pathlib.Path) -> str | None:
             return f"{name}: {IMAGE_PLACEHOLDER} in a text without image; expected an image path"
         return None
     if any(IMAGE_PLACEHOLDER in answer for answer in turns[1::2]):
-        return f"{name}: {IMAGE_PLACEHOLDER} stands in an answer; expected it in a turn of human"
+        return f"{name}: {IMAGE_PLACEHOLDER} appears in an answer; expected it in a turn of human"
     fault = _image_fault(entry["image"], image_folder)
     return fault and f"{name}: {fault}"
 

@@ -16,7 +16,7 @@ from prumerge_jax.data.images import ImageError, ImageProcessor, ImageSource
 from prumerge_jax.messages import shortened
 
 TIMEOUT_SECONDS = 120
-"""After so long a reader is taken to hang on its image."""
+"""Time after which a reader is taken to hang on its image."""
 
 Named = tuple[str, ImageSource]
 """What to call an image in an error, and where it is."""
@@ -31,8 +31,8 @@ def stream_pixels(
 ) -> Iterator[np.ndarray | ImageError | None]:
     """Yields the pixels of every image in turn, None where there is none.
 
-    An image that follows itself within `ahead` is decoded once, without workers if it follows
-    itself at once. One that is not decoded within `TIMEOUT_SECONDS` is an error; the others are
+    An image that is repeated within `ahead` is decoded once, without workers only if it is repeated
+    immediately. One that is not decoded within `TIMEOUT_SECONDS` is an error; the others are
     read by a new reader.
 
     Args:
@@ -40,7 +40,7 @@ def stream_pixels(
       processor: makes pixels of an image.
       num_workers: processes; 0 decodes in this one. Started afresh, not forked: the parent may
         hold an accelerator. A script must therefore guard its main part by `__name__`.
-      ahead: how many images may be under way before they are asked for.
+      ahead: how many images may be in progress before they are requested.
     """
     if num_workers == 0:
         yield from _stream_here(images, processor)
@@ -110,7 +110,7 @@ def _timed_out(name: str) -> ImageError:
 
 
 class _ReaderPool:
-    """Reader processes, each driven by a thread of its own."""
+    """Reader processes, each driven by a separate thread."""
 
     def __init__(self, processor: ImageProcessor, size: int) -> None:
         self._readers = [_Reader(processor) for _ in range(size)]

@@ -1,8 +1,8 @@
 """Plans that turn sequences of many lengths into rows of one length.
 
-PruMerge leaves every image with its own number of visual tokens. Padding all sequences to the
+PruMerge leaves every image with a different number of visual tokens. Padding all sequences to the
 longest would compute several times the real tokens; packing them into rows of a fixed length (see
-`fill_rows`) computes next to none more, at one compiled shape. The planner needs lengths and text
+`fill_rows`) computes hardly any more, at one compiled shape. The planner needs lengths and text
 alone, never the visual tokens themselves, so it runs on the host (NumPy) while the device encodes.
 
 Shapes: B images of the encoded batch, R capacity (visual token slots per image), N patches.
@@ -123,7 +123,7 @@ class Rows:
 
 
 def sequence_lengths(requests: Sequence[Request], layout: VisualLayout) -> np.ndarray:
-    """Tokens of each request once its visual tokens stand in place of the placeholders.
+    """Tokens of each request once visual tokens have replaced the placeholders.
 
     Returns:
       int64 [len(requests)].
@@ -150,13 +150,13 @@ def fill_rows(
     for. Deterministic: of equal lengths the first in the input comes first.
 
     Args:
-      lengths: to be packed.
+      lengths: the lengths to be packed.
       row_length: room in a row.
-      carried_over: so many of the first lengths are packed first-fit-decreasing before all others,
-        into the first rows.
+      carried_over: this many of the first lengths are packed first-fit-decreasing before all
+        others, into the first rows.
 
     Returns:
-      For each row the indices into `lengths`, in the order in which they stand in the row.
+      For each row the indices into `lengths`, in the order in which they are placed in the row.
 
     Raises:
       ValueError: a length is smaller than 1 or larger than `row_length`.
@@ -187,7 +187,7 @@ def fill_rows(
 
 
 def _best_subset(lengths: Sequence[int], room: int) -> list[int]:
-    """Which of the lengths have together the largest sum up to `room`; the first where it can be.
+    """The subset of the lengths with the largest sum up to `room`, with the first if possible.
 
     Subset sum by dynamic programming. Bit s of `sums[i]` says that some of the first i add up to s.
     """
@@ -227,8 +227,8 @@ def pack_window(
         tokens needs no communication; requests without an image fill the emptiest shards.
       position_ids: `compact` numbers the tokens consecutively. `original` gives a visual token the
         position its patch has without reduction (the extra token that of the last patch) and lets
-        the text go on after all N patches.
-      carried_over: so many of the first requests get the first rows; the others fill up what is
+        the text continue after all N patches.
+      carried_over: this many of the first requests get the first rows; the others fill up what is
         left.
 
     Raises:
@@ -272,7 +272,7 @@ def _plan(
     shards: int,
     carried_over: int,
 ) -> list[list[list[int]]]:
-    """Which requests stand in which row of which batch: [batch][row] -> request indices."""
+    """Which requests are in which row of which batch: [batch][row] -> request indices."""
     if num_rows < 1 or num_rows % shards:
         raise ValueError(f"num_rows {num_rows} is not a positive multiple of {shards} shards")
     lengths = sequence_lengths(requests, layout)
@@ -307,7 +307,7 @@ def _shard_of_requests(
         if len(homes) > 1:
             raise ValueError(
                 f"request {index} has images {request.image_rows} on shards {sorted(homes)}; "
-                "all images of a request must lie on one shard"
+                "all images of a request must be on one shard"
             )
         if homes:
             shard_of[index] = homes.pop()

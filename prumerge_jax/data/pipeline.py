@@ -89,7 +89,7 @@ class Preprocessor:
         )
 
     def label(self, sample: Sample) -> LabelledText:
-        """Token ids and labels alone; the image file is not looked at."""
+        """Token ids and labels alone; the image file is not read."""
         return label_mask(
             self.tokenizer, sample, self.template, self.protocol, max_length=self.max_length
         )
@@ -114,7 +114,7 @@ def examples(
 def grouped(dataset: grain.MapDataset[Any], size: int) -> grain.MapDataset[list[Any]]:
     """Lists of `size` elements in order; an incomplete last list is left out.
 
-    After `stream` the lists are batches. Before it they are units that stay together, such as the
+    After `stream` the lists are batches. Before it they are units to be kept together, such as the
     scenes of one layout for contrastive training.
     """
     return dataset.batch(size, drop_remainder=True, batch_fn=list)
@@ -127,7 +127,7 @@ def stream(
     epochs: int | None = None,
     start: int = 0,
 ) -> grain.MapDataset[Any]:
-    """The elements of several epochs, each in its own random order, which the seed decides.
+    """The elements of several epochs, each in a different random order, which the seed decides.
 
     Args:
       dataset: the elements of one epoch; finite.

@@ -22,18 +22,18 @@ Style = Literal["4.31", "4.37"]
 
 `4.31`: transformers 4.31 (the PruMerge fork). White space that touches a special is dropped, and
 so is the word-start mark of the text after it: `</s>USER` is `</s>`, `US`, `ER`. If what remains of
-the first piece is no piece, it becomes `<unk>`: not a style for a vocabulary of one's own.
-`4.37`: transformers 4.37 (LLaVA >= 1.2). White space stays, the text after a special is encoded
+the first piece is not a piece, it becomes `<unk>`: not a style for a custom vocabulary.
+`4.37`: transformers 4.37 (LLaVA >= 1.2). White space is kept, the text after a special is encoded
 without a word-start mark: `</s>USER` is `</s>`, `USER`.
 """
 
 _WORD_START = "\u2581"
-# A newline is no part of any piece and encodes as the word-start mark and one byte piece (checked
+# A newline is not part of any piece and encodes as the word-start mark and one byte piece (checked
 # on loading). Put before a text and cut off again, it yields the text's ids without the mark.
 _NEWLINE = "\n"
 _NEWLINE_IDS = 2
 _INCOMPLETE = "\ufffd"
-"""What bytes decode to that are no whole character, or not yet."""
+"""What bytes decode to that are not, or not yet, a complete character."""
 
 
 class Tokenizer:
@@ -101,8 +101,8 @@ class Tokenizer:
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of a prompt, BOS first and one `IMAGE_TOKEN` (-200) per `<image>`.
 
-        Every chunk between images is tokenised on its own, so the text after an image begins with
-        a word-start piece. This is LLaVA's own route. Hugging Face's LlavaProcessor has no
+        Every chunk between images is tokenised separately, so the text after an image begins with
+        a word-start piece. LLaVA itself does this. Hugging Face's LlavaProcessor has no
         such piece there; LLaVA was neither trained nor published with its ids.
         """
         first, *rest = prompt.split(IMAGE_PLACEHOLDER)
@@ -129,7 +129,7 @@ class Tokenizer:
         ).strip()
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        # As bytes, because SentencePiece reports a lone surrogate in words nobody understands.
+        # As bytes, because SentencePiece's error about a lone surrogate is incomprehensible.
         return self._pieces.encode(text.encode("utf-8"))
 
     def _encode_verbatim(self, text: str) -> list[int]:

@@ -1,8 +1,8 @@
 """Token ids and labels that no vocabulary holds."""
 
 IMAGE_PLACEHOLDER = "<image>"
-"""Stands in a text where an image goes."""
+"""Placeholder of an image in a text."""
 IMAGE_TOKEN = -200
-"""Stands in token ids where the visual tokens of an image go (LLaVA's convention)."""
+"""Placeholder of an image's visual tokens in token ids (LLaVA's convention)."""
 IGNORE = -100
 """Label of a position that takes no part in a loss or a score (PyTorch's convention)."""

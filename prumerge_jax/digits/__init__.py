@@ -1,1 +1,1 @@
-"""The miniature task, whole: scenes of handwritten digits, questions, data set, benchmark."""
+"""The complete miniature task: scenes of handwritten digits, questions, data set, benchmark."""

@@ -2,7 +2,7 @@
 
 PruMerge reads which patches matter off the attention of the CLS token in the tower's last block.
 Here the image embedding is pooled by that very attention, so the loss teaches it to look at what
-the caption speaks of, and it becomes sparse. The loss is CLIP's (arXiv 2103.00020), over groups of
+the caption mentions, and it becomes sparse. The loss is CLIP's (arXiv 2103.00020), over groups of
 images that are told apart by the detail to be learned; equal captions are positives of each
 other. The text tower and the two output layers are needed only here and are not exported; the
 vision tower is exported with its attention sharpened.

@@ -29,7 +29,8 @@ class Question:
       family: one of `FAMILIES`.
       text: the question.
       answer: its one right answer.
-      work: what has to be looked at for it, up to a full stop; empty where that is the answer.
+      work: what has to be read off the image first, up to a full stop; empty where that is the
+        answer.
     """
 
     family: str
@@ -57,7 +58,7 @@ def caption(scene: digits.Scene) -> str:
 
 
 def caption_of(places: Sequence[str], shown: Sequence[int]) -> str:
-    """The same of digits in places."""
+    """The caption of digits at places."""
     return _listed(f"{place} {digit}" for place, digit in zip(places, shown, strict=True))
 
 
@@ -70,11 +71,11 @@ def ask(
 ) -> list[Question]:
     """Asks up to `per_family` different questions of each family, in random order.
 
-    A scene with too few digits for so many different questions gets fewer; a scene of one digit
+    A scene with too few digits for that many different questions gets fewer; a scene of one digit
     gets no `compare` question.
 
     Balance: `read` asks for a random occupied place, so each digit is the answer equally often;
-    `presence` first tosses a coin for yes or no, then picks the digit; `count` asks in half of the
+    `presence` first tosses a coin for yes or no, then draws the digit; `count` asks in half of the
     cases for the number of all digits (1 to 6, equally often) and otherwise for the number of one
     digit, where scenes with repeated digits keep 2 and 3 frequent; in `compare` the larger digit
     is A or B by a coin.
@@ -84,7 +85,7 @@ def ask(
         for _ in range(per_family):
             question = _ASK[family](scene, random)
             if question is not None:
-                # By words in no order: `compare` with its options swapped is no new question.
+                # By words in no order: `compare` with its options swapped is not a new question.
                 questions.setdefault(frozenset(question.text.split()), question)
     asked = list(questions.values())
     return [asked[position] for position in random.permutation(len(asked))]
@@ -179,7 +180,7 @@ def _ask_compare(scene: digits.Scene, random: np.random.RandomState) -> Question
 def _checked(scene: digits.Scene, wanted: int) -> str:
     """Each digit, the wanted one, and whether they are the same: `south 3 7 no, west 7 7 yes.`
 
-    The wanted digit is said again each time, so that what is compared stands side by side. Without
+    The wanted digit is repeated each time, so that what is compared is side by side. Without
     it (`north 3 no`) small decoders have to find it among the digits of earlier answers.
     """
     marks = ("yes" if digit == wanted else "no" for digit in scene.digits)

@@ -1,6 +1,6 @@
-"""Scenes of real handwritten digits: the pictures of the miniature benchmark `digits_vqa`.
+"""Scenes of real handwritten digits: the images of the miniature benchmark `digits_vqa`.
 
-A scene is a 96 x 96 picture with one to six digits in the cells of a 3 x 3 grid, over stroke
+A scene is a 96 x 96 image with one to six digits in the cells of a 3 x 3 grid, over stroke
 clutter and noise. The handwriting is scikit-learn's bundled `load_digits` (1,797 samples of 8 x 8
 pixels), split by sample, so that no split shows handwriting of another one. Scene `index` of a
 split is a pure function of (seed, split, index); nothing is downloaded.
@@ -35,7 +35,7 @@ _NOISE_LEVELS = np.array([-12, 0, 0, 12], np.int16)  # few levels keep the PNG f
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One picture and what is in it.
+    """One image and what is in it.
 
     Attributes:
       id: `{split}_{index}`, the index with six figures.
@@ -52,7 +52,7 @@ class Scene:
     samples: tuple[int, ...]
 
     def png(self) -> bytes:
-        """The picture as an encoded PNG file."""
+        """The image as an encoded PNG file."""
         buffer = io.BytesIO()
         Image.fromarray(self.image).save(buffer, format="PNG", compress_level=3)
         return buffer.getvalue()
@@ -62,7 +62,7 @@ class Scene:
 def handwriting(split: str) -> tuple[tuple[int, ...], ...]:
     """The rows of `load_digits` that belong to a split, for each digit 0 to 9.
 
-    Of every nine samples of a digit six are for training, one for validation and two for test.
+    Six of every nine samples of a digit are for training, one for validation and two for test.
     The split does not depend on any seed: a model is never tested on handwriting it was trained on.
 
     Raises:
@@ -80,10 +80,10 @@ def handwriting(split: str) -> tuple[tuple[int, ...], ...]:
 
 
 def scene_random(seed: int, split: str, index: int, purpose: int) -> np.random.RandomState:
-    """A random stream of its own for one purpose of one scene.
+    """An independent random stream for one purpose of one scene.
 
     NumPy freezes the stream of `RandomState` for good, unlike that of its newer generators, so
-    the data set stays the same over NumPy versions.
+    the data set remains the same over NumPy versions.
     """
     return np.random.RandomState([seed, SPLITS.index(split), index, purpose])
 
@@ -129,7 +129,7 @@ def _load_handwriting() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def _draw_digits(count: int, random: np.random.RandomState) -> NDArray[np.int64]:
-    """Digits [count], all different, or one of them two or three times beside at least one other.
+    """Digits [count], all different, or one of them two or three times and at least one other.
 
     Repeats are much more frequent than chance would make them: without them, nearly every answer
     to "how many of the digits are 3" would be 0 or 1.
@@ -144,13 +144,13 @@ def _draw_digits(count: int, random: np.random.RandomState) -> NDArray[np.int64]
 def _render(
     cells: NDArray[np.int64], samples: list[int], random: np.random.RandomState
 ) -> NDArray[np.uint8]:
-    """The picture, uint8 [96, 96, 3]: bright digits over dim strokes on a dark, noisy ground."""
+    """The image, uint8 [96, 96, 3]: bright digits over dim strokes on a dark, noisy background."""
     ground = random.uniform(10, 60, 3)
     slope = random.uniform(-20, 20, (2, 1, 1, 1))
     ramp = np.linspace(-1, 1, CANVAS)
     pixels = ground + slope[0] * ramp[:, None, None] + slope[1] * ramp[None, :, None]
-    picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    _draw_clutter(picture, ground, random)
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    _draw_clutter(image, ground, random)
     ink, _ = _load_handwriting()
     for cell, sample in zip(cells, samples, strict=True):
         size = random.randint(*_DIGIT_SIZES)
@@ -158,16 +158,16 @@ def _render(
         top, left = random.randint(0, CELL - size + 1, 2) + (row * CELL, column * CELL)
         mask = Image.fromarray(ink[sample]).resize((size, size), Image.Resampling.BICUBIC)
         colour = tuple(random.randint(170, 256, 3).tolist())
-        picture.paste(colour, (int(left), int(top)), mask.point(_INK_CURVE))
+        image.paste(colour, (int(left), int(top)), mask.point(_INK_CURVE))
     noise = _NOISE_LEVELS[random.randint(0, len(_NOISE_LEVELS), (CANVAS, CANVAS, 1))]
-    return (np.asarray(picture) + noise).clip(0, 255).astype(np.uint8)
+    return (np.asarray(image) + noise).clip(0, 255).astype(np.uint8)
 
 
 def _draw_clutter(
-    picture: Image.Image, ground: NDArray[np.float64], random: np.random.RandomState
+    image: Image.Image, ground: NDArray[np.float64], random: np.random.RandomState
 ) -> None:
-    """Draws thin bent strokes, dimmer than any digit, anywhere in the picture."""
-    draw = ImageDraw.Draw(picture)
+    """Draws thin bent strokes, dimmer than any digit, anywhere in the image."""
+    draw = ImageDraw.Draw(image)
     for _ in range(random.randint(4, 9)):
         colour = tuple(int(value) for value in ground + random.uniform(30, 75))
         start = random.uniform(0, CANVAS, 2)

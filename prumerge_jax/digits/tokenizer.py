@@ -2,7 +2,7 @@
 
 A small decoder looks a place or a digit up far better when its name is one token, and the trainers
 of SentencePiece promise no such thing at this size: they spend pieces on fragments or join a digit
-with the mark behind it. So the pieces are listed here and not learned. The rest is as in
+with the mark after it. So the pieces are listed here and not learned. The rest is as in
 Llama's model: `<unk>` 0, `<s>` 1, `</s>` 2, then 256 byte pieces that spell whatever the list lacks
 (the newline among it), identity normaliser, dummy prefix, spaces kept.
 
@@ -38,8 +38,8 @@ def build_for_digits() -> bytes:
 def build(texts: Iterable[str]) -> bytes:
     """A serialised model (the content of a `tokenizer.model`) for the words of `texts`.
 
-    Words, single digits and punctuation marks become pieces, with the space before them where one
-    stands there, and where a text or a line starts with them, in both forms: the dummy prefix
+    Words, single digits and punctuation marks become pieces, with the space before them where there
+    is one, and where a text or a line starts with them, in both forms: the dummy prefix
     falls on the first chunk of a prompt only. The same texts give the same bytes.
     """
     model = _model_pb.ModelProto()

@@ -51,7 +51,7 @@ _FORMS: Mapping[str, Callable[[Mapping[str, Any]], Sample]] = {
 
 
 class _DigitsDataset:
-    """`Dataset` of digit scenes, which are drawn when they are first asked for."""
+    """`Dataset` of digit scenes, which are drawn on first use."""
 
     def __init__(self, data: DataConfig) -> None:
         options = data.options
@@ -91,7 +91,7 @@ def _contrastive(config: TrainConfig) -> Objective:
     if config.data.name != "digits_vqa":
         raise ConfigError(
             f"the contrastive objective is for data.name 'digits_vqa', not "
-            f"{quoted(config.data.name)}; to train on your own data take configs/lora.py"
+            f"{quoted(config.data.name)}; to train on your own data use configs/lora.py"
         )
     try:
         text = TextConfig(**options["text"], vocab_size=model.text.vocab_size)

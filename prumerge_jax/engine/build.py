@@ -43,7 +43,7 @@ class Draft:
 
     Attributes:
       key, token_ids, continuation, sampling: see `Request`.
-      image: its name and source; drafts with equal names share one image. None is no image.
+      image: its name and source; drafts with equal names share one image. None means no image.
     """
 
     key: int
@@ -79,10 +79,10 @@ class RequestBuilder:
         self.num_workers = num_workers
 
     def token_ids(self, text: str, num_images: int) -> np.ndarray:
-        """int32 [T] of the prompt that asks `text`, the image's token in front of it.
+        """Ids int32 [T] of the prompt that asks `text`, the image's token in front of it.
 
         Raises:
-          ValueError: several images, a literal `<image>` in the text, text that is no Unicode, or a
+          ValueError: several images, a literal `<image>` in the text, text that is not Unicode, a
             template that asks nothing.
         """
         check_image_count(num_images, "the prompt")
@@ -107,7 +107,7 @@ class RequestBuilder:
         check_list(prompts, "prompts")
         check_list(images, "images")
         if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images but {len(prompts)} prompts; None is no image")
+            raise ValueError(f"{len(images)} images but {len(prompts)} prompts; None: no image")
         drafts = []
         for key, (image, text) in enumerate(zip(images, prompts, strict=True)):
             if not isinstance(text, str):

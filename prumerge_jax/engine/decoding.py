@@ -1,5 +1,5 @@
-"""Continuous-batching decode: sequences come out of packed rows into slots, and free slots are
-filled again while others go on."""
+"""Continuous-batching decode: sequences move from packed rows into slots, and free slots are
+refilled while the others continue."""
 
 import collections
 import dataclasses
@@ -97,7 +97,7 @@ class SlotDecoder:
                 )
             if waiting:
                 yield from self._step()
-                # A first token that was read meanwhile may have been the last one too.
+                # A first token that was read in the meantime may have been the last one too.
                 waiting = [i for i in waiting if not sequences[i].done]
         yield from self._read(unread=1)
 

@@ -55,7 +55,7 @@ class PlacedModel:
       graphdef, state: a `LlavaModel`, its weights on `mesh` where there is one.
       config: its sizes.
       dtype: compute dtype.
-      mesh: devices to split images, rows and slots over; None is one device.
+      mesh: devices to split images, rows and slots over; None means one device.
     """
 
     graphdef: nnx.GraphDef
@@ -197,7 +197,7 @@ class Encoder:
         return EncodedImages(tokens, lengths, required, patch_indices)
 
     def _no_images(self, capacity: int) -> jax.Array:
-        """The zeros that stand for a batch without images."""
+        """Zeros in place of a batch without images."""
         if capacity not in self._idle:
             shape = (self.shapes.batch_size, capacity, self.model.config.vision.width)
             self._idle[capacity] = self.model.put(np.zeros(shape, self.model.dtype))

@@ -1,6 +1,6 @@
 """The batch engine: many (image, text) requests through few jitted functions of fixed shape.
 
-A window of requests goes through four stations:
+A window of requests goes through four stages:
 
 1. encode: images, in batches of one shape, to visual tokens of per-image length (`encoding.py`).
 2. plan: the lengths come to the host, which packs all sequences into rows (`windows.py`).
@@ -50,7 +50,7 @@ class Engine:
         Args:
           model: the model; its mesh must be the current one when requests run.
           reduction: what happens to the visual tokens.
-          shapes: of the compiled programs.
+          shapes: shapes of the jitted functions.
           position_ids: see `packing.pack_window`.
 
         Raises:
@@ -65,7 +65,7 @@ class Engine:
         self.counters = Counters()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """Continues every request. Answers come in any order."""
+        """Generates an answer to every request. Answers come in any order."""
         for event in self.stream(requests):
             if isinstance(event, Answer):
                 yield event
@@ -94,7 +94,7 @@ class Engine:
             yield from self._counted(scores.answers())
 
     def warm_up(self) -> None:
-        """Compiles all programs of `generate` by running a meaningless request.
+        """Compiles all jitted functions of `generate` by running a meaningless request.
 
         A second one, where images may need more tokens than the capacity, runs with room for all.
         """

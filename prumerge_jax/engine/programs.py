@@ -1,6 +1,6 @@
 """The jitted functions of inference. Each has one shape per engine, so each compiles once.
 
-The host decides what goes where (`windows.py`, `decoding.py`); nothing here looks at a value on the
+The host decides what goes where (`windows.py`, `decoding.py`); nothing here reads a value on the
 host.
 
 Axes: B images, R capacity, T row length, S slots, C cache length, G segments, E stop ids, M
@@ -38,7 +38,7 @@ class Sampling(NamedTuple):
       temperature: [S] float32; 0 is greedy.
       top_p: [S] float32; 1 draws from all tokens.
       seed: [S] uint32.
-      stop_ids: [S, E] int32, tokens that end the sequence; -1 is none.
+      stop_ids: [S, E] int32, tokens that end the sequence; -1 means none.
     """
 
     temperature: jax.Array
@@ -55,7 +55,7 @@ class Slots(NamedTuple):
       lengths: [S] int32, valid entries of the cache.
       positions: [S] int32, rotary position of `token`.
       token: [S] int32, the newest token, not yet in the cache.
-      remaining: [S] int32, tokens that may still follow; 0 is an idle slot.
+      remaining: [S] int32, tokens that may still follow; 0 means an idle slot.
       drawn: [S] int32, tokens drawn so far.
       sampling: how each sequence's tokens are drawn, and which end it.
     """
@@ -73,7 +73,7 @@ class Segments(NamedTuple):
     """Sequences in rows, and how each continues.
 
     Attributes:
-      row, start, length: [G] int32, place of the prompt in the rows. A length of 0 is no segment.
+      row, start, length: [G] int32, place of the prompt in the rows. Length 0 means no segment.
       max_new_tokens: [G] int32, most tokens to generate.
       sampling: how tokens are drawn.
     """
@@ -192,7 +192,7 @@ def draw(logits: jax.Array, sampling: Sampling, drawn: jax.Array) -> jax.Array:
 
     Args:
       logits: [S, V] float32.
-      sampling: of each row. A draw depends on the row's own seed and step alone.
+      sampling: parameters of each row. A draw depends on the row's seed and step alone.
       drawn: [S] int32, the step: tokens the row has drawn before.
 
     Returns:
@@ -215,7 +215,7 @@ def draw(logits: jax.Array, sampling: Sampling, drawn: jax.Array) -> jax.Array:
         tokens = jax.vmap(one)(scaled, sampling.seed, drawn).astype(jnp.int32)
         return jnp.where(is_random, tokens, greedy)
 
-    # Greedy decoding, the rule, pays neither for random numbers nor for sorting the vocabulary.
+    # Greedy decoding, the common case, needs neither random numbers nor a sorted vocabulary.
     return jax.lax.cond(is_random.any(), sampled, lambda: greedy)
 
 
@@ -275,7 +275,7 @@ def insert(
       rows: the plan, for the positions.
       segments: G segments of these rows.
       first: [G] int32 from `first_tokens`.
-      slot_of: [G] int32, the slot a segment goes to; -1 is none.
+      slot_of: [G] int32, the slot a segment goes to; -1 means none.
     """
     capacity = slots.cache.k.shape[2]
     offsets = jnp.arange(capacity)
@@ -347,7 +347,7 @@ def decode(
         at = jnp.where(busy, slots.lengths, slots.cache.k.shape[2])
         hidden, cache = model.decoder.decode(x, slots.positions, slots.cache, at)
         logits = model.decoder.logits(hidden[:, 0])
-        # What an idle slot once sampled at must not make the others pay for sampling.
+        # Stale temperatures of idle slots must not make the others pay for sampling.
         temperature = jnp.where(busy, slots.sampling.temperature, 0)
         token = draw(logits, slots.sampling._replace(temperature=temperature), slots.drawn)
         left = jnp.where(is_stop(token, slots.sampling), 0, slots.remaining - 1)

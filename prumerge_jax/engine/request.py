@@ -1,6 +1,6 @@
 """What goes into the engine and what comes out: requests and answers.
 
-The API, the evaluation and any server speak to the engine in these types alone.
+The API, the evaluation and any server use only these types to talk to the engine.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.messages import quoted
 
 MAX_STOP_IDS = 4
-"""Most stop ids of a request; the compiled programs compare every token with so many."""
+"""Maximum number of stop ids of a request; the jitted functions compare tokens with this many."""
 
 MAX_SEED = 2**32
-"""Seeds are smaller; the compiled programs take them as uint32."""
+"""Seeds are smaller; the jitted functions take them as uint32."""
 
 FinishReason = Literal["stop", "length", "error"]
 """`stop`: a stop id was generated, or the continuation was scored. `length`: `max_new_tokens` were
@@ -64,8 +64,8 @@ class SamplingParams:
       temperature: divides the logits; 0 is greedy.
       top_p: draws from the smallest set of tokens with at least this probability; 1 is all.
       max_new_tokens: most tokens to generate, a stop id included.
-      stop_ids: tokens that end the answer and are not part of it; None takes the model's own.
-      seed: of the draws, which depend on nothing else of the batch.
+      stop_ids: tokens that end the answer and are not part of it; None takes the model's.
+      seed: seed of the draws, which do not depend on the rest of the batch.
 
     Raises:
       ValueError: a value is out of bounds; the message names it.
@@ -102,7 +102,7 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """One sequence to run: generated on from, or, with a continuation, scored.
+    """One sequence to run: to generate from, or, with a continuation, to score.
 
     Attributes:
       key: names the request in its answer.
@@ -146,12 +146,12 @@ class Usage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What became of a request.
+    """The result of a request.
 
     Attributes:
       key: the request's.
       token_ids: generated tokens without the stop id; empty when scoring.
-      log_likelihood: of the continuation, natural logarithm, summed; NaN when generating.
+      log_likelihood: summed log-likelihood of the continuation, in nats; NaN when generating.
       finish_reason: why it ended.
       usage: token counts.
       error: why the request could not run; None when it did.

@@ -1,4 +1,4 @@
-"""The shapes of the compiled programs, and how those that depend on the requests are chosen."""
+"""The shapes of the jitted functions, and how those that depend on the requests are chosen."""
 
 import dataclasses
 
@@ -15,14 +15,14 @@ SAMPLE = 1024
 
 @dataclasses.dataclass(frozen=True)
 class EngineSizes:
-    """How much one call of each compiled program takes.
+    """How much one call of each jitted function takes.
 
     Attributes:
       batch_size: images per encode step.
       window_size: requests that are planned together, a multiple of `batch_size`.
       prefill_rows: packed rows per prefill.
       slots: sequences decoded at once.
-      decode_steps_per_call: decode steps between two looks at the results.
+      decode_steps_per_call: decode steps between two readings of the results.
     """
 
     batch_size: int = 8
@@ -38,7 +38,7 @@ EVALUATION_SIZES = EngineSizes(32, 256, 2, 64, 8)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What a user may fix of the compiled programs' shapes. None of it changes a result.
+    """Shapes of the jitted functions that a user may fix. None of them changes a result.
 
     Attributes:
       batch_size, window_size, prefill_rows, slots, decode_steps_per_call: see `EngineSizes`; None
@@ -50,7 +50,7 @@ class EngineConfig:
       defaults: the sizes where the fields above are None.
 
     Raises:
-      ValueError: a value is no integer of at least 1.
+      ValueError: a value is not an integer of at least 1.
     """
 
     batch_size: int | None = None
@@ -76,7 +76,7 @@ class EngineConfig:
             )
 
     def sizes(self, shards: int = 1) -> EngineSizes:
-        """The sizes on a mesh of so many data shards.
+        """The sizes on a mesh with this number of data shards.
 
         Raises:
           ValueError: a size that was set does not divide over the shards; the message names it.
@@ -107,7 +107,7 @@ class EngineConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineShapes(EngineSizes):
-    """All shapes of the compiled programs.
+    """All shapes of the jitted functions.
 
     Attributes:
       row_length: tokens per packed row.
@@ -116,7 +116,7 @@ class EngineShapes(EngineSizes):
       cache_length: the longest sequence, generated tokens included, that can be decoded.
 
     Raises:
-      ValueError: the window is no multiple of the batch size.
+      ValueError: the window is not a multiple of the batch size.
     """
 
     row_length: int
@@ -181,7 +181,7 @@ def fit(
     """
     if not len(text_tokens):  # shapes there must be all the same
         text_tokens = np.zeros(1, np.int64)
-    # A capacity is no bound here: images that need more run again with all they can need.
+    # A capacity does not bound them: images that need more run again with all they can need.
     most = reduction.uncapped().capacity_for(num_patches)
     lengths = np.minimum(text_tokens + most, max_positions)
     row_length, cache_length = config.row_length, config.cache_length
@@ -205,7 +205,7 @@ def fit(
 def row_length_for_variable_counts(longest: np.ndarray) -> int:
     """Room for six of the longest sequences, but no more than 1024 tokens unless one is longer.
 
-    Among so many there are some that fill a row up, see `packing.fill_rows`. Longer rows gain
+    Among that many, some fill a row completely, see `packing.fill_rows`. Longer rows gain
     little, and attention that does not leave out keys by `longest_prompt` computes the square of
     every row.
 
@@ -220,7 +220,7 @@ def row_length_for_fixed_counts(lengths: np.ndarray) -> int:
     """The row length, up to that of two sequences, that leaves least padding.
 
     Without reduction a sequence of LLaVA-1.5 has 576 tokens and a short text; rows of 640 hold one
-    with next to no padding, rows of 1024 would be padding by 38 %.
+    with next to no padding, rows of 1024 would be 38 % padding.
 
     Args:
       lengths: int [requests], the tokens of each.

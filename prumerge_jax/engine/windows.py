@@ -1,4 +1,4 @@
-"""The second station of the engine: windows of encoded requests, packed into rows.
+"""The second stage of the engine: windows of encoded requests, packed into rows.
 
 A window's sequences seldom fill its last batch of rows. Those of the last batch are therefore
 carried over to the next window, where they come first and others fill up their rows.
@@ -22,12 +22,12 @@ from prumerge_jax.reductions import Reduction
 
 @dataclasses.dataclass
 class Counters:
-    """What an engine has computed, for figures of speed and padding.
+    """What an engine has computed, from which speed and padding follow.
 
     Attributes:
       requests: answered without an error.
       images: encoded; requests of a window that share one count it once.
-      visual_tokens: of the encoded images.
+      visual_tokens: valid visual tokens of the encoded images.
       real_tokens, row_tokens: tokens of the packed rows without and with padding.
     """
 
@@ -43,11 +43,11 @@ class Window:
     """Requests that are planned together, with their encoded images.
 
     Attributes:
-      requests: those that can run; first the ones carried over from the window before.
+      requests: those that can run; first the ones carried over from the previous window.
       planned: the packing's view of them, in the same order.
       layout: lengths of the images in `pool`.
-      pool: [2 * window_size, R, Dv] visual tokens of the window before and of this one.
-      batches: rows to run; requests that stand in none of them are carried over.
+      pool: [2 * window_size, R, Dv] visual tokens of the previous window and of this one.
+      batches: rows to run; requests that are in none of them are carried over.
       failed: answers of the requests that cannot run.
     """
 

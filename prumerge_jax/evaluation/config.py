@@ -1,7 +1,7 @@
 """What to evaluate: the fields of `configs/eval.py`, read and checked once.
 
 Nothing below `run.evaluate` sees a ConfigDict. Everything that the fields alone tell is checked
-here, so that it is wrong in one line before a file is read or written.
+here, so that a mistake is reported in one line before a file is read or written.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ FIELDS = (
     *("dtype", "mesh", "engine", "chip"),
 )
 MAX_SEED = 2**31
-"""Seeds are below; row i draws with seed + i, which must stay a uint32."""
+"""Upper bound of seeds, excluded; row i draws with seed + i, which must remain a uint32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Decoding:
       protocol: whose image handling, see `benchmarks.base.PROTOCOLS`.
       conversation: prompt template.
       position_ids: see `packing.pack_window`.
-      max_new_tokens: None takes the benchmark's own limit.
+      max_new_tokens: None takes the benchmark's limit.
       temperature: divides the logits; 0 is greedy.
       top_p: smallest probability mass to draw from.
       seed: row i draws with seed + i.
@@ -84,7 +84,7 @@ class TaskConfig:
 
     Attributes:
       benchmark: the benchmark.
-      files: its files; None where it makes its own, see `Benchmark.write_default_files`.
+      files: its files; None where it makes them itself, see `Benchmark.write_default_files`.
       options: options for that.
     """
 
@@ -104,10 +104,10 @@ class EvalConfig:
       reductions: their names, distinct, in order.
       baselines: whether each runs against random, uniform and a smaller image at equal counts.
       decoding: how answers are made.
-      position_ids: None takes each benchmark's own.
+      position_ids: None takes each benchmark's default.
       dtype: None computes as stored.
       mesh: sizes of the mesh's axes.
-      engine: shapes of the compiled programs.
+      engine: shapes of the jitted functions.
       chip: chip to compare the speed with; None prints no comparison.
     """
 
@@ -124,7 +124,7 @@ class EvalConfig:
     chip: str | None
 
     def decoding_for(self, task: Benchmark[Any]) -> Decoding:
-        """How the answers of one benchmark are made, its own limits filled in."""
+        """How the answers of one benchmark are made, its limits filled in."""
         return dataclasses.replace(
             self.decoding,
             position_ids=self.position_ids or task.position_ids,
@@ -172,7 +172,7 @@ def parse_config(config: ConfigDict) -> EvalConfig:
 
 
 def engine_config(fields: Mapping[str, Any], mesh: Mapping[str, int]) -> EngineConfig:
-    """What is fixed of the engine's shapes.
+    """The fixed shapes of the engine.
 
     Raises:
       ValueError: a size that was set does not divide over the data shards of the mesh, or is not
@@ -191,7 +191,7 @@ def engine_config(fields: Mapping[str, Any], mesh: Mapping[str, int]) -> EngineC
 def _tasks(
     fields: Mapping[str, Any], options: Mapping[str, Mapping[str, Any]]
 ) -> tuple[TaskConfig, ...]:
-    """`config.tasks`, or the one task of the configuration's own fields."""
+    """`config.tasks`, or the one task that the configuration's top-level fields describe."""
     given = fields["tasks"]
     if not isinstance(given, list | tuple):
         raise ValueError(f"config.tasks: expected a list of dicts, not {given!r:.80}")

@@ -1,11 +1,11 @@
 """The scoring journal: a run that is killed at any moment resumes where it was.
 
 One JSON-lines file. Its first line is the fingerprint of the run; then one line per finished row,
-appended and fsynced a batch at a time. Every line ends in a CRC-32 of its own content, that of a
+appended and fsynced a batch at a time. Every line ends in a CRC-32 of its content, that of a
 row continued from the fingerprint's. So a line that was damaged or edited, or belongs to another
-run, is noticed, said, and its row is scored again. Opening the journal locks it, cuts off a line
-that a crash left incomplete and refuses another run's fingerprint. The answers file is written from
-it at the end, in input order, by rename: the same bytes whether or not the run was interrupted.
+run, is noticed and reported, and its row is scored again. Opening the journal locks it, cuts off a
+line that a crash left incomplete and refuses another run's fingerprint. The answers file is written
+from it at the end, in input order, by rename: the same bytes whether or not a run was interrupted.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _CHECKSUM = re.compile(rb', "crc32": "([0-9a-f]{8})"\}')
 
 @dataclasses.dataclass(frozen=True)
 class RowOutcome:
-    """What came of one row of the question file.
+    """The outcome of one row of the question file.
 
     Attributes:
       index: Place in the question file, from 0. (Question ids repeat in some benchmarks.)
@@ -69,7 +69,7 @@ class Journal:
     """The open journal of a scoring run; a context manager, and the file's only writer.
 
     A failed row is tried again by the next run, because its cause (a missing image, say) may have
-    been mended; an answered row is not.
+    been fixed; an answered row is not.
     """
 
     def __init__(self, path: pathlib.Path, fingerprint: Fingerprint, num_rows: int) -> None:
@@ -83,8 +83,8 @@ class Journal:
 
         Raises:
           RuntimeError: Another process writes this journal.
-          ValueError: The file is no journal, that of a run of another fingerprint, or so damaged
-            that no line is known to be of this run. It is left as it is.
+          ValueError: The file is not a journal, belongs to a run of another fingerprint, or is so
+            damaged that no line is known to be of this run. It is left as it is.
         """
         self.path = path
         self._num_rows = num_rows
@@ -256,7 +256,7 @@ def check_same_run(path: pathlib.Path, fingerprint: Fingerprint) -> None:
 
 
 def _line(content: dict[str, Any], seed: int) -> bytes:
-    """A line of the journal; `seed` is the CRC-32 that its own continues."""
+    """A line of the journal; `seed` is the CRC-32 that the line's continues."""
     body = json.dumps(content, allow_nan=False).encode()
     return body[:-1] + f', "crc32": "{zlib.crc32(body, seed):08x}"}}\n'.encode()
 
@@ -287,8 +287,8 @@ def _check_header(path: pathlib.Path, header: bytes, current: dict[str, Any]) ->
 
 def _foreign(path: pathlib.Path) -> ValueError:
     return ValueError(
-        f"{path} is no scoring journal of this run: its first line is damaged, or it was written "
-        "by an earlier version, without checksums. Use another workdir, or delete the file"
+        f"{path} is not a scoring journal of this run: its first line is damaged, or it was "
+        "written by an earlier version, without checksums. Use another workdir, or delete the file"
     )
 
 

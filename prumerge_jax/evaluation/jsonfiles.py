@@ -40,7 +40,7 @@ def read_file(path: pathlib.Path) -> bytes:
     """The content of a regular file.
 
     Raises:
-      OSError: It cannot be read, or is a FIFO or device, whose reading could last for ever.
+      OSError: It cannot be read, or is a FIFO or device, which could block forever.
     """
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file")
@@ -76,7 +76,7 @@ def field(row: Any, name: str, kinds: type | tuple[type, ...], where: str) -> An
     """`row[name]`, checked to be one of `kinds`.
 
     Raises:
-      ValueError: The row is no JSON object, or the field is missing or of another type; `where`
+      ValueError: The row is not a JSON object, or the field is missing or of another type; `where`
         names file and row.
     """
     if not isinstance(row, dict):

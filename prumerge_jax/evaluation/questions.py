@@ -90,7 +90,7 @@ class TaskQuestions:
         try:
             inside = (folder / image).resolve().is_relative_to(folder.resolve())
         except (OSError, ValueError, RuntimeError) as error:  # NUL, too long, a circle of links
-            return f"image {image!r:.80} is no usable path: {error!s:.80}"
+            return f"image {image!r:.80} is not a usable path: {error!s:.80}"
         if inside:
             return None
         return (

@@ -26,14 +26,14 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
 
     Writes per benchmark and reduction what `runner.run` writes, and over all of them
     `report.html`. With one benchmark and one reduction everything is stored in `workdir` itself,
-    else in `workdir/BENCHMARK/REDUCTION`.
+    otherwise in `workdir/BENCHMARK/REDUCTION`.
 
     Returns:
       0 if every row was scored, 3 if some failed, 1 if a file that was due could not be written.
 
     Raises:
       ValueError: the configuration, or a file it names, is wrong; the message says where.
-      OSError: a file cannot be read, or an answer not be stored.
+      OSError: a file cannot be read, or an answer cannot be stored.
     """
     settings = parse_config(config)
     if settings.answers is not None:

@@ -42,7 +42,7 @@ RUN_FIGURES = frozenset(
 
 COMMIT_ROWS = 32
 COMMIT_SECONDS = 5.0
-"""Answers become durable in batches of so many rows, or after so long."""
+"""Answers become durable in batches of this many rows, or after this time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Answered:
 
 @dataclasses.dataclass(frozen=True)
 class RunScores:
-    """What a run gives.
+    """The result of a run.
 
     Attributes:
       metrics: the benchmark's metrics and the run's figures, one flat mapping. A figure that this
@@ -368,7 +368,7 @@ def _count_figures(counts: np.ndarray) -> dict[str, float | None]:
 
 
 def write_metrics(path: pathlib.Path, metrics: Mapping[str, float | None]) -> None:
-    """One flat JSON object; a metric that is no finite number is null."""
+    """One flat JSON object; a metric that is not a finite number is null."""
     finite = {
         name: value if value is not None and math.isfinite(value) else None
         for name, value in metrics.items()

@@ -103,7 +103,7 @@ def _row(entry: ScoredRun, full: RunScores | None) -> Row:
             errors[name.replace("standard_error_", "accuracy_")] = float(value)
         elif name not in runner.RUN_FIGURES:
             metrics[name] = float("nan") if value is None else value
-    if metrics:  # a part of a benchmark may lack the one that stands for it
+    if metrics:  # a part of a benchmark may lack the headline metric
         metrics.setdefault(benchmark.headline, float("nan"))
     return Row(
         benchmark=benchmark.name,

@@ -24,7 +24,7 @@ class QKV(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedRows:
-    """What attention over packed rows needs besides the hidden states.
+    """What attention over packed rows needs in addition to the hidden states.
 
     Attributes:
       rotation: rotary embedding of the positions.
@@ -135,5 +135,5 @@ class SwiGLU(nnx.Module):
 
 
 def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
-    """`count` keys, or as many Nones where there is no key."""
+    """`count` keys; that many Nones where there is no key."""
     return [None] * count if key is None else list(jax.random.split(key, count))

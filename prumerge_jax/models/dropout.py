@@ -1,4 +1,4 @@
-"""Masks for dropout: random bits cheap enough to be made anew wherever they are read.
+"""Masks for dropout: random bits cheap enough to be regenerated wherever they are read.
 
 Drawn with JAX's Threefry, the masks of LoRA's dropout take an eighth of a training step on a TPU,
 and they have to be kept in memory between their uses. Here a mask is a few operations per element

@@ -15,7 +15,7 @@ from flax import nnx
 from prumerge_jax.models.dropout import bernoulli_mask
 from prumerge_jax.sharding.mesh import Axes, unshard_embed
 
-# By the fan-in: at LLaMA's widths the usual 0.02, but a small model would hardly start with that.
+# Scaled by the fan-in: the usual 0.02 at LLaMA's widths, with which a small model hardly trains.
 _fan_in = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
 # PEFT's default for A: Kaiming uniform with a = sqrt(5), that is uniform within 1/sqrt(fan_in).
 _kaiming = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

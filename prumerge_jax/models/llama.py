@@ -137,7 +137,7 @@ class Llama(nnx.Module):
         *,
         max_segment_length: int | None = None,
     ) -> PartialHidden:
-        """Packed rows as far as positions need each other; `last_mlp_at` does the rest for some.
+        """Packed rows up to the last layer's attention; `last_mlp_at` computes the rest for some.
 
         Most of the last layer is its MLP, and scoring asks for few positions. Arguments as in
         `prefill`.
@@ -261,7 +261,7 @@ class Llama(nnx.Module):
                 outputs.append(output)
             return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs or [None])
         if remat is None:
-            # By index: a part of the stack, to scan over, would be a copy.
+            # Layers are read by index: a slice of the stack, to scan over, would be a copy.
             def at(carry: Any, scanned: tuple[Any, Any]) -> tuple[Any, Any]:
                 index, key = scanned
                 return body(carry, self._layer(index), index, key)
@@ -269,8 +269,8 @@ class Llama(nnx.Module):
             return jax.lax.scan(at, carry, (jnp.arange(count), keys))
         graphdef, weights = nnx.split(self.layers)
 
-        # Over the weights: their gradients come out stacked, where by index every layer's would be
-        # added to a stack of zeros.
+        # Scans over the weights, so that gradients come out stacked; by index, every layer's would
+        # be added to a stack of zeros.
         def over(carry: Any, scanned: tuple[Any, Any, Any]) -> tuple[Any, Any]:
             weights, index, key = scanned
             return body(carry, nnx.merge(graphdef, weights), index, key)
@@ -287,8 +287,8 @@ class Llama(nnx.Module):
 
 
 def _projection_barrier(projected: QKV) -> QKV:
-    """The same projections; with `Tuning.projection_barrier` XLA sees nothing of what is done to
-    their heads while it lays out the weights."""
+    """The same projections; with `Tuning.projection_barrier` what is done to
+    their heads does not influence how XLA lays out the weights."""
     if not tuning.current().projection_barrier:
         return projected
     return jax.lax.optimization_barrier(projected)

@@ -1,7 +1,7 @@
 """LLaVA assembled: vision tower, projector, decoder.
 
 The three stages are separate on purpose. Token reduction happens between the tower and the
-projector, and packing between the projector and the decoder; both live outside the model.
+projector, and packing between the projector and the decoder; both are outside the model.
 """
 
 import re
@@ -47,7 +47,7 @@ class LlavaModel(nnx.Module):
           [rows, T, D].
         """
         text = self.decoder.embed(ids, visual_tokens.dtype)
-        # Gathered before they are projected, so that slots no row uses cost nothing.
+        # Tokens are gathered before projection, so that slots no row uses cost nothing.
         visual = self.projector(gather_visual_tokens(visual_tokens, visual_index))
         return jnp.where(visual_index[..., None] >= 0, visual, text)
 
@@ -214,7 +214,7 @@ def inference_layout(graphdef: nnx.GraphDef, state: nnx.State) -> tuple[nnx.Grap
     does little else than read weights.
 
     Args:
-      graphdef, state: of a `LlavaModel`; stacked weights that are taken apart are deleted, one
+      graphdef, state: a split `LlavaModel`; stacked weights that are taken apart are deleted, one
         after the other.
     """
     if tuning.current().layers == "stack":

@@ -1,8 +1,8 @@
 """Preferences of each platform: which of several equivalent forms of a computation it runs fastest.
 
 Every form computes the same; they differ in time, in memory and in the last bits. The table below
-is the only place that knows what a platform prefers. What a platform *cannot* do is no preference:
-the code that works around it asks for the platform itself.
+is the only place that knows what a platform prefers. What a platform *cannot* do is not a
+preference: the code that works around it asks for the platform itself.
 
 To compare on a chip:
 
@@ -32,10 +32,10 @@ class Tuning:
       cache_attention: form of `attention.attend_to_cache`.
       layers: how inference holds the decoder's layers, stacked on a leading axis or one by one
         (`llava.inference_layout`). Training needs them stacked.
-      rotary: how the two halves of a head change places.
+      rotary: how the two halves of a head are swapped.
       projection_barrier: whether inference keeps the query, key and value products apart from the
         split into heads (`jax.lax.optimization_barrier`). Training does without: its weights are
-        gathered into the layout that suits, and backward a barrier costs copies of its own.
+        gathered into the layout that suits, and a barrier costs copies in the backward pass.
     """
 
     attention: Literal["xla", "blocks", "cudnn", "splash"] = "xla"
@@ -56,9 +56,9 @@ BY_PLATFORM = {
         # 12.6 µs per token and layer in 8 rows of 640; `xla` took 25.
         attention="blocks",
         # XLA's CPU products take no slices: a decoding step of one slot took 610 ms with the layers
-        # in a stack and 236 in a list, of eight slots 1033 and 717.
+        # in a stack and 236 in a list; one of eight slots 1033 and 717.
         layers="list",
-        # No figure of its own: everything in docs/performance.md was measured with it.
+        # No separate figure: everything in docs/performance.md was measured with it.
         projection_barrier=True,
     ),
     # Compiled for an H100, not run: figures are what the optimised program copies.
@@ -66,7 +66,7 @@ BY_PLATFORM = {
         # No figure: a fused kernel keeps the scores out of memory.
         attention="cudnn",
         # A loop over a stack copies a layer's weights out of it before they are multiplied: three
-        # times the traffic of decoding, which is bound by it. Nothing is copied of a list.
+        # times the traffic of decoding, which is bound by it. With a list nothing is copied.
         layers="list",
         # No figure: the form that was compiled.
         projection_barrier=True,
@@ -99,6 +99,6 @@ def current() -> Tuning:
 
 @contextmanager
 def use(tuning: Tuning) -> Iterator[None]:
-    """Runs, and compiles, what is inside with this tuning in place of the platform's own."""
+    """Runs, and compiles, what is inside with this tuning in place of the platform's."""
     with _override(tuning):
         yield

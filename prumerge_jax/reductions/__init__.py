@@ -1,9 +1,9 @@
-"""Reductions of visual tokens: PruMerge, its baselines and others, by one spelling.
+"""Reductions of visual tokens: PruMerge, its baselines and others, in one spelling.
 
     reduction = reductions.parse("prumerge:neighbours=8")
     visual = reductions.reduce(reductions.Evidence(hidden, keys, attention), reduction)
 
-A method is a frozen dataclass that derives from `Reduction`, in a file of its own that ends in its
+A method is a frozen dataclass that derives from `Reduction`, in a separate file that ends in its
 `register(...)` and is imported here.
 """
 

@@ -1,4 +1,4 @@
-"""What a reduction is, what it may look at, and what it returns.
+"""What a reduction is, what it may read, and what it returns.
 
 Axes: B batch, N patches, R capacity, D width of the vision tower, H its heads, Dt width of the
 decoder, M tokens of a question.
@@ -45,11 +45,11 @@ class Evidence:
 
 
 class Assignment(NamedTuple):
-    """What became of every patch, for looking at.
+    """What became of every patch, for display.
 
     Attributes:
-      patch_indices: [B, R] int32, the patch of every token; -1 for tokens that are no patch, and
-        for padding.
+      patch_indices: [B, R] int32, the patch of every token; -1 for tokens that are not a patch,
+        and for padding.
       targets: [B, N] int32, the slot of the token that holds most of a patch: its own for a kept
         one, -1 for one that went nowhere.
       required: [B] int32, as in `VisualTokens`.
@@ -62,7 +62,7 @@ class Assignment(NamedTuple):
 
 @runtime_checkable
 class Reduction(Protocol):
-    """A way from N patch features to at most R visual tokens per image.
+    """A method that turns N patch features into at most R visual tokens per image.
 
     Implementations are frozen dataclasses whose fields are the parameters (see
     `prumerge_jax.options`): equal parameters are equal and hash alike, so that a reduction is a
@@ -72,7 +72,7 @@ class Reduction(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Fields of `Evidence` that the method reads besides hidden, keys and attention."""
+        """Fields of `Evidence` that the method reads in addition to hidden, keys and attention."""
         return frozenset()
 
     @property
@@ -102,7 +102,7 @@ class Reduction(Protocol):
         """Side in pixels of the images that the tower is to see.
 
         Args:
-          image_size: side of the tower's own.
+          image_size: side of the tower's native images.
           patch_size: side of a patch.
 
         Raises:

@@ -19,7 +19,7 @@ class Choice:
     Attributes:
       ranking: `attention` leaves the reduction as it is. `random` and `uniform` keep as many tokens
         for each image, but patches chosen at random or evenly spaced, and unmerged.
-      seed: of the ranking `random`.
+      seed: seed of the ranking `random`.
     """
 
     ranking: Literal["attention", "random", "uniform"] = "attention"
@@ -45,12 +45,12 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Baseline(Reduction):
-    """As many tokens as `counted` gives each image, its patches chosen without looking.
+    """As many tokens as `counted` gives each image, its patches chosen without attention.
 
     Attributes:
       counted: the reduction whose counts are used.
       ranking: `random`, or `uniform` for evenly spaced patches.
-      seed: of `random`. The draw depends on the image too, and not on its batch.
+      seed: seed of `random`. The draw depends on the image too, and not on its batch.
     """
 
     counted: Reduction

@@ -36,7 +36,7 @@ class Downsample(Reduction):
         """Side in pixels of the resized image.
 
         Raises:
-          ValueError: the tower's own image has no more patches than that.
+          ValueError: the tower's native image has no more patches than that.
         """
         own = image_size // patch_size
         if self.grid >= own:

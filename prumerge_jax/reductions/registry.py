@@ -12,7 +12,7 @@ from prumerge_jax.reductions.baselines import Baseline, Choice
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """What a name stands for.
+    """What a name means.
 
     Attributes:
       method: a frozen dataclass whose fields are the parameters.
@@ -26,7 +26,7 @@ class _Entry:
 
 
 _ENTRIES: dict[str, _Entry] = {}
-# Names of their own for the baselines of `prumerge`.
+# Short names for the baselines of `prumerge`.
 _BASELINES = {"random": ("prumerge", "ranking=random"), "uniform": ("prumerge", "ranking=uniform")}
 
 

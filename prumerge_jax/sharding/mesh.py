@@ -1,4 +1,4 @@
-"""The device mesh and the one table that says which array axis lies on which mesh axis.
+"""The device mesh and the one table that says which array axis is sharded over which mesh axis.
 
 Weights and activations name their axes logically (`embed`, `heads`, ...); `RULES` maps those names
 to the mesh axes `data`, `fsdp` and `tensor`. Changing how the model is laid out means changing
@@ -23,15 +23,15 @@ Axes = tuple[str | None, ...]
 # logical axis -> mesh axis (or axes). `None` in an annotation means "not sharded".
 RULES: dict[str, str | tuple[str, ...]] = {
     "batch": ("data", "fsdp"),  # rows, slots, visual tokens
-    # Images in the tower. It is small: every device has it whole but for `embed`, and images of its
-    # own, where a part of each layer would cost two all-reduces per layer.
+    # Images in the tower. The tower is small: it is replicated but for `embed`, and every device
+    # takes its share of the images; splitting each layer would cost two all-reduces per layer.
     "images": ("data", "fsdp", "tensor"),
     "embed": "fsdp",  # the model width D of a weight
     "heads": "tensor",  # attention heads, side by side
     "mlp": "tensor",  # the inner width of an MLP
     "vocab": "tensor",  # vocabulary rows of the embedding and columns of the head
-    # The wide axis of an adapter's factor, beside the kernel's axis of that name. Its other axis
-    # is the rank, which lies on no mesh axis, so the wide one takes both: with their gradients and
+    # The wide axis of an adapter's factor, named after the kernel's axis. The other axis is the
+    # rank, which is not sharded, so the wide one takes both mesh axes: with their gradients and
     # moments, replicated adapters would take more of a small chip than the sharded model.
     "adapter_embed": ("fsdp", "tensor"),
     "adapter_heads": ("tensor", "fsdp"),
@@ -72,7 +72,8 @@ def arrange(devices: Sequence[jax.Device], sizes: tuple[int, int, int]) -> np.nd
     """Devices in the shape of a mesh, those with fast links between them side by side.
 
     `jax.make_mesh` splits no axis of a TPU's torus except v5e's, and takes one slice only (of TPUs,
-    or the GPUs of one node). Here several lie along `data`, and along `fsdp` where that is shorter.
+    or the GPUs of one node). Here several slices are placed along `data`, and along
+    `fsdp` where `data` is too short.
 
     Raises:
       ValueError: the slices are not equal, or their number does not divide `data` times `fsdp`.
@@ -107,7 +108,7 @@ def logical_spec(*logical: str | None) -> PartitionSpec:
 
 
 def divisible_spec(shape: Sequence[int], *logical: str | None) -> PartitionSpec:
-    """`logical_spec` on the current mesh, with as many of an axis' mesh axes as divide its length.
+    """`logical_spec` on the current mesh, with as many of an axis's mesh axes as divide its length.
 
     `jax.shard_map` takes even shards only, where `jax.jit` pads uneven ones.
     """
@@ -134,7 +135,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
 
 def unshard_embed(weight: jax.Array, *logical: str | None) -> jax.Array:
-    """Pins a weight the way a product with activations takes it: with its `embed` axis whole.
+    """Constrains a weight to the layout of a product with activations: `embed` axis unsharded.
 
     Left to itself, XLA makes a loop out of a product with the shards where these are few, and on a
     slice of eight TPU chips the pieces cost more than they hide.
@@ -146,7 +147,7 @@ def unshard_embed(weight: jax.Array, *logical: str | None) -> jax.Array:
 def use_mesh(mesh: Mesh | None) -> Iterator[None]:
     """Makes `mesh` the current mesh, under which `constrain` and logical weight axes take effect.
 
-    None changes nothing: everything stays on one device.
+    None changes nothing: everything is kept on one device.
     """
     if mesh is None:
         yield
@@ -156,7 +157,7 @@ def use_mesh(mesh: Mesh | None) -> Iterator[None]:
 
 
 def platform() -> str:
-    """Of the current mesh, whose devices may only be compiled for; without one, the default."""
+    """Platform of the current mesh (whose devices may be AOT-only), else the default backend's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
@@ -168,5 +169,5 @@ def weight_shardings(abstract: nnx.State, mesh: Mesh) -> nnx.State:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array every device holds whole."""
+    """The sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -14,7 +14,7 @@ from prumerge_jax.sharding.mesh import logical_spec
 def allgather_ints(values: Sequence[int]) -> np.ndarray:
     """One row of integers from each process, int32 [processes, len(values)].
 
-    Every process must call it at the same point of its program. With a single process it costs
+    Every process must call it at the same point of its execution. With a single process it costs
     nothing, with several it waits for the devices.
     """
     own = np.array(values, np.int32)
@@ -25,14 +25,13 @@ def allgather_ints(values: Sequence[int]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class DataShards:
-    """The shards of a batch that lie on the devices of this process.
+    """The shards of a batch that are placed on the devices of this process.
 
     Attributes:
       local: their indices, ascending.
-      total: of the mesh.
-      representatives: a process for each share of the shards. Where several processes hold the
-        same ones
-        (`tensor` reaches over processes) the first speaks for all.
+      total: number of data shards of the mesh.
+      representatives: one process for each share of the shards. Where several processes hold the
+        same shards (`tensor` spans processes), it is the first of them.
     """
 
     local: tuple[int, ...]

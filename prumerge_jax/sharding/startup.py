@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import jax
 
-# A process that is done waits so long for the others to be: one of them may still be writing the
-# model. That it is alive meanwhile is seen by its heartbeat.
+# How long a finished process waits for the others: one of them may still be writing the model.
+# Its heartbeat shows that it is alive.
 _SHUTDOWN_SECONDS = 3600
 
 
@@ -32,12 +32,12 @@ def distributed_session(
 
     Args:
       coordinator: HOST:PORT of process 0.
-      num_processes: of the run.
-      process_id: of this one, from 0.
-      heartbeat_seconds: after so long without a heartbeat a process counts as dead.
+      num_processes: number of processes of the run.
+      process_id: index of this process, from 0.
+      heartbeat_seconds: time without a heartbeat after which a process counts as dead.
 
     Raises:
-      ValueError: of the three arguments some are given and others neither given nor found.
+      ValueError: some of the three arguments are given and others neither given nor found.
     """
     several = _initialize(coordinator, num_processes, process_id, heartbeat_seconds)
     try:

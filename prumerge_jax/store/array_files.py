@@ -20,7 +20,7 @@ _CHUNK_BYTES = 32 << 20
 
 
 def save(folder: pathlib.Path, array: np.ndarray | jax.Array) -> None:
-    """Writes one weight; of several processes each its own shards, and all return together.
+    """Writes one weight; each process writes its shards, and all return together.
 
     A numpy array is not copied; it must not change during the call.
 

@@ -41,7 +41,7 @@ class StoredArray:
     Attributes:
       shape: layers stacked on the leading axis.
       dtype: as stored.
-      sha256: of the bytes in C order, hex; None in directories of format version 1.
+      sha256: hash of the bytes in C order, hex; None in directories of format version 1.
     """
 
     shape: tuple[int, ...]
@@ -64,7 +64,7 @@ class Manifest:
     source: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as `read_manifest` reads it, but for its own checksum."""
+        """The manifest as `read_manifest` reads it, without its checksum."""
         dtypes = sorted({str(stored.dtype) for stored in self.arrays.values()})
         return {
             "format": FORMAT,
@@ -87,7 +87,7 @@ class Manifest:
 
 
 def write_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> None:
-    """Writes `manifest.json`, its own checksum as the last field."""
+    """Writes `manifest.json`, its checksum as the last field."""
     text = json.dumps(manifest.to_json(), indent=1, allow_nan=False)
     write_atomically(pathlib.Path(directory) / MANIFEST, seal(text.encode()))
 
@@ -191,7 +191,7 @@ def size_and_sha256(file: pathlib.Path) -> tuple[int, str]:
 
 
 def seal(text: bytes) -> bytes:
-    """A JSON object with the SHA-256 of its own text appended as the last field, `sha256`."""
+    """A JSON object with the SHA-256 of its text appended as the last field, `sha256`."""
     body = text.rstrip().removesuffix(b"}").rstrip()
     return body + _SEAL % hashlib.sha256(body).hexdigest().encode()
 

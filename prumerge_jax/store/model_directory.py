@@ -63,7 +63,7 @@ class DirectoryWriter:
     Used as a context manager: a clean exit commits, an exception removes what was written. What a
     killed process leaves never loads, see `StagedDirectory`.
 
-    All processes of a run write together, on a file system that all of them see: each its own
+    All processes of a run write together, on a file system that all of them see: each its
     shards of every weight, and the first one everything else.
     """
 

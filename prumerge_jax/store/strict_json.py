@@ -28,7 +28,7 @@ def read_bounded(path: pathlib.Path, max_bytes: int) -> bytes:
 
     Raises:
       ValueError: it is larger than `max_bytes`.
-      OSError: it cannot be read, or is no regular file.
+      OSError: it cannot be read, or is not a regular file.
     """
     if path.exists() and not path.is_file():  # opening a FIFO would block
         raise OSError(f"{path} is not a regular file")

@@ -5,7 +5,7 @@ their images are encoded; then they are packed into as many micro-batches of one
 The images of the next batch are encoded while the current step runs; a batch of text alone skips
 the tower.
 
-Each process reads, encodes and packs the samples of its own data shards. All run the same number of
+Each process reads, encodes and packs the samples of its data shards. All run the same number of
 micro-batches: those that need fewer add empty rows.
 """
 

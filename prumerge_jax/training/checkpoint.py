@@ -3,7 +3,7 @@
     step_00000100/
       weights/        trained weights alone (adapters, projector, …), Orbax
       optimizer/      the optimizer's state, Orbax
-      data.json       where the data and the record of the run stand
+      data.json       position in the data, and state of the run's record
       metadata.json   step, configuration, hash of the frozen base weights, versions
       manifest.json   size and SHA-256 of every other file
 
@@ -11,7 +11,7 @@ Base weights are named by hash, not copied. Orbax does not notice a flipped bit 
 so integrity rests on the manifest: a step is written under another name, hashed, and renamed into
 place last. A directory whose files differ from its manifest does not count as saved.
 
-Of several processes each writes and reads its own shards, on a file system that all of them see;
+With several processes, each writes and reads its shards, on a file system that all of them see;
 the first one hashes, names, verifies and removes.
 """
 
@@ -92,13 +92,13 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, position: Mapping[str, Any]) -> None:
         """Starts to save a step, after an earlier save has ended; `state` may be donated at once.
 
-        A step that is there already is not saved again. A save that fails (a full disk) is logged,
+        A step that exists already is not saved again. A save that fails (a full disk) is logged,
         its files are removed, older steps are kept, and the run continues; only `close` raises.
 
         Args:
           step: number of optimizer steps done.
           state: saved in its shards.
-          position: where the data and the record of the run stand, JSON values.
+          position: position in the data and state of the run's record, JSON values.
         """
         if step in self.steps():
             return
@@ -313,7 +313,7 @@ def _digest(files: Mapping[str, Any]) -> str:
 
 
 def _remove(path: pathlib.Path) -> None:
-    # Renamed first: a kill in the middle must not leave half a step under its own name.
+    # Renamed first: a kill in the middle must not leave half a step under its final name.
     doomed = path.with_name(path.name + _INCOMPLETE)
     path.rename(doomed)
     shutil.rmtree(doomed)

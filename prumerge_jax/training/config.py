@@ -91,9 +91,9 @@ class TrainConfig:
       objective_options: fields that only this objective has.
       model: sizes; None takes those of the weights.
       weights: directory of the model to start from, `miniature`, or `random`.
-      tokenizer: for random weights alone, a `tokenizer.model` or the name of a registered one; a
-        model directory has its own.
-      learning_rates: pairs of a path pattern and a peak rate; what no pattern fits is frozen.
+      tokenizer: for random weights only, a `tokenizer.model` or the name of a registered one; a
+        model directory contains one.
+      learning_rates: pairs of a path pattern and a peak rate; what no pattern matches is frozen.
       adapter: LoRA on the decoder; None for none.
       data: the samples.
       conversation: name of the chat template.
@@ -109,7 +109,7 @@ class TrainConfig:
       optimizer: settings that all parameter groups share.
       dtype: what the objective computes in.
       remat: see `layers.rematerialise`.
-      seed: of the order of the samples, of dropout and of random weights.
+      seed: seed of the order of the samples, of dropout and of random weights.
       run: how the run is executed.
     """
 
@@ -243,7 +243,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return dict(_section(value, name))
     elif hint is float and type(value) in (int, float):
         return float(value)
-    elif type(value) is hint:  # a bool is no int here
+    elif type(value) is hint:  # a bool is not an int here
         return value
     expected = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
     raise ConfigError(f"config.{name} is {quoted(value)}; expected {expected}")

@@ -1,7 +1,7 @@
-"""The samples of a run: which data set, in which order, from where on.
+"""The samples of a run: which data set, in which order, starting where.
 
 A place in the data is one number, the samples used so far over all processes. The order depends on
-the seed alone, so a resumed run continues exactly where the saved one stood.
+the seed alone, so a resumed run continues exactly where the saved one stopped.
 """
 
 import dataclasses
@@ -117,8 +117,8 @@ def check_targets(
 ) -> None:
     """Warns of samples that nothing can be learned from.
 
-    That is so where no answer is labelled, or where all labels are cut off. The outcome is stored
-    with the records, since it takes about a millisecond per sample.
+    These are samples without a labelled answer, and samples whose labels are all cut off. The
+    outcome is stored with the records, since it takes about a millisecond per sample.
 
     Args:
       config: configuration of the run.
@@ -187,10 +187,10 @@ def _count_targets(
 
 
 def kept_tokens(token_ids: np.ndarray, visual_tokens: int, length: int) -> int:
-    """How many leading tokens of a sample fit into `length` once its image is inserted.
+    """Number of leading tokens of a sample that fit into `length` once its image is inserted.
 
     LLaVA cuts at the same place; fewer visual tokens leave room for more text. An image that would
-    not fit as a whole is dropped, with all that follows it.
+    not fit completely is dropped, with all that follows it.
 
     Args:
       token_ids: int32 [T], with `IMAGE_TOKEN` (-200) where the image's tokens go.
@@ -203,7 +203,7 @@ def kept_tokens(token_ids: np.ndarray, visual_tokens: int, length: int) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _RowsOfBatch:
-    """Picks `rows` out of every `size` elements of a data set."""
+    """Selects `rows` out of every `size` elements of a data set."""
 
     dataset: grain.MapDataset[Any]
     size: int

@@ -27,7 +27,7 @@ class LoopConfig:
 
     Attributes:
       start: number of steps done already.
-      total_steps: number of optimizer steps of the whole run.
+      total_steps: number of optimizer steps of the complete run.
       save_every: steps between two checkpoints; there is always one at the end.
     """
 
@@ -85,7 +85,7 @@ def train(
     try:
         for batch in batches:
             figures.look()
-            # Asked before the step, while the devices wait anyway; all processes hear the same.
+            # Checked before the step, while the devices wait anyway; all processes get one answer.
             last = done + 1 == total or bool(allgather_ints([bool(stop)]).any())
             state, metrics = step_function(state, frozen, batch.batches, done)
             done += 1
@@ -150,7 +150,7 @@ class _LaggedFigures:
 
 
 def _position(batch: GlobalBatch, outputs: Outputs) -> dict[str, object]:
-    """Where the run stands: samples used, and the figures that are not yet recorded."""
+    """State of the run: samples used, and the figures that are not yet recorded."""
     totals = {} if outputs.metrics is None else outputs.metrics.totals
     return {"samples": batch.samples, "metrics": totals}
 

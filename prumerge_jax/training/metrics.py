@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
-# What the progress bar shows of a record, and how it calls it.
+# Fields of a record that the progress bar shows, and their labels.
 _SHOWN = {
     "loss": "loss",
     "tokens_per_second": "tokens/s",
@@ -29,7 +29,7 @@ _RATES = ("samples", "images", "tokens")
 
 
 class StepRecord(NamedTuple):
-    """What a step was found to be.
+    """Figures of one finished step.
 
     Attributes:
       step: counted from 1.
@@ -52,13 +52,13 @@ class MetricWriter:
     """Adds up the figures of the steps and writes their totals every few steps.
 
     A resumed run continues in the same files: lines of steps that a killed run made after its last
-    checkpoint are dropped, since they will come again. Its lines are those of a run that was never
-    interrupted, but for the speeds: the sums since the last line are part of a checkpoint.
+    checkpoint are dropped, since they will be rewritten. Its lines are those of a run that was
+    never interrupted, but for the speeds: the sums since the last line are part of a checkpoint.
 
     Args:
       workdir: gets `metrics.jsonl` and the folder `tensorboard`.
       start: number of steps done already.
-      total: number of steps of the whole run.
+      total: number of steps of the complete run.
       every: steps between two records.
       learning_rate: the first parameter group's rate at a step counted from 0.
       totals: what `totals` was after step `start`.
@@ -166,7 +166,7 @@ class _Clock:
 
 
 class _LineFile:
-    """A file of lines to which a line is appended as a whole, or not at all."""
+    """A file of lines to which a line is appended completely or not at all."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
@@ -177,7 +177,7 @@ class _LineFile:
         content = line.encode() + b"\n"
         try:
             if self._file.write(content) != len(content):
-                raise OSError("no space left for a whole line")
+                raise OSError("no space left for a complete line")
         except OSError as error:
             self._file.truncate(size)
             raise OSError(f"{self._path} cannot be written: {error}") from error
@@ -189,7 +189,7 @@ class _LineFile:
 class _EventFile:
     """TensorBoard events, written in the caller's thread; a failure ends them, not the run.
 
-    `SummaryWriter` writes in a thread of its own: when that dies of a full disk, its queue fills up
+    `SummaryWriter` writes in a separate thread: when that dies of a full disk, its queue fills up
     and the caller waits for ever.
     """
 

@@ -22,7 +22,7 @@ class OptimizerConfig:
 
     Attributes:
       warmup_ratio: share of all steps in which the rate rises linearly from 0, rounded up to
-        whole steps; afterwards it falls to 0 along a cosine.
+        full steps; afterwards it falls to 0 along a cosine.
       weight_decay: decoupled; biases and norm scales are not decayed.
       b1, b2, eps: Adam's.
       clip_norm: largest global norm of the gradient; None does not clip.
@@ -49,7 +49,7 @@ def make_optimizer(
 
     Args:
       config: shared settings.
-      total_steps: optimizer steps of the whole run, which shape the schedule.
+      total_steps: optimizer steps of the complete run, which shape the schedule.
       learning_rates: the peak rate of every trained weight, by dotted path.
     """
     decayed = {path: path.rsplit(".", 1)[-1] not in _NOT_DECAYED for path in learning_rates}

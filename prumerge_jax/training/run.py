@@ -1,4 +1,4 @@
-"""A training run, from its configuration to the model it leaves behind."""
+"""A training run, from its configuration to the model it exports."""
 
 import contextlib
 import dataclasses
@@ -41,7 +41,7 @@ from prumerge_jax.training.workdir import (
 
 _logger = logging.getLogger(__name__)
 
-# A shard holds a multiple of so many rows of every weight. By XLA's estimates for TPU slices 13B
+# A shard holds a multiple of this many rows of every weight. By XLA's estimates for TPU slices 13B
 # takes 1.7 times the cycles over all of 256 v5e chips, in shards of 20 rows, than over 4 x 64; and
 # a third more over 64 v5p chips, where weights are then gathered by all-reduces, than over 2 x 32.
 _SHARD_ROWS = 32
@@ -167,7 +167,7 @@ def fitted_sizes(mesh: MeshConfig, model: LlavaConfig, devices: int) -> dict[str
 
 
 def _steps(config: TrainConfig, samples: int) -> int:
-    """How many optimizer steps a run over so many samples per epoch has.
+    """Number of optimizer steps of a run over this many samples per epoch.
 
     Raises:
       ValueError: the samples do not fill a batch.

@@ -1,8 +1,8 @@
 """One optimizer step over any number of micro-batches of one shape.
 
 Every loss returns a sum and the number of things summed. Gradients of sums add up, and one division
-at the end gives the gradient of the mean over the whole global batch, however its targets are
-spread over micro-batches, rows and devices.
+at the end gives the gradient of the mean over the global batch, however its targets are spread over
+micro-batches, rows and devices.
 """
 
 from collections.abc import Callable, Mapping, Sequence

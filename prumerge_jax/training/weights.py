@@ -1,4 +1,4 @@
-"""Weights as one flat dictionary, where they come from, and the model that a run leaves behind.
+"""Weights as one flat dictionary, where they come from, and the model that a run exports.
 
 Between the jitted functions a model is a dictionary from dotted path to array (`Weights`), the
 form in which model directories and checkpoints hold it too. Inside a jitted function an
@@ -42,7 +42,7 @@ Weights = dict[str, jax.Array]
 Shapes = dict[str, jax.ShapeDtypeStruct]
 LearningRates = Sequence[tuple[str, float]]
 Leaf = Any
-"""An array, or what stands in its place in a tree of the same form: its shape, its sharding."""
+"""An array, or what takes its place in a tree of the same form: its shape, its sharding."""
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -119,10 +119,10 @@ def trained_paths(paths: Collection[str], learning_rates: LearningRates) -> dict
 
     Args:
       paths: dotted paths of all weights.
-      learning_rates: pairs of a path pattern (`*` stands for anything, dots included) and a rate.
+      learning_rates: pairs of a path pattern (`*` matches anything, dots included) and a rate.
 
     Raises:
-      ValueError: a pattern fits no weight, two patterns fit the same one, or nothing would train.
+      ValueError: a pattern matches no weight, two match the same one, or nothing would train.
     """
     rates: dict[str, float] = {}
     pattern_of: dict[str, str] = {}
@@ -158,7 +158,7 @@ class Pretrained:
       model: sizes.
       directory: holds the weights and the tokenizer; None for random weights.
       stored: shape and dtype of every weight in the directory.
-      seed: of random weights.
+      seed: seed of random weights.
       random_tokenizer: for random weights, a `tokenizer.model` or a registered name.
     """
 
@@ -250,7 +250,7 @@ class Pretrained:
         mesh: Mesh,
         source: Mapping[str, Any],
     ) -> None:
-        """Writes a whole model: the trained weights, the others exactly as they were.
+        """Writes a complete model: the trained weights, the others exactly as they were.
 
         Args:
           directory: must not exist yet.

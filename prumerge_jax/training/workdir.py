@@ -74,7 +74,7 @@ def stop_on_signals() -> Iterator[StopFlag]:
 def claim_workdir(workdir: str | os.PathLike[str]) -> Iterator[None]:
     """Creates a working directory if need be, and locks it against other runs.
 
-    Of several processes of a run the first one holds the lock.
+    The first process of a run holds the lock.
 
     Raises:
       WorkdirError: another run uses it.

@@ -55,7 +55,7 @@ def test_rows_hold_all_samples_and_time_follows_the_micro_batches(
     positions = found.micro_batches * found.row_positions
     tokens = PACKING_OVERHEAD * count * (visual + text)
     assert positions - found.row_positions < tokens <= positions
-    # 15 and 3 million cycles at 1.5 GHz; 1 s of computing hides behind 1.5 s on the links.
+    # 15 and 3 million cycles at 1.5 GHz; 1 s of computing overlaps with 1.5 s on the links.
     assert math.isclose(found.seconds, 0.010 + found.micro_batches * 1.5 + 0.002)
     flops = counts.training_flops(found.model, visual, text, 128)
     peak = 8 * V5E.flops * found.seconds
@@ -106,7 +106,7 @@ def test_a_step_compiled_for_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     slice_of_4 = topology("v5e:2x2")
     found = plan_training(tiny_config(batch_size=6), slice_of_4)
     assert found.mesh == {"data": 1, "fsdp": 2, "tensor": 2}
-    assert "batch_size 6 is no multiple of its 4 data shards" in found.rejected[0]
+    assert "batch_size 6 is not a multiple of its 4 data shards" in found.rejected[0]
     assert found.encode.cost.cycles > 0
     assert found.samples.visual_tokens == 40
     assert found.row_positions == 2 * 128
@@ -120,7 +120,7 @@ def test_a_step_compiled_for_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = 16 * counts.lora_parameters(model.text, 8)
     assert decoder / 4 < found.resident < decoder + adapters
 
-    with pytest.raises(DoesNotFit, match="batch_size 7 is no multiple of its 4 data shards"):
+    with pytest.raises(DoesNotFit, match="batch_size 7 is not a multiple of its 4 data shards"):
         plan_training(_unsplittable(), slice_of_4)
 
 

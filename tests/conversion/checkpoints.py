@@ -128,7 +128,7 @@ def write_clip(
     config: LlavaConfig = TINY,
     container: str = "bin",
 ) -> None:
-    """A whole CLIPModel, as the published tower comes, with these canonical tower tensors."""
+    """A complete CLIPModel, as the published tower comes, with these canonical tower tensors."""
     tower = {k: a for k, a in tensors.items() if k.startswith("vision_tower.")}
     rest = {
         "logit_scale": np.float32(2.5),

@@ -1,4 +1,4 @@
-"""Checkpoints in: every bit arrives, nothing else does, and refusals leave nothing behind."""
+"""Checkpoints in: every bit arrives, nothing else does, and refusals leave no files."""
 
 import collections
 import dataclasses
@@ -378,7 +378,7 @@ def test_links_that_lead_out_are_refused(tmp_path: pathlib.Path, name: str) -> N
     (tmp_path / "in" / name).symlink_to("../secret")
     with pytest.raises(ConversionError, match=f"{name} is a link that leads out of its directory"):
         open_model(Sources(tmp_path / "in"))
-    # Nor do a snapshot's links lead anywhere but into its own blobs.
+    # Nor do a snapshot's links lead anywhere but into its blobs.
     snapshot = hub_cache(tmp_path / "cache")
     (snapshot / "x.json").symlink_to(tmp_path / "secret")
     with pytest.raises(ConversionError, match="x.json is a link that leads out"):

@@ -140,7 +140,7 @@ def test_adapters_are_kept(tmp_path: pathlib.Path, container: str) -> None:
     assert config_json.read_adapter(tmp_path / "ours") == AdapterConfig(4, 8.0, 0.05)
     assert directory.read_manifest(tmp_path / "ours").source["adapter_base"] == f"lmsys/{VICUNA}"
     arrays = directory.read_manifest(tmp_path / "ours").arrays
-    # --dtype is for the model; adapters stay in the dtype they were trained in.
+    # --dtype is for the model; adapters keep the dtype they were trained in.
     assert str(arrays["decoder.layers.mlp.up_proj.kernel"].dtype) == "bfloat16"
     assert str(arrays["decoder.layers.mlp.up_proj.lora_a"].dtype) == "float32"
     assert arrays["decoder.layers.mlp.up_proj.lora_a"].shape == (2, 24, 4)

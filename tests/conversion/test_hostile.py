@@ -491,6 +491,6 @@ def test_each_is_refused_in_one_line(outcomes: Outcomes, name: str) -> None:
 def test_the_corpus_is_what_it_claims(outcomes: Outcomes) -> None:
     peak_gb, by_name = outcomes
     assert len(CASES) >= 20
-    assert by_name["sound"][0] == "accepted"  # so that each case is refused for its own fault
+    assert by_name["sound"][0] == "accepted"  # so that each case is refused for its fault
     assert peak_gb < 1
     assert TINY.text.num_layers == 2  # the layer numbers above rely on it

@@ -77,7 +77,7 @@ def raw(header: object, data: bytes = bytes(8), length: int | None = None) -> by
 
 
 HOSTILE = {
-    "empty": (b"", "no safetensors file"),
+    "empty": (b"", "not a safetensors file"),
     "absurd header": (raw({}, length=1 << 40), "declares a header"),
     "header over the limit": (raw({}, length=200_000_000), "declares a header"),
     "negative header": (raw({}, length=(1 << 64) - 1), "declares a header"),

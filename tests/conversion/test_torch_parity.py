@@ -49,7 +49,7 @@ def text_logits(model: Any) -> np.ndarray:
 
 
 def scaled_tensors(config: Any, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """Random tensors of about the size of trained ones, so that logits stay comparable."""
+    """Random tensors of about the size of trained ones, so that logits are comparable."""
     tensors = random_tensors(config, dtype)
     return {
         key: (a * (a.shape[-1] ** -0.5)).astype(a.dtype) if a.ndim > 1 else a
@@ -108,7 +108,7 @@ def test_an_original_llava_becomes_one_that_transformers_runs(tmp_path: pathlib.
     assert compare_with_torch(opened, tmp_path / "ours").max_difference < 1e-4
     export_model(tmp_path / "ours", tmp_path / "hf", Dialect.HF)
     hf = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
-    # The language model alone, from the original's own file, is the judge of the text.
+    # The language model alone, from the original's file, is the judge of the text.
     write_llama(tmp_path / "llama", tensors, config)
     llama = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama")
     np.testing.assert_allclose(text_logits(hf)[..., :100], text_logits(llama), atol=1e-5)

@@ -111,7 +111,7 @@ def test_leading_assistant_turn_is_dropped():
         ({"conversations": [{"from": "human", "value": None}]}, "turn 0 is None"),
         ({"conversations": [{"from": "human"}]}, "'value'"),
         ({"conversations": None}, "NoneType"),
-        ({"image": "1.jpg"}, "<image> stands in 0 turns"),
+        ({"image": "1.jpg"}, "<image> appears in 0 turns"),
     ],
     ids=str,
 )
@@ -122,7 +122,7 @@ def test_broken_samples_are_refused_by_id(change, cause):
 
 
 def test_image_in_two_turns_is_refused():
-    with pytest.raises(SampleError, match="<image> stands in 2 turns"):
+    with pytest.raises(SampleError, match="<image> appears in 2 turns"):
         sample_turns(conversation("<image> Q", "A", "<image>", "B"))
 
 

@@ -32,7 +32,7 @@ def encoded(image: Image.Image | np.ndarray, file_format: str, **options) -> byt
 
 
 def sha256_chw(pixels: np.ndarray) -> str:
-    """Of normalised [H, W, 3] pixels, in the channel order of the reference."""
+    """SHA-256 of normalised [H, W, 3] pixels, in the channel order of the reference."""
     return hashlib.sha256(np.ascontiguousarray(pixels.transpose(2, 0, 1)).tobytes()).hexdigest()
 
 
@@ -159,7 +159,7 @@ def test_preprocess_refuses_other_modes():
 # ---- what decodes, and to what ----
 
 
-def picture(mode: str) -> Image.Image:
+def sample_image(mode: str) -> Image.Image:
     image = Image.fromarray(noise(6, 9)).convert("RGBA")
     image.putalpha(Image.fromarray(noise(6, 9, seed=1)[..., 0]))
     return image.convert(mode)
@@ -174,11 +174,11 @@ def picture(mode: str) -> Image.Image:
     ],
 )  # fmt: skip
 def test_modes_convert_as_in_the_reference(tmp_path, mode, file_format):
-    content = encoded(picture(mode), file_format)
+    content = encoded(sample_image(mode), file_format)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's, of palettes with alpha
         expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-    path = tmp_path / "picture"
+    path = tmp_path / "image"
     path.write_bytes(content)
     for source in (content, path, str(path), Image.open(path)):
         image = load_image(source)

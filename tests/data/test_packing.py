@@ -66,7 +66,7 @@ def expand_by_hand(request, layout, position_ids):
 
 
 def assert_filled_by_hand(batches, requests, layout, position_ids):
-    """Each request stands whole, once, where its rows say; the rest is padding."""
+    """Each request is placed completely, once, where its rows say; the rest is padding."""
     seen = np.concatenate([rows.requests for rows in batches]) if batches else np.zeros(0)
     np.testing.assert_array_equal(np.sort(seen), np.arange(len(requests)))
     for rows in batches:
@@ -159,11 +159,11 @@ def test_rows_hold_all_once_and_as_much_beside_the_longest_as_there_is(
         if fitting:
             longest = min(fitting, key=lambda index: (-lengths[index], index))
             assert longest in row
-            beside = {0}
+            sums = {0}
             for index in set(others) - {longest}:
-                beside |= {total + lengths[index] for total in beside}
+                sums |= {total + lengths[index] for total in sums}
             room -= lengths[longest]
-            assert room - free == max(total for total in beside if total <= room)
+            assert room - free == max(total for total in sums if total <= room)
 
 
 @settings(max_examples=100)

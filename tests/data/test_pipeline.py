@@ -133,7 +133,7 @@ def test_errors_name_the_sample(preprocess) -> None:
     }
     with pytest.raises(ImageError, match="'the bad one'"):
         preprocess(sample)
-    with pytest.raises(SampleError, match="'the bad one'.*<image> stands in 0 turns"):
+    with pytest.raises(SampleError, match="'the bad one'.*<image> appears in 0 turns"):
         preprocess({**sample, "conversations": [{"from": "human", "value": "Is there a 3?"}]})
 
 

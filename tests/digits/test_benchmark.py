@@ -43,8 +43,8 @@ def test_the_files_hold_the_scenes_and_questions_of_the_data_set(folder, questio
     expected = []
     for index in range(SCENES):
         scene, asked = digits_questions.draw_with_questions("test", index, seed=5)
-        with Image.open(folder / benchmark.IMAGE_FOLDER / f"{scene.id}.png") as picture:
-            assert np.array_equal(picture, scene.image)
+        with Image.open(folder / benchmark.IMAGE_FOLDER / f"{scene.id}.png") as image:
+            assert np.array_equal(image, scene.image)
         for question in asked:
             expected.append((f"{scene.id}.png", question.text, question.family))
             key = f"{scene.id}_{question.family}"

@@ -92,10 +92,10 @@ def test_loss_is_info_nce_over_groups_with_equal_captions_as_positives(weights) 
             model.embed_captions(batch.ids, batch.lengths),
         )
 
-    (loss, count), pictures, texts = run(weights, batch)
-    pictures, texts = np.asarray(pictures, np.float64), np.asarray(texts, np.float64)
-    np.testing.assert_allclose(np.linalg.norm(pictures, axis=1), 1, rtol=1e-5)
-    scores = pictures @ texts.T / np.exp(float(weights["log_temperature"]))
+    (loss, count), vectors, texts = run(weights, batch)
+    vectors, texts = np.asarray(vectors, np.float64), np.asarray(texts, np.float64)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    scores = vectors @ texts.T / np.exp(float(weights["log_temperature"]))
     expected = 0.0
     for group in (range(4), range(4, 8)):
         for a in group:

@@ -87,9 +87,9 @@ def test_a_png_holds_the_picture_exactly(tmp_path) -> None:
     scene = digits.draw_scene("train", 0, seed=0)
     file = tmp_path / "scene.png"
     file.write_bytes(scene.png())
-    with Image.open(file) as picture:
-        assert picture.format == "PNG"
-        assert np.array_equal(np.asarray(picture), scene.image)
+    with Image.open(file) as image:
+        assert image.format == "PNG"
+        assert np.array_equal(np.asarray(image), scene.image)
 
 
 def test_scenes_of_one_layout_share_places_and_differ_in_digits() -> None:

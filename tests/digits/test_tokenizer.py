@@ -59,7 +59,7 @@ def test_prompts_are_one_token_per_word_and_mark(tokenizer) -> None:
         prompt = evaluation_prompt(TEMPLATES["vicuna_v1"], text)
         ids = tokenizer.encode_prompt(prompt)
         assert {token for token in ids if token in BYTE_PIECES} == {NEWLINE}, text
-        # Besides: BOS, and the lone spaces before and after the image.
+        # In addition: BOS, and the lone spaces before and after the image.
         expected = 3 + len(re.findall(r"<image>|[A-Za-z]+|[0-9]|[^\w\s]|\n", prompt))
         assert len(ids) == expected, text
         assert ids.count(IMAGE_TOKEN) == 1

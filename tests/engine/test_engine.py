@@ -412,7 +412,7 @@ def test_shared_images_are_encoded_once(model: LlavaModel) -> None:
 
 @pytest.fixture
 def compiled() -> Iterator[list[str]]:
-    """Names of the programs compiled since the list was last cleared."""
+    """Names of the functions compiled since the list was last cleared."""
     names: list[str] = []
 
     def heard(event: str, duration: float, **fields: str | int) -> None:

@@ -126,7 +126,7 @@ def test_every_sequence_has_room_and_no_length_of_the_choice_pads_less(
 
 
 def digits_counts(rng: np.random.Generator) -> np.ndarray:
-    """The distribution measured on the digits' test pictures: mean 24, 5/50/95 % 15/25/31."""
+    """The distribution measured on the digits' test images: mean 24, 5/50/95 % 15/25/31."""
     return np.interp(rng.random(IMAGES), [0, 0.05, 0.5, 0.95, 1], [8, 15, 25, 31, 37])
 
 
@@ -178,7 +178,7 @@ def tiny_config(width: int) -> LlavaConfig:
 
 @pytest.fixture
 def compiled() -> Iterator[collections.Counter[str]]:
-    """How often each program has been compiled since the test began."""
+    """How often each function has been compiled since the test began."""
     counter: collections.Counter[str] = collections.Counter()
 
     def heard(event: str, duration: float, **fields: str | int) -> None:

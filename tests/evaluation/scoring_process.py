@@ -1,4 +1,4 @@
-"""A scoring run in a process of its own, for the tests that kill it.
+"""A scoring run in a separate process, for the tests that kill it.
 
 Answers row i with a text that depends on i alone, two rows at a time. After each batch it says on
 standard output how many rows the journal holds, and then takes its time: SECONDS_PER_BATCH.

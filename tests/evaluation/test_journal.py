@@ -80,7 +80,7 @@ def test_killed_runs_finish_with_the_bytes_of_an_uninterrupted_one(tmp_path) -> 
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        assert int(line) >= reached  # it went on (failed rows first), not back to the start
+        assert int(line) >= reached  # it resumed (failed rows first) and did not start over
         reached = int(line)
         assert not (tmp_path / "answers.jsonl").exists()
     subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
@@ -259,7 +259,7 @@ def test_a_foreign_file_or_one_without_checksums_is_refused_and_left(tmp_path, c
     path = tmp_path / "journal.jsonl"
     path.write_bytes(content)
     with pytest.raises(
-        ValueError, match="no scoring journal of this run.*another workdir"
+        ValueError, match="not a scoring journal of this run.*another workdir"
     ) as error:
         Journal(path, FINGERPRINT, ROWS)
     assert str(path) in str(error.value)
@@ -267,7 +267,7 @@ def test_a_foreign_file_or_one_without_checksums_is_refused_and_left(tmp_path, c
 
 
 def test_rows_of_another_run_are_not_taken_over(straight, tmp_path, capsys) -> None:
-    """Even when their own header is gone: a row's checksum continues that of its run."""
+    """Even when their header is gone: a row's checksum continues that of its run."""
     path = tmp_path / "journal.jsonl"
     other = FINGERPRINT | {"weights": "cd34"}
     lines = (straight / "journal.jsonl").read_bytes().splitlines(keepends=True)

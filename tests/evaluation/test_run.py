@@ -207,7 +207,7 @@ def test_own_questions_are_answered_and_images_from_elsewhere_are_not_read(
     assert [error["question_id"] for error in errors] == [1, 2, 3, 4]
     for error in errors[:3]:
         assert f"is outside of {tmp_path / 'images'}" in error["error"]
-    assert "no usable path" in errors[3]["error"]
+    assert "not a usable path" in errors[3]["error"]
     metrics = metrics_of(tmp_path / "run")
     assert metrics["rows_failed"] == 4
     assert not any(name.startswith("accuracy") for name in metrics)

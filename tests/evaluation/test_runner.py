@@ -1,4 +1,4 @@
-"""A whole scoring run on a tiny model: complete, resumable, indifferent to bad rows."""
+"""A complete scoring run on a tiny model: complete, resumable, indifferent to bad rows."""
 
 import json
 import pathlib

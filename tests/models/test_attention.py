@@ -142,9 +142,9 @@ def test_pairs_of_the_kernel_are_those_of_the_blocks_that_its_mask_touches(causa
         assert length <= padded < length + 128 * (padded // block)
         for longest in (None, 1, 2, 130, 513, 4096):
             at = np.arange(padded)
-            behind = at[:, None] - at
+            distance = at[:, None] - at
             reach = padded if longest is None else longest - 1
-            seen = (behind <= reach) & (behind >= (0 if causal else -reach))
+            seen = (distance <= reach) & (distance >= (0 if causal else -reach))
             blocks = seen.reshape(padded // block, block, -1, block).any(axis=(1, 3))
             got = splash.splash_pairs(length, causal=causal, max_segment_length=longest)
             assert got == blocks.sum() * block**2, (length, longest)
@@ -184,7 +184,7 @@ def test_shards_of_a_mesh(implementation: str, heads: int, axes: Axes) -> None:
 
 @pytest.mark.parametrize("segmented", [True, False])
 def test_cudnn_lowers_for_gpus(segmented: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GPU here: the program for one must contain cuDNN's fused attention."""
+    """No GPU here: the function lowered for one must contain cuDNN's fused attention."""
     # JAX asks the machine for its cuDNN before it builds the program for another one.
     module = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{module}.check_cudnn_version", lambda: 91000)
@@ -199,7 +199,7 @@ def test_cudnn_lowers_for_gpus(segmented: bool, monkeypatch: pytest.MonkeyPatch)
 
 
 def second_layer(x: jax.Array) -> jax.Array:
-    """Of two; the first must not be read."""
+    """Layer 1 of a stack of two; layer 0 is NaN and must not be read."""
     return jnp.stack([jnp.full_like(x, jnp.nan), x])
 
 

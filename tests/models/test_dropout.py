@@ -16,7 +16,7 @@ KEYS = [key for seed in range(3) for key in jax.random.split(jax.random.key(seed
 
 
 def deviations(probability: float) -> np.ndarray:
-    """Of the draws of every key from their mean, in standard deviations, [keys, rows, D]."""
+    """Deviations of every key's draws from their mean, in standard deviations, [keys, rows, D]."""
     draws = np.stack([bernoulli_mask(key, probability, SHAPE) for key in KEYS])
     scale = np.sqrt(probability * (1 - probability))
     return ((draws - probability) / scale).reshape(len(KEYS), -1, SHAPE[-1])
@@ -28,15 +28,15 @@ def test_draws_are_as_frequent_as_asked_in_all_rows_and_columns(probability: flo
     for axes in [(1, 2), (1,), (2,)]:
         count = np.prod([x.shape[axis] for axis in axes])
         means = x.mean(axis=axes) * np.sqrt(count)
-        # Of a standard normal: as wide as that, and nothing too far out.
+        # Means of a standard normal: as wide as that, and no outliers.
         assert means.std() == pytest.approx(1, abs=4 / np.sqrt(2 * means.size))
         assert np.abs(means).max() < 5.5
 
 
 @pytest.mark.parametrize("probability", [0.95, 0.5])
 def test_draws_are_independent(probability: float) -> None:
-    """Of those of other keys, of their neighbours, and over the corners of rectangles, which a
-    hash of sums of rows and columns would tie together."""
+    """Draws are independent of other keys' draws, of their neighbours, and over the corners of
+    rectangles, which a hash of sums of rows and columns would tie together."""
     x = deviations(probability)
     products = [a * b for a, b in itertools.combinations(x, 2)]
     for step in (1, 2, 128):

@@ -1,4 +1,4 @@
-"""What lies where on a mesh."""
+"""What is placed where on a mesh."""
 
 import dataclasses
 import re
@@ -32,7 +32,7 @@ class Gpu:
 
 
 def gpus(*nodes: int) -> list[Any]:
-    """Of nodes that have so many each."""
+    """Devices of nodes with this many each."""
     node_of = [node for node, count in enumerate(nodes) for _ in range(count)]
     return [Gpu(i, node) for i, node in enumerate(node_of)]
 

@@ -168,7 +168,7 @@ def test_strangers_among_the_weights_and_links_are_refused(written: pathlib.Path
 
 
 def rewrite_manifest(folder: pathlib.Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Alters the manifest and renews its checksum, as somebody who means it would."""
+    """Alters the manifest and renews its checksum, as a deliberate edit would."""
     values = json.loads((folder / "manifest.json").read_text())
     del values["sha256"]
     change(values)
@@ -291,7 +291,7 @@ def test_an_error_leaves_nothing(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path: pathlib.Path) -> None:
-    """The limit on a file's size stands for the disk's; TensorStore reports both alike."""
+    """The limit on a file's size replaces a full disk; TensorStore reports both alike."""
 
     def write_too_much() -> None:
         with DirectoryWriter(tmp_path / "new" / "m", TINY) as writer:

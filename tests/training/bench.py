@@ -31,7 +31,7 @@ EXAMPLES = make_examples(8, image_size=48, vocabulary=64, text_only=(2, 5))
 
 
 def lora_config(**changes: object) -> TrainConfig:
-    """LoRA of `MODEL`; `Bench` puts its own sizes in."""
+    """LoRA of `MODEL`; `Bench` replaces the sizes."""
     config = common.training()
     config.learning_rates = (("decoder.*.lora_?", 1e-2), ("projector.*", 1e-3))
     config.adapter = ml_collections.ConfigDict({"rank": 4, "alpha": 8.0, "dropout": 0.0})

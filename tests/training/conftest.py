@@ -19,7 +19,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def make_examples(
     count: int, *, image_size: int, vocabulary: int, seed: int = 0, text_only: tuple[int, ...] = ()
 ) -> list[Example]:
-    """Random pictures and token ids; about half of the text is to be learned."""
+    """Random images and token ids; about half of the text is to be learned."""
     rng = np.random.default_rng(seed)
     examples = []
     for index in range(count):

@@ -102,7 +102,7 @@ def test_a_process_that_needs_fewer_micro_batches_adds_empty_rows(
     own: list[int] = []
 
     def allgather_ints(values: list[int]) -> np.ndarray:
-        """Of two processes; the other one needs two micro-batches more."""
+        """As with two processes, of which the other needs two micro-batches more."""
         if len(values) == 1:  # whether there are images
             return np.array([values, values])
         own.extend(values)

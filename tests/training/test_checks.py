@@ -27,7 +27,7 @@ ENTRY = {
 
 @pytest.fixture
 def config(tmp_path: pathlib.Path) -> ml_collections.ConfigDict:
-    """LoRA of the miniature on one sample of one's own."""
+    """LoRA of the miniature on one sample of a LLaVA JSON."""
     config = lora.get_config()
     config.weights = "miniature"
     config.dtype = "float32"
@@ -60,7 +60,7 @@ MISTAKES: dict[str, tuple[Callable[[ml_collections.ConfigDict], object], str]] =
     "no json": (lambda c: c.data.update({"json_file": ""}), "data.json_file is not set"),
     "no such json": (lambda c: c.data.update({"json_file": "gone.json"}), "gone.json: no such"),
     "own.json on digits": (own_data_on_a_recipe_of_the_digits, "own.json: no such file"),
-    "captions of own data": (captions_of_own_data, "take configs/lora.py"),
+    "captions of own data": (captions_of_own_data, "use configs/lora.py"),
     "few samples": (lambda c: c.update({"batch_size": 4}), "1 samples do not fill one batch of 4"),
     "mesh and devices": (lambda c: c.run.mesh.update({"data": 0, "tensor": 3}), "cannot be fitted"),
     "mesh and batch": (lambda c: c.run.mesh.update({"data": 2}), "batch_size is 1; expected a"),

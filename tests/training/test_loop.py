@@ -1,4 +1,4 @@
-"""The loop on its own, with a step that only takes its time."""
+"""The loop alone, with a step that only takes time."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Whole runs of the tiny miniature: resumed exactly, stopped politely, ended by NaN, exported."""
+"""Runs of the tiny miniature: resumed exactly, stopped gracefully, ended by NaN, exported."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def first(folder: pathlib.Path) -> ml_collections.ConfigDict:
 
 @pytest.fixture(scope="module")
 def base(first: ml_collections.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
-    """The model that the first stage leaves behind."""
+    """The model that the first stage exports."""
     run(first, folder / "contrastive", StopFlag())
     return folder / "contrastive" / "model"
 

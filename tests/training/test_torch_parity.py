@@ -57,18 +57,18 @@ def examples(tokenizer: Tokenizer) -> list[Example]:
     def turns(*texts: str) -> list[dict[str, str]]:
         return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
-    def picture() -> bytes:
+    def png() -> bytes:
         buffer = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (60, 56, 3), np.uint8)).save(buffer, "PNG")
         return buffer.getvalue()
 
     samples = [
-        {"conversations": turns("<image>\nIs there a 3?", "yes"), "image": picture()},
+        {"conversations": turns("<image>\nIs there a 3?", "yes"), "image": png()},
         {
             "conversations": turns(
                 "<image>\nWhich digit is in the north?", "7", "How many digits are there?", "2"
             ),
-            "image": picture(),
+            "image": png(),
         },
         {"conversations": turns("How many of the digits are 4?", "1")},
     ]

@@ -1,4 +1,4 @@
-"""Flat weights, which of them train, where a run starts and what it leaves behind."""
+"""Flat weights, which of them train, where a run starts and what it exports."""
 
 import pathlib
 import shutil

@@ -1,6 +1,6 @@
 """What all benchmarks have in common: questions, answer lines, scores, files for a server.
 
-A benchmark is a subclass of `Benchmark` in a file of its own; `registry.benchmark` finds it by
+A benchmark is a subclass of `Benchmark` in a separate file; `registry.benchmark` finds it by
 name. Nothing here runs a model. All rates are in percent.
 """
 
@@ -35,7 +35,7 @@ class Question:
     Attributes:
       question_id: As in the question file; unique except in MME and TextVQA.
       image: Path relative to the image folder, the encoded image itself (MMBench), or None.
-      text: The whole user text, instruction included, without `<image>`.
+      text: The complete user text, instruction included, without `<image>`.
       extra: What else the benchmark's scorer or answer line needs.
     """
 
@@ -76,13 +76,13 @@ class Benchmark(abc.ABC, Generic[Annotations]):
 
     Attributes:
       name: Key in the registry.
-      headline: Metric that stands for the benchmark in summaries.
+      headline: Metric that represents the benchmark in summaries.
       max_new_tokens: Limit of LLaVA's script for this benchmark; decoding is greedy.
       position_ids: Positions of the visual tokens where the configuration names none, see
         `packing.pack_window`.
       scores: Whether answers can be scored at all.
       default_options: Options of `write_default_files` with their defaults, for a benchmark that
-        can make its own files; None for all others.
+        can make its files itself; None for all others.
       group_label: What `group_of` counts, for the report's table of tokens by group; None where
         images are not grouped.
       crops_in_llava_1_5: Whether protocol llava-1.5 crops the images (llava/eval/model_vqa.py and
@@ -155,7 +155,7 @@ class Benchmark(abc.ABC, Generic[Annotations]):
             first_row[key] = number
 
     def answer_row(self, question: Question, text: str) -> jsonfiles.Row:
-        """The benchmark's own fields of an answer line; see `answers.complete_row`."""
+        """The benchmark's fields of an answer line; see `answers.complete_row`."""
         return {"question_id": question.question_id, "prompt": question.text, "text": text}
 
     @abc.abstractmethod
@@ -254,7 +254,7 @@ class Benchmark(abc.ABC, Generic[Annotations]):
         return paths
 
     def write_default_files(self, folder: pathlib.Path, options: Mapping[str, Any]) -> TaskFiles:
-        """Makes the benchmark's own files below `folder`; needs `default_options`.
+        """Makes the benchmark's files below `folder`; needs `default_options`.
 
         Raises:
           ValueError: An option is not allowed. Nothing is written.

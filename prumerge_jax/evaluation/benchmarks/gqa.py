@@ -59,8 +59,8 @@ class Gqa(Benchmark[Annotations]):
         """Right or wrong over the balanced questions: `accuracy`, `accuracy_open`, `_binary`.
 
         Raises:
-          ValueError: A balanced question of the annotations has no answer. GQA is scored as a
-            whole; eval.py refuses a subset too.
+          ValueError: A balanced question of the annotations has no answer. GQA is scored
+            completely; eval.py refuses a subset too.
         """
         truths = self.required(annotations)
         rows = self.answers_by_key(answers)

@@ -1,7 +1,7 @@
 """LLaVA-Bench (in the wild): GPT-4 compares each answer with a reference answer.
 
-After llava/eval/eval_gpt_review_bench.py and summarize_gpt_review.py. Nothing here calls the judge:
-`upload` writes what it is to be asked, `read_annotations` reads what it said.
+Follows llava/eval/eval_gpt_review_bench.py and summarize_gpt_review.py. Nothing here calls the
+judge: `upload` writes what it is to be asked, `read_annotations` reads what it said.
 """
 
 import dataclasses

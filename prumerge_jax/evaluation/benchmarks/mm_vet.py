@@ -17,7 +17,7 @@ Annotations = Mapping[str, Sequence[float]]
 class MmVet(Benchmark[Annotations]):
     """218 questions.
 
-    Annotations, once the judge has spoken: the grade file MODEL_gpt-4-grade-*runs.json that the
+    Annotations, once the judge has graded: the grade file MODEL_gpt-4-grade-*runs.json that the
     official notebook writes from the uploaded answers. Scores per capability need its mm-vet.json
     and are left to the notebook.
     """

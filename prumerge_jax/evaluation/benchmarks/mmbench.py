@@ -55,7 +55,7 @@ class MmBench(Benchmark[None]):
     """Multiple choice, each question asked once per rotation of its options, a row each.
 
     Papers report CircularEval, `accuracy_circular`: all rotations of a question right. The truth is
-    the table's own column `answer`; the test split has none and goes to the server.
+    the table's column `answer`; the test split has none and goes to the server.
     """
 
     max_new_tokens = 1024
@@ -95,7 +95,7 @@ class MmBench(Benchmark[None]):
         }
 
     def read_annotations(self, path: pathlib.Path) -> None:
-        """There are none besides the question table."""
+        """There are none other than the question table."""
         raise ValueError(f"{self.name} takes its answers from the question table, not from {path}")
 
     def per_question(
@@ -221,7 +221,7 @@ def _xlsx(rows: Sequence[Mapping[str, str | int | None]]) -> bytes:
         for name in columns:
             cell = WriteOnlyCell(sheet, row[name])
             if isinstance(row[name], str):
-                cell.data_type = "s"  # an answer that starts with "=" is no formula
+                cell.data_type = "s"  # an answer that starts with "=" is not a formula
             cells.append(cell)
         sheet.append(cells)
     content = io.BytesIO()

@@ -1,6 +1,6 @@
 """MME: two yes/no questions per image, 14 subtasks (arXiv 2306.13394).
 
-After LLaVA's convert_answer_to_mme.py and MME's eval_tool/calculation.py.
+Follows LLaVA's convert_answer_to_mme.py and MME's eval_tool/calculation.py.
 """
 
 import pathlib
@@ -87,7 +87,7 @@ class Mme(Benchmark[Annotations]):
                 for number, line in enumerate(lines, start=1):
                     parts = line.strip().split("\t")
                     if len(parts) != 2 or parts[1].lower() not in ("yes", "no"):
-                        raise ValueError(f"{file} line {number} is no question, tab, Yes or No")
+                        raise ValueError(f"{file} line {number} is not a question, tab, Yes or No")
                     annotations[folder.name, file.name, parts[0]] = parts[1]
         if not annotations:
             raise ValueError(f"{path} holds no SUBTASK/*.txt: give the unpacked MME release")

@@ -56,7 +56,7 @@ def _replace_punctuation(text: str) -> str:
     """Deletes or blanks out each mark, then removes periods.
 
     A mark that touches a space anywhere in `text` is deleted everywhere, and so is every mark if a
-    comma stands between digits; any other becomes a space.
+    comma is between digits; any other becomes a space.
     """
     delete_all = _COMMA_BETWEEN_DIGITS.search(text) is not None
     replaced = text
@@ -67,7 +67,7 @@ def _replace_punctuation(text: str) -> str:
 
 
 def _replace_words(text: str) -> str:
-    """Lower case; number words to digits, articles dropped, contractions mended."""
+    """Lower case; number words to digits, articles dropped, contractions repaired."""
     words = [_NUMBER_WORDS.get(word, word) for word in text.lower().split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 

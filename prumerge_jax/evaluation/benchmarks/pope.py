@@ -37,7 +37,7 @@ class Pope(Benchmark[Annotations]):
 
     Annotations: the folder of coco_pope_{adversarial,popular,random}.json at commit e3e3926 of
     AoiDragon/POPE. Its newer head has 90 more random rows, and labels are matched *by order*, so
-    a category is scored as a whole or refused.
+    a category is scored completely or refused.
     """
 
     name = "pope"
@@ -48,7 +48,9 @@ class Pope(Benchmark[Annotations]):
         labels = {}
         for file in sorted(path.iterdir()):
             if not (file.name.startswith(_PREFIX) and file.name.endswith(_SUFFIX)):
-                raise ValueError(f"{file} is no label file {_PREFIX}CATEGORY{_SUFFIX}; remove it")
+                raise ValueError(
+                    f"{file} is not a label file {_PREFIX}CATEGORY{_SUFFIX}; remove it"
+                )
             category = file.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
             labels[category] = _read_labels(file)
         if not labels:

@@ -36,7 +36,7 @@ def benchmark(name: str) -> Benchmark[Any]:
     """The benchmark of that name.
 
     Raises:
-      ValueError: There is none; the message lists those there are.
+      ValueError: There is none; the message lists those that exist.
     """
     if name not in BENCHMARKS:
         raise ValueError(unknown("unknown benchmark", name, BENCHMARKS))
@@ -46,11 +46,11 @@ def benchmark(name: str) -> Benchmark[Any]:
 def unnamed_benchmark(*, has_questions: bool) -> Benchmark[Any]:
     """The benchmark of a configuration that names none.
 
-    A question file alone makes answers without a score; without one, the benchmark that brings its
-    own questions is meant.
+    A question file alone makes answers without a score; without one, the benchmark that makes its
+    questions itself is meant.
 
     Raises:
-      ValueError: no registered benchmark brings its own.
+      ValueError: no registered benchmark makes its questions itself.
     """
     if has_questions:
         return benchmark(OwnQuestions.name)

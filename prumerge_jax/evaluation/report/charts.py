@@ -1,6 +1,6 @@
 """Charts as inline SVG: readable at the width of a phone, coloured by the page's CSS variables.
 
-Every function takes a `description`, the text that stands for the picture where it cannot be seen.
+Every function takes a `description`, the text that replaces the chart where it cannot be seen.
 The page must hold `STYLE` and define the variables named there.
 """
 
@@ -38,7 +38,7 @@ _CHARACTER = 6.4
 """Width of a character at 12 px, on the wide side."""
 _LINE = 13.0
 _SEARCH = 240
-"""How far above or below its points a label is looked a place for."""
+"""Search radius for label placement, above and below the points, in px."""
 _MAX_BINS = 24
 _TICKS = 5
 
@@ -67,7 +67,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class _Frame:
-    """The plot area and its scales: the picture's height, and the margin on the right."""
+    """The plot area and its scales: the chart's height, and the margin on the right."""
 
     x_domain: tuple[float, float]
     y_domain: tuple[float, float]
@@ -146,7 +146,7 @@ def scatter(
 
 
 def histogram(values: np.ndarray, *, x_label: str, y_label: str, description: str) -> str:
-    """How often each count occurs, in at most 24 bins of equal whole width.
+    """How often each count occurs, in at most 24 bins of equal integer width.
 
     Args:
       values: int [n], at least two different ones.
@@ -158,7 +158,7 @@ def histogram(values: np.ndarray, *, x_label: str, y_label: str, description: st
     width = math.ceil((high - low + 1) / _MAX_BINS)
     starts = np.arange(low, high + 1, width)
     counts, _ = np.histogram(values, bins=[*starts, starts[-1] + width])
-    # A bin covers whole numbers, so its bar reaches half a unit beyond the first and the last.
+    # A bin covers integers, so its bar reaches half a unit beyond the first and the last.
     frame = _Frame((low - 0.5, starts[-1] + width - 0.5), (0.0, 1.05 * counts.max()))
     parts = [frame.axes(x_label, y_label)]
     for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
@@ -174,7 +174,7 @@ def histogram(values: np.ndarray, *, x_label: str, y_label: str, description: st
 
 
 def lines(series: Sequence[Series], *, x_label: str, y_label: str, description: str) -> str:
-    """Lines with a mark at every point, named at their right end; y from 0, whole numbers as x.
+    """Lines with a mark at every point, named at their right end; y from 0, integers as x.
 
     Args:
       series: one or more, none without points, finite.
@@ -209,7 +209,7 @@ def lines(series: Sequence[Series], *, x_label: str, y_label: str, description: 
 
 
 def _point_labels(points: Sequence[Point], frame: _Frame) -> str:
-    """A label beside every point; points close to each other have theirs in a column, in order."""
+    """A label next to every point; labels of close points form a column, in order."""
     taken: list[Box] = []
     for point in points:
         x, y = frame.x(point.x), frame.y(point.y)
@@ -263,9 +263,10 @@ def _columns_meet(a: Sequence[Point], b: Sequence[Point], frame: _Frame) -> bool
 def _free_box(
     places: Sequence[tuple[float, float]], width: float, taken: Sequence[Box], area: Box
 ) -> Box:
-    """Where a column of labels goes: beside its points, as little below or above as can be.
+    """Box of a column of labels: next to its points, as little below or above them as possible.
 
-    One too wide for either side goes below or above them; without any free place it lies over them.
+    A column too wide for either side goes below or above them; without any free place it overlaps
+    them.
     """
     xs, ys = zip(*places, strict=True)
     area_left, area_top, _, area_bottom = area
@@ -330,7 +331,7 @@ def _text(text: str, x: float, y: float, anchor: str) -> str:
 
 
 def _label(text: str, left: float, middle: float) -> str:
-    """A label from `left` on, compressed where the picture ends before it does."""
+    """A label from `left` on, compressed where it would not fit into the chart."""
     room = _WIDTH - left - 1
     fit = f' textLength="{room:.1f}" lengthAdjust="spacingAndGlyphs"'
     compressed = fit if _text_width(text) > room else ""

@@ -41,7 +41,7 @@ class Example:
 
     def __post_init__(self) -> None:
         if not self.png.startswith(_PNG_SIGNATURE):
-            raise ValueError(f"example {self.title!r} is no PNG; it begins {self.png[:8]!r}")
+            raise ValueError(f"example {self.title!r} is not a PNG; it begins {self.png[:8]!r}")
 
 
 @dataclasses.dataclass(frozen=True)

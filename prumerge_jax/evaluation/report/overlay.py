@@ -26,7 +26,7 @@ def overlay(pixels: np.ndarray, patch_indices: np.ndarray, assignment: np.ndarra
       patch_indices: int32 [n], the kept patches in the order of keeping, numbered row by row. A
         patch that was kept twice shows its first number.
       assignment: int32 [N], for each patch the index into `patch_indices` of the kept token that it
-        merges into, -1 for none; a kept patch has its own.
+        merges into, -1 for none; a kept patch has the index of its token.
 
     Returns:
       The figure, to be saved with `savefig`. Kept patches carry their place in the order, from 1;
@@ -86,7 +86,7 @@ def _check(pixels: np.ndarray, patch_indices: np.ndarray, assignment: np.ndarray
     own = patch_indices[assignment[patch_indices]]
     if (own != patch_indices).any():
         patch = int(patch_indices[np.argmax(own != patch_indices)])
-        raise ValueError(f"kept patch {patch} is assigned to another token than its own")
+        raise ValueError(f"kept patch {patch} is assigned to another token")
     return grid
 
 

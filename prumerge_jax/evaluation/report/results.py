@@ -25,7 +25,7 @@ class Row:
 
     Attributes:
       benchmark: its name.
-      reduction: its name, as it shall be read.
+      reduction: its name, as displayed.
       metrics: all metrics by name, rates in percent; NaN, or a name that other rows of the
         benchmark have and this one lacks, shows as a dash.
       headline: the metric that is plotted and shown first, the same in all rows of a benchmark.
@@ -166,7 +166,7 @@ def score_table(benchmark: str, rows: Sequence[Row]) -> Table:
 
 
 def metric_label(metric: str) -> str:
-    """A metric's name as it is read."""
+    """A metric's name as displayed."""
     return metric.replace("_", " ")
 
 

@@ -16,7 +16,7 @@ class Table:
     Attributes:
       caption: what the table shows.
       header: [columns] column names.
-      rows: [rows][columns] cells, as they are to be read.
+      rows: [rows][columns] cells, as displayed.
     """
 
     caption: str
@@ -25,7 +25,7 @@ class Table:
 
 
 def to_text(table: Table, width: int) -> str:
-    """The table in plain text, its caption on a line of its own.
+    """The table in plain text, its caption on a separate line.
 
     Columns that do not fit into `width` characters continue below, the row names repeated; nothing
     is cut, so only a row name and one cell that together are longer than `width` exceed it.

@@ -1,4 +1,4 @@
-"""Attention: what may see what is stated here, each backend computes it its own way.
+"""Attention: what may see what is stated here; how it is computed is up to each backend.
 
 Backends, one file each:
 
@@ -50,7 +50,7 @@ def attend(
       causal: a query sees only keys at its own index or before.
       max_segment_length: the promise that no segment has more tokens and that each is in one
         piece. `blocks` and `splash` then leave out keys that are too far away to be seen; the
-        others do not look at it.
+        others ignore it.
       axes: logical names of the axes of `q`, `k` and `v`, which say how a mesh splits them.
       implementation: a backend; by default `backend_for` these heads.
 
@@ -84,7 +84,7 @@ def attend_to_cache(
       k, v: [L, B, S, K, D], the cache with the new token's entries already written.
       layer: int32 [], the one whose entries are seen.
       lengths: [B] int32, the number of valid entries. Entries beyond it are never seen, but must
-        be finite: masking here would read the whole cache once more at every step.
+        be finite: masking here would read the complete cache once more at every step.
       implementation: `xla` or `products`; by default `tuning.current().cache_attention`.
 
     Returns:
@@ -102,9 +102,9 @@ def attend_to_cache(
 
 
 def backend_for(dtype: jnp.dtype, head_dim: int) -> str:
-    """The backend for heads of this width and dtype: the tuning's, or `xla` if it takes none such.
+    """The backend for heads of this width and dtype: the tuning's if it takes them, else `xla`.
 
-    Tower and decoder have heads of their own, so each gets its own answer.
+    Heads of the tower and of the decoder differ, so each gets a separate answer.
     """
     preferred = tuning.current().attention
     takes = _TAKES.get(preferred)

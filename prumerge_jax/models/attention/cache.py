@@ -15,8 +15,8 @@ def attend_by_xla(
 ) -> jax.Array:
     """`attention.attend_to_cache` in plain XLA, for the entries valid [B, S].
 
-    Not by cuDNN's kernel on GPUs: it takes whole arrays, and XLA would copy the layer out of the
-    cache for it.
+    Not by cuDNN's kernel on GPUs: it takes complete arrays, and XLA would copy the layer out of
+    the cache for it.
     """
     return dot_product(q, k[layer], v[layer], valid[:, None, None, :], causal=False)
 
@@ -27,9 +27,9 @@ def attend_by_products(
     """`attend_by_xla` in products that a TPU's matrix unit takes.
 
     A matrix unit has no use for single queries. So a few heads at a time share one sequence of
-    keys, position after position as the cache is stored: each of their queries is multiplied with
-    all of it and sees what is of its own head. Every few heads read their part of the cache
-    themselves; of a whole layer XLA would first make a copy.
+    keys, position after position as the cache is stored: each of their queries is multiplied by
+    all of it and sees the keys of its head only. Each group of heads slices the cache by itself;
+    for a complete layer XLA would make a copy first.
     """
     axes = (HEADS, (None, *HEADS), (None, *HEADS), (), ("batch", None))
     return on_shards(_products, (q, k, v, jnp.asarray(layer), valid), axes)

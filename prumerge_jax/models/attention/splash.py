@@ -1,4 +1,4 @@
-"""Attention by the Pallas kernel of TPUs (splash attention), padded to whole blocks."""
+"""Attention by the Pallas kernel of TPUs (splash attention), padded to full blocks."""
 
 import functools
 
@@ -41,7 +41,7 @@ def attend(
 def splash_pairs(length: int, *, causal: bool, max_segment_length: int | None = None) -> int:
     """Number of query-key pairs that the kernel multiplies per head, in a row of this length.
 
-    They are those of whole blocks, where one query may see one key.
+    All pairs of a block count as soon as one query in it may see one key.
     """
     block, padded = block_sizes(length)
     count = padded // block
@@ -51,10 +51,10 @@ def splash_pairs(length: int, *, causal: bool, max_segment_length: int | None = 
 
 
 def block_sizes(length: int) -> tuple[int, int]:
-    """The size of a block, and the length of as few equal ones as hold a row.
+    """The block size, and the padded length: that of the fewest equal blocks that hold a row.
 
-    Every block costs the kernel some hundred cycles before it multiplies anything: those of 512 do
-    in a fourth of the time what those of 128 do.
+    Every block costs the kernel some hundred cycles before it multiplies anything: blocks of
+    512 take a quarter of the time of blocks of 128.
     """
     count = -(-length // MAX_BLOCK)
     block = -(-length // (count * _LANES)) * _LANES
@@ -70,13 +70,13 @@ def _on_device(
     causal: bool,
     max_segment_length: int | None,
 ) -> jax.Array:
-    """The kernel on one device's share; rows that are no whole blocks are padded."""
+    """The kernel on one device's share; rows that do not fill their blocks are padded."""
     batch, length, heads, head_dim = q.shape
     block, padded = block_sizes(length)
     if segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)
     at_the_end = ((0, 0), (0, padded - length))
-    # Zeros: what is padded sees itself alone, but is multiplied with a weight of zero elsewhere.
+    # Segment 0: padding attends to itself alone; elsewhere its values get a weight of zero.
     segments = jnp.pad(segment_ids, at_the_end)
     if k.shape[2] != heads:  # the multi-head kernel wants one key head per query head
         k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
@@ -99,7 +99,7 @@ def _on_device(
 
 def _blocks(block: int, head_dim: int) -> splash.BlockSizes:
     """The kernel's blocks, forward and backward."""
-    # Tokens fill a register that heads are too narrow for.
+    # Tokens fill a vector register; narrow heads do not.
     layout = splash.QKVLayout.SEQ_MINOR if head_dim % _LANES else splash.QKVLayout.HEAD_DIM_MINOR
     return splash.BlockSizes(
         block_q=block,

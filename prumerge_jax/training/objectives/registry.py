@@ -30,12 +30,12 @@ class Objective:
 
     Attributes:
       module: the module whose weights the loss takes.
-      loss: of one micro-batch.
+      loss: loss of one micro-batch.
       learning_rates: peak rate of every trained weight, by path.
       dtype: what the objective computes in; also the dtype of the frozen weights.
       open_source: finds and checks the samples, without writing anything.
       packer: makes micro-batches of samples, from the frozen weights and the mesh.
-      finish: from the trained weights to those that the run leaves behind.
+      finish: maps the trained weights to those that the run exports.
     """
 
     module: AbstractModule[Any]

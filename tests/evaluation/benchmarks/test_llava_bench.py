@@ -55,7 +55,7 @@ def official(golden, size: str):
 )
 def test_official_reviews(golden, size: str, scores, reference, model) -> None:
     folder, questions, answers = official(golden, size)
-    # Reviews of both models lie in the folder; each belongs to the answers whose ids it names.
+    # Reviews of both models are in the folder; each belongs to the answers whose ids it names.
     annotations = Annotations(
         {
             file.stem: review

@@ -11,12 +11,12 @@ COLUMNS = [
     *("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"),
     *("source", "l2-category", "comment", "split"),
 ]
-PICTURE = b"\xff\xd8 not a real picture " * 10_000
+IMAGE = b"\xff\xd8 not a real picture " * 10_000
 
 
 def table_row(index: int, options: list[str], answer: str, **cells: str) -> dict[str, str]:
     padded = dict(zip("ABCD", [*options, "", "", ""], strict=False))
-    image = base64.b64encode(PICTURE).decode()
+    image = base64.b64encode(IMAGE).decode()
     row = {"index": str(index), "question": "Which?", "hint": "nan", "answer": answer}
     return {name: "" for name in COLUMNS} | row | padded | {"image": image} | cells
 
@@ -55,7 +55,7 @@ def test_prompts_options_and_images(table) -> None:
     assert [question.question_id for question in questions] == [
         *(1, 1_000_001, 2_000_001, 2, 1_000_002, 3)
     ]
-    assert all(question.image == PICTURE for question in questions)
+    assert all(question.image == IMAGE for question in questions)
     prompt = 'A "hint"\nin two lines\nWhich?\nA. cat\nB. dog\nC. cow'
     instruction = "Answer with the option's letter from the given choices directly."
     assert questions[0].text == f"{prompt}\n{instruction}"

@@ -29,7 +29,7 @@ def test_first_four_characters_decide(text: str, expected: str) -> None:
 
 @pytest.fixture
 def release(tmp_path):
-    """Two subtasks: one with files beside the images, one in the split layout, two spaces once."""
+    """Two subtasks: one with files next to the images, one in the split layout, two spaces once."""
     flat, split = tmp_path / "count", tmp_path / "posters" / "questions_answers_YN"
     flat.mkdir()
     split.mkdir(parents=True)
@@ -131,5 +131,5 @@ def test_altered_prompts_and_half_asked_images_are_refused(release, questions) -
 
 def test_bad_release_files_are_named(release) -> None:
     (release / "count" / "0001.txt").write_text("Is there one?\tYes\nNo truth here\n")
-    with pytest.raises(ValueError, match="0001.txt line 2 is no question, tab, Yes or No"):
+    with pytest.raises(ValueError, match="0001.txt line 2 is not a question, tab, Yes or No"):
         MME.read_annotations(release)

@@ -74,7 +74,7 @@ def test_official_vqa_scorer_normalises_only_if_the_humans_differ() -> None:
 
 
 def test_official_vqa_scorer_lacks_the_first_steps_of_evalai() -> None:
-    # It keeps possessives whole, and a comma between digits deletes every mark.
+    # It keeps possessives intact, and a comma between digits deletes every mark.
     humans = ["dog's"] * 9 + ["cat"]
     assert normalize.vqa_accuracy("dog's", humans) == 1.0
     assert normalize.vqa_accuracy("dog 's", humans) == 0.0

@@ -91,7 +91,7 @@ def test_label_folder_is_checked(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"coco_pope_random.json row 1: label must be yes or no"):
         POPE.read_annotations(tmp_path)
     (tmp_path / "aokvqa_pope_random.json").write_text("")
-    with pytest.raises(ValueError, match="aokvqa_pope_random.json is no label file"):
+    with pytest.raises(ValueError, match="aokvqa_pope_random.json is not a label file"):
         POPE.read_annotations(tmp_path)
 
 

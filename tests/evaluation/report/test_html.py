@@ -249,7 +249,7 @@ def test_reductions_with_the_same_counts_share_a_histogram(tmp_path) -> None:
     [
         (lambda: dataclasses.replace(ROW, headline="f1"), "headline 'f1'"),
         (lambda: dataclasses.replace(ROW, standard_errors={"f1": 1.0}), "standard errors of"),
-        (lambda: Example("scene", b"GIF89a", ""), "'scene' is no PNG"),
+        (lambda: Example("scene", b"GIF89a", ""), "'scene' is not a PNG"),
         (
             lambda: format_table([ROW, dataclasses.replace(ROW, headline="accuracy_read")]),
             "rows of digits",

@@ -14,7 +14,7 @@ def grey_image(size=48):
 
 
 def sample(figure, panel, grid):
-    """[N, 3]: the drawn colour of each patch of a panel, beside its number and inside its frame."""
+    """[N, 3]: the drawn colour of each patch of a panel, clear of its number and frame."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     drawn = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
@@ -68,7 +68,7 @@ def test_merged_patches_have_the_colour_and_number_of_their_kept_token(small):
     first, second, none = (drawn[assignment == slot] for slot in (0, 1, -1))
     for group in (first, second, none):
         np.testing.assert_allclose(group, np.broadcast_to(group[0], group.shape), atol=2)
-    assert np.ptp(none[0]) <= 2, "patches that merge nowhere stay grey"
+    assert np.ptp(none[0]) <= 2, "patches that merge nowhere are grey"
     for group in (first, second):
         assert np.ptp(group[0]) > 60, "a merged patch is coloured"
     assert np.abs(first[0] - second[0]).max() > 60
