@@ -29,7 +29,7 @@ _STORAGES = {
     "BoolStorage": np.bool_,
 }
 # A 13B model in one file has 760 tensors, which take some 30 instructions each.
-_MAX_INSTRUCTIONS = 150_000
+_MAX_INSTRUCTIONS = 60_000
 _MAX_NAME = 200  # characters of a module or a class
 _MAX_SIZE = 1 << 62
 _STORAGE_OF = {np.dtype(dtype): name for name, dtype in _STORAGES.items()}

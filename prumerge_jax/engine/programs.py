@@ -69,6 +69,21 @@ class Slots(NamedTuple):
     sampling: Sampling
 
 
+def over_data_shards(slots: Slots) -> Slots:
+    """The slots with every array over the data shards of the current mesh.
+
+    All functions that return slots do so, so that each takes what another returned without being
+    compiled again.
+    """
+    cache = KVCache(*(constrain(x, None, "batch", None, "heads", None) for x in slots.cache))
+    lengths, positions, token, remaining, drawn = (
+        constrain(x, "batch")
+        for x in (slots.lengths, slots.positions, slots.token, slots.remaining, slots.drawn)
+    )
+    sampling = Sampling(*(constrain(x, "batch", *[None] * (x.ndim - 1)) for x in slots.sampling))
+    return Slots(cache, lengths, positions, token, remaining, drawn, sampling)
+
+
 class Segments(NamedTuple):
     """Sequences in rows, and how each continues.
 
@@ -241,7 +256,7 @@ def empty_slots(
     """Idle slots; the cache is created in its shards."""
     config = nnx.merge(graphdef, state).decoder.config
     zeros = jnp.zeros((slots,), jnp.int32)
-    return Slots(
+    idle = Slots(
         cache=empty_cache(config, slots, length, dtype),
         lengths=zeros,
         positions=zeros,
@@ -255,6 +270,7 @@ def empty_slots(
             stop_ids=jnp.full((slots, MAX_STOP_IDS), -1, jnp.int32),
         ),
     )
+    return over_data_shards(idle)
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
@@ -310,7 +326,7 @@ def insert(
             ),
         )
 
-    return jax.lax.fori_loop(0, len(slot_of), move, slots)
+    return over_data_shards(jax.lax.fori_loop(0, len(slot_of), move, slots))
 
 
 @functools.partial(
@@ -364,4 +380,4 @@ def decode(
 
     emitted = jnp.full((steps, len(slots.remaining)), -1, jnp.int32)
     _, slots, emitted = jax.lax.while_loop(running, advance, (jnp.int32(0), slots, emitted))
-    return slots, emitted
+    return over_data_shards(slots), emitted

@@ -78,7 +78,7 @@ def pope_config(files: pathlib.Path, **changes: Any) -> ConfigDict:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chip": "h10"}, "config.chip: unknown chip 'h10' .did you mean 'h100'"),
+        ({"chip": "h10"}, "config.chip: unknown chip 'h10'; did you mean 'h100'"),
         ({"decoding__conversation": "vicuna"}, "unknown conversation 'vicuna'.*vicuna_v1"),
         ({"decoding__protocol": "llava-2"}, "unknown protocol 'llava-2'"),
         ({"decoding__position_ids": "orig"}, "unknown position ids 'orig'.*original"),
