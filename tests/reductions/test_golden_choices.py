@@ -109,6 +109,7 @@ def test_top_is_fastervlm(data):
         np.testing.assert_array_equal(np.sort(chosen[0]), expected)
 
 
+@pytest.mark.slow
 def test_contextual_tokens_are_visionzips(data):
     pattern = r"(\d+_\d)_dominant(\d+)_contextual(\d+)_tokens"
     for image, sizes, expected in cases(data, "visionzip", pattern):
@@ -123,6 +124,7 @@ def test_contextual_tokens_are_visionzips(data):
         np.testing.assert_allclose(tokens, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_crop_shares_are_holovs(data):
     for image, sizes, expected in cases(data, "holov", r"(\d+_\d)_crops(\d+)_k(\d+)_tokens"):
         crops, count = map(int, sizes)
@@ -149,6 +151,7 @@ def test_density_peaks_are_pacts(data):
         np.testing.assert_array_equal(found.centre[0], expected)
 
 
+@pytest.mark.slow
 def test_coverage_of_texts_and_patches_is_mmtoks(data):
     pattern = r"(\d+_\d)_k(\d+)_alpha([\d.]+)_tv([\d.]+)_vv([\d.]+)_excluded(\d)_indices"
     words = data["inputs"]["llm_text"][None]
