@@ -445,6 +445,8 @@ def _explain(
     reduction: Reduction,
     dtype: jnp.dtype,
 ) -> reductions.Assignment:
-    vision = nnx.merge(graphdef, state).vision
-    evidence = gather_evidence(vision, pixels, dtype=dtype)
+    model = nnx.merge(graphdef, state)
+    evidence = gather_evidence(
+        model.vision, pixels, reduction.needs, dtype=dtype, projector=model.projector
+    )
     return reductions.explain(evidence, reduction)

@@ -110,8 +110,8 @@ def encode(
     dtype: jnp.dtype,
 ) -> VisualTokens:
     """[B, S, S, 3] uint8 -> reduced visual tokens of capacity R."""
-    vision = nnx.merge(graphdef, state).vision
-    return encode_images(vision, pixels, reduction, dtype=dtype)
+    model = nnx.merge(graphdef, state)
+    return encode_images(model.vision, pixels, reduction, dtype=dtype, projector=model.projector)
 
 
 @jax.jit

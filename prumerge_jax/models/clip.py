@@ -25,11 +25,15 @@ class VisionFeatures(NamedTuple):
       hidden: [B, N+1, D], the output of the last block but one (`hidden_states[-2]`).
       query_cls: [B, D] float32, the CLS query of the last block, all heads side by side.
       keys: [B, N+1, D] float32, the keys of the last block, all heads side by side.
+      feature_query: [B, D] float32, the CLS query of the block that made `hidden`, where asked for.
+      feature_keys: [B, N+1, D] float32, its keys, where asked for.
     """
 
     hidden: jax.Array
     query_cls: jax.Array
     keys: jax.Array
+    feature_query: jax.Array | None = None
+    feature_keys: jax.Array | None = None
 
 
 class ClipVision(nnx.Module):
@@ -50,12 +54,14 @@ class ClipVision(nnx.Module):
         )
         self.last = LastBlock(config, rngs=rngs)
 
-    def __call__(self, pixels: jax.Array) -> VisionFeatures:
+    def __call__(self, pixels: jax.Array, *, feature_layer: bool = False) -> VisionFeatures:
         """Encodes normalised images.
 
         Args:
           pixels: [B, S, S, 3] in the compute dtype. S is `config.image_size`; for a smaller image
             the position embedding is shrunk bilinearly, the usual way to run a ViT at another size.
+          feature_layer: whether query and keys of the block that made the features are wanted too:
+            one more buffer, and two products more.
         """
         pixels = constrain(pixels, "images", None, None, None)
         patches = self.patch_embedding(pixels)
@@ -67,12 +73,27 @@ class ClipVision(nnx.Module):
         x = constrain(self.pre_layernorm(x), "images", None, None)
         graphdef, weights = nnx.split(self.layers)
 
-        def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, layer)(x), None
+        if not feature_layer:
 
-        hidden, _ = jax.lax.scan(body, x, weights)
-        query_cls, keys = self.last(hidden)
-        return VisionFeatures(hidden, query_cls, keys)
+            def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+                return nnx.merge(graphdef, layer)(x), None
+
+            hidden, _ = jax.lax.scan(body, x, weights)
+            return VisionFeatures(hidden, *self.last(hidden))
+
+        def remembering(
+            carry: tuple[jax.Array, jax.Array], layer: nnx.State
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
+            x, _ = carry
+            return (nnx.merge(graphdef, layer)(x), x), None
+
+        (hidden, before), _ = jax.lax.scan(remembering, (x, x), weights)
+        layer = nnx.merge(graphdef, jax.tree.map(lambda stacked: stacked[-1], weights))
+        return VisionFeatures(
+            hidden,
+            *self.last(hidden),
+            *layer.self_attn.cls_query_and_keys(layer.normalised(before)),
+        )
 
     def _positions(self, num_patches: int) -> jax.Array:
         """The position embedding [num_patches + 1, D], resized where the image is not full size."""
@@ -83,6 +104,24 @@ class ClipVision(nnx.Module):
         patches = positions[1:].reshape(grid, grid, -1)
         patches = jax.image.resize(patches, (side, side, patches.shape[-1]), "bilinear")
         return jnp.concatenate([positions[:1], patches.reshape(num_patches, -1)])
+
+
+def head_attention(query_cls: jax.Array, keys: jax.Array, num_heads: int) -> jax.Array:
+    """Attention of CLS to the patches in every head, as the tower itself computes it.
+
+    Args:
+      query_cls: [B, D], CLS query of a block, bias included, heads side by side.
+      keys: [B, N+1, D], keys of that block, CLS first.
+      num_heads: H.
+
+    Returns:
+      [B, H, N] float32: a softmax over N+1 entries without its first.
+    """
+    query, keys = query_cls.astype(jnp.float32), keys.astype(jnp.float32)
+    query = query.reshape(len(query), num_heads, -1)
+    keys = keys.reshape(*keys.shape[:2], num_heads, -1)
+    logits = jnp.einsum("bhd,bnhd->bhn", query, keys, precision="highest") * query.shape[-1] ** -0.5
+    return jax.nn.softmax(logits, axis=-1)[..., 1:]
 
 
 class PatchEmbedding(nnx.Module):
@@ -115,6 +154,10 @@ class VisionLayer(nnx.Module):
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
+    def normalised(self, x: jax.Array) -> jax.Array:
+        """What attention sees of x [B, N+1, D], float32."""
+        return self.layer_norm1(x.astype(jnp.float32))
+
 
 class VisionAttention(nnx.Module):
     """Multi-head self-attention, all projections with bias."""
@@ -133,6 +176,11 @@ class VisionAttention(nnx.Module):
         q, k, v = (proj(x).reshape(split) for proj in (self.q_proj, self.k_proj, self.v_proj))
         attended = attend(q, k, v, axes=("images", None, None, None))
         return self.out_proj(attended.reshape(x.shape))
+
+    def cls_query_and_keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """CLS query [B, D] and keys [B, N+1, D] of x [B, N+1, D] float32, at highest precision."""
+        with jax.default_matmul_precision("highest"):
+            return self.q_proj(x[:, 0]), self.k_proj(x)
 
 
 class VisionMLP(nnx.Module):

@@ -14,7 +14,7 @@ from flax import nnx
 
 from prumerge_jax import prumerge, reductions, sharding
 from prumerge_jax.models import tuning
-from prumerge_jax.models.clip import ClipVision, gelu
+from prumerge_jax.models.clip import ClipVision, gelu, head_attention
 from prumerge_jax.models.config import LlavaConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear
 from prumerge_jax.models.llama import Llama
@@ -58,6 +58,7 @@ def encode_images(
     reduction: reductions.ReductionLike,
     *,
     dtype: jnp.dtype = jnp.float32,
+    projector: "Projector | None" = None,
 ) -> prumerge.VisualTokens:
     """Pixels to reduced visual tokens, one compiled step of fixed shape.
 
@@ -66,19 +67,48 @@ def encode_images(
       pixels: [B, S, S, 3] uint8, resized and cropped or padded.
       reduction: what happens to the patch features; static under `jax.jit`.
       dtype: compute dtype of the tower and dtype of the tokens.
+      projector: for reductions that look at projected patches.
+
+    Raises:
+      ValueError: the reduction needs evidence that is not there.
     """
-    evidence = gather_evidence(vision, pixels, dtype=dtype)
+    reduction = reductions.as_reduction(reduction)
+    evidence = gather_evidence(vision, pixels, reduction.needs, dtype=dtype, projector=projector)
     return reductions.reduce(evidence, reduction)
 
 
 def gather_evidence(
-    vision: ClipVision, pixels: jax.Array, *, dtype: jnp.dtype
+    vision: ClipVision,
+    pixels: jax.Array,
+    needs: frozenset[str] = frozenset(),
+    *,
+    dtype: jnp.dtype,
+    projector: "Projector | None" = None,
 ) -> reductions.Evidence:
-    """What the tower shows of images [B, S, S, 3] uint8; arguments as in `encode_images`."""
+    """What the tower shows of images [B, S, S, 3] uint8.
+
+    Args:
+      vision, pixels, dtype, projector: as in `encode_images`.
+      needs: fields of `Evidence` that cost something more; see `Reduction.needs`.
+    """
     normalised = normalize_pixels(pixels, vision.config).astype(dtype)
-    features = vision(normalised)
-    attention = prumerge.cls_attention(features.query_cls, features.keys)
-    return reductions.Evidence(features.hidden[:, 1:], features.keys[:, 1:], attention)
+    of_layer = bool(needs & {"head_attention", "feature_keys"})
+    features = vision(normalised, feature_layer=of_layer)
+    hidden, heads, feature_keys = features.hidden[:, 1:], None, None
+    if features.feature_query is not None and features.feature_keys is not None:
+        feature_keys = features.feature_keys[:, 1:]
+        heads = head_attention(
+            features.feature_query, features.feature_keys, vision.config.num_heads
+        )
+    return reductions.Evidence(
+        hidden,
+        features.keys[:, 1:],
+        prumerge.cls_attention(features.query_cls, features.keys),
+        cls=features.hidden[:, 0] if "cls" in needs else None,
+        head_attention=heads,
+        feature_keys=feature_keys,
+        projected=None if projector is None or "projected" not in needs else projector(hidden),
+    )
 
 
 def gather_visual_tokens(visual_tokens: jax.Array, visual_index: jax.Array) -> jax.Array:

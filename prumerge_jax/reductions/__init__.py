@@ -7,7 +7,12 @@ A method is a frozen dataclass that derives from `Reduction`, in a separate file
 `register(...)` and is imported here.
 """
 
-from prumerge_jax.reductions import downsample, prumerge  # noqa: F401  # they register themselves
+from prumerge_jax.reductions import (  # noqa: F401  # they register themselves
+    downsample,
+    grouping,
+    prumerge,
+    set_rules,
+)
 from prumerge_jax.reductions.apply import ReductionLike, as_reduction, explain, reduce
 from prumerge_jax.reductions.base import Assignment, Evidence, Reduction, kept_rows
 from prumerge_jax.reductions.baselines import Baseline

@@ -144,13 +144,19 @@ def run_reduction(config: TrainConfig) -> Reduction:
     """The token reduction of a run.
 
     Raises:
-      ConfigError: it resizes images, which only inference does.
+      ConfigError: it resizes images, or looks at more than the frozen tower shows, which only
+        inference does.
     """
     reduction, vision = reductions.parse(config.reduction), config.sizes.vision
     if reduction.image_size(vision.image_size, vision.patch_size) != vision.image_size:
         raise ConfigError(
             f"reduction {config.reduction!r} resizes images, which training does not; "
             "train with another, or on a model of that image size"
+        )
+    if projected := reduction.needs & {"projected", "question"}:
+        raise ConfigError(
+            f"reduction {config.reduction!r} looks at {' and '.join(sorted(projected))} patches, "
+            "which training changes; train with another (divprune:features=hidden does not)"
         )
     return reduction
 

@@ -1,0 +1,141 @@
+"""What every registered reduction promises, whatever its method."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prumerge_jax import reductions
+
+BATCH, PATCHES, WIDTH, HEADS = 5, 36, 16, 4
+SPELLINGS = [
+    *(name for name in reductions.names() if name != "downsample"),
+    "cover:tokens=7,block=3",
+    "cover:adaptive=coverage,threshold=0.8",
+    "cover:adaptive=attention,alpha=1",
+    "divprune:tokens=9,features=hidden",
+    "idselection:tokens=5,gamma=3",
+    "visionzip:dominant=6,contextual=4,cls_token=False",
+    "pact:cutoff=0.6",
+]
+ORDERED = ["cover", "divprune", "dpp", "idselection", "top"]
+
+
+def evidence_of(rng: np.random.Generator, batch: int = BATCH) -> reductions.Evidence:
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=(batch, *shape)), jnp.float32)
+
+    heads = jax.nn.softmax(normal(HEADS, PATCHES + 1) * 2, axis=-1)[..., 1:]
+    return reductions.Evidence(
+        normal(PATCHES, WIDTH),
+        normal(PATCHES, WIDTH),
+        jax.nn.softmax(normal(PATCHES + 1) * 2, axis=-1)[:, 1:],
+        cls=normal(WIDTH),
+        head_attention=heads,
+        feature_keys=normal(PATCHES, WIDTH),
+        projected=normal(PATCHES, WIDTH),
+    )
+
+
+def rows(evidence: reductions.Evidence, index) -> reductions.Evidence:
+    return jax.tree.map(lambda x: x[index], evidence)
+
+
+reduce = jax.jit(reductions.reduce, static_argnames="reduction")
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_batch_mates_order_and_nan_change_no_bit(spelling: str) -> None:
+    reduction = reductions.parse(spelling)
+    evidence = evidence_of(np.random.default_rng(3))
+    expected = reduce(evidence, reduction)
+    order = np.array([3, 0, 4, 1, 2])
+    mixed = rows(evidence, order)
+    poisoned = jax.tree.map(lambda x: x.at[2].set(jnp.nan), mixed)
+    got = reduce(poisoned, reduction)
+    for place in (0, 1, 3, 4):
+        for ours, theirs in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(ours[place], theirs[order[place]])
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_tokens_beyond_the_length_are_zero_and_an_image_of_nan_has_none(spelling: str) -> None:
+    reduction = reductions.parse(spelling)
+    evidence = jax.tree.map(lambda x: x.at[1].set(jnp.nan), evidence_of(np.random.default_rng(4)))
+    visual = reduce(evidence, reduction)
+    assert visual.tokens.shape[1] == reduction.capacity_for(PATCHES)
+    beyond = np.arange(visual.tokens.shape[1]) >= np.asarray(visual.lengths)[:, None]
+    assert not np.asarray(visual.tokens)[beyond].any()
+    assert (np.asarray(visual.patch_indices)[beyond] == -1).all()
+    assert np.isfinite(visual.tokens[np.array([0, 2, 3, 4])]).all()
+    if reduction.selects_patches:  # the others do not look at what could be NaN
+        assert (visual.lengths[1], visual.required[1]) == (0, -1)
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_fewer_tokens_are_among_more(name: str) -> None:
+    evidence = evidence_of(np.random.default_rng(5))
+    kept = [
+        np.asarray(reduce(evidence, reductions.parse(f"{name}:tokens={k}")).patch_indices)
+        for k in (1, 4, 9, 20, PATCHES)
+    ]
+    for fewer, more in zip(kept, kept[1:], strict=False):
+        for few, many in zip(fewer, more, strict=True):
+            assert set(few) < set(many)
+            assert (np.diff(many) > 0).all()  # raster order, each once
+    assert set(kept[-1][0]) == set(range(PATCHES))
+
+
+@pytest.mark.parametrize("name", ["cover:adaptive=coverage,threshold=0.7", "pact:cutoff=0.7"])
+def test_a_capacity_changes_what_fits_and_says_what_was_needed(name: str) -> None:
+    evidence = evidence_of(np.random.default_rng(6))
+    free = reduce(evidence, reductions.parse(name))
+    capacity = int(free.required.min()) - 1
+    capped = reduce(evidence, reductions.parse(f"{name},capacity={capacity}"))
+    assert capacity > 0
+    assert (capped.required > capacity).all()
+    assert (capped.lengths == capacity).all()
+
+
+def test_coverage_threshold_is_the_first_count_that_reaches_it() -> None:
+    evidence = evidence_of(np.random.default_rng(7))
+    found = reduce(evidence, reductions.parse("cover:adaptive=coverage,threshold=0.6"))
+    unit = np.asarray(evidence.hidden, np.float64)
+    unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+    for image, count in enumerate(np.asarray(found.lengths)):
+        similarity = np.maximum(unit[image] @ unit[image].T, 0)
+
+        def reached(patches: np.ndarray, similarity: np.ndarray = similarity) -> float:
+            return similarity[:, patches].max(1).mean()
+
+        fewer = reduce(
+            rows(evidence, slice(image, image + 1)),
+            reductions.parse(f"cover:tokens={count - 1}"),
+        )
+        assert reached(np.asarray(found.patch_indices[image][:count])) >= 0.6 - 1e-6
+        assert reached(np.asarray(fewer.patch_indices[0])) < 0.6 + 1e-6
+
+
+def test_padding_is_never_kept() -> None:
+    evidence = evidence_of(np.random.default_rng(8))
+    present = jnp.asarray(np.random.default_rng(9).random((BATCH, PATCHES)) < 0.5)
+    padded = reductions.Evidence(
+        evidence.hidden, evidence.keys, evidence.attention,
+        head_attention=evidence.head_attention, projected=evidence.projected, present=present,
+    )  # fmt: skip
+    for name in ORDERED:
+        visual = reduce(padded, reductions.parse(f"{name}:tokens={PATCHES}"))
+        for image in range(BATCH):
+            count = int(visual.lengths[image])
+            assert count == int(present[image].sum())
+            assert set(np.asarray(visual.patch_indices[image][:count])) == set(
+                np.flatnonzero(present[image])
+            )
+
+
+@pytest.mark.parametrize("spelling", ["cover", "visionzip", "holov", "pact"])
+def test_one_compilation_serves_every_batch_of_a_size(spelling: str) -> None:
+    before = reduce._cache_size()
+    for seed in range(3):
+        reduce(evidence_of(np.random.default_rng(seed), batch=3), reductions.parse(spelling))
+    assert reduce._cache_size() == before + 1
