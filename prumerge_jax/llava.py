@@ -103,7 +103,8 @@ class Llava:
         root = model_directory(directory)
         if (root / MANIFEST).is_file() and not (root / TOKENIZER).is_file():
             raise directories.DirectoryError(
-                f"{root}: no {TOKENIZER}; convert again with the tokenizer next to the weights"
+                f"{root}: no {TOKENIZER}; copy the one of the LLaVA or Vicuna that the model was "
+                "trained from there"
             )
         directories.verify(root)
         config = config_json.read_config(root)
