@@ -98,13 +98,11 @@ class Llava:
           ValueError: another dtype, or a size of the engine that does not divide over the mesh.
         """
         chosen = None if dtype is None else compute_dtype(dtype)
-        engine = engine or EngineConfig()
-        engine.sizes(data_shards(mesh))
+        (engine or EngineConfig()).sizes(data_shards(mesh))
         root = model_directory(directory)
         if (root / MANIFEST).is_file() and not (root / TOKENIZER).is_file():
             raise directories.DirectoryError(
-                f"{root}: no {TOKENIZER}; copy the one of the LLaVA or Vicuna that the model was "
-                "trained from there"
+                f"{root}: no {TOKENIZER}; copy there the one of the LLaVA that it was trained from"
             )
         directories.verify(root)
         config = config_json.read_config(root)
@@ -145,8 +143,7 @@ class Llava:
         """Answers a batch of questions about images.
 
         Args:
-          images: one per prompt: a path, bytes, PIL image, uint8 [H, W, 3] or data URL; None asks
-            without.
+          images: one per prompt: a path, bytes, PIL image, uint8 [H, W, 3], data URL or None.
           prompts: the user's text alone.
           reduction: its spelling, as `prumerge:neighbours=8`; see `reductions.parse`.
           max_new_tokens: most tokens per answer.

@@ -17,6 +17,7 @@ from prumerge_jax import cost
 from prumerge_jax.data import conversation as conversations
 from prumerge_jax.data.packing import PositionIds
 from prumerge_jax.engine.encoding import DTYPES
+from prumerge_jax.engine.request import MAX_SEED
 from prumerge_jax.engine.shapes import EVALUATION_SIZES, EngineConfig
 from prumerge_jax.evaluation.benchmarks.base import PROTOCOLS, Benchmark, TaskFiles
 from prumerge_jax.evaluation.benchmarks.registry import BENCHMARKS, benchmark, unnamed_benchmark
@@ -28,8 +29,6 @@ FIELDS = (
     *("checkpoint", *TASK_FIELDS, "tasks", "answers", "reduction", "baselines", "decoding"),
     *("dtype", "mesh", "engine", "chip"),
 )
-MAX_SEED = 2**31
-"""Upper bound of seeds, excluded; row i draws with seed + i, which must remain a uint32."""
 
 
 @dataclasses.dataclass(frozen=True)
