@@ -31,7 +31,7 @@ from tests.conversion.checkpoints import (  # noqa: E402
 from tests.conversion.test_convert import canonical_tensors  # noqa: E402
 from tests.models.torch_llava import random_torch_llava  # noqa: E402
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
 IDS = torch.tensor([[1, 5, *[TINY.image_token_id] * TINY.vision.num_patches, 9, 17, 23]])
 

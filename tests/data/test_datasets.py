@@ -82,6 +82,7 @@ def test_an_incomplete_layout_is_refused() -> None:
         digits_vqa.DigitsVqaConfig(train_scenes=10, scenes_per_layout=4)
 
 
+@pytest.mark.slow
 def test_nothing_imports_tensorflow(tmp_path: pathlib.Path) -> None:
     # A TensorFlow that is installed, but ends the program when it is imported.
     decoy = tmp_path / "decoy" / "tensorflow"

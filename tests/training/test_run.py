@@ -27,6 +27,8 @@ STEPS = 10
 CONFIG_FILE = """
 import ml_collections
 
+pytestmark = pytest.mark.slow
+
 def get_config():
     return ml_collections.ConfigDict({values!r}, convert_dict=True)
 """
@@ -130,7 +132,6 @@ def interrupt(
     return process.returncode
 
 
-@pytest.mark.slow
 def test_the_contrastive_objective_leaves_its_tower_sharpened(
     first: ml_collections.ConfigDict, base: pathlib.Path
 ) -> None:
@@ -150,7 +151,6 @@ def test_the_contrastive_objective_leaves_its_tower_sharpened(
         )
 
 
-@pytest.mark.slow
 def test_a_terminated_and_then_killed_run_ends_bit_identical(
     config: ml_collections.ConfigDict, straight: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
