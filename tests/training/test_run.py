@@ -23,11 +23,11 @@ from prumerge_jax.training.run import check, run
 from prumerge_jax.training.workdir import StopFlag, WorkdirError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
 STEPS = 10
 CONFIG_FILE = """
 import ml_collections
-
-pytestmark = pytest.mark.slow
 
 def get_config():
     return ml_collections.ConfigDict({values!r}, convert_dict=True)
