@@ -23,7 +23,9 @@ class Image:
         self.cls, self.hidden = hidden[:, :1], hidden[:, 1:]
         self.keys = keys[:, 1:]
         self.attention = inputs[f"cls_attention_{size}"][row][:, :, 1:].mean(1)
-        self.projected = self.hidden @ inputs["projector"]
+        # In float64, so that no BLAS decides between near-ties.
+        projected = self.hidden.astype(np.float64) @ inputs["projector"].astype(np.float64)
+        self.projected = projected.astype(np.float32)
         self.everywhere = np.ones(self.attention.shape, bool)
 
 
