@@ -87,10 +87,10 @@ def weighted_sum(weights: jax.Array, hidden: jax.Array) -> jax.Array:
     )
 
 
-def unit_rows(x: jax.Array) -> jax.Array:
-    """[B, N, D] -> float32 rows of length 1; a row of zeros remains one."""
+def unit_rows(x: jax.Array, least: float = 1e-12) -> jax.Array:
+    """[..., D] -> float32 rows of length 1; those shorter than `least` are divided by it."""
     x = x.astype(jnp.float32)
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), least)
 
 
 def copies_among_largest(x: jax.Array, available: jax.Array, k: int) -> jax.Array:

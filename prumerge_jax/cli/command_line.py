@@ -63,6 +63,32 @@ def program_name(argv: Sequence[str]) -> str:
     return os.path.basename(argv[0])
 
 
+def workdir_or_aot(example: str, planned: str) -> flags.FlagValues:
+    """The flags `--workdir` and `--aot` of a program that runs, or plans a run.
+
+    Args:
+      example: a TPU slice.
+      planned: what the plan is of.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string(
+        "workdir", None, "directory of the run; new, or to be resumed", flag_values=values
+    )
+    flags.DEFINE_string(
+        "aot",
+        None,
+        f"a TPU slice such as {example}: print the plan of {planned} on it, and run nothing",
+        flag_values=values,
+    )
+    return values
+
+
+def check_workdir_or_aot(values: flags.FlagValues) -> None:
+    """Raises ValueError unless one of the two flags is given."""
+    if bool(values.workdir) == bool(values.aot):
+        raise ValueError("give one of --workdir=DIR and --aot=SLICE")
+
+
 def parse(argv: Sequence[str], values: flags.FlagValues, description: str) -> None:
     """Sets the flags of a program without `--config`.
 

@@ -19,7 +19,6 @@ failed (errors.jsonl says why), 1 if it could not run.
 import pathlib
 from collections.abc import Sequence
 
-from absl import flags
 from ml_collections import ConfigDict
 
 from prumerge_jax.cli import command_line
@@ -30,25 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     command_line.run(_main, argv)
 
 
-def _flags() -> flags.FlagValues:
-    values = flags.FlagValues()
-    flags.DEFINE_string(
-        "workdir", None, "directory of the run; new, or to be resumed", flag_values=values
-    )
-    flags.DEFINE_string(
-        "aot",
-        None,
-        "a TPU slice such as v5e:2x4: print the plan of the engine on it, and run nothing",
-        flag_values=values,
-    )
-    return values
-
-
 def _main(argv: Sequence[str]) -> int:
-    values = _flags()
+    values = command_line.workdir_or_aot("v5e:2x4", "the engine")
     config = command_line.parse_with_config(argv, values, __doc__, default="eval")
-    if bool(values.workdir) == bool(values.aot):
-        raise ValueError("give one of --workdir=DIR and --aot=SLICE")
+    command_line.check_workdir_or_aot(values)
     if values.aot:
         return _plan(config, values.aot)
     return _evaluate(config, pathlib.Path(values.workdir))

@@ -26,16 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _flags() -> flags.FlagValues:
-    values = flags.FlagValues()
-    flags.DEFINE_string(
-        "workdir", None, "directory of the run; new, or to be resumed", flag_values=values
-    )
-    flags.DEFINE_string(
-        "aot",
-        None,
-        "a TPU slice such as v5e:8x8: print the plan of a step on it, and run nothing",
-        flag_values=values,
-    )
+    values = command_line.workdir_or_aot("v5e:8x8", "a step")
     flags.DEFINE_string(
         "coordinator",
         None,
@@ -61,8 +52,7 @@ def _flags() -> flags.FlagValues:
 def _main(argv: Sequence[str]) -> None:
     values = _flags()
     config = command_line.parse_with_config(argv, values, __doc__)
-    if bool(values.workdir) == bool(values.aot):
-        raise ValueError("give one of --workdir=DIR and --aot=SLICE")
+    command_line.check_workdir_or_aot(values)
     if values.aot:
         return _plan(config, values.aot)
     _train(argv, config, values)

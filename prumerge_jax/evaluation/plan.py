@@ -18,7 +18,7 @@ from prumerge_jax.evaluation.questions import Task, TaskQuestions
 from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.reductions import Reduction
-from prumerge_jax.store.manifest import read_manifest
+from prumerge_jax.store.manifest import read_manifest, weights_identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ def plan_runs(config: EvalConfig, workdir: pathlib.Path) -> Plan:
         model=model,
         dtype=jnp.dtype(dtype),
         mesh=mesh,
-        weights=runner.weights_hash(checkpoint),
+        weights=weights_identity(checkpoint),
         questions=tuple(
             given.get(task.benchmark.name) or _own_questions(task, workdir) for task in config.tasks
         ),

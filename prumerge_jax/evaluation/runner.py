@@ -31,7 +31,6 @@ from prumerge_jax.evaluation.journal import Journal, RowOutcome
 from prumerge_jax.evaluation.questions import Task, TaskQuestions
 from prumerge_jax.llava import Llava
 from prumerge_jax.reductions import Reduction, spell
-from prumerge_jax.store.manifest import weights_identity
 
 RUN_FIGURES = frozenset(
     {"rows_failed", "images_per_second", "questions_per_second", "token_efficiency"}
@@ -205,11 +204,6 @@ def summarise(rows: TaskQuestions, answered: Answered, source: str) -> RunScores
     return RunScores(metrics, per_question, counts, failed, answers)
 
 
-def weights_hash(directory: pathlib.Path) -> str:
-    """Identity of the weights of a converted directory, whichever conversion wrote it."""
-    return weights_identity(directory)
-
-
 class _Answerer:
     """Turns row indices into outcomes."""
 
@@ -336,7 +330,7 @@ def fingerprint(
     """All that determines the answers.
 
     Args:
-      weights: hash of the model's weights, see `weights_hash`.
+      weights: hash of the model's weights, see `manifest.weights_identity`.
       dtype: compute dtype.
       task: the questions' file.
       reduction: what happens to the visual tokens.

@@ -140,3 +140,30 @@ def kept_rows(hidden: jax.Array, patch_indices: jax.Array, kept: jax.Array) -> V
         patch_indices=patch_indices,
         required=kept,
     )
+
+
+def all_available(evidence: Evidence) -> jax.Array:
+    """Patches that may be chosen, [B, N] bool: all that are no padding."""
+    if evidence.present is not None:
+        return evidence.present
+    return jnp.ones(evidence.hidden.shape[:2], bool)
+
+
+def finite_images(*arrays: jax.Array) -> jax.Array:
+    """Images of which every array [B, ...] is finite, [B] bool."""
+    flat = [jnp.isfinite(x.astype(jnp.float32)).reshape(len(x), -1).all(-1) for x in arrays]
+    return jnp.stack(flat).all(0)
+
+
+def zero_unless(finite: jax.Array, x: jax.Array) -> jax.Array:
+    """x [B, ...] with zeros for images that are not finite [B]; they get no tokens."""
+    return jnp.where(finite.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+
+
+def without_nan(evidence: Evidence, finite: jax.Array) -> Evidence:
+    """The evidence with zeros for images that are not finite."""
+
+    def clean(x: jax.Array) -> jax.Array:
+        return zero_unless(finite, x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(clean, evidence)

@@ -28,7 +28,9 @@ def update_score(score: jax.Array, before: jax.Array, after: jax.Array) -> jax.A
       [B, N] float32: 0.95 of the score, and 0.05 of one less the largest cosine between a patch's
       update and the mean directions of all updates.
     """
-    updates = greedy.unit(after.astype(jnp.float32) - before.astype(jnp.float32))
+    updates = selection.unit_rows(
+        after.astype(jnp.float32) - before.astype(jnp.float32), greedy.SHORTEST
+    )
     nearest = selection.einsum("bnd,bmd->bnm", updates, mean_directions(updates)).max(-1)
     return DECAY * score + (1 - DECAY) * (1 - nearest)
 
@@ -54,7 +56,9 @@ def mean_directions(updates: jax.Array) -> jax.Array:
     def refine(_: jax.Array, centres: jax.Array) -> jax.Array:
         group = jnp.argmax(selection.einsum("bnd,bmd->bnm", updates, centres), axis=-1)
         member = (group[:, None] == jnp.arange(DIRECTIONS)[:, None]).astype(jnp.float32)
-        mean = greedy.unit(selection.einsum("bmn,bnd->bmd", member, updates))
+        mean = selection.unit_rows(
+            selection.einsum("bmn,bnd->bmd", member, updates), greedy.SHORTEST
+        )
         return jnp.where(member.sum(-1)[..., None] > 0, mean, centres)
 
     return jax.lax.fori_loop(0, ROUNDS, refine, centres)

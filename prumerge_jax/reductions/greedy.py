@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from prumerge_jax import selection
 
+SHORTEST = 1e-8
+"""Length that a shorter vector is divided by, as in the methods' code."""
 ROUNDING = 1e-6
 """Relative difference of two gains of `coverage` that is rounding: two patches that cover only
 themselves and each other gain exactly the same."""
@@ -19,16 +21,11 @@ NEAR_DUPLICATE = 0.95
 """Similarity above which a patch waits for the next block of `coverage`."""
 
 
-def unit(x: jax.Array, least: float = 1e-8) -> jax.Array:
-    """Float32 vectors [..., D] of length 1; those shorter than `least` are divided by it."""
-    x = x.astype(jnp.float32)
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), least)
-
-
 def cosines(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
     """Cosine similarity of every pair, [B, N, D] and [B, M, D] -> [B, N, M] float32."""
-    x = unit(x)
-    return selection.einsum("bnd,bmd->bnm", x, x if y is None else unit(y))
+    x = selection.unit_rows(x, SHORTEST)
+    y = x if y is None else selection.unit_rows(y, SHORTEST)
+    return selection.einsum("bnd,bmd->bnm", x, y)
 
 
 def first_max(score: jax.Array, available: jax.Array, slack: float = 0.0) -> jax.Array:

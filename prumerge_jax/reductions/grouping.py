@@ -9,15 +9,17 @@ from prumerge_jax import selection
 from prumerge_jax.options import Bounds, check
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.reductions import clustering
-from prumerge_jax.reductions.base import Evidence, Reduction, kept_rows
-from prumerge_jax.reductions.registry import register
-from prumerge_jax.reductions.set_rules import (
-    Tokens,
+from prumerge_jax.reductions.base import (
+    Evidence,
+    Reduction,
     all_available,
     finite_images,
+    kept_rows,
     without_nan,
     zero_unless,
 )
+from prumerge_jax.reductions.registry import register
+from prumerge_jax.reductions.set_rules import Tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from prumerge_jax.evaluation.config import Decoding
 from prumerge_jax.evaluation.questions import Task, TaskQuestions
 from prumerge_jax.llava import Llava
 from prumerge_jax.reductions import parse
+from prumerge_jax.store.manifest import weights_identity
 from tests.tiny_llava import write_tiny_llava
 
 ENGINE = EngineConfig(
@@ -49,7 +50,7 @@ def answer(
     llava = Llava.load(model, engine=ENGINE)
     chosen = parse(reduction)
     fingerprint = runner.fingerprint(
-        runner.weights_hash(model), str(llava.dtype), task(data), chosen, DECODING
+        weights_identity(model), str(llava.dtype), task(data), chosen, DECODING
     )
     return runner.run(llava, TaskQuestions(task(data)), chosen, DECODING, fingerprint, workdir)
 
