@@ -445,6 +445,6 @@ def _explain(
 ) -> reductions.Assignment:
     model = nnx.merge(graphdef, state)
     evidence = gather_evidence(
-        model.vision, pixels, reduction.needs, dtype=dtype, projector=model.projector
+        model.vision, pixels, reduction, dtype=dtype, projector=model.projector
     )
     return reductions.explain(evidence, reduction)

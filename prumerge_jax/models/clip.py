@@ -15,6 +15,7 @@ from flax import nnx
 from prumerge_jax.models.attention import attend
 from prumerge_jax.models.config import VisionConfig
 from prumerge_jax.models.layers import LayerNorm, Linear, stack
+from prumerge_jax.models.tower_layers import Watch, run_layers
 from prumerge_jax.sharding.mesh import constrain
 
 
@@ -27,6 +28,7 @@ class VisionFeatures(NamedTuple):
       keys: [B, N+1, D] float32, the keys of the last block, all heads side by side.
       feature_query: [B, D] float32, the CLS query of the block that made `hidden`, where asked for.
       feature_keys: [B, N+1, D] float32, its keys, where asked for.
+      watched: [B, N] float32, a running score of the layers, where asked for.
     """
 
     hidden: jax.Array
@@ -34,6 +36,7 @@ class VisionFeatures(NamedTuple):
     keys: jax.Array
     feature_query: jax.Array | None = None
     feature_keys: jax.Array | None = None
+    watched: jax.Array | None = None
 
 
 class ClipVision(nnx.Module):
@@ -54,7 +57,9 @@ class ClipVision(nnx.Module):
         )
         self.last = LastBlock(config, rngs=rngs)
 
-    def __call__(self, pixels: jax.Array, *, feature_layer: bool = False) -> VisionFeatures:
+    def __call__(
+        self, pixels: jax.Array, *, feature_layer: bool = False, watch: Watch | None = None
+    ) -> VisionFeatures:
         """Encodes normalised images.
 
         Args:
@@ -62,6 +67,7 @@ class ClipVision(nnx.Module):
             the position embedding is shrunk bilinearly, the usual way to run a ViT at another size.
           feature_layer: whether query and keys of the block that made the features are wanted too:
             one more buffer, and two products more.
+          watch: a running score of the patches, see `run_layers`; None without one.
         """
         pixels = constrain(pixels, "images", None, None, None)
         patches = self.patch_embedding(pixels)
@@ -71,28 +77,22 @@ class ClipVision(nnx.Module):
         x = jnp.concatenate([cls, patches], axis=1)
         x = x + self._positions(patches.shape[1]).astype(pixels.dtype)
         x = constrain(self.pre_layernorm(x), "images", None, None)
-        graphdef, weights = nnx.split(self.layers)
-
-        if not feature_layer:
-
-            def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
-                return nnx.merge(graphdef, layer)(x), None
-
-            hidden, _ = jax.lax.scan(body, x, weights)
-            return VisionFeatures(hidden, *self.last(hidden))
-
-        def remembering(
-            carry: tuple[jax.Array, jax.Array], layer: nnx.State
-        ) -> tuple[tuple[jax.Array, jax.Array], None]:
-            x, _ = carry
-            return (nnx.merge(graphdef, layer)(x), x), None
-
-        (hidden, before), _ = jax.lax.scan(remembering, (x, x), weights)
-        layer = nnx.merge(graphdef, jax.tree.map(lambda stacked: stacked[-1], weights))
+        outputs = run_layers(
+            self.layers,
+            x,
+            num_layers=self.config.num_layers,
+            first_patch=1,
+            remember=feature_layer,
+            watch=watch,
+        )
+        of_features: tuple[jax.Array | None, jax.Array | None] = (None, None)
+        if outputs.before_last is not None:
+            graphdef, weights = nnx.split(self.layers)
+            layer = nnx.merge(graphdef, jax.tree.map(lambda stacked: stacked[-1], weights))
+            normalised = layer.normalised(outputs.before_last)
+            of_features = layer.self_attn.cls_query_and_keys(normalised)
         return VisionFeatures(
-            hidden,
-            *self.last(hidden),
-            *layer.self_attn.cls_query_and_keys(layer.normalised(before)),
+            outputs.hidden, *self.last(outputs.hidden), *of_features, outputs.watched
         )
 
     def _positions(self, num_patches: int) -> jax.Array:

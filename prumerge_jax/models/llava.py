@@ -73,27 +73,28 @@ def encode_images(
       ValueError: the reduction needs evidence that is not there.
     """
     reduction = reductions.as_reduction(reduction)
-    evidence = gather_evidence(vision, pixels, reduction.needs, dtype=dtype, projector=projector)
+    evidence = gather_evidence(vision, pixels, reduction, dtype=dtype, projector=projector)
     return reductions.reduce(evidence, reduction)
 
 
 def gather_evidence(
     vision: ClipVision,
     pixels: jax.Array,
-    needs: frozenset[str] = frozenset(),
+    reduction: reductions.Reduction,
     *,
     dtype: jnp.dtype,
     projector: "Projector | None" = None,
 ) -> reductions.Evidence:
-    """What the tower shows of images [B, S, S, 3] uint8.
+    """What the tower shows of images [B, S, S, 3] uint8, as far as a reduction needs it.
 
-    Args:
-      vision, pixels, dtype, projector: as in `encode_images`.
-      needs: fields of `Evidence` that cost something more; see `Reduction.needs`.
+    Arguments as in `encode_images`.
     """
-    normalised = normalize_pixels(pixels, vision.config).astype(dtype)
-    of_layer = bool(needs & {"head_attention", "feature_keys"})
-    features = vision(normalised, feature_layer=of_layer)
+    needs = reduction.needs
+    features = vision(
+        normalize_pixels(pixels, vision.config).astype(dtype),
+        feature_layer=bool(needs & {"head_attention", "feature_keys"}),
+        watch=reduction.watch if "watched" in needs else None,
+    )
     hidden, heads, feature_keys = features.hidden[:, 1:], None, None
     if features.feature_query is not None and features.feature_keys is not None:
         feature_keys = features.feature_keys[:, 1:]
@@ -107,6 +108,7 @@ def gather_evidence(
         cls=features.hidden[:, 0] if "cls" in needs else None,
         head_attention=heads,
         feature_keys=feature_keys,
+        watched=features.watched,
         projected=None if projector is None or "projected" not in needs else projector(hidden),
     )
 

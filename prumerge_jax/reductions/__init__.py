@@ -9,6 +9,7 @@ A method is a frozen dataclass that derives from `Reduction`, in a separate file
 
 from prumerge_jax.reductions import (  # noqa: F401  # they register themselves
     downsample,
+    evolution,
     grouping,
     prumerge,
     set_rules,

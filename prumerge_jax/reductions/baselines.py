@@ -84,6 +84,12 @@ class Baseline(Reduction):
         """The counted reduction's."""
         return self.counted.image_size(image_size, patch_size)
 
+    def watch(
+        self, score: jax.Array, before: jax.Array, after: jax.Array, depth: jax.Array
+    ) -> jax.Array:
+        """What the counted reduction watches."""
+        return self.counted.watch(score, before, after, depth)
+
     def reduce(self, evidence: Evidence) -> VisualTokens:
         """Unmerged patches, as many as the counted reduction would give tokens."""
         num_patches = evidence.hidden.shape[1]

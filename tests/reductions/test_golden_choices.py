@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from prumerge_jax import reductions
 from prumerge_jax.reductions import clustering, evolution, greedy
 
 TIED = 1e-12
@@ -27,6 +28,10 @@ class Image:
         projected = self.hidden.astype(np.float64) @ inputs["projector"].astype(np.float64)
         self.projected = projected.astype(np.float32)
         self.everywhere = np.ones(self.attention.shape, bool)
+        self.name = name
+
+    def evidence(self, **more) -> reductions.Evidence:
+        return reductions.Evidence(self.hidden, self.keys, self.attention, **more)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +179,7 @@ def test_coverage_of_texts_and_patches_is_mmtoks(data):
         np.testing.assert_array_equal(np.sort(order[0]), expected)
 
 
-def test_evolution_score_is_that_of_the_loop(data):
+def test_evolution_score_and_order_are_those_of_the_loop(data):
     rotation = data["independent"]["evocut_144_0_rotation"]
     for image, _, expected in cases(data, "independent", r"evocut_(\d+_\d)_score"):
         states = [image.hidden, image.keys, image.keys @ rotation, image.hidden @ rotation]
@@ -182,3 +187,6 @@ def test_evolution_score_is_that_of_the_loop(data):
         for before, after in zip(states, states[1:], strict=False):
             score = evolution.update_score(score, before, after)
         np.testing.assert_allclose(score[0], expected, atol=1e-6)
+        order = data["independent"][f"evocut_{image.name}_order64"]
+        visual = reductions.reduce(image.evidence(watched=score), "evocut")
+        np.testing.assert_array_equal(visual.patch_indices[0], np.sort(order))

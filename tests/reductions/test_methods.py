@@ -18,7 +18,7 @@ SPELLINGS = [
     "visionzip:dominant=6,contextual=4,cls_token=False",
     "pact:cutoff=0.6",
 ]
-ORDERED = ["cover", "divprune", "dpp", "idselection", "top"]
+ORDERED = ["cover", "divprune", "dpp", "evocut", "idselection", "top"]
 
 
 def evidence_of(rng: np.random.Generator, batch: int = BATCH) -> reductions.Evidence:
@@ -33,6 +33,7 @@ def evidence_of(rng: np.random.Generator, batch: int = BATCH) -> reductions.Evid
         cls=normal(WIDTH),
         head_attention=heads,
         feature_keys=normal(PATCHES, WIDTH),
+        watched=jax.nn.sigmoid(normal(PATCHES)),
         projected=normal(PATCHES, WIDTH),
     )
 
@@ -121,7 +122,8 @@ def test_padding_is_never_kept() -> None:
     present = jnp.asarray(np.random.default_rng(9).random((BATCH, PATCHES)) < 0.5)
     padded = reductions.Evidence(
         evidence.hidden, evidence.keys, evidence.attention,
-        head_attention=evidence.head_attention, projected=evidence.projected, present=present,
+        head_attention=evidence.head_attention, watched=evidence.watched,
+        projected=evidence.projected, present=present,
     )  # fmt: skip
     for name in ORDERED:
         visual = reduce(padded, reductions.parse(f"{name}:tokens={PATCHES}"))
