@@ -21,6 +21,7 @@ from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.engine.request import (
     MAX_SEED,
     ImageInput,
+    Opening,
     Request,
     SamplingParams,
     check_image_count,
@@ -53,9 +54,10 @@ class Draft:
     sampling: SamplingParams = SamplingParams()
 
     @property
-    def text_tokens(self) -> int:
-        """Number of tokens of prompt and continuation, the image's not counted."""
-        return len(self.token_ids) - (self.image is not None) + len(self.continuation)
+    def opening(self) -> Opening:
+        """What the engine's shapes are fitted to."""
+        token_ids = np.concatenate([self.token_ids, self.continuation])
+        return Opening(token_ids, () if self.image is None else (self.image[0],))
 
 
 class RequestBuilder:

@@ -67,8 +67,14 @@ class SlotDecoder:
                 _Sequence(window, index, self._stop_ids(window.requests[index]))
                 for index in rows.requests[part].tolist()
             ]
-            place = (rows.row_of[part], rows.start_of[part], rows.length_of[part])
-            yield _device_segments(place, sequences, size), sequences
+            place = (
+                rows.row_of,
+                rows.start_of,
+                rows.length_of,
+                rows.prefix_start_of,
+                rows.prefix_length_of,
+            )
+            yield _device_segments([each[part] for each in place], sequences, size), sequences
 
     def _stop_ids(self, request: Request) -> tuple[int, ...]:
         chosen = request.sampling.stop_ids
@@ -178,16 +184,15 @@ class _Chunk(NamedTuple):
 
 
 def _device_segments(
-    place: tuple[np.ndarray, np.ndarray, np.ndarray], sequences: Sequence[_Sequence], size: int
+    place: Sequence[np.ndarray], sequences: Sequence[_Sequence], size: int
 ) -> programs.Segments:
-    """Sequences as arrays of `size`; `place` has rows, starts and lengths [sequences]."""
+    """Sequences as arrays of `size`; `place` has the first fields of `Segments`, [sequences]."""
 
     def padded(values: Sequence[float] | np.ndarray, dtype: type[np.generic]) -> jax.Array:
         column = np.zeros(size, dtype)
         column[: len(values)] = values
         return jnp.asarray(column)
 
-    row, start, length = (padded(column, np.int32) for column in place)
     params = [sequence.request.sampling for sequence in sequences]
     stop_ids = np.full((size, MAX_STOP_IDS), -1, np.int32)
     for ids, sequence in zip(stop_ids, sequences, strict=False):
@@ -199,4 +204,5 @@ def _device_segments(
         stop_ids=jnp.asarray(stop_ids),
     )
     limits = padded([each.max_new_tokens for each in params], np.int32)
-    return programs.Segments(row, start, length, limits, sampling)
+    row, start, length, prefix_start, prefix_length = (padded(each, np.int32) for each in place)
+    return programs.Segments(row, start, length, prefix_start, prefix_length, limits, sampling)

@@ -23,7 +23,10 @@ from prumerge_jax.sharding.mesh import constrain
 
 
 class Rows(NamedTuple):
-    """The device's part of `data.packing.Rows`, each [rows, T] int32."""
+    """The device's part of `data.packing.Rows`, each [rows, T] int32.
+
+    With `branch_ids` and without are two forms of the functions that take rows.
+    """
 
     ids: jax.Array
     visual_index: jax.Array
@@ -89,7 +92,9 @@ class Segments(NamedTuple):
     """Sequences in rows, and how each continues.
 
     Attributes:
-      row, start, length: [G] int32, place of the prompt in the rows. Length 0 means no segment.
+      row, start, length: [G] int32, place in the rows of the part of the prompt that is its own.
+        Length 0 means no segment.
+      prefix_start, prefix_length: [G] int32, place in the same row of what comes before.
       max_new_tokens: [G] int32, most tokens to generate.
       sampling: how tokens are drawn.
     """
@@ -97,6 +102,8 @@ class Segments(NamedTuple):
     row: jax.Array
     start: jax.Array
     length: jax.Array
+    prefix_start: jax.Array
+    prefix_length: jax.Array
     max_new_tokens: jax.Array
     sampling: Sampling
 
@@ -276,6 +283,22 @@ def empty_slots(
     return over_data_shards(idle)
 
 
+def columns(segments: Segments, g: jax.Array, offsets: jax.Array) -> jax.Array:
+    """Where in its row a segment has the tokens of its prompt, the prefix's and then its own.
+
+    Args:
+      segments: G segments.
+      g: int32 [...], which of them.
+      offsets: int32 [...], numbers of tokens of the prompt, from 0.
+
+    Returns:
+      int32 [...]; beyond the prompt, columns that are not the segment's.
+    """
+    of_own = offsets - segments.prefix_length[g]
+    before = segments.prefix_start[g] + offsets
+    return jnp.where(of_own < 0, before, segments.start[g] + of_own)
+
+
 @functools.partial(jax.jit, donate_argnames=("slots",))
 def insert(
     slots: Slots,
@@ -301,8 +324,10 @@ def insert(
     follow = jnp.where(is_stop(first, segments.sampling), 0, segments.max_new_tokens - 1)
 
     def move(g: jax.Array, slots: Slots) -> Slots:
-        row, start, length = segments.row[g], segments.start[g], segments.length[g]
-        source = jnp.minimum(start + offsets, rows.ids.shape[1] - 1)
+        row = segments.row[g]
+        last = segments.start[g] + segments.length[g] - 1
+        length = segments.prefix_length[g] + segments.length[g]
+        source = jnp.minimum(columns(segments, g, offsets), rows.ids.shape[1] - 1)
         inside = (offsets < length)[:, None, None]
         # A segment without a slot goes beyond the last one, where writes are dropped. A
         # `jax.lax.cond` in its place makes XLA copy the cache, on GPUs for every segment.
@@ -313,7 +338,7 @@ def insert(
             segment = jnp.where(inside, packed[:, row][:, source], 0).astype(cache.dtype)
             return cache.at[:, at].set(segment)
 
-        position = rows.positions[row, start + length - 1] + 1
+        position = rows.positions[row, last] + 1
         return Slots(
             cache=KVCache(place(slots.cache.k, rows_cache.k), place(slots.cache.v, rows_cache.v)),
             lengths=slots.lengths.at[at].set(length),
