@@ -93,6 +93,11 @@ class Reduction(Protocol):
         """Whether tokens come in the order of their patches."""
         return True
 
+    @property
+    def question_tokens(self) -> int:
+        """M: most tokens of a question; above 0 if `needs` has `question`."""
+        return 0
+
     def capacity_for(self, num_patches: int) -> int:
         """R: token slots per image of `num_patches` patches."""
         ...

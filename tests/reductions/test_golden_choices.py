@@ -163,20 +163,17 @@ def test_coverage_of_texts_and_patches_is_mmtoks(data):
     pattern = r"(\d+_\d)_k(\d+)_alpha([\d.]+)_tv([\d.]+)_vv([\d.]+)_excluded(\d)_indices"
     words = data["inputs"]["llm_text"][None]
     for image, (count, alpha, text, vision, excluded), expected in cases(data, "mmtok", pattern):
-        rows = clustering.text_and_patch_rows(
-            image.projected,
-            image.hidden,
-            words,
-            np.ones(words.shape[:2], bool),
-            alpha=float(alpha),
-            text_temperature=float(text),
-            vision_temperature=float(vision),
-        )
-        available = image.everywhere.copy()
+        present = image.everywhere.copy()
         if excluded == "5":
-            available[0, [0, 1, 2, 3, 130]] = False
-        order, _ = greedy.coverage(rows, np.ones_like(image.attention), available, int(count))
-        np.testing.assert_array_equal(np.sort(order[0]), expected)
+            present[0, [0, 1, 2, 3, 130]] = False
+        evidence = image.evidence(
+            projected=image.projected,
+            question=(words, np.ones(words.shape[:2], bool)),
+            present=present,
+        )
+        spelling = f"mmtok:tokens={count},alpha={alpha},text_temperature={text},vision_temperature={vision}"
+        visual = reductions.reduce(evidence, spelling)
+        np.testing.assert_array_equal(visual.patch_indices[0], expected)
 
 
 def test_evolution_score_and_order_are_those_of_the_loop(data):
