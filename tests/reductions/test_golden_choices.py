@@ -171,7 +171,8 @@ def test_coverage_of_texts_and_patches_is_mmtoks(data):
             question=(words, np.ones(words.shape[:2], bool)),
             present=present,
         )
-        spelling = f"mmtok:tokens={count},alpha={alpha},text_temperature={text},vision_temperature={vision}"
+        temperatures = f"text_temperature={text},vision_temperature={vision}"
+        spelling = f"mmtok:tokens={count},alpha={alpha},{temperatures}"
         visual = reductions.reduce(evidence, spelling)
         np.testing.assert_array_equal(visual.patch_indices[0], expected)
 
