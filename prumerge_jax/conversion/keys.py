@@ -295,8 +295,13 @@ def decoder_weights(text: TextConfig) -> Iterator[Weight]:
         pattern = f"{root}.layers.{{}}.{name}.weight"
         path = f"decoder.layers.{name}.kernel"
         yield Weight(path, pattern, shape, Transform.TRANSPOSE, layers)
+    for name in ("q_proj", "k_proj", "v_proj") if text.qkv_bias else ():
+        pattern = f"{root}.layers.{{}}.self_attn.{name}.bias"
+        path, outputs = f"decoder.layers.self_attn.{name}.bias", decoder_linears(text)[name][1:]
+        yield Weight(path, pattern, outputs, num_layers=layers)
     yield Weight("decoder.norm.scale", f"{root}.norm.weight", (width,))
-    yield Weight("decoder.lm_head.kernel", "lm_head.weight", vocabulary, Transform.TRANSPOSE)
+    if not text.tied_head:
+        yield Weight("decoder.lm_head.kernel", "lm_head.weight", vocabulary, Transform.TRANSPOSE)
 
 
 def adapter_weights(text: TextConfig, rank: int) -> Iterator[Weight]:

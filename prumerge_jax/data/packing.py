@@ -4,8 +4,9 @@ PruMerge leaves every image with a different number of visual tokens. Padding al
 longest would compute several times the real tokens; packing them into rows of a fixed length (see
 `fill_rows`) computes hardly any more, at one compiled shape. The planner needs lengths and text
 alone, never the visual tokens themselves, so it runs on the host (NumPy) while the device encodes.
+Which visual tokens take the place of an image is given to it as a `Run`, see `visual_layout`.
 
-Shapes: B images of the encoded batch, R capacity (visual token slots per image), N patches.
+Shapes: L row length. The pool is the array of the encoded visual tokens, its slots on one axis.
 """
 
 import dataclasses
@@ -28,19 +29,51 @@ def check_position_ids(position_ids: str) -> None:
         )
 
 
+NEWLINE = -2
+"""In place of a slot of the pool: the vector that a model has learned for the end of a row."""
+
+_TEXT = -1
+"""In place of a slot of the pool: a text token or padding."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """What takes the place of one placeholder: the visual tokens of an image, in order.
+
+    Attributes:
+      index: int32 [n], the slot of the pool of each token, or `NEWLINE`.
+      offset: int32 [n], the position of each in the image without reduction, from 0; only
+        `position_ids` of `original` reads it.
+      span: positions of the whole image without reduction.
+    """
+
+    index: np.ndarray
+    offset: np.ndarray
+    span: int
+
+    def __post_init__(self) -> None:
+        if self.index.ndim != 1 or self.offset.shape != self.index.shape:
+            raise ValueError(
+                f"index {self.index.shape} and offset {self.offset.shape}; expected [n] both"
+            )
+
+    def __len__(self) -> int:
+        return self.index.size
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
     """One sequence of text with its images.
 
     Attributes:
       token_ids: int32 [T], one `IMAGE_TOKEN` per image at the place of its visual tokens.
-      image_rows: row b in the encoded batch for each image, in the order of the placeholders.
+      runs: what each placeholder stands for, in their order.
       labels: int32 [T], the token itself where it is to be predicted and `IGNORE` elsewhere; None
         predicts nothing.
     """
 
     token_ids: np.ndarray
-    image_rows: tuple[int, ...] = ()
+    runs: tuple[Run, ...] = ()
     labels: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -49,10 +82,10 @@ class Request:
                 f"token_ids has shape {self.token_ids.shape}; expected one dimension, not empty"
             )
         placeholders = int(np.count_nonzero(self.token_ids == IMAGE_TOKEN))
-        if placeholders != len(self.image_rows):
+        if placeholders != len(self.runs):
             raise ValueError(
                 f"token_ids holds {placeholders} image placeholders ({IMAGE_TOKEN}) for "
-                f"{len(self.image_rows)} images; each image needs exactly one"
+                f"{len(self.runs)} images; each image needs exactly one"
             )
         if self.labels is not None and self.labels.shape != self.token_ids.shape:
             raise ValueError(
@@ -62,46 +95,13 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class VisualLayout:
-    """What the planner knows of an encoded batch of images: counts and places, not values.
-
-    Attributes:
-      lengths: int32 [B], valid visual tokens per image, the extra token included.
-      patch_indices: int32 [B, R], the patch each visual token came from; -1 for the extra token.
-      num_patches: N, the patches of an unreduced image.
-    """
-
-    lengths: np.ndarray
-    patch_indices: np.ndarray
-    num_patches: int
-
-    def __post_init__(self) -> None:
-        if self.patch_indices.ndim != 2 or self.lengths.shape != self.patch_indices.shape[:1]:
-            raise ValueError(
-                f"lengths {self.lengths.shape} and patch_indices {self.patch_indices.shape} "
-                "do not fit; expected [B] and [B, R]"
-            )
-        outside = np.flatnonzero((self.lengths < 0) | (self.lengths > self.capacity))
-        if outside.size:
-            image = int(outside[0])
-            raise ValueError(
-                f"image row {image} has {self.lengths[image]} visual tokens; expected 0 to "
-                f"{self.capacity}, the capacity it was encoded with"
-            )
-
-    @property
-    def capacity(self) -> int:
-        """R, the visual token slots per image."""
-        return self.patch_indices.shape[1]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
     """A batch of filled rows, and where each request went.
 
     Attributes:
       ids: int32 [rows, L], text token ids; 0 at visual tokens and padding.
-      visual_index: int32 [rows, L], b * R + slot of the visual token; -1 at text and padding.
+      visual_index: int32 [rows, L], slot of the pool of the visual token, or `NEWLINE`; -1 at text
+        and padding.
       positions: int32 [rows, L], from 0 in every segment; 0 at padding.
       segment_ids: int32 [rows, L], 1, 2, ... along each row; 0 at padding.
       targets: int32 [rows, L], the label of the next position of the same segment, or `IGNORE`.
@@ -122,20 +122,12 @@ class Rows:
     length_of: np.ndarray
 
 
-def sequence_lengths(requests: Sequence[Request], layout: VisualLayout) -> np.ndarray:
-    """Tokens of each request once visual tokens have replaced the placeholders.
-
-    Returns:
-      int64 [len(requests)].
-
-    Raises:
-      ValueError: a request names an image row that the layout does not have.
-    """
-    images = _image_rows(requests, layout)
-    owner = np.repeat(np.arange(len(requests)), [len(r.image_rows) for r in requests])
-    lengths = np.array([r.token_ids.size - len(r.image_rows) for r in requests], np.int64)
-    np.add.at(lengths, owner, layout.lengths[images])
-    return lengths
+def sequence_lengths(requests: Sequence[Request]) -> np.ndarray:
+    """Tokens of each request once visual tokens have replaced the placeholders, int64 [n]."""
+    return np.array(
+        [r.token_ids.size - len(r.runs) + sum(len(run) for run in r.runs) for r in requests],
+        np.int64,
+    )
 
 
 def fill_rows(
@@ -207,7 +199,7 @@ def _best_subset(lengths: Sequence[int], room: int) -> list[int]:
 
 def pack_window(
     requests: Sequence[Request],
-    layout: VisualLayout,
+    num_slots: int,
     row_length: int,
     num_rows: int,
     *,
@@ -219,24 +211,24 @@ def pack_window(
 
     Args:
       requests: the window.
-      layout: the encoded images that the requests refer to.
+      num_slots: slots of the pool that the requests' runs refer to.
       row_length: L.
       num_rows: rows of every batch; where requests run out, rows are left as padding.
-      shards: the data shards over which both the encoded images and the rows are split into equal
-        contiguous blocks. A request goes to the shard of its images, so that gathering visual
-        tokens needs no communication; requests without an image fill the emptiest shards.
+      shards: the data shards over which both the pool and the rows are split into equal contiguous
+        blocks. A request goes to the shard of its visual tokens, so that gathering them needs no
+        communication; requests without any fill the emptiest shards.
       position_ids: `compact` numbers the tokens consecutively. `original` gives a visual token the
         position its patch has without reduction (the extra token that of the last patch) and lets
-        the text continue after all N patches.
+        the text continue after the whole image.
       carried_over: this many of the first requests get the first rows; the others fill up what is
         left.
 
     Raises:
-      ValueError: a request is longer than a row, refers to an image that the layout lacks or to
-        images of two shards; `num_rows` or the images do not divide by `shards`.
+      ValueError: a request is longer than a row, refers to a slot that the pool lacks or to slots
+        of two shards; `num_rows` or the slots do not divide by `shards`.
     """
-    batches = _plan(requests, layout, row_length, num_rows, shards, carried_over)
-    tokens = _expand(requests, layout, position_ids)
+    batches = _plan(requests, num_slots, row_length, num_rows, shards, carried_over)
+    tokens = _expand(requests, position_ids)
     return [_fill(tokens, batch, row_length) for batch in batches]
 
 
@@ -250,23 +242,9 @@ def _check_fits(lengths: np.ndarray, row_length: int) -> None:
         )
 
 
-def _image_rows(requests: Sequence[Request], layout: VisualLayout) -> np.ndarray:
-    """The image rows of all requests, one after the other."""
-    rows = np.array([row for request in requests for row in request.image_rows], np.int64)
-    outside = np.flatnonzero((rows < 0) | (rows >= layout.lengths.size))
-    if outside.size:
-        owner = np.repeat(np.arange(len(requests)), [len(r.image_rows) for r in requests])
-        index = int(owner[outside[0]])
-        raise ValueError(
-            f"request {index} refers to image rows {requests[index].image_rows}; the encoded "
-            f"batch has {layout.lengths.size}"
-        )
-    return rows
-
-
 def _plan(
     requests: Sequence[Request],
-    layout: VisualLayout,
+    num_slots: int,
     row_length: int,
     num_rows: int,
     shards: int,
@@ -275,9 +253,9 @@ def _plan(
     """Which requests are in which row of which batch: [batch][row] -> request indices."""
     if num_rows < 1 or num_rows % shards:
         raise ValueError(f"num_rows {num_rows} is not a positive multiple of {shards} shards")
-    lengths = sequence_lengths(requests, layout)
+    lengths = sequence_lengths(requests)
     _check_fits(lengths, row_length)
-    shard_of = _shard_of_requests(requests, layout, lengths, shards)
+    shard_of = _shard_of_requests(requests, num_slots, lengths, shards)
     rows_of_shard = []
     for shard in range(shards):
         members = np.flatnonzero(shard_of == shard)
@@ -296,21 +274,28 @@ def _plan(
 
 
 def _shard_of_requests(
-    requests: Sequence[Request], layout: VisualLayout, lengths: np.ndarray, shards: int
+    requests: Sequence[Request], num_slots: int, lengths: np.ndarray, shards: int
 ) -> np.ndarray:
-    images = layout.lengths.size
-    if images % shards:
-        raise ValueError(f"{images} encoded images do not divide into {shards} shards")
+    if num_slots % shards:
+        raise ValueError(f"{num_slots} visual token slots do not divide into {shards} shards")
     shard_of = np.full(len(requests), -1)
     for index, request in enumerate(requests):
-        homes = {row * shards // images for row in request.image_rows}
-        if len(homes) > 1:
+        slots = _concatenated([run.index for run in request.runs])
+        slots = slots[slots != NEWLINE]
+        if not slots.size:
+            continue
+        if slots.min() < 0 or slots.max() >= num_slots:
+            stray = int(slots[(slots < 0) | (slots >= num_slots)][0])
             raise ValueError(
-                f"request {index} has images {request.image_rows} on shards {sorted(homes)}; "
-                "all images of a request must be on one shard"
+                f"request {index} refers to visual token slot {stray}; there are {num_slots}"
             )
-        if homes:
-            shard_of[index] = homes.pop()
+        first, last = (int(slot) * shards // num_slots for slot in (slots.min(), slots.max()))
+        if first != last:
+            raise ValueError(
+                f"request {index} has visual tokens on shards {first} to {last}; all images of a "
+                "request must be on one shard"
+            )
+        shard_of[index] = first
     placed = shard_of >= 0
     load = np.bincount(shard_of[placed], weights=lengths[placed], minlength=shards)
     homeless = np.flatnonzero(~placed)
@@ -332,42 +317,44 @@ class _Tokens:
     lengths: np.ndarray
 
 
+def _concatenated(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Integer arrays on one axis, int64; none give an empty one."""
+    return np.concatenate([np.zeros(0, np.int64), *arrays])
+
+
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """starts[0], starts[0] + 1, ... (lengths[0] numbers), starts[1], ... on one axis."""
     ends = np.cumsum(lengths)
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
 
 
-def _expand(
-    requests: Sequence[Request], layout: VisualLayout, position_ids: PositionIds
-) -> _Tokens:
-    """Replaces every placeholder by its image's visual tokens, for all requests at once."""
+def _expand(requests: Sequence[Request], position_ids: PositionIds) -> _Tokens:
+    """Puts every placeholder's run in its place, for all requests at once."""
     check_position_ids(position_ids)
     if not requests:
         none = np.zeros(0, np.int64)
         return _Tokens(none, none, none, none, none, none)
-    text = np.concatenate([r.token_ids for r in requests]).astype(np.int64)
+    text = _concatenated([r.token_ids for r in requests])
     labels = np.concatenate(
         [np.full(r.token_ids.size, IGNORE) if r.labels is None else r.labels for r in requests]
     )
     text_lengths = np.array([r.token_ids.size for r in requests])
     text_starts = np.cumsum(text_lengths) - text_lengths
     placeholder = text == IMAGE_TOKEN
-    image = np.full(text.size, -1)
-    image[placeholder] = _image_rows(requests, layout)
+    runs = [run for request in requests for run in request.runs]
     width = np.ones(text.size, np.int64)
-    width[placeholder] = layout.lengths[image[placeholder]]
+    width[placeholder] = [len(run) for run in runs]
 
     # From here on one entry per packed token: `origin` is the text position that it came from.
     origin = np.repeat(np.arange(text.size), width)
-    slot = _ranges(np.zeros_like(width), width)
     visual = placeholder[origin]
-    advance, offset = width, slot
+    visual_index = np.full(origin.size, _TEXT)
+    visual_index[visual] = _concatenated([run.index for run in runs])
+    advance, offset = width, _ranges(np.zeros_like(width), width)
     if position_ids == "original":
-        patch = layout.patch_indices[image[origin[visual]], slot[visual]]
-        offset = np.zeros_like(slot)
-        offset[visual] = np.where(patch < 0, layout.num_patches - 1, patch)
-        advance = np.where(placeholder, layout.num_patches, 1)
+        offset[visual] = _concatenated([run.offset for run in runs])
+        advance = np.ones_like(width)
+        advance[placeholder] = [run.span for run in runs]
     begin = np.cumsum(advance) - advance
     begin -= np.repeat(begin[text_starts], text_lengths)
 
@@ -378,7 +365,7 @@ def _expand(
     targets[starts + lengths - 1] = IGNORE
     return _Tokens(
         ids=np.where(visual, 0, text[origin]),
-        visual_index=np.where(visual, image[origin] * layout.capacity + slot, -1),
+        visual_index=visual_index,
         positions=begin[origin] + offset,
         targets=targets,
         starts=starts,
@@ -408,7 +395,7 @@ def _fill(tokens: _Tokens, rows: list[list[int]], row_length: int) -> Rows:
     order = np.argsort(requests)
     return Rows(
         ids=place(tokens.ids[source], 0),
-        visual_index=place(tokens.visual_index[source], -1),
+        visual_index=place(tokens.visual_index[source], _TEXT),
         positions=place(tokens.positions[source], 0),
         segment_ids=place(np.repeat(segment_of, length_of), 0),
         targets=place(tokens.targets[source], IGNORE),

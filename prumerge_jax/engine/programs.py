@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prumerge_jax.engine.request import MAX_STOP_IDS
+from prumerge_jax.models.config import MAX_STOP_IDS
 from prumerge_jax.models.llama import KVCache, PartialHidden, empty_cache
 from prumerge_jax.models.llava import embed_question, encode_images
 from prumerge_jax.prumerge import VisualTokens

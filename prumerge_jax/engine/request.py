@@ -11,9 +11,7 @@ import numpy as np
 
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.messages import quoted
-
-MAX_STOP_IDS = 4
-"""Maximum number of stop ids of a request; the jitted functions compare tokens with this many."""
+from prumerge_jax.models.config import MAX_STOP_IDS
 
 MAX_SEED = 2**32
 """Seeds are smaller; the jitted functions take them as uint32."""

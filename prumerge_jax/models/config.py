@@ -7,6 +7,8 @@ H heads, D width, V vocabulary, L layers.
 
 import dataclasses
 
+MAX_STOP_IDS = 4
+"""Maximum number of stop ids of a request; the jitted functions compare tokens with this many."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -53,8 +55,46 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are slowed down for texts longer than those of pre-training.
+
+    Attributes:
+      kind: `linear` (every frequency divided by `factor`) or `llama3` (the slow ones only, Llama
+        3.1; transformers `modeling_rope_utils.py`).
+      factor: the divisor.
+      low_freq_factor, high_freq_factor: for `llama3`: wavelengths above `original_max_positions`
+        over the first are divided, below that over the second kept, between the two interpolated.
+      original_max_positions: length of pre-training, for `llama3`.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(
+                f"rope_scaling kind is {self.kind!r}; expected 'linear' or 'llama3', or none"
+            )
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor "
+                f"{self.high_freq_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """A LLaMA decoder. The defaults are Vicuna-7B-v1.5 with llava-hf's padded vocabulary."""
+    """A LLaMA, Mistral or Qwen2 decoder. The defaults are Vicuna-7B-v1.5 with llava-hf's padded
+    vocabulary.
+
+    Attributes:
+      qkv_bias: whether the query, key and value projections have biases (Qwen2).
+      tied_head: whether the embedding is the head too: logits are x E^T.
+      rope_scaling: None for plain rotary frequencies.
+    """
 
     vocab_size: int = 32064
     width: int = 4096
@@ -66,12 +106,17 @@ class TextConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     max_positions: int = 4096
+    qkv_bias: bool = False
+    tied_head: bool = False
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
             )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +125,8 @@ class LlavaConfig:
 
     `projector` is `linear`, `mlpNx_gelu` or `identity`, LLaVA's own names. `image_token_id` and
     `pad_token_id` are the ids a Hugging Face directory declares; an original LLaVA directory has
-    neither, and both are None.
+    neither, and both are None. Any of `eos_token_ids` ends an answer; `bos_token_id` is None where
+    prompts begin without one (Qwen2).
     """
 
     vision: VisionConfig = VisionConfig()
@@ -88,8 +134,15 @@ class LlavaConfig:
     projector: str = "mlp2x_gelu"
     image_token_id: int | None = 32000
     pad_token_id: int | None = 32001
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    bos_token_id: int | None = 1
+    eos_token_ids: tuple[int, ...] = (2,)
+
+    def __post_init__(self) -> None:
+        if len(self.eos_token_ids) > MAX_STOP_IDS:
+            raise ValueError(
+                f"eos_token_ids has {len(self.eos_token_ids)} ids; at most {MAX_STOP_IDS} can stop "
+                "an answer"
+            )
 
 
 def decoder_linears(text: TextConfig) -> dict[str, tuple[int, int]]:

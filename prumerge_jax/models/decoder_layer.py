@@ -96,7 +96,7 @@ class DecoderLayer(nnx.Module):
 
 
 class AttentionProjections(nnx.Module):
-    """The four projections of grouped-query attention, none with bias."""
+    """The four projections of grouped-query attention; the output's has no bias."""
 
     def __init__(
         self, config: TextConfig, *, adapter: AdapterConfig | None, rngs: nnx.Rngs
@@ -105,9 +105,10 @@ class AttentionProjections(nnx.Module):
         shared = config.num_kv_heads * config.head_dim
         into, out = ("embed", "heads"), ("heads", "embed")
         self.head_dim = config.head_dim
-        self.q_proj = Linear(width, inner, into, adapter=adapter, rngs=rngs)
-        self.k_proj = Linear(width, shared, into, adapter=adapter, rngs=rngs)
-        self.v_proj = Linear(width, shared, into, adapter=adapter, rngs=rngs)
+        bias = config.qkv_bias
+        self.q_proj = Linear(width, inner, into, bias=bias, adapter=adapter, rngs=rngs)
+        self.k_proj = Linear(width, shared, into, bias=bias, adapter=adapter, rngs=rngs)
+        self.v_proj = Linear(width, shared, into, bias=bias, adapter=adapter, rngs=rngs)
         self.o_proj = Linear(inner, width, out, adapter=adapter, rngs=rngs)
 
     def qkv(self, x: jax.Array, dropout_key: jax.Array | None) -> QKV:

@@ -1,4 +1,4 @@
-"""The LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""The decoder of LLaMA, Mistral and Qwen2: RMSNorm, rotary positions, grouped queries, SwiGLU.
 
 Two ways through the same layers:
 
@@ -21,7 +21,7 @@ from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.decoder_layer import QKV, DecoderLayer, PackedRows, split_key
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, rematerialise, stack
 from prumerge_jax.models.rotary import rotation
-from prumerge_jax.sharding.mesh import constrain
+from prumerge_jax.sharding.mesh import constrain, unshard_embed
 
 Index = jax.Array | int
 """Number of a layer."""
@@ -56,9 +56,10 @@ def empty_cache(config: TextConfig, slots: int, length: int, dtype: jnp.dtype) -
 
 
 class Llama(nnx.Module):
-    """A LLaMA language model (transformers `modeling_llama.py`).
+    """A LLaMA language model (transformers `modeling_llama.py`), or a relative by configuration.
 
     Attributes:
+      lm_head: None where the embedding is the head too.
       layers: one layer whose weights carry a leading axis L, or a list (`llava.inference_layout`).
     """
 
@@ -77,7 +78,11 @@ class Llama(nnx.Module):
             lambda rngs: DecoderLayer(config, adapter=adapter, rngs=rngs), config.num_layers, rngs
         )
         self.norm = RMSNorm(config.width, config.rms_norm_eps)
-        self.lm_head = Linear(config.width, config.vocab_size, ("embed", "vocab"), rngs=rngs)
+        self.lm_head = (
+            None
+            if config.tied_head
+            else Linear(config.width, config.vocab_size, ("embed", "vocab"), rngs=rngs)
+        )
 
     def embed(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Token ids [B, T] int32 -> embeddings [B, T, D] in the compute dtype."""
@@ -85,7 +90,10 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final hidden states [..., D] -> next-token logits [..., V] float32."""
-        return self.lm_head(hidden).astype(jnp.float32)
+        if self.lm_head is not None:
+            return self.lm_head(hidden).astype(jnp.float32)
+        embedding = unshard_embed(self.embed_tokens[...].astype(hidden.dtype), "vocab", "embed")
+        return (hidden @ embedding.T).astype(jnp.float32)
 
     def __call__(
         self,

@@ -172,7 +172,7 @@ def tiny_config(width: int) -> LlavaConfig:
             vocab_size=32, width=8, mlp_width=8, num_layers=1, num_heads=1, num_kv_heads=1,
             head_dim=8,
         ),
-        eos_token_id=-1,
+        eos_token_ids=(),
     )  # fmt: skip
 
 
