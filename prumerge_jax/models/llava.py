@@ -97,22 +97,24 @@ def gather_evidence(
     needs = reduction.needs
     features = vision(
         normalize_pixels(pixels, vision.config).astype(dtype),
-        feature_layer=bool(needs & {"head_attention", "feature_keys"}),
+        feature_layer=bool(needs & {"head_attention", "feature_keys", "feature_attention"}),
         watch=reduction.watch if "watched" in needs else None,
     )
-    hidden, heads, feature_keys = features.hidden[:, 1:], None, None
+    hidden, heads = features.hidden[:, 1:], vision.config.num_heads
+    of_layer: dict[str, jax.Array] = {}
     if features.feature_query is not None and features.feature_keys is not None:
-        feature_keys = features.feature_keys[:, 1:]
-        heads = head_attention(
-            features.feature_query, features.feature_keys, vision.config.num_heads
-        )
+        query_and_keys = features.feature_query, features.feature_keys
+        of_layer["feature_keys"] = features.feature_keys[:, 1:]
+        of_layer["head_attention"] = head_attention(*query_and_keys, heads)
+        of_layer["feature_attention"] = prumerge.cls_attention(*query_and_keys)
+    if "last_head_attention" in needs:
+        of_layer["last_head_attention"] = head_attention(features.query_cls, features.keys, heads)
     return reductions.Evidence(
         hidden,
         features.keys[:, 1:],
         prumerge.cls_attention(features.query_cls, features.keys),
         cls=features.hidden[:, 0] if "cls" in needs else None,
-        head_attention=heads,
-        feature_keys=feature_keys,
+        **of_layer,
         watched=features.watched,
         projected=None if projector is None or "projected" not in needs else projector(hidden),
         question=question,

@@ -8,9 +8,11 @@ A method is a frozen dataclass that derives from `Reduction`, in a separate file
 """
 
 from prumerge_jax.reductions import (  # noqa: F401  # they register themselves
+    crops,
     downsample,
     evolution,
     grouping,
+    iterative,
     prumerge,
     question,
     set_rules,

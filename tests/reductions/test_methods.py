@@ -19,8 +19,13 @@ SPELLINGS = [
     "idselection:tokens=5,gamma=3",
     "visionzip:dominant=6,contextual=4,cls_token=False",
     "pact:cutoff=0.6",
+    "prumerge:layer=22,heads=mean",
+    "prumerge:layer=22",
+    "prumerge:heads=mean,neighbours=5",
+    "prumerge+:added_patches=lattice_fixed,neighbours=5",
+    "prumerge-iterative:tokens=5,neighbours=3",
 ]
-ORDERED = ["cover", "divprune", "dpp", "evocut", "idselection", "mmtok", "top"]
+ORDERED = ["cover", "divprune", "dpp", "evocut", "hired", "idselection", "mmtok", "top"]
 
 
 def evidence_of(rng: np.random.Generator, batch: int = BATCH) -> reductions.Evidence:
@@ -34,6 +39,8 @@ def evidence_of(rng: np.random.Generator, batch: int = BATCH) -> reductions.Evid
         jax.nn.softmax(normal(PATCHES + 1) * 2, axis=-1)[:, 1:],
         cls=normal(WIDTH),
         head_attention=heads,
+        last_head_attention=heads[::-1],
+        feature_attention=jax.nn.softmax(normal(PATCHES + 1) * 2, axis=-1)[:, 1:],
         feature_keys=normal(PATCHES, WIDTH),
         watched=jax.nn.sigmoid(normal(PATCHES)),
         projected=normal(PATCHES, WIDTH),
