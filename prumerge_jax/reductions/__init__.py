@@ -31,11 +31,13 @@ from prumerge_jax.reductions.registry import (
     parse_list,
     register,
     spell,
+    with_budgets,
     with_parameters,
 )
 
 __all__ = [
     "Assignment", "Baseline", "Downsample", "Evidence", "PruMerge", "Reduction", "ReductionLike",
     "as_reduction", "equal_count_baselines", "explain", "kept_rows", "keywords", "names",
-    "parameters", "parse", "parse_list", "reduce", "register", "spell", "with_parameters",
+    "parameters", "parse", "parse_list", "reduce", "register", "spell",
+    "with_budgets", "with_parameters",
 ]  # fmt: skip
