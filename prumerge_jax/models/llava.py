@@ -59,6 +59,7 @@ def encode_images(
     *,
     dtype: jnp.dtype = jnp.float32,
     projector: "Projector | None" = None,
+    question: tuple[jax.Array, jax.Array] | None = None,
 ) -> prumerge.VisualTokens:
     """Pixels to reduced visual tokens, one compiled step of fixed shape.
 
@@ -68,12 +69,15 @@ def encode_images(
       reduction: what happens to the patch features; static under `jax.jit`.
       dtype: compute dtype of the tower and dtype of the tokens.
       projector: for reductions that look at projected patches.
+      question: for reductions that read it, see `embed_question`.
 
     Raises:
       ValueError: the reduction needs evidence that is not there.
     """
     reduction = reductions.as_reduction(reduction)
-    evidence = gather_evidence(vision, pixels, reduction, dtype=dtype, projector=projector)
+    evidence = gather_evidence(
+        vision, pixels, reduction, dtype=dtype, projector=projector, question=question
+    )
     return reductions.reduce(evidence, reduction)
 
 
@@ -84,6 +88,7 @@ def gather_evidence(
     *,
     dtype: jnp.dtype,
     projector: "Projector | None" = None,
+    question: tuple[jax.Array, jax.Array] | None = None,
 ) -> reductions.Evidence:
     """What the tower shows of images [B, S, S, 3] uint8, as far as a reduction needs it.
 
@@ -92,25 +97,43 @@ def gather_evidence(
     needs = reduction.needs
     features = vision(
         normalize_pixels(pixels, vision.config).astype(dtype),
-        feature_layer=bool(needs & {"head_attention", "feature_keys"}),
+        feature_layer=bool(needs & {"head_attention", "feature_keys", "feature_attention"}),
         watch=reduction.watch if "watched" in needs else None,
     )
-    hidden, heads, feature_keys = features.hidden[:, 1:], None, None
+    hidden, heads = features.hidden[:, 1:], vision.config.num_heads
+    of_layer: dict[str, jax.Array] = {}
     if features.feature_query is not None and features.feature_keys is not None:
-        feature_keys = features.feature_keys[:, 1:]
-        heads = head_attention(
-            features.feature_query, features.feature_keys, vision.config.num_heads
-        )
+        query_and_keys = features.feature_query, features.feature_keys
+        of_layer["feature_keys"] = features.feature_keys[:, 1:]
+        of_layer["head_attention"] = head_attention(*query_and_keys, heads)
+        of_layer["feature_attention"] = prumerge.cls_attention(*query_and_keys)
+    if "last_head_attention" in needs:
+        of_layer["last_head_attention"] = head_attention(features.query_cls, features.keys, heads)
     return reductions.Evidence(
         hidden,
         features.keys[:, 1:],
         prumerge.cls_attention(features.query_cls, features.keys),
         cls=features.hidden[:, 0] if "cls" in needs else None,
-        head_attention=heads,
-        feature_keys=feature_keys,
+        **of_layer,
         watched=features.watched,
         projected=None if projector is None or "projected" not in needs else projector(hidden),
+        question=question,
     )
+
+
+def embed_question(
+    decoder: Llama, ids: jax.Array | None, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array] | None:
+    """The question of every image as a reduction reads it: embeddings [B, M, D], which are real.
+
+    Args:
+      decoder: whose embedding is used.
+      ids: [B, M] int32, -1 beyond a question's tokens; None without questions.
+      dtype: compute dtype.
+    """
+    if ids is None:
+        return None
+    return decoder.embed(jnp.maximum(ids, 0), dtype), ids >= 0
 
 
 def gather_visual_tokens(visual_tokens: jax.Array, visual_index: jax.Array) -> jax.Array:
