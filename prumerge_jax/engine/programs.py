@@ -16,7 +16,7 @@ from flax import nnx
 
 from prumerge_jax.models.config import MAX_STOP_IDS
 from prumerge_jax.models.llama import KVCache, PartialHidden, empty_cache
-from prumerge_jax.models.llava import encode_images
+from prumerge_jax.models.llava import embed_question, encode_images
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.reductions import Reduction
 from prumerge_jax.sharding.mesh import constrain
@@ -113,13 +113,24 @@ def encode(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     pixels: jax.Array,
+    question_ids: jax.Array | None = None,
     *,
     reduction: Reduction,
     dtype: jnp.dtype,
 ) -> VisualTokens:
-    """[B, S, S, 3] uint8 -> reduced visual tokens of capacity R."""
+    """[B, S, S, 3] uint8, [B, M] int32 -> reduced visual tokens of capacity R.
+
+    Question ids are -1 beyond the question; None where the reduction reads none.
+    """
     model = nnx.merge(graphdef, state)
-    return encode_images(model.vision, pixels, reduction, dtype=dtype, projector=model.projector)
+    return encode_images(
+        model.vision,
+        pixels,
+        reduction,
+        dtype=dtype,
+        projector=model.projector,
+        question=embed_question(model.decoder, question_ids, dtype),
+    )
 
 
 @jax.jit

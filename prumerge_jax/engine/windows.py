@@ -17,7 +17,7 @@ from prumerge_jax.data.visual_layout import CropTokens, runs
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding
 from prumerge_jax.engine.request import Answer, Request, Usage
-from prumerge_jax.reductions import Reduction
+from prumerge_jax.reductions import Reduction, spell
 
 
 @dataclasses.dataclass
@@ -215,6 +215,8 @@ class WindowPlanner:
         """Why a request cannot run; None if it can."""
         if broken:
             return "the image's CLS attention is not finite; check the image and the weights"
+        if request.images and (reason := self._unread_question(request)):
+            return reason
         length = request.text_tokens + visual_tokens + len(request.continuation)
         max_positions = self.model.config.text.max_positions
         if length > min(self.shapes.longest_prompt, max_positions):
@@ -229,6 +231,18 @@ class WindowPlanner:
                 f"the prompt has {length} tokens and {request.sampling.max_new_tokens} may follow; "
                 f"the limit is {limit}. Lower max_new_tokens, or raise cache_length if the model "
                 "allows"
+            )
+        return None
+
+    def _unread_question(self, request: Request) -> str | None:
+        """Why the reduction cannot read the request's question; None if it can or need not."""
+        most, tokens = self.reduction.question_tokens, len(request.question_ids)
+        if most and not tokens:
+            return f"the reduction {spell(self.reduction)} reads the question, but there is none"
+        if tokens > most > 0:
+            return (
+                f"the question's keywords have {tokens} tokens; the reduction reads {most}: "
+                f"shorten it, or set question_tokens={tokens}"
             )
         return None
 

@@ -1,7 +1,7 @@
 """The layers of a vision tower in turn, and what is watched on the way."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +53,12 @@ def run_layers(
     def body(carry: _Carry, layer: tuple[nnx.State, jax.Array]) -> tuple[_Carry, None]:
         before, _, score = carry
         weights, number = layer
-        after = nnx.merge(graphdef, weights)(before)
+        module = cast(Callable[[jax.Array], jax.Array], nnx.merge(graphdef, weights))
+        after = module(before)
         if watch is not None and score is not None:
-            patches = (y[:, first_patch:] for y in (before, after))
-            score = watch(score, *patches, number / num_layers)
+            score = watch(
+                score, before[:, first_patch:], after[:, first_patch:], number / num_layers
+            )
         return (after, before if remember else None, score), None
 
     score = None if watch is None else jnp.zeros((len(x), x.shape[1] - first_patch), jnp.float32)

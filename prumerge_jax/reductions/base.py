@@ -27,6 +27,8 @@ class Evidence:
       head_attention: [B, H, N] float32, per head the softmax of the CLS row in the layer that made
         `hidden`, over N+1 entries, its first dropped.
       feature_keys: [B, N, D], keys of that layer.
+      feature_attention: [B, N] float32, `attention` of that layer instead of the last one.
+      last_head_attention: [B, H, N] float32, `head_attention` of the last layer.
       watched: [B, N] float32, the method's running score over the tower's layers, see
         `Reduction.watch`.
       projected: [B, N, Dt], all patches through the projector.
@@ -41,6 +43,8 @@ class Evidence:
     cls: jax.Array | None = None
     head_attention: jax.Array | None = None
     feature_keys: jax.Array | None = None
+    feature_attention: jax.Array | None = None
+    last_head_attention: jax.Array | None = None
     watched: jax.Array | None = None
     projected: jax.Array | None = None
     question: tuple[jax.Array, jax.Array] | None = None
@@ -92,6 +96,11 @@ class Reduction(Protocol):
     def raster_order(self) -> bool:
         """Whether tokens come in the order of their patches."""
         return True
+
+    @property
+    def question_tokens(self) -> int:
+        """M: most tokens of a question; above 0 if `needs` has `question`."""
+        return 0
 
     def capacity_for(self, num_patches: int) -> int:
         """R: token slots per image of `num_patches` patches."""

@@ -72,6 +72,11 @@ class Baseline(Reduction):
         """Whether tokens come in the order of their patches."""
         return self.counted.raster_order
 
+    @property
+    def question_tokens(self) -> int:
+        """M of the counted reduction."""
+        return self.counted.question_tokens
+
     def capacity_for(self, num_patches: int) -> int:
         """R of the counted reduction."""
         return self.counted.capacity_for(num_patches)

@@ -1,5 +1,7 @@
 """Running scores over the layers of the tower."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ from flax import nnx
 
 from prumerge_jax import reductions
 from prumerge_jax.models.layers import stack
-from prumerge_jax.models.llava import gather_evidence
+from prumerge_jax.models.llava import gather_evidence, normalize_pixels
 from prumerge_jax.models.tower_layers import run_layers
 from prumerge_jax.reductions import evolution
 from tests.tiny_llava import CONFIG, random_llava
@@ -50,3 +52,29 @@ def test_a_tower_that_is_watched_shows_the_same_features() -> None:
     np.testing.assert_array_equal(watched.watched, baseline.watched)
     assert watched.watched.shape == (2, CONFIG.vision.num_patches)
     assert plain.watched is None
+
+
+def test_the_attention_of_either_layer_and_of_either_kind_of_heads() -> None:
+    """As the tower's own attention computes it, and as the reference does."""
+    vision, side = random_llava(CONFIG).vision, CONFIG.vision.image_size
+    pixels = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
+    features = vision(normalize_pixels(pixels, CONFIG.vision), feature_layer=True)
+    heads = CONFIG.vision.num_heads
+    found = {}
+    for layer, query, keys in (
+        ("23", features.queries[:, 0], features.keys),
+        ("22", features.feature_query, features.feature_keys),
+    ):
+        for kind, number in (("wide", 1), ("mean", heads)):
+            q, k = (
+                query.reshape(2, number, -1),
+                keys.reshape(2, -1, number, CONFIG.vision.width // number),
+            )
+            logits = jnp.einsum("bhd,bnhd->bhn", q, k, precision="highest") * q.shape[-1] ** -0.5
+            expected = jax.nn.softmax(logits, axis=-1).mean(1)[:, 1:]
+            reduction = reductions.parse(f"prumerge:layer={layer},heads={kind}")
+            evidence = gather_evidence(vision, pixels, reduction, dtype=jnp.float32)
+            found[layer, kind] = np.asarray(reduction.attention(evidence))
+            np.testing.assert_allclose(found[layer, kind], expected, atol=1e-6)
+    values = list(found.values())
+    assert not any(np.allclose(x, y, atol=1e-4) for x, y in itertools.combinations(values, 2))
