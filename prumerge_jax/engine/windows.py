@@ -5,7 +5,7 @@ carried over to the next window, where they come first and others fill up their 
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -92,25 +92,29 @@ class WindowPlanner:
         self.encoder, self.model, self.shapes = encoder, encoder.model, encoder.shapes
         self.reduction, self.position_ids, self.counters = reduction, position_ids, counters
 
-    def windows(self, requests: Iterable[Request]) -> Iterator[Window]:
-        """Encoded windows; the next one is encoded while one is handed out.
+    def windows(self, batches: Iterable[list[Request]]) -> Iterator[Window]:
+        """Encoded windows of up to `window_size` requests each; the next one is encoded while one
+        is handed out.
 
         Requests whose image needs more tokens than the capacity come last, encoded again at the
         largest capacity an image can need.
         """
         overflow: list[Request] = []
-        yield from self._windows(requests, self.reduction, overflow)
-        if overflow:
-            yield from self._windows(overflow, self.reduction.uncapped(), [])
+        yield from self._windows(batches, self.reduction, overflow)
+        size = self.shapes.window_size
+        again = [overflow[start : start + size] for start in range(0, len(overflow), size)]
+        if again:
+            yield from self._windows(again, self.reduction.uncapped(), [])
 
     def _windows(
         self,
-        requests: Iterable[Request],
+        batches: Iterable[list[Request]],
         reduction: Reduction,
         overflow: list[Request],
     ) -> Iterator[Window]:
         carried = _CarriedOver([], self.encoder.measure(self.encoder.encode([], reduction)))
-        for encoding, is_last in _one_ahead(self._encodings(requests, reduction)):
+        encodings = (self.encoder.encode(batch, reduction) for batch in batches)
+        for encoding, is_last in _one_ahead(encodings):
             images = self.encoder.measure(encoding)
             admitted, failed = self._admit(encoding, images, overflow)
             window = self._pack(carried, admitted, images, failed)
@@ -119,10 +123,6 @@ class WindowPlanner:
             carried = _CarriedOver([both[index] for index in waiting], images)
             self._count(encoding, images, window)
             yield window
-
-    def _encodings(self, requests: Iterable[Request], reduction: Reduction) -> Iterator[Encoding]:
-        for batch in _together(requests, self.shapes.window_size):
-            yield self.encoder.encode(batch, reduction)
 
     def _admit(
         self, encoding: Encoding, images: EncodedImages, overflow: list[Request]
@@ -247,23 +247,16 @@ class WindowPlanner:
         return None
 
 
-def _together(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
-    """Windows of up to `size` requests in their order. Where those of one set of images are at the
-    end of a window and go on in the next, all of them are in the next, if they are less than half
-    a window."""
-    window: list[Request] = []
-    for request in requests:
-        if len(window) == size:
-            names = [_image_names(each) for each in [*window, request]]
-            cut = size
-            while cut and names[-1] and names[cut - 1] == names[-1]:
-                cut -= 1
-            cut = cut if cut > size / 2 else size
-            yield window[:cut]
-            window = window[cut:]
-        window.append(request)
-    if window:
-        yield window
+def window_end(waiting: Sequence[Request]) -> int:
+    """How many of the waiting requests are in the next window, if it is no larger than all but one
+    of them: those of the last set of images stay for the one after it where they go on there, and
+    are less than half a window."""
+    names = [_image_names(request) for request in waiting]
+    end = len(waiting) - 1
+    cut = end
+    while cut and names[-1] and names[cut - 1] == names[-1]:
+        cut -= 1
+    return cut if cut > end / 2 else end
 
 
 def _image_names(request: Request) -> tuple[str, ...]:

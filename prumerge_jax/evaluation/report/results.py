@@ -34,7 +34,7 @@ class Row:
       images_per_second: None where nothing was timed.
       speedup: images per second over those of `full` in the same run; None without it.
       difference: headline minus that of `full`, with its 95 % interval, in the metric's unit.
-      computed_share: tokens computed for prompts over tokens of the prompts, below 1 where questions
+      computed_share: tokens computed for prompts over tokens of the prompts, below 1 where some
         share what is in front of them; None where nothing was computed.
     """
 
