@@ -9,7 +9,7 @@ import pytest
 from prumerge_jax import sharding
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.engine import Engine
-from prumerge_jax.engine.request import ImageInput, Request, SamplingParams
+from prumerge_jax.engine.request import Answer, ImageInput, Request, SamplingParams
 from prumerge_jax.engine.windows import window_end
 from prumerge_jax.models import tuning
 from prumerge_jax.models.llava import LlavaModel
@@ -129,6 +129,32 @@ def test_windows_with_and_without_groups_compile_nothing_after_a_warm_up(
                 list(run(conversations(count, seed=seed, scored=scored)))
                 list(run(make_requests(count, seed, None if scored else 3)))
     assert compiled == []
+
+
+def stepped(engine: Engine, requests: list[Request]) -> dict[int, tuple[int, ...]]:
+    """Tokens of the answers, step by step; at the end no page is taken."""
+    for request in requests:
+        engine.submit(request)
+    answers = {}
+    while engine.core.is_busy:
+        for event in engine.step():
+            if isinstance(event, Answer):
+                answers[event.key] = event.token_ids
+    assert engine.core.decoder is not None
+    assert engine.core.decoder.taken_pages == engine.core.decoder.valid_tokens == 0
+    return answers
+
+
+@pytest.mark.parametrize("pages", [None, 9])
+def test_pages_of_a_prefix_are_given_back(
+    model: LlavaModel, pages: int | None
+) -> None:
+    shapes = dataclasses.replace(SHARING, slots=8, page_size=8, pages=pages)
+    requests = conversations(24, seed=5)
+    answers = stepped(make_engine(model, shapes), requests)
+    apart = dataclasses.replace(shapes, share_prefixes=False)
+    expected = stepped(make_engine(model, apart), requests)
+    assert answers == expected
 
 
 @pytest.mark.slow
