@@ -23,10 +23,11 @@ from prumerge_jax.data.tokenizer import TextStream, Tokenizer
 from prumerge_jax.engine.build import Draft, Images, RequestBuilder, check_list, named_image
 from prumerge_jax.engine.encoding import PlacedModel, compute_dtype, data_shards
 from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.pages import pages_that_fit
 from prumerge_jax.engine.request import Answer, Delta, SamplingParams
 from prumerge_jax.engine.shapes import EngineConfig, EngineSizes, fit
 from prumerge_jax.messages import quoted
-from prumerge_jax.models import config_json
+from prumerge_jax.models import config_json, tuning
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import (
     abstract_model,
@@ -331,15 +332,18 @@ class Llava:
         vision = dataclasses.replace(self.config.vision, image_size=self.image_size(reduction))
         config = dataclasses.replace(self.config, vision=vision)
         model = dataclasses.replace(self._model, config=config)
-        shapes = fit(
-            self.engine_config,
-            reduction,
-            model.config.vision.num_patches,
-            np.array(text_tokens, np.int64),
-            max_new_tokens=max_new_tokens,
-            max_positions=model.config.text.max_positions,
-            shards=model.shards,
-        )
+        with self.placed():
+            page_size = self.engine_config.page_size or tuning.current().page_size
+            shapes = fit(
+                self.engine_config,
+                reduction,
+                model.config.vision.num_patches,
+                np.array(text_tokens, np.int64),
+                max_new_tokens=max_new_tokens,
+                max_positions=model.config.text.max_positions,
+                shards=model.shards,
+                pages_that_fit=pages_that_fit(model, page_size),
+            )
         if model.mesh is None:
             shapes = shapes.limited_to(len(text_tokens))
         return Engine(model, reduction, shapes, position_ids=position_ids)
