@@ -17,8 +17,8 @@ ACTIVATION_BYTES = 2
 class Parameters:
     """Numbers of weights; `total` is the complete checkpoint.
 
-    `vision_used` are those of `vision` that the penultimate features and the last block's keys and
-    CLS query depend on: all that PruMerge needs.
+    `head` is 0 where the embedding is the head too. `vision_used` are those of `vision` that the
+    penultimate features and the last block's keys and CLS query depend on: all that PruMerge needs.
     """
 
     vision: int
@@ -54,13 +54,15 @@ def parameters(config: LlavaConfig) -> Parameters:
         embedding=text.vocab_size * text.width,
         blocks=block_parameters(text),
         norms=(2 * text.num_layers + 1) * text.width,
-        head=text.width * text.vocab_size,
+        head=0 if text.tied_head else text.width * text.vocab_size,
     )
 
 
 def block_parameters(text: TextConfig) -> int:
-    """Number of weights in the linear layers of all decoder blocks."""
-    return text.num_layers * sum(i * o for i, o in decoder_linears(text).values())
+    """Number of weights in the linear layers of all decoder blocks, biases included."""
+    linears = decoder_linears(text)
+    biases = sum(linears[f"{name}_proj"][1] for name in "qkv") if text.qkv_bias else 0
+    return text.num_layers * (sum(i * o for i, o in linears.values()) + biases)
 
 
 def lora_parameters(text: TextConfig, rank: int) -> int:
@@ -138,14 +140,14 @@ def training_flops(
 ) -> dict[str, float]:
     """Model FLOPs of one sample: frozen tower and decoder, trained adapters and projector.
 
-    `base` follows the 4N convention, N = blocks + head: the frozen weights need a forward and an
-    activation gradient but no weight gradient. Recomputed activations do not count. MFU is the sum
-    of the components that a report names, over time and peak.
+    `base` follows the 4N convention, N = blocks + head (a tied one included): the frozen weights
+    need a forward and an activation gradient but no weight gradient. Recomputed activations do not
+    count. MFU is the sum of the components that a report names, over time and peak.
     """
     counts = parameters(config)
     sequence = visual_tokens + text_tokens
     return {
-        "base": 4 * (counts.blocks + counts.head) * sequence,
+        "base": 4 * (counts.blocks + config.text.width * config.text.vocab_size) * sequence,
         "vision": tower_flops(config.vision),
         "attention": 3 * attention_flops(config.text, sequence * sequence / 2),
         "adapters": 6 * lora_parameters(config.text, lora_rank) * sequence,

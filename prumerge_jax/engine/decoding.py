@@ -13,9 +13,10 @@ import numpy as np
 from prumerge_jax.data import packing
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.encoding import PlacedModel
-from prumerge_jax.engine.request import MAX_STOP_IDS, Answer, Delta, FinishReason, Request
+from prumerge_jax.engine.request import Answer, Delta, FinishReason, Request
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.engine.windows import Window
+from prumerge_jax.models.config import MAX_STOP_IDS
 from prumerge_jax.models.llama import KVCache
 
 
@@ -71,7 +72,7 @@ class SlotDecoder:
 
     def _stop_ids(self, request: Request) -> tuple[int, ...]:
         chosen = request.sampling.stop_ids
-        return (self.model.config.eos_token_id,) if chosen is None else chosen
+        return self.model.config.eos_token_ids if chosen is None else chosen
 
     def _run_segments(
         self,

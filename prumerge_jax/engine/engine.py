@@ -100,9 +100,9 @@ class Engine:
         """
         side = self.model.config.vision.image_size
         image = ImageInput(np.zeros((1, side, side, 3), np.uint8))
-        token_ids = np.array([self.model.config.bos_token_id, IMAGE_TOKEN], np.int32)
+        token_ids = np.array([0, IMAGE_TOKEN], np.int32)
         sampling = SamplingParams(max_new_tokens=2, stop_ids=())
-        request = Request(0, token_ids, (image,), sampling=sampling)
+        request = Request(0, token_ids, (image,), sampling=sampling, question_ids=token_ids[:1])
         patches = self.model.config.vision.num_patches
         for reduction in dict.fromkeys((self.reduction, self.reduction.uncapped())):
             if reduction.capacity_for(patches) >= self.reduction.capacity_for(patches):

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prumerge_jax.engine.request import MAX_STOP_IDS
+from prumerge_jax.models.config import MAX_STOP_IDS
 from prumerge_jax.models.llama import KVCache, PartialHidden, empty_cache
-from prumerge_jax.models.llava import encode_images
+from prumerge_jax.models.llava import embed_question, encode_images
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.reductions import Reduction
 from prumerge_jax.sharding.mesh import constrain
@@ -29,6 +29,7 @@ class Rows(NamedTuple):
     visual_index: jax.Array
     positions: jax.Array
     segment_ids: jax.Array
+    branch_ids: jax.Array | None = None
 
 
 class Sampling(NamedTuple):
@@ -105,13 +106,24 @@ def encode(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     pixels: jax.Array,
+    question_ids: jax.Array | None = None,
     *,
     reduction: Reduction,
     dtype: jnp.dtype,
 ) -> VisualTokens:
-    """[B, S, S, 3] uint8 -> reduced visual tokens of capacity R."""
+    """[B, S, S, 3] uint8, [B, M] int32 -> reduced visual tokens of capacity R.
+
+    Question ids are -1 beyond the question; None where the reduction reads none.
+    """
     model = nnx.merge(graphdef, state)
-    return encode_images(model.vision, pixels, reduction, dtype=dtype, projector=model.projector)
+    return encode_images(
+        model.vision,
+        pixels,
+        reduction,
+        dtype=dtype,
+        projector=model.projector,
+        question=embed_question(model.decoder, question_ids, dtype),
+    )
 
 
 @jax.jit
@@ -142,6 +154,7 @@ def prefill(
         x,
         rows.positions,
         rows.segment_ids,
+        branch_ids=rows.branch_ids,
         max_segment_length=max_segment_length,
     )
 
@@ -162,6 +175,7 @@ def hidden_before_last_mlp(
         x,
         rows.positions,
         rows.segment_ids,
+        branch_ids=rows.branch_ids,
         max_segment_length=max_segment_length,
     )
 

@@ -14,10 +14,11 @@ import numpy as np
 
 from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IGNORE
+from prumerge_jax.data.visual_layout import CropTokens, runs
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding
 from prumerge_jax.engine.request import Answer, Request, Usage
-from prumerge_jax.reductions import Reduction
+from prumerge_jax.reductions import Reduction, spell
 
 
 @dataclasses.dataclass
@@ -45,7 +46,6 @@ class Window:
     Attributes:
       requests: those that can run; first the ones carried over from the previous window.
       planned: the packing's view of them, in the same order.
-      layout: lengths of the images in `pool`.
       pool: [2 * window_size, R, Dv] visual tokens of the previous window and of this one.
       batches: rows to run; requests that are in none of them are carried over.
       failed: answers of the requests that cannot run.
@@ -53,14 +53,13 @@ class Window:
 
     requests: list[Request]
     planned: list[packing.Request]
-    layout: packing.VisualLayout
     pool: jax.Array
     batches: list[packing.Rows]
     failed: list[Answer]
 
     def usage(self, index: int, new_tokens: int) -> Usage:
         """Token counts of request `index`."""
-        visual = sum(int(self.layout.lengths[row]) for row in self.planned[index].image_rows)
+        visual = sum(len(run) for run in self.planned[index].runs)
         return Usage(visual, self.requests[index].text_tokens, new_tokens)
 
 
@@ -157,27 +156,28 @@ class WindowPlanner:
     ) -> Window:
         """All requests in rows, those carried over in the first ones."""
         size, batches, capacity = images.patch_indices.shape
-
-        def planned(request: Request, image: int | None, first_batch: int) -> packing.Request:
-            """`first_batch`: where the pool has the batches of the image's window."""
-            if image is None:
-                return _planned(request, ())
-            # The order of `programs.join`: on a mesh no image leaves the device that encoded it.
-            return _planned(request, (image % size * 2 * batches + first_batch + image // size,))
-
         before = carried.images
-        everything = [planned(*each, 0) for each in carried.admitted]
-        everything += [planned(*each, batches) for each in admitted]
-        layout = packing.VisualLayout(
+        crops = CropTokens(
             np.concatenate([before.lengths, images.lengths], axis=1).reshape(-1),
             np.concatenate([before.patch_indices, images.patch_indices], axis=1).reshape(
                 -1, capacity
             ),
             self.model.config.vision.num_patches,
         )
+
+        def planned(request: Request, image: int | None, first_batch: int) -> packing.Request:
+            """`first_batch`: where the pool has the batches of the image's window."""
+            if image is None:
+                return _planned(request, ())
+            # The order of `programs.join`: on a mesh no image leaves the device that encoded it.
+            row = image % size * 2 * batches + first_batch + image // size
+            return _planned(request, runs(crops, [row]))
+
+        everything = [planned(*each, 0) for each in carried.admitted]
+        everything += [planned(*each, batches) for each in admitted]
         rows = packing.pack_window(
             everything,
-            layout,
+            crops.num_slots,
             self.shapes.row_length,
             self.shapes.prefill_rows,
             shards=self.model.shards,
@@ -187,7 +187,6 @@ class WindowPlanner:
         return Window(
             [each.request for each in carried.admitted + admitted],
             everything,
-            layout,
             programs.join(before.tokens + images.tokens),
             rows,
             failed,
@@ -212,6 +211,8 @@ class WindowPlanner:
         """Why a request cannot run; None if it can."""
         if broken:
             return "the image's CLS attention is not finite; check the image and the weights"
+        if request.images and (reason := self._unread_question(request)):
+            return reason
         length = request.text_tokens + visual_tokens + len(request.continuation)
         max_positions = self.model.config.text.max_positions
         if length > min(self.shapes.longest_prompt, max_positions):
@@ -229,6 +230,18 @@ class WindowPlanner:
             )
         return None
 
+    def _unread_question(self, request: Request) -> str | None:
+        """Why the reduction cannot read the request's question; None if it can or need not."""
+        most, tokens = self.reduction.question_tokens, len(request.question_ids)
+        if most and not tokens:
+            return f"the reduction {spell(self.reduction)} reads the question, but there is none"
+        if tokens > most > 0:
+            return (
+                f"the question's keywords have {tokens} tokens; the reduction reads {most}: "
+                f"shorten it, or set question_tokens={tokens}"
+            )
+        return None
+
 
 def _one_ahead(encodings: Iterator[Encoding]) -> Iterator[tuple[Encoding, bool]]:
     """Each encoding and whether it is the last; the next one is dispatched before."""
@@ -239,9 +252,9 @@ def _one_ahead(encodings: Iterator[Encoding]) -> Iterator[tuple[Encoding, bool]]
         current = following
 
 
-def _planned(request: Request, image_rows: tuple[int, ...]) -> packing.Request:
+def _planned(request: Request, images: tuple[packing.Run, ...]) -> packing.Request:
     """The packing's view of a request: prompt and continuation, the latter to be predicted."""
     token_ids = np.concatenate([request.token_ids, request.continuation]).astype(np.int32)
     labels = np.full(token_ids.shape, IGNORE, np.int32)
     labels[len(request.token_ids) :] = request.continuation
-    return packing.Request(token_ids, image_rows, labels)
+    return packing.Request(token_ids, images, labels)

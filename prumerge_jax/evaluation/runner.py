@@ -285,7 +285,8 @@ class _Answerer:
                 continue
             seed = (self.sampling.seed + index) % MAX_SEED
             sampling = dataclasses.replace(self.sampling, seed=seed)
-            yield Draft(index, prompt, self._image(index), sampling=sampling)
+            asked = self.builder.question_ids(self.rows.questions[index].text)
+            yield Draft(index, prompt, self._image(index), sampling=sampling, question_ids=asked)
 
     def _prompt(self, question: Question) -> np.ndarray | ValueError:
         """Token ids [T] int32, or why there are none."""

@@ -140,18 +140,20 @@ def _examples(plan: Plan, model: Llava, questions: TaskQuestions) -> list[Exampl
             break
     return [
         example
-        for image in first
+        for image, index in first.items()
         for run in runs
-        if (example := _example(model, run, image)) is not None
+        if (example := _example(model, run, image, questions.questions[index].text)) is not None
     ]
 
 
-def _example(model: Llava, run: Run, image: str) -> Example | None:
+def _example(model: Llava, run: Run, image: str, question: str) -> Example | None:
     task = run.questions.task
     assert task.images is not None  # TaskQuestions.check_images
     mode = task.benchmark.image_mode(run.decoding.protocol)
     try:
-        explained = model.explain(task.images / image, reduction=run.reduction, image_mode=mode)
+        explained = model.explain(
+            task.images / image, reduction=run.reduction, image_mode=mode, question=question
+        )
     except ValueError:  # a bad image is in errors.jsonl already
         return None
     drawing = io.BytesIO()
