@@ -19,7 +19,6 @@ import jax
 import numpy as np
 import tqdm
 
-from prumerge_jax.data.conversation import chat_template
 from prumerge_jax.data.images import ImageProcessor
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.build import Draft, RequestBuilder
@@ -241,7 +240,7 @@ class _Answerer:
         mode = rows.task.benchmark.image_mode(decoding.protocol)
         self.builder = RequestBuilder(
             model.tokenizer,
-            chat_template(decoding.conversation),
+            model.template(decoding.conversation),
             ImageProcessor(model.image_size(reduction), vision.pixel_mean, mode),
             decoding.num_workers,
         )
