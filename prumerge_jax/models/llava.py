@@ -14,10 +14,11 @@ from flax import nnx
 
 from prumerge_jax import prumerge, reductions, sharding
 from prumerge_jax.models import tuning
-from prumerge_jax.models.clip import ClipVision, gelu, head_attention
+from prumerge_jax.models.clip import ClipVision, gelu
 from prumerge_jax.models.config import LlavaConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear
 from prumerge_jax.models.llama import Llama
+from prumerge_jax.models.tower_layers import head_attention
 
 
 class LlavaModel(nnx.Module):
@@ -99,6 +100,7 @@ def gather_evidence(
         normalize_pixels(pixels, vision.config).astype(dtype),
         feature_layer=bool(needs & {"head_attention", "feature_keys", "feature_attention"}),
         watch=reduction.watch if "watched" in needs else None,
+        stages=_stages(vision.config, reduction, pixels.shape[1]),
     )
     hidden, heads = features.hidden[:, 1:], vision.config.num_heads
     of_layer: dict[str, jax.Array] = {}
@@ -116,9 +118,19 @@ def gather_evidence(
         cls=features.hidden[:, 0] if "cls" in needs else None,
         **of_layer,
         watched=features.watched,
+        groups=features.groups,
         projected=None if projector is None or "projected" not in needs else projector(hidden),
         question=question,
     )
+
+
+def _stages(
+    vision: VisionConfig, reduction: reductions.Reduction, side: int
+) -> tuple[reductions.Stage, ...] | None:
+    """The merges inside the tower on images of this side; None where nobody asks for any."""
+    if "groups" not in reduction.needs:
+        return None
+    return reduction.stages(vision.num_layers - 1, (side // vision.patch_size) ** 2)
 
 
 def embed_question(

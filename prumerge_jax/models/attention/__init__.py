@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from prumerge_jax.models import tuning
 from prumerge_jax.models.attention import blocks, cache, cudnn, splash, xla
+from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.attention.shards import HEADS
 from prumerge_jax.sharding.mesh import Axes
 
@@ -36,6 +37,7 @@ def attend(
     v: jax.Array,
     *,
     segment_ids: jax.Array | None = None,
+    key_bias: jax.Array | None = None,
     causal: bool = False,
     max_segment_length: int | None = None,
     axes: Axes = HEADS,
@@ -47,6 +49,8 @@ def attend(
       q: [B, T, H, D].
       k, v: [B, T, K, D]; K divides H (grouped-query attention).
       segment_ids: [B, T] int32; a query sees only keys of its own segment.
+      key_bias: [B, T] float32, added to the logits of a key for every query. Heads are then wider,
+        see `key_bias.py`; a preferred backend that does not take them gives way to `xla`.
       causal: a query sees only keys at its own index or before.
       max_segment_length: the promise that no segment has more tokens and that each is in one
         piece. `blocks` and `splash` then leave out keys that are too far away to be seen; the
@@ -60,12 +64,16 @@ def attend(
     Raises:
       ValueError: an unknown implementation.
     """
+    head_dim = q.shape[-1]
+    if key_bias is not None:
+        q, k, v = with_columns(q, k, v, key_bias)
     name = implementation or backend_for(q.dtype, q.shape[-1])
     if name not in _BACKENDS:
         raise ValueError(f"unknown attention {name!r:.80}; expected one of {sorted(_BACKENDS)}")
-    return _BACKENDS[name](
+    attended = _BACKENDS[name](
         q, k, v, segment_ids, causal=causal, max_segment_length=max_segment_length, axes=axes
     )
+    return attended[..., :head_dim]
 
 
 def attend_to_cache(
