@@ -2,7 +2,7 @@
 
 PruMerge leaves every image with a different number of visual tokens. Padding all sequences to the
 longest would compute several times the real tokens; packing them into rows of a fixed length (see
-`fill_rows`) computes hardly any more, at one compiled shape. The planner needs lengths and text
+`filling`) computes hardly any more, at one compiled shape. The planner needs lengths and text
 alone, never the visual tokens themselves, so it runs on the host (NumPy) while the device encodes.
 Which visual tokens take the place of an image is given to it as a `Run`, see `visual_layout`.
 
@@ -11,10 +11,13 @@ Shapes: L row length. The pool is the array of the encoded visual tokens, its sl
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from prumerge_jax.data import filling
+from prumerge_jax.data.filling import Group, fill_rows_with_groups
+from prumerge_jax.data.prefixes import find_groups
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.messages import quoted
 
@@ -103,12 +106,17 @@ class Rows:
       visual_index: int32 [rows, L], slot of the pool of the visual token, or `NEWLINE`; -1 at text
         and padding.
       positions: int32 [rows, L], from 0 in every segment; 0 at padding.
-      segment_ids: int32 [rows, L], 1, 2, ... along each row; 0 at padding.
+      segment_ids: int32 [rows, L], 1, 2, ... along each row; 0 at padding. Requests that share a
+        prefix are one segment.
       targets: int32 [rows, L], the label of the next position of the same segment, or `IGNORE`.
       requests: int32 [n], the requests in these rows, ascending, as indices of the planner's input.
       row_of: int32 [n], the row of each of them.
-      start_of: int32 [n], the column of its first token.
-      length_of: int32 [n], its tokens, visual ones included.
+      start_of: int32 [n], the column of the first token that is its own.
+      length_of: int32 [n], its own tokens, visual ones included.
+      prefix_start_of: int32 [n], the column of the prefix in front of them.
+      prefix_length_of: int32 [n], tokens of that; 0 where all are its own.
+      branch_ids: int32 [rows, L], 0 at prefixes, 1, 2, ... along each segment at what follows them,
+        0 at everything else; None where nothing is shared.
     """
 
     ids: np.ndarray
@@ -120,6 +128,19 @@ class Rows:
     row_of: np.ndarray
     start_of: np.ndarray
     length_of: np.ndarray
+    prefix_start_of: np.ndarray
+    prefix_length_of: np.ndarray
+    branch_ids: np.ndarray | None
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens that are no padding."""
+        return int(np.count_nonzero(self.segment_ids))
+
+    @property
+    def request_tokens(self) -> int:
+        """Tokens of the requests, each with its prefix."""
+        return int(self.length_of.sum() + self.prefix_length_of.sum())
 
 
 def sequence_lengths(requests: Sequence[Request]) -> np.ndarray:
@@ -128,73 +149,6 @@ def sequence_lengths(requests: Sequence[Request]) -> np.ndarray:
         [r.token_ids.size - len(r.runs) + sum(len(run) for run in r.runs) for r in requests],
         np.int64,
     )
-
-
-def fill_rows(
-    lengths: Sequence[int] | np.ndarray, row_length: int, *, carried_over: int = 0
-) -> list[list[int]]:
-    """Bin packing, row after row: the largest unplaced sequence and the subset that fills the row
-    best with it.
-
-    This is the minimum bin slack heuristic (Gupta and Ho 1999). First-fit-decreasing leaves half of
-    a short sequence over in every row, here 3 %; this one next to nothing before the last rows.
-    No unplaced sequence fits in what a row leaves over, so any two rows hold more than one has room
-    for. Deterministic: of equal lengths the first in the input comes first.
-
-    Args:
-      lengths: the lengths to be packed.
-      row_length: room in a row.
-      carried_over: this many of the first lengths are packed first-fit-decreasing before all
-        others, into the first rows.
-
-    Returns:
-      For each row the indices into `lengths`, in the order in which they are placed in the row.
-
-    Raises:
-      ValueError: a length is smaller than 1 or larger than `row_length`.
-    """
-    lengths = np.asarray(lengths, np.int64)
-    _check_fits(lengths, row_length)
-    size = lengths.tolist()
-    order = np.argsort(-lengths, kind="stable").tolist()
-    first = [index for index in order if index < carried_over]
-    waiting = [index for index in order if index >= carried_over]
-    rows: list[list[int]] = []
-    while first or waiting:
-        row: list[int] = []
-        free = row_length
-        for index in first:
-            if size[index] <= free:
-                row.append(index)
-                free -= size[index]
-        longest = next((index for index in waiting if size[index] <= free), None)
-        if longest is not None:
-            others = [index for index in waiting if index != longest]
-            chosen = _best_subset([size[index] for index in others], free - size[longest])
-            row += [longest, *(others[place] for place in chosen)]
-        rows.append(row)
-        first = [index for index in first if index not in row]
-        waiting = [index for index in waiting if index not in row]
-    return rows
-
-
-def _best_subset(lengths: Sequence[int], room: int) -> list[int]:
-    """The subset of the lengths with the largest sum up to `room`, with the first if possible.
-
-    Subset sum by dynamic programming. Bit s of `sums[i]` says that some of the first i add up to s.
-    """
-    sums = [1]
-    for length in lengths:
-        if sums[-1] >> room:
-            break
-        sums.append((sums[-1] | sums[-1] << length) & ((2 << room) - 1))
-    total = sums[-1].bit_length() - 1
-    chosen = []
-    for place in reversed(range(len(sums) - 1)):
-        if not sums[place] >> total & 1:
-            chosen.append(place)
-            total -= lengths[place]
-    return chosen[::-1]
 
 
 def pack_window(
@@ -206,6 +160,7 @@ def pack_window(
     shards: int = 1,
     position_ids: PositionIds = "compact",
     carried_over: int = 0,
+    share_prefixes: bool = False,
 ) -> list[Rows]:
     """Packs a window of requests into as many batches of `num_rows` rows as it takes.
 
@@ -222,53 +177,55 @@ def pack_window(
         the text continue after the whole image.
       carried_over: this many of the first requests get the first rows; the others fill up what is
         left.
+      share_prefixes: whether requests of a row with the same visual tokens and text at their
+        beginning have these once, see `prefixes`. What is predicted, and the position that predicts
+        it, stays each request's own.
 
     Raises:
       ValueError: a request is longer than a row, refers to a slot that the pool lacks or to slots
         of two shards; `num_rows` or the slots do not divide by `shards`.
     """
-    batches = _plan(requests, num_slots, row_length, num_rows, shards, carried_over)
-    tokens = _expand(requests, position_ids)
-    return [_fill(tokens, batch, row_length) for batch in batches]
-
-
-def _check_fits(lengths: np.ndarray, row_length: int) -> None:
-    outside = np.flatnonzero((lengths < 1) | (lengths > row_length))
-    if outside.size:
-        worst = int(outside[0])
-        raise ValueError(
-            f"request {worst} has {lengths[worst]} tokens; expected 1 to {row_length}, the row "
-            "length. Nothing is truncated: shorten it or use longer rows"
-        )
-
-
-def _plan(
-    requests: Sequence[Request],
-    num_slots: int,
-    row_length: int,
-    num_rows: int,
-    shards: int,
-    carried_over: int,
-) -> list[list[list[int]]]:
-    """Which requests are in which row of which batch: [batch][row] -> request indices."""
     if num_rows < 1 or num_rows % shards:
         raise ValueError(f"num_rows {num_rows} is not a positive multiple of {shards} shards")
-    lengths = sequence_lengths(requests)
-    _check_fits(lengths, row_length)
-    shard_of = _shard_of_requests(requests, num_slots, lengths, shards)
+    tokens = _expand(requests, position_ids)
+    filling.check_fits(tokens.lengths, row_length)
+    shard_of = _shard_of_requests(requests, num_slots, tokens.lengths, shards)
     rows_of_shard = []
     for shard in range(shards):
         members = np.flatnonzero(shard_of == shard)
-        packed = fill_rows(
-            lengths[members], row_length, carried_over=int(np.count_nonzero(members < carried_over))
+        first, others = members[members < carried_over], members[members >= carried_over]
+        groups = _groups(tokens, first, share_prefixes)
+        rows_of_shard.append(
+            fill_rows_with_groups(
+                groups + _groups(tokens, others, share_prefixes),
+                tokens.lengths,
+                row_length,
+                carried_over=len(groups),
+            )
         )
-        rows_of_shard.append([members[row].tolist() for row in packed])
-    block = num_rows // shards
+    batches = _batches(rows_of_shard, num_rows)
+    return [_fill(tokens, batch, row_length) for batch in batches]
+
+
+def _groups(tokens: "_Tokens", members: np.ndarray, share_prefixes: bool) -> list[Group]:
+    """Groups of the requests members [n]."""
+    if not share_prefixes:
+        return [Group(0, (index,)) for index in members.tolist()]
+    groups = find_groups(*tokens.beginnings(members))
+    return [Group(g.prefix, tuple(members[list(g.members)].tolist())) for g in groups]
+
+
+def _batches(rows_of_shard: Sequence[list[list[Group]]], num_rows: int) -> list[list[list[Group]]]:
+    """Batches of rows, [batch][row] -> groups, of those of each shard, [shard][row]; the last are
+    empty where shards have fewer."""
+    block = num_rows // len(rows_of_shard)
     batches = -(-max(len(rows) for rows in rows_of_shard) // block)
-    for rows in rows_of_shard:
-        rows += [[] for _ in range(batches * block - len(rows))]
     return [
-        [row for rows in rows_of_shard for row in rows[batch * block : (batch + 1) * block]]
+        [
+            rows[at] if at < len(rows) else []
+            for rows in rows_of_shard
+            for at in range(batch * block, (batch + 1) * block)
+        ]
         for batch in range(batches)
     ]
 
@@ -315,6 +272,23 @@ class _Tokens:
     targets: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
+
+    def beginnings(self, requests: np.ndarray) -> tuple[list[np.ndarray], list[int]]:
+        """What `find_groups` compares of requests [n], and how much of each may be a prefix.
+
+        The last position, and those that predict something, are the request's own: what is read
+        there differs from request to request.
+        """
+        # One number says which token it is, text or visual, and at which position.
+        names = np.where(self.visual_index == _TEXT, self.ids, _TEXT + NEWLINE - self.visual_index)
+        names = names * (1 + self.positions.max(initial=0)) + self.positions
+        cuts = [slice(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
+        predicts = [np.flatnonzero(self.targets[cuts[index]] != IGNORE) for index in requests]
+        shareable = [
+            int(where[0]) if where.size else int(self.lengths[index]) - 1
+            for index, where in zip(requests, predicts, strict=True)
+        ]
+        return [names[cuts[index]] for index in requests], shareable
 
 
 def _concatenated(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -373,34 +347,67 @@ def _expand(requests: Sequence[Request], position_ids: PositionIds) -> _Tokens:
     )
 
 
-def _fill(tokens: _Tokens, rows: list[list[int]], row_length: int) -> Rows:
-    """Copies the tokens of the requests in `rows` to their places."""
-    counts = [len(row) for row in rows]
-    requests = np.array([index for row in rows for index in row], np.int64)
-    row_of = np.repeat(np.arange(len(rows)), counts)
-    segment_of = 1 + _ranges(np.zeros(len(rows), np.int64), np.array(counts))
-    length_of = tokens.lengths[requests]
-    ends = np.cumsum(length_of)
-    before_row = np.concatenate([[0], ends])[np.cumsum(counts) - counts]
-    start_of = ends - length_of - before_row[row_of]
+class _Pieces(NamedTuple):
+    """Stretches of requests' tokens in the order in which they fill the rows, each [pieces].
 
-    source = _ranges(tokens.starts[requests], length_of)
-    destination = _ranges(row_of * row_length + start_of, length_of)
+    Attributes:
+      request: whose tokens they are; of a prefix, the first of those that share it.
+      begin, length: where among its tokens.
+      row, segment, branch: what they are part of.
+    """
+
+    request: np.ndarray
+    begin: np.ndarray
+    length: np.ndarray
+    row: np.ndarray
+    segment: np.ndarray
+    branch: np.ndarray
+
+
+def _pieces(lengths: np.ndarray, rows: Sequence[Sequence[Group]]) -> _Pieces:
+    """The pieces of groups in rows: each one's prefix, where it has one, and its members."""
+    pieces = []
+    for row, groups in enumerate(rows):
+        for segment, group in enumerate(groups, start=1):
+            prefix = group.prefix if len(group.members) > 1 else 0
+            if prefix:
+                pieces.append((group.members[0], 0, prefix, row, segment, 0))
+            for branch, member in enumerate(group.members, start=1):
+                own = lengths[member] - prefix
+                pieces.append((member, prefix, own, row, segment, branch if prefix else 0))
+    return _Pieces(*np.array(pieces, np.int64).reshape(-1, 6).T)
+
+
+def _fill(tokens: _Tokens, rows: Sequence[Sequence[Group]], row_length: int) -> Rows:
+    """Copies the tokens of the groups in `rows` to their places."""
+    pieces = _pieces(tokens.lengths, rows)
+    ends = np.cumsum(pieces.length)
+    before_row = np.concatenate([[0], ends])[np.searchsorted(pieces.row, pieces.row)]
+    start = ends - pieces.length - before_row
+    source = _ranges(tokens.starts[pieces.request] + pieces.begin, pieces.length)
+    destination = _ranges(pieces.row * row_length + start, pieces.length)
 
     def place(values: np.ndarray, padding: int) -> np.ndarray:
         flat = np.full(len(rows) * row_length, padding, np.int32)
         flat[destination] = values
         return flat.reshape(len(rows), row_length)
 
-    order = np.argsort(requests)
+    is_prefix = (pieces.branch == 0) & (pieces.length < tokens.lengths[pieces.request])
+    # Every prefix stands in front of its branches.
+    latest = np.maximum.accumulate(np.where(is_prefix, np.arange(len(start)), 0))
+    own = np.flatnonzero(~is_prefix)
+    own = own[np.argsort(pieces.request[own])]
     return Rows(
         ids=place(tokens.ids[source], 0),
         visual_index=place(tokens.visual_index[source], _TEXT),
         positions=place(tokens.positions[source], 0),
-        segment_ids=place(np.repeat(segment_of, length_of), 0),
+        segment_ids=place(np.repeat(pieces.segment, pieces.length), 0),
         targets=place(tokens.targets[source], IGNORE),
-        requests=requests[order].astype(np.int32),
-        row_of=row_of[order].astype(np.int32),
-        start_of=start_of[order].astype(np.int32),
-        length_of=length_of[order].astype(np.int32),
+        requests=pieces.request[own].astype(np.int32),
+        row_of=pieces.row[own].astype(np.int32),
+        start_of=start[own].astype(np.int32),
+        length_of=pieces.length[own].astype(np.int32),
+        prefix_start_of=np.where(pieces.begin, start[latest], 0)[own].astype(np.int32),
+        prefix_length_of=pieces.begin[own].astype(np.int32),
+        branch_ids=place(np.repeat(pieces.branch, pieces.length), 0) if is_prefix.any() else None,
     )

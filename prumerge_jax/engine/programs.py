@@ -29,6 +29,7 @@ class Rows(NamedTuple):
     visual_index: jax.Array
     positions: jax.Array
     segment_ids: jax.Array
+    branch_ids: jax.Array | None = None
 
 
 class Sampling(NamedTuple):
@@ -153,6 +154,7 @@ def prefill(
         x,
         rows.positions,
         rows.segment_ids,
+        branch_ids=rows.branch_ids,
         max_segment_length=max_segment_length,
     )
 
@@ -173,6 +175,7 @@ def hidden_before_last_mlp(
         x,
         rows.positions,
         rows.segment_ids,
+        branch_ids=rows.branch_ids,
         max_segment_length=max_segment_length,
     )
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from prumerge_jax.data import packing
+from prumerge_jax.data import filling
 from prumerge_jax.reductions import Reduction
 
 MULTIPLE = 128
@@ -205,7 +205,7 @@ def fit(
 def row_length_for_variable_counts(longest: np.ndarray) -> int:
     """Room for six of the longest sequences, but no more than 1024 tokens unless one is longer.
 
-    Among that many, some fill a row completely, see `packing.fill_rows`. Longer rows gain
+    Among that many, some fill a row completely, see `filling.fill_rows`. Longer rows gain
     little, and attention that does not leave out keys by `longest_prompt` computes the square of
     every row.
 
@@ -228,7 +228,7 @@ def row_length_for_fixed_counts(lengths: np.ndarray) -> int:
     most = int(lengths.max())
     sample = np.sort(lengths)[::-1][:: -(-len(lengths) // SAMPLE)]
     computed = {
-        row_length: row_length * len(packing.fill_rows(sample, row_length))
+        row_length: row_length * len(filling.fill_rows(sample, row_length))
         for row_length in range(
             _next_multiple(most, MULTIPLE), _next_multiple(2 * most, MULTIPLE) + 1, MULTIPLE
         )

@@ -38,6 +38,10 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "pad_token_id": (0, 1 << 21),
     "bos_token_id": (0, 1 << 21),
     "eos_token_ids": (0, 1 << 21),
+    "video_token_id": (0, 1 << 21),
+    "feature_layer": (-2, -1),
+    "image_grid_pinpoints": (1, 1 << 19),
+    "anyres_max": (1, 64),
     "pixel_mean": (-1e3, 1e3),
     "pixel_std": (1e-6, 1e3),
     "rank": (1, 1 << 14),
@@ -47,7 +51,14 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 _MAX_STRING = 64
 _MAX_ITEMS = 64
 # Fields that directories written before other model families lack; they take their defaults.
-_ADDED = frozenset({"qkv_bias", "tied_head", "rope_scaling"})
+_ADDED = frozenset(
+    {
+        *("qkv_bias", "tied_head", "rope_scaling"),
+        *("cls_token", "pre_norm", "patch_bias", "feature_layer", "attention", "pooling_head"),
+        *("family", "video_token_id", "image_newline", "video_tower", "image_grid_pinpoints"),
+        *("anyres_max", "anyres_source", "chat_template"),
+    }
+)
 
 Config = TypeVar("Config")
 

@@ -126,13 +126,15 @@ class Llama(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         *,
+        branch_ids: jax.Array | None = None,
         max_segment_length: int | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Final hidden states [B, T, D] of packed rows, and their keys and values [L, B, T, K, D].
 
         Arguments as in `__call__` and `attention.attend`.
         """
-        rows = PackedRows(rotation(positions, self.config), segment_ids, max_segment_length)
+        at = rotation(positions, self.config)
+        rows = PackedRows(at, segment_ids, branch_ids, max_segment_length)
         x, cache = self._rows(x, rows, keep_cache=True)
         assert cache is not None
         return self.norm(x), cache
@@ -143,6 +145,7 @@ class Llama(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         *,
+        branch_ids: jax.Array | None = None,
         max_segment_length: int | None = None,
     ) -> PartialHidden:
         """Packed rows up to the last layer's attention; `last_mlp_at` computes the rest for some.
@@ -150,7 +153,8 @@ class Llama(nnx.Module):
         Most of the last layer is its MLP, and scoring asks for few positions. Arguments as in
         `prefill`.
         """
-        rows = PackedRows(rotation(positions, self.config), segment_ids, max_segment_length)
+        at = rotation(positions, self.config)
+        rows = PackedRows(at, segment_ids, branch_ids, max_segment_length)
         last = self.config.num_layers - 1
         x, _ = self._rows(x, rows, num_layers=last)
         layer = self._layer(last)

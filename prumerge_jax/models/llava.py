@@ -14,24 +14,42 @@ from flax import nnx
 
 from prumerge_jax import prumerge, reductions, sharding
 from prumerge_jax.models import tuning
-from prumerge_jax.models.clip import ClipVision, gelu
 from prumerge_jax.models.config import LlavaConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear
 from prumerge_jax.models.llama import Llama
+from prumerge_jax.models.patch_attention import substitute_attention
 from prumerge_jax.models.tower_layers import head_attention
+from prumerge_jax.models.vision_tower import VisionFeatures, VisionTower, gelu
 
 
 class LlavaModel(nnx.Module):
-    """The weights of a LLaVA-1.5 (arXiv 2310.03744) and its stages."""
+    """The weights of a LLaVA (arXiv 2310.03744) or a relative, and its stages.
+
+    Attributes:
+      vision: the tower; of images where videos have another.
+      video_tower: the tower of videos, of the same shape (Video-LLaVA), or None.
+      image_newline: [D], what ends a row of an image's tokens, in the decoder's width, or None.
+    """
 
     def __init__(
         self, config: LlavaConfig, *, adapter: AdapterConfig | None = None, rngs: nnx.Rngs
     ) -> None:
-        self.vision = ClipVision(config.vision, rngs=rngs)
+        self.vision = VisionTower(config.vision, rngs=rngs)
+        self.video_tower = VisionTower(config.vision, rngs=rngs) if config.video_tower else None
         self.projector = Projector(
             config.projector, config.vision.width, config.text.width, rngs=rngs
         )
         self.decoder = Llama(config.text, adapter=adapter, rngs=rngs)
+        self.image_newline = (
+            nnx.Param(
+                nnx.initializers.normal(config.text.width**-0.5)(
+                    rngs.params(), (config.text.width,)
+                ),
+                out_sharding=(None,),
+            )
+            if config.image_newline
+            else None
+        )
 
     def embed_rows(
         self, ids: jax.Array, visual_tokens: jax.Array, visual_index: jax.Array
@@ -54,7 +72,7 @@ class LlavaModel(nnx.Module):
 
 
 def encode_images(
-    vision: ClipVision,
+    vision: VisionTower,
     pixels: jax.Array,
     reduction: reductions.ReductionLike,
     *,
@@ -83,7 +101,7 @@ def encode_images(
 
 
 def gather_evidence(
-    vision: ClipVision,
+    vision: VisionTower,
     pixels: jax.Array,
     reduction: reductions.Reduction,
     *,
@@ -95,26 +113,36 @@ def gather_evidence(
 
     Arguments as in `encode_images`.
     """
-    needs = reduction.needs
+    needs, config = reduction.needs, vision.config
+    of_cls = {"cls", "head_attention", "feature_attention", "last_head_attention", "groups"}
+    if without_cls := sorted(needs & of_cls if not config.cls_token else ()):
+        raise ValueError(
+            f"the reduction reads {without_cls[0]!r}, which a tower without CLS token does not "
+            f"have; its patches are weighed by {config.attention!r}"
+        )
     features = vision(
-        normalize_pixels(pixels, vision.config).astype(dtype),
+        normalize_pixels(pixels, config).astype(dtype),
         feature_layer=bool(needs & {"head_attention", "feature_keys", "feature_attention"}),
         watch=reduction.watch if "watched" in needs else None,
-        stages=_stages(vision.config, reduction, pixels.shape[1]),
+        stages=_stages(config, reduction, pixels.shape[1]),
     )
-    hidden, heads = features.hidden[:, 1:], vision.config.num_heads
+    first, heads = config.num_prefix, config.num_heads
+    hidden = features.hidden[:, first:]
     of_layer: dict[str, jax.Array] = {}
+    if features.feature_keys is not None:
+        of_layer["feature_keys"] = features.feature_keys[:, first:]
     if features.feature_query is not None and features.feature_keys is not None:
         query_and_keys = features.feature_query, features.feature_keys
-        of_layer["feature_keys"] = features.feature_keys[:, 1:]
         of_layer["head_attention"] = head_attention(*query_and_keys, heads)
         of_layer["feature_attention"] = prumerge.cls_attention(*query_and_keys)
     if "last_head_attention" in needs:
-        of_layer["last_head_attention"] = head_attention(features.query_cls, features.keys, heads)
+        of_layer["last_head_attention"] = head_attention(
+            features.queries[:, 0], features.keys, heads
+        )
     return reductions.Evidence(
         hidden,
-        features.keys[:, 1:],
-        prumerge.cls_attention(features.query_cls, features.keys),
+        features.keys[:, first:],
+        patch_attention(vision, features),
         cls=features.hidden[:, 0] if "cls" in needs else None,
         **of_layer,
         watched=features.watched,
@@ -146,6 +174,17 @@ def embed_question(
     if ids is None:
         return None
     return decoder.embed(jnp.maximum(ids, 0), dtype), ids >= 0
+
+
+def patch_attention(vision: VisionTower, features: VisionFeatures) -> jax.Array:
+    """How important each patch is, [B, N] float32, by the tower's `config.attention`."""
+    config = vision.config
+    if config.attention == "cls":
+        return prumerge.cls_attention(features.queries[:, 0], features.keys)
+    if config.attention == "map":
+        assert vision.head is not None  # VisionConfig sees to it
+        return vision.head(features.hidden)
+    return substitute_attention(config.attention, features.queries, features.keys, config.num_heads)
 
 
 def gather_visual_tokens(visual_tokens: jax.Array, visual_index: jax.Array) -> jax.Array:

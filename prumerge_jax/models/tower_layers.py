@@ -1,7 +1,7 @@
 """The layers of a vision tower in turn, and what is watched on the way."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def run_layers(
     def body(carry: _Carry, layer: tuple[nnx.State, jax.Array]) -> tuple[_Carry, None]:
         before, _, score = carry
         weights, number = layer
-        module: Any = nnx.merge(graphdef, weights)
+        module = cast(Callable[[jax.Array], jax.Array], nnx.merge(graphdef, weights))
         after = module(before)
         if watch is not None and score is not None:
             score = watch(

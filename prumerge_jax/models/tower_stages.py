@@ -18,7 +18,7 @@ def run_stages(
     """Runs stacked layers, with merges at some of them: a scan between each two.
 
     Args:
-      layers: modules from `layers.stack`, as `clip.VisionLayer`.
+      layers: modules from `layers.stack`, as `vision_tower.VisionLayer`.
       x: [B, N+1, D], CLS first.
       stages: by ascending layer; several may be at one layer.
       num_heads: H.
@@ -68,7 +68,7 @@ def _merging_layer(
     num_heads: int,
 ) -> tuple[jax.Array, Groups]:
     """One layer, and the merges at it."""
-    query, keys = layer.self_attn.cls_query_and_keys(layer.normalised(x))
+    queries, keys = layer.self_attn.queries_and_keys(layer.normalised(x))
     x = layer.attended(x, bias)
     after = [stage for stage in stages if stage.rule == "attention"]
     metric = keys.reshape(*keys.shape[:2], num_heads, -1).mean(2)
@@ -80,7 +80,7 @@ def _merging_layer(
             groups = merging.regroup(groups, division)
     x = layer.after_attention(x)
     if after:
-        attention = head_attention(query, keys, num_heads, bias).mean(1)
+        attention = head_attention(queries[:, 0], keys, num_heads, bias).mean(1)
         division = merging.by_attention(attention, keys, after[-1].tokens)
         x = merging.merge(x, groups.sizes, division)
         groups = merging.regroup(groups, division)

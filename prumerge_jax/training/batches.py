@@ -172,7 +172,7 @@ class BatchPacker:
             "samples": len(examples),
             "images": int(has_image.sum()),
             "visual_tokens": int(crops.lengths[has_image].sum()),
-            "tokens": sum(int((rows.segment_ids > 0).sum()) for rows in windows),
+            "tokens": sum(rows.real_tokens for rows in windows),
             "truncated_samples": int(truncated),
             "mismatched_samples": sum(bool(example.mismatch) for example in examples),
         }
@@ -256,4 +256,7 @@ def _empty(rows: packing.Rows) -> packing.Rows:
         row_of=none,
         start_of=none,
         length_of=none,
+        prefix_start_of=none,
+        prefix_length_of=none,
+        branch_ids=None,
     )

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prumerge_jax.data import packing
+from prumerge_jax.data import filling, packing
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.data.visual_layout import CropTokens, runs
 
@@ -59,38 +59,54 @@ def expand_by_hand(request, images, crops, position_ids):
         image = next(images)
         for slot in range(crops.lengths[image]):
             ids.append(0)
-            visual_index.append(image * CAPACITY + slot)
+            visual_index.append(image * crops.capacity + slot)
             labels.append(IGNORE)
             patch = crops.patch_indices[image, slot]
-            place = NUM_PATCHES - 1 if patch == -1 else patch
+            place = crops.num_patches - 1 if patch == -1 else patch
             positions.append(position + (slot if position_ids == "compact" else place))
-        position += crops.lengths[image] if position_ids == "compact" else NUM_PATCHES
+        position += crops.lengths[image] if position_ids == "compact" else crops.num_patches
     return ids, visual_index, positions, [*labels[1:], IGNORE]
 
 
 def assert_filled_by_hand(batches, requests, images, crops, position_ids):
-    """Each request is placed completely, once, where its rows say; the rest is padding."""
+    """Each request is placed completely, its own tokens once, where its rows say; the rest is
+    padding."""
     seen = np.concatenate([rows.requests for rows in batches]) if batches else np.zeros(0)
     np.testing.assert_array_equal(np.sort(seen), np.arange(len(requests)))
     for rows in batches:
-        covered = np.zeros_like(rows.ids)
-        next_segment = dict.fromkeys(range(len(rows.ids)), 1)
-        places = zip(rows.row_of, rows.start_of, rows.length_of, rows.requests, strict=True)
-        for row, start, length, request in sorted(places):
-            where = np.s_[row, start : start + length]
-            covered[where] += 1
+        covered, prefixes = np.zeros_like(rows.ids), np.zeros_like(rows.ids)
+        latest = dict.fromkeys(range(len(rows.ids)), 0)
+        branches = rows.segment_ids * 0 if rows.branch_ids is None else rows.branch_ids
+        places = zip(
+            rows.row_of, rows.start_of, rows.length_of, rows.prefix_start_of,
+            rows.prefix_length_of, rows.requests, strict=True,
+        )  # fmt: skip
+        for row, start, length, prefix_start, prefix_length, request in sorted(places):
+            own = np.arange(start, start + length)
+            prefix = np.arange(prefix_start, prefix_start + prefix_length)
+            covered[row, own] += 1
+            prefixes[row, prefix] = 1
+            where = np.s_[row, np.concatenate([prefix, own])]
             expected = expand_by_hand(requests[request], images[request], crops, position_ids)
             for field, values in zip(
                 ("ids", "visual_index", "positions", "targets"), expected, strict=True
             ):
                 np.testing.assert_array_equal(getattr(rows, field)[where], values, err_msg=field)
-            assert set(rows.segment_ids[where]) == {next_segment[row]}
-            next_segment[row] += 1
-        np.testing.assert_array_equal(covered, rows.segment_ids > 0)
-        assert covered.max(initial=0) <= 1
+            (segment,) = set(rows.segment_ids[where])
+            assert segment - latest[row] in ((0, 1) if prefix_length else (1,))
+            latest[row] = segment
+            (branch,) = set(branches[row, own])
+            assert (branch > 0) == (prefix_length > 0)
+            of_branch = (rows.segment_ids[row] == segment) & (branches[row] == branch)
+            np.testing.assert_array_equal(np.flatnonzero(of_branch), own)
+            if prefix_length:
+                of_branch = (rows.segment_ids[row] == segment) & (branches[row] == 0)
+                np.testing.assert_array_equal(np.flatnonzero(of_branch), prefix)
+        np.testing.assert_array_equal(covered + prefixes, rows.segment_ids > 0)
         padding = rows.segment_ids == 0
         assert not rows.ids[padding].any()
         assert not rows.positions[padding].any()
+        assert not branches[padding].any()
         assert (rows.visual_index[padding] == -1).all()
         assert (rows.targets[padding] == IGNORE).all()
 
@@ -147,8 +163,8 @@ def test_rows_hold_all_once_and_as_much_beside_the_longest_as_there_is(
     lengths, slack, carried_over
 ):
     row_length = max(lengths, default=1) + slack
-    rows = packing.fill_rows(lengths, row_length, carried_over=carried_over)
-    assert rows == packing.fill_rows(lengths, row_length, carried_over=carried_over)
+    rows = filling.fill_rows(lengths, row_length, carried_over=carried_over)
+    assert rows == filling.fill_rows(lengths, row_length, carried_over=carried_over)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     for number, row in enumerate(rows):
         free = row_length - sum(lengths[index] for index in row)
@@ -184,7 +200,7 @@ def test_those_carried_over_stand_where_they_would_among_themselves(lengths, sla
             free.append(row_length)
         rows[row].append(index)
         free[row] += length
-    packed = packing.fill_rows(lengths, row_length, carried_over=carried_over)
+    packed = filling.fill_rows(lengths, row_length, carried_over=carried_over)
     found = [[index for index in row if index < carried_over] for row in packed]
     assert found[: len(rows)] == rows
     assert not any(found[len(rows) :])

@@ -62,7 +62,7 @@ def test_the_attention_of_either_layer_and_of_either_kind_of_heads() -> None:
     heads = CONFIG.vision.num_heads
     found = {}
     for layer, query, keys in (
-        ("23", features.query_cls, features.keys),
+        ("23", features.queries[:, 0], features.keys),
         ("22", features.feature_query, features.feature_keys),
     ):
         for kind, number in (("wide", 1), ("mean", heads)):

@@ -8,11 +8,11 @@ from flax import nnx
 
 from prumerge_jax import reductions
 from prumerge_jax.cost import counts
-from prumerge_jax.models.clip import VisionLayer
 from prumerge_jax.models.config import VisionConfig, published
 from prumerge_jax.models.layers import stack
 from prumerge_jax.models.llava import gather_evidence
 from prumerge_jax.models.tower_stages import run_stages
+from prumerge_jax.models.vision_tower import VisionLayer
 from prumerge_jax.reductions import Stage
 from tests.tiny_llava import CONFIG, random_llava
 

@@ -3,7 +3,7 @@
 Backends, one file each:
 
 * `xla`: plain XLA; every platform, the reference for the others.
-* `blocks`: plain XLA in blocks of queries, for CPUs.
+* `blocks`: plain XLA in blocks of queries, for CPUs; `tiles` for rows with branches.
 * `cudnn`: the fused kernel of NVIDIA GPUs; float16 or bfloat16.
 * `splash`: the Pallas kernel of TPUs.
 
@@ -38,6 +38,7 @@ def attend(
     *,
     segment_ids: jax.Array | None = None,
     key_bias: jax.Array | None = None,
+    branch_ids: jax.Array | None = None,
     causal: bool = False,
     max_segment_length: int | None = None,
     axes: Axes = HEADS,
@@ -51,9 +52,13 @@ def attend(
       segment_ids: [B, T] int32; a query sees only keys of its own segment.
       key_bias: [B, T] float32, added to the logits of a key for every query. Heads are then wider,
         see `key_bias.py`; a preferred backend that does not take them gives way to `xla`.
+      branch_ids: [B, T] int32, for segments whose sequences share a prefix: it is branch 0, and
+        each sequence goes on in a branch 1, 2, ... of its own. A query sees only keys of the prefix
+        and of its own branch. Needs `segment_ids` and `causal`; `blocks` has no gradient then.
       causal: a query sees only keys at its own index or before.
       max_segment_length: the promise that no segment has more tokens and that each is in one
-        piece. `blocks` and `splash` then leave out keys that are too far away to be seen; the
+        piece; with branches, that each is in one piece and the prefix with any of them has no more.
+        `blocks` and `splash` then leave out keys that are too far away to be seen; the
         others ignore it.
       axes: logical names of the axes of `q`, `k` and `v`, which say how a mesh splits them.
       implementation: a backend; by default `backend_for` these heads.
@@ -62,8 +67,10 @@ def attend(
       [B, T, H, D] in the dtype of `q`.
 
     Raises:
-      ValueError: an unknown implementation.
+      ValueError: an unknown implementation, or branches without segments or causality.
     """
+    if branch_ids is not None and (segment_ids is None or not causal):
+        raise ValueError("branch_ids need segment_ids and causal=True")
     head_dim = q.shape[-1]
     if key_bias is not None:
         q, k, v = with_columns(q, k, v, key_bias)
@@ -71,7 +78,14 @@ def attend(
     if name not in _BACKENDS:
         raise ValueError(f"unknown attention {name!r:.80}; expected one of {sorted(_BACKENDS)}")
     attended = _BACKENDS[name](
-        q, k, v, segment_ids, causal=causal, max_segment_length=max_segment_length, axes=axes
+        q,
+        k,
+        v,
+        segment_ids,
+        branch_ids,
+        causal=causal,
+        max_segment_length=max_segment_length,
+        axes=axes,
     )
     return attended[..., :head_dim]
 

@@ -1,8 +1,11 @@
-"""The CLIP vision tower, as far as LLaVA and PruMerge need it.
+"""The vision tower, CLIP's or SigLIP's, as far as LLaVA and PruMerge need it.
 
-LLaVA's visual features are the input of the last block, and PruMerge asks that block only for the
-keys of all tokens and the query of the CLS token. So the last block is reduced to one LayerNorm
-and two projections; its attention, its MLP and the final LayerNorm do not exist here.
+CLIP: the features are the input of the last block, and PruMerge asks that block only for the keys
+of all tokens and the query of the CLS token. So the last block is reduced to one LayerNorm and two
+projections; its attention, its MLP and the final LayerNorm do not exist here.
+
+SigLIP: the features are the output of the last block, before the final LayerNorm. There is no CLS
+token; keys and queries of all patches are those of the block that made the features.
 """
 
 import math
@@ -15,6 +18,7 @@ from flax import nnx
 from prumerge_jax.models.attention import attend
 from prumerge_jax.models.config import VisionConfig
 from prumerge_jax.models.layers import LayerNorm, Linear, stack
+from prumerge_jax.models.patch_attention import mean_query_attention
 from prumerge_jax.models.tower_layers import Watch, run_layers
 from prumerge_jax.models.tower_stages import run_stages
 from prumerge_jax.reductions.stages import Groups, Stage
@@ -22,20 +26,21 @@ from prumerge_jax.sharding.mesh import constrain
 
 
 class VisionFeatures(NamedTuple):
-    """What PruMerge reads off the tower. Index 0 of the token axis is CLS.
+    """What PruMerge reads off the tower. P is 1 with a CLS token, which comes first, else 0.
 
     Attributes:
-      hidden: [B, N+1, D], the output of the last block but one (`hidden_states[-2]`).
-      query_cls: [B, D] float32, the CLS query of the last block, all heads side by side.
-      keys: [B, N+1, D] float32, the keys of the last block, all heads side by side.
+      hidden: [B, P+N, D], the features: the output of the last block but one, or of the last.
+      queries: [B, 1, D] float32, the CLS query of the last block, all heads side by side; without
+        a CLS token [B, N, D], those of all patches.
+      keys: [B, P+N, D] float32, the keys of the last block, all heads side by side.
       feature_query: [B, D] float32, the CLS query of the block that made `hidden`, where asked for.
-      feature_keys: [B, N+1, D] float32, its keys, where asked for.
+      feature_keys: [B, P+N, D] float32, its keys, where asked for.
       watched: [B, N] float32, a running score of the layers, where asked for.
       groups: what the tokens stand for, where some were merged; N is then how many are left.
     """
 
     hidden: jax.Array
-    query_cls: jax.Array
+    queries: jax.Array
     keys: jax.Array
     feature_query: jax.Array | None = None
     feature_keys: jax.Array | None = None
@@ -43,23 +48,38 @@ class VisionFeatures(NamedTuple):
     groups: Groups | None = None
 
 
-class ClipVision(nnx.Module):
-    """CLIP-ViT up to the keys of its last block (openai/CLIP, transformers `modeling_clip.py`)."""
+class VisionTower(nnx.Module):
+    """A vision transformer up to what its last block shows (openai/CLIP; transformers
+    `modeling_clip.py` and `modeling_siglip.py`).
+
+    Attributes:
+      class_embedding, pre_layernorm: None where the configuration says so.
+      last: LN1, keys and queries of the block after the features; None where there is no such
+        block.
+      head: the attention pooling, or None.
+    """
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
         width, patch = config.width, config.patch_size
         normal = nnx.initializers.normal(width**-0.5)
         self.config = config
-        self.class_embedding = nnx.Param(normal(rngs.params(), (width,)), out_sharding=(None,))
-        self.patch_embedding = PatchEmbedding(patch, width, rngs=rngs)
+        self.class_embedding = (
+            nnx.Param(normal(rngs.params(), (width,)), out_sharding=(None,))
+            if config.cls_token
+            else None
+        )
+        self.patch_embedding = PatchEmbedding(patch, width, bias=config.patch_bias, rngs=rngs)
         self.position_embedding = nnx.Param(
-            normal(rngs.params(), (config.num_patches + 1, width)), out_sharding=(None, "embed")
+            normal(rngs.params(), (config.num_patches + config.num_prefix, width)),
+            out_sharding=(None, "embed"),
         )
-        self.pre_layernorm = LayerNorm(width, config.layer_norm_eps)
+        self.pre_layernorm = LayerNorm(width, config.layer_norm_eps) if config.pre_norm else None
+        ends_before_last = config.feature_layer == -2
         self.layers = stack(
-            lambda rngs: VisionLayer(config, rngs=rngs), config.num_layers - 1, rngs
+            lambda rngs: VisionLayer(config, rngs=rngs), config.num_layers - ends_before_last, rngs
         )
-        self.last = LastBlock(config, rngs=rngs)
+        self.last = LastBlock(config, rngs=rngs) if ends_before_last else None
+        self.head = PoolingHead(config, rngs=rngs) if config.pooling_head else None
 
     def __call__(
         self,
@@ -80,59 +100,73 @@ class ClipVision(nnx.Module):
           stages: merges inside the tower, in place of the two above; see `run_stages`.
         """
         pixels = constrain(pixels, "images", None, None, None)
-        patches = self.patch_embedding(pixels)
-        cls = jnp.broadcast_to(
-            self.class_embedding[...].astype(pixels.dtype), (len(pixels), 1, self.config.width)
-        )
-        x = jnp.concatenate([cls, patches], axis=1)
-        x = x + self._positions(patches.shape[1]).astype(pixels.dtype)
-        x = constrain(self.pre_layernorm(x), "images", None, None)
+        x = self.patch_embedding(pixels)
+        positions = self._positions(x.shape[1])
+        if self.class_embedding is not None:
+            cls = jnp.broadcast_to(
+                self.class_embedding[...].astype(pixels.dtype), (len(pixels), 1, self.config.width)
+            )
+            x = jnp.concatenate([cls, x], axis=1)
+        x = x + positions.astype(pixels.dtype)
+        x = x if self.pre_layernorm is None else self.pre_layernorm(x)
+        x = constrain(x, "images", None, None)
         if stages is not None:
-            hidden, groups = run_stages(self.layers, x, stages, num_heads=self.config.num_heads)
-            return VisionFeatures(hidden, *self.last(hidden), groups=groups)
+            return self._merged(x, stages)
         outputs = run_layers(
             self.layers,
             x,
             num_layers=self.config.num_layers,
-            first_patch=1,
-            remember=feature_layer,
+            first_patch=self.config.num_prefix,
+            remember=feature_layer or self.last is None,
             watch=watch,
         )
-        of_features: tuple[jax.Array | None, jax.Array | None] = (None, None)
-        if outputs.before_last is not None:
-            graphdef, weights = nnx.split(self.layers)
-            layer = nnx.merge(graphdef, jax.tree.map(lambda stacked: stacked[-1], weights))
-            normalised = layer.normalised(outputs.before_last)
-            of_features = layer.self_attn.cls_query_and_keys(normalised)
-        return VisionFeatures(
-            outputs.hidden, *self.last(outputs.hidden), *of_features, outputs.watched
-        )
+        hidden, watched = outputs.hidden, outputs.watched
+        if outputs.before_last is None:
+            assert self.last is not None  # else the last layer's input is remembered
+            return VisionFeatures(hidden, *self.last(hidden), watched=watched)
+        graphdef, weights = nnx.split(self.layers)
+        layer = nnx.merge(graphdef, jax.tree.map(lambda stacked: stacked[-1], weights))
+        queries, keys = layer.self_attn.queries_and_keys(layer.normalised(outputs.before_last))
+        if self.last is None:
+            return VisionFeatures(hidden, queries, keys, feature_keys=keys, watched=watched)
+        return VisionFeatures(hidden, *self.last(hidden), queries[:, 0], keys, watched)
+
+    def _merged(self, x: jax.Array, stages: tuple[Stage, ...]) -> VisionFeatures:
+        """The features of a tower that merges on the way; it has a CLS token."""
+        assert self.last is not None
+        hidden, groups = run_stages(self.layers, x, stages, num_heads=self.config.num_heads)
+        return VisionFeatures(hidden, *self.last(hidden), groups=groups)
 
     def _positions(self, num_patches: int) -> jax.Array:
-        """The position embedding [num_patches + 1, D], resized where the image is not full size."""
+        """The position embedding [P + num_patches, D], resized where the image is not full size."""
         positions = self.position_embedding[...]
         if num_patches == self.config.num_patches:
             return positions
+        prefix = self.config.num_prefix
         grid, side = self.config.grid, math.isqrt(num_patches)
-        patches = positions[1:].reshape(grid, grid, -1)
+        patches = positions[prefix:].reshape(grid, grid, -1)
         patches = jax.image.resize(patches, (side, side, patches.shape[-1]), "bilinear")
-        return jnp.concatenate([positions[:1], patches.reshape(num_patches, -1)])
+        return jnp.concatenate([positions[:prefix], patches.reshape(num_patches, -1)])
 
 
 class PatchEmbedding(nnx.Module):
-    """Cuts an image into patches and projects each: a convolution of stride `patch`, no bias."""
+    """Cuts an image into patches and projects each: a convolution of stride `patch`."""
 
-    def __init__(self, patch: int, width: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, patch: int, width: int, *, bias: bool, rngs: nnx.Rngs) -> None:
         kernel = nnx.initializers.normal(0.02)(rngs.params(), (patch, patch, 3, width))
         self.kernel = nnx.Param(kernel, out_sharding=(None, None, None, "embed"))
+        self.bias = nnx.Param(jnp.zeros((width,)), out_sharding=("embed",)) if bias else None
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """[B, S, S, 3] -> [B, N, D], patches in raster order."""
+        """[B, S, S, 3] -> [B, N, D], patches in raster order; the last S mod `patch` rows and
+        columns are not seen."""
         patch, _, _, width = self.kernel.shape
         batch, side = pixels.shape[0], pixels.shape[1] // patch
+        pixels = pixels[:, : side * patch, : side * patch]
         x = pixels.reshape(batch, side, patch, side, patch, 3).swapaxes(2, 3)
         x = x.reshape(batch, side * side, patch * patch * 3)
-        return x @ self.kernel[...].astype(x.dtype).reshape(-1, width)
+        x = x @ self.kernel[...].astype(x.dtype).reshape(-1, width)
+        return x if self.bias is None else x + self.bias[...].astype(x.dtype)
 
 
 class VisionLayer(nnx.Module):
@@ -167,6 +201,7 @@ class VisionAttention(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
         width = config.width
         self.num_heads = config.num_heads
+        self.cls_token = config.cls_token
         self.q_proj = Linear(width, width, ("embed", None), bias=True, rngs=rngs)
         self.k_proj = Linear(width, width, ("embed", None), bias=True, rngs=rngs)
         self.v_proj = Linear(width, width, ("embed", None), bias=True, rngs=rngs)
@@ -179,10 +214,12 @@ class VisionAttention(nnx.Module):
         attended = attend(q, k, v, key_bias=key_bias, axes=("images", None, None, None))
         return self.out_proj(attended.reshape(x.shape))
 
-    def cls_query_and_keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """CLS query [B, D] and keys [B, N+1, D] of x [B, N+1, D] float32, at highest precision."""
+    def queries_and_keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Queries [B, 1, D] (of CLS) or [B, N, D], and keys [B, P+N, D], of x [B, P+N, D] float32,
+        at highest precision."""
         with jax.default_matmul_precision("highest"):
-            return self.q_proj(x[:, 0]), self.k_proj(x)
+            queries = self.q_proj(x[:, 0])[:, None] if self.cls_token else self.q_proj(x)
+            return queries, self.k_proj(x)
 
 
 class VisionMLP(nnx.Module):
@@ -199,23 +236,48 @@ class VisionMLP(nnx.Module):
 
 
 class LastBlock(nnx.Module):
-    """The part of the last block that decides which tokens are kept: LN1, keys, CLS query."""
+    """The part of a last block after the features: LN1, keys, and queries as in
+    `VisionFeatures`."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
         width = config.width
+        self.cls_token = config.cls_token
         self.layer_norm1 = LayerNorm(width, config.layer_norm_eps)
         self.q_proj = Linear(width, width, ("embed", None), bias=True, rngs=rngs)
         self.k_proj = Linear(width, width, ("embed", None), bias=True, rngs=rngs)
 
     def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B, N+1, D] -> CLS query [B, D] and keys [B, N+1, D], both float32.
+        """[B, P+N, D] -> queries and keys, both float32.
 
         Float32 at highest precision whatever the tower computes in: rounding here changes the
         number of kept tokens in most images.
         """
         with jax.default_matmul_precision("highest"):
             x = self.layer_norm1(hidden.astype(jnp.float32))
-            return self.q_proj(x[:, 0]), self.k_proj(x)
+            queries = self.q_proj(x[:, 0])[:, None] if self.cls_token else self.q_proj(x)
+            return queries, self.k_proj(x)
+
+
+class PoolingHead(nnx.Module):
+    """The part of SigLIP's attention pooling that weighs patches (`SiglipMultiheadAttentionPooling
+    Head`): the final LayerNorm, a learnt probe, and the projections of query and keys."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        width = config.width
+        self.num_heads = config.num_heads
+        self.layer_norm = LayerNorm(width, config.layer_norm_eps)
+        self.probe = nnx.Param(
+            nnx.initializers.normal(width**-0.5)(rngs.params(), (width,)), out_sharding=(None,)
+        )
+        self.q_proj = Linear(width, width, ("embed", None), bias=True, rngs=rngs)
+        self.k_proj = Linear(width, width, ("embed", None), bias=True, rngs=rngs)
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """The probe's attention to hidden [B, N, D], mean over heads: [B, N] float32."""
+        with jax.default_matmul_precision("highest"):
+            keys = self.k_proj(self.layer_norm(hidden.astype(jnp.float32)))
+            query = self.q_proj(self.probe[...][None].astype(jnp.float32))
+            return mean_query_attention(query[None], keys, self.num_heads)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -228,7 +290,12 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU's tanh form, SigLIP's activation."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
 
 
 def _activation(name: str):  # type: ignore[no-untyped-def]  # jax.nn activations are untyped
