@@ -18,7 +18,8 @@ from prumerge_jax.models.config import LlavaConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.patch_attention import substitute_attention
-from prumerge_jax.models.vision_tower import VisionFeatures, VisionTower, gelu, head_attention
+from prumerge_jax.models.tower_layers import head_attention
+from prumerge_jax.models.vision_tower import VisionFeatures, VisionTower, gelu
 
 
 class LlavaModel(nnx.Module):
@@ -113,7 +114,7 @@ def gather_evidence(
     Arguments as in `encode_images`.
     """
     needs, config = reduction.needs, vision.config
-    of_cls = {"cls", "head_attention", "feature_attention", "last_head_attention"}
+    of_cls = {"cls", "head_attention", "feature_attention", "last_head_attention", "groups"}
     if without_cls := sorted(needs & of_cls if not config.cls_token else ()):
         raise ValueError(
             f"the reduction reads {without_cls[0]!r}, which a tower without CLS token does not "
@@ -123,6 +124,7 @@ def gather_evidence(
         normalize_pixels(pixels, config).astype(dtype),
         feature_layer=bool(needs & {"head_attention", "feature_keys", "feature_attention"}),
         watch=reduction.watch if "watched" in needs else None,
+        stages=_stages(config, reduction, pixels.shape[1]),
     )
     first, heads = config.num_prefix, config.num_heads
     hidden = features.hidden[:, first:]
@@ -144,9 +146,19 @@ def gather_evidence(
         cls=features.hidden[:, 0] if "cls" in needs else None,
         **of_layer,
         watched=features.watched,
+        groups=features.groups,
         projected=None if projector is None or "projected" not in needs else projector(hidden),
         question=question,
     )
+
+
+def _stages(
+    vision: VisionConfig, reduction: reductions.Reduction, side: int
+) -> tuple[reductions.Stage, ...] | None:
+    """The merges inside the tower on images of this side; None where nobody asks for any."""
+    if "groups" not in reduction.needs:
+        return None
+    return reduction.stages(vision.num_layers - 1, (side // vision.patch_size) ** 2)
 
 
 def embed_question(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from prumerge_jax.models import tuning
 from prumerge_jax.models.attention import blocks, cudnn, splash, xla
+from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.attention.pages import (
     KVPages,
     attend_to_pages,
@@ -52,6 +53,7 @@ def attend(
     v: jax.Array,
     *,
     segment_ids: jax.Array | None = None,
+    key_bias: jax.Array | None = None,
     branch_ids: jax.Array | None = None,
     causal: bool = False,
     max_segment_length: int | None = None,
@@ -64,6 +66,8 @@ def attend(
       q: [B, T, H, D].
       k, v: [B, T, K, D]; K divides H (grouped-query attention).
       segment_ids: [B, T] int32; a query sees only keys of its own segment.
+      key_bias: [B, T] float32, added to the logits of a key for every query. Heads are then wider,
+        see `key_bias.py`; a preferred backend that does not take them gives way to `xla`.
       branch_ids: [B, T] int32, for segments whose sequences share a prefix: it is branch 0, and
         each sequence goes on in a branch 1, 2, ... of its own. A query sees only keys of the prefix
         and of its own branch. Needs `segment_ids` and `causal`; `blocks` has no gradient then.
@@ -83,10 +87,13 @@ def attend(
     """
     if branch_ids is not None and (segment_ids is None or not causal):
         raise ValueError("branch_ids need segment_ids and causal=True")
+    head_dim = q.shape[-1]
+    if key_bias is not None:
+        q, k, v = with_columns(q, k, v, key_bias)
     name = implementation or backend_for(q.dtype, q.shape[-1])
     if name not in _BACKENDS:
         raise ValueError(f"unknown attention {name!r:.80}; expected one of {sorted(_BACKENDS)}")
-    return _BACKENDS[name](
+    attended = _BACKENDS[name](
         q,
         k,
         v,
@@ -96,6 +103,7 @@ def attend(
         max_segment_length=max_segment_length,
         axes=axes,
     )
+    return attended[..., :head_dim]
 
 
 def backend_for(dtype: jnp.dtype, head_dim: int) -> str:
