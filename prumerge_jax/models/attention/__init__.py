@@ -19,6 +19,7 @@ from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.attention.pages import (
     KVPages,
     attend_to_pages,
+    copy_in_pages,
     empty_pages,
     over_shards,
     write_to_pages,
@@ -30,6 +31,7 @@ __all__ = [
     "KVPages",
     "attend",
     "attend_to_pages",
+    "copy_in_pages",
     "backend_for",
     "empty_pages",
     "over_shards",

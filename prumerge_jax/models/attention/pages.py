@@ -138,6 +138,50 @@ def write_to_pages(
     )
 
 
+def copy_in_pages(
+    pages: KVPages,
+    source: jax.Array,
+    target: jax.Array,
+    num_layers: int,
+    *,
+    implementation: str | None = None,
+) -> KVPages:
+    """Copies keys and values of all layers, token by token.
+
+    Args:
+      pages: the pool.
+      source, target: [shards, N] int32, places of each data shard as in `write_to_pages`; a target
+        of -1 copies nothing. No place is both.
+      num_layers: L.
+    """
+    form = _form(pages.k.dtype, pages.k.shape[-1], implementation)
+    axes = _axes(form)
+
+    def copy(pool: jax.Array, _: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
+        count = pool.shape[1 if form.heads_first else 0]
+        (page, offset), (to_page, to_offset) = (
+            jnp.divmod(places.reshape(-1), pool.shape[2]) for places in (source, target)
+        )
+
+        def of_layer(layer: jax.Array, pool: jax.Array) -> jax.Array:
+            first = layer * (count // num_layers)
+            # Beyond the last page, where writes are dropped.
+            at = jnp.where(target.reshape(-1) >= 0, to_page + first, count)
+            if form.heads_first:
+                tokens = pool[:, page + first, offset]
+                return pool.at[:, at, to_offset].set(tokens, mode="drop")
+            return pool.at[at, :, to_offset].set(pool[page + first, :, offset], mode="drop")
+
+        return jax.lax.fori_loop(0, num_layers, of_layer, pool)
+
+    # The second argument is what `on_shards` reads the split from.
+    all_axes = (axes, axes, HEADS[:2], HEADS[:2])
+    copied = (
+        on_shards(copy, (pool, pool, source, target), all_axes, check_vma=False) for pool in pages
+    )
+    return KVPages(*copied)
+
+
 def attend_to_pages(
     q: jax.Array,
     pages: KVPages,
