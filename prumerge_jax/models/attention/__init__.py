@@ -20,6 +20,8 @@ from prumerge_jax.models.attention.pages import (
     attend_to_pages,
     empty_pages,
     over_shards,
+    pages_spec,
+    tokens_read,
     write_to_pages,
 )
 from prumerge_jax.models.attention.shards import HEADS
@@ -32,6 +34,8 @@ __all__ = [
     "backend_for",
     "empty_pages",
     "over_shards",
+    "pages_spec",
+    "tokens_read",
     "write_to_pages",
 ]
 
