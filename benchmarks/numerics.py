@@ -114,7 +114,11 @@ def logits(model: Model, rows: programs.Rows, tokens: jax.Array, form: Tuning) -
     graphdef, state = model
     longest = rows.ids.shape[1]
     with tuning.use(form):
-        hidden, _ = programs.prefill(*model, tokens, rows, max_segment_length=longest)
+        pages = programs.empty_pages(*model, pages=1, page_size=16, dtype=tokens.dtype)
+        nowhere = jnp.full_like(rows.ids, -1)
+        hidden, _ = programs.prefill(
+            *model, pages, tokens, rows, nowhere, max_segment_length=longest
+        )
     flat = hidden.reshape(-1, hidden.shape[-1])[::8]
     head = jax.jit(lambda state, x: nnx.merge(graphdef, state).decoder.logits(x))
     return np.asarray(head(state, flat))

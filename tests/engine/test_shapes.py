@@ -37,7 +37,7 @@ IMAGES = 2000
 LLAVA_PATCHES, DIGITS_PATCHES = 576, 144
 STAGES = {
     Engine.score: ("encode", "join", "hidden_before_last_mlp", "log_likelihoods"),
-    Engine.generate: ("encode", "join", "prefill", "first_tokens", "insert", "decode"),
+    Engine.generate: ("encode", "join", "prefill", "first_tokens", "seat", "decode"),
 }
 
 
