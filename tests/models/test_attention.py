@@ -117,6 +117,21 @@ def test_branches_see_their_prefix_and_themselves(
     np.testing.assert_allclose(got, naive(q, k, v, segment_ids, True, branch_ids), atol=2e-6)
 
 
+def test_the_kernel_for_branches_lowers_for_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No TPU here: the function lowered for one must contain the kernel twice."""
+    monkeypatch.setattr(splash, "platform", lambda: "tpu")
+    q, k, v = (x.astype(jnp.bfloat16) for x in random_qkv(length=256, width=128))
+    segment_ids, branch_ids = branched_rows(256, 60)
+    ids = {"segment_ids": segment_ids, "branch_ids": branch_ids}
+    run = jax.jit(
+        lambda q, k, v: attend(
+            q, k, v, **ids, causal=True, max_segment_length=60, implementation="splash"
+        )
+    )
+    text = run.trace(q, k, v).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 2
+
+
 def test_tiles_between_a_branch_and_its_prefix_are_not_read() -> None:
     length = 4 * QUERY_BLOCK
     branch_ids = np.repeat(np.arange(8), QUERY_BLOCK // 2)[None].repeat(2, axis=0)
