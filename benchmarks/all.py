@@ -50,23 +50,28 @@ class Step:
 
     Attributes:
       name: what the report calls it; its first word is the benchmark.
-      flags: the flags at full size, and at tiny size.
+      always: flags at every size.
+      accelerator: flags at full size; on a CPU the benchmark's defaults are meant for it.
+      tiny: flags at tiny size.
       weight: of the time that is left, against the weights of the steps that follow.
       needs: packages that have to be there.
       missing: why it cannot run anywhere yet.
     """
 
     name: str
-    full: str = ""
+    always: str = ""
+    accelerator: str = ""
     tiny: str = ""
     weight: float = 1.0
     needs: tuple[str, ...] = ()
     missing: str = ""
 
-    def command(self, size: str, report: pathlib.Path) -> list[str]:
+    def command(self, size: str, platform: str, report: pathlib.Path) -> list[str]:
         """The command line."""
         script = FOLDER / f"{self.name.partition(',')[0]}.py"
-        return [sys.executable, str(script), *shlex.split(getattr(self, size)), f"--json={report}"]
+        sized = self.tiny if size == "tiny" else self.accelerator if platform != "cpu" else ""
+        flags = shlex.split(f"{self.always} {sized}")
+        return [sys.executable, str(script), *flags, f"--json={report}"]
 
     def reason_to_skip(self) -> str:
         """Why the step is left out; empty if it is not."""
@@ -77,39 +82,57 @@ class Step:
 NUMERICS = Step("numerics", tiny="--geometry=tiny --kept=3", weight=2)
 STEPS = (
     NUMERICS,
-    Step("vision_tower", "--batches 1 32 --repeats 10", "--geometry=tiny --batches 2 --repeats=2"),
+    Step(
+        "vision_tower",
+        accelerator="--batches 1 32 --repeats=10",
+        tiny="--geometry=tiny --batches 2 --repeats=2",
+    ),
     Step(
         "prumerge_step",
-        "--batch=32 --no-loop",
-        "--geometry=tiny --batch=2 --kept 3 --kept_plus 3 --repeats=2 --no-loop",
+        "--no-loop",
+        accelerator="--batch=32",
+        tiny="--geometry=tiny --batch=2 --kept 3 --kept_plus 3 --repeats=2",
         weight=0.5,
     ),
-    Step("prefill", "--repeats=10", f"{_ROWS} --visual 3"),
+    Step("prefill", accelerator="--repeats=10", tiny=f"{_ROWS} --visual 3"),
     Step(
         "decode",
-        "--slots 8 32 128 --repeats=10",
-        "--geometry=tiny --slots 2 --steps=2 --repeats=2",
+        accelerator="--repeats=10",
+        tiny="--geometry=tiny --slots 2 --text_tokens=5 --new_tokens=4 --steps=2 --repeats=2",
         weight=1.5,
     ),
-    Step("scoring", "--no-peer --repeats=3", f"{_SCORING} --no-peer", weight=2),
+    Step(
+        "scoring",
+        "--no-peer",
+        accelerator="--means 40 144 --requests=1024 --full_requests=256 --repeats=2",
+        tiny=_SCORING,
+        weight=2,
+    ),
+    Step(
+        "scoring, shared",
+        "--no-peer --questions_per_image=18",
+        accelerator="--requests=1152 --full_requests=288 --apart_requests=288 --repeats=2",
+        tiny=_SCORING,
+        weight=2,
+    ),
     Step(
         "lora_training",
-        "--repeats=5",
-        f"{_ROWS} --visual 3 --rank=2",
+        accelerator="--repeats=5",
+        tiny=f"{_ROWS} --visual 3 --rank=2",
         needs=("grain", "tensorflow_datasets"),  # training imports what reads its data
     ),
     Step("int8", missing="there is no int8 yet"),
     Step(
         "prumerge_step, peer",
-        "--batch=32 --repeats=3",
-        "--geometry=tiny --batch=2 --kept 3 --kept_plus 3 --repeats=2",
+        accelerator="--batch=32 --repeats=3",
+        tiny="--geometry=tiny --batch=2 --kept 3 --kept_plus 3 --repeats=2",
         weight=0.5,
         needs=("torch",),
     ),
     Step(
         "scoring, peer",
-        "--repeats=3 --peer_batches 32",
-        f"{_SCORING} --peer_batches 2",
+        accelerator="--requests=1024 --full_requests=256 --repeats=2 --peer_batches 32",
+        tiny=f"{_SCORING} --peer_batches 2",
         weight=2,
         needs=("torch", "transformers"),
     ),
@@ -142,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             done.append(outcome(step, "skipped", reason=reason))
         else:
             limit = max(end - time.monotonic(), 0) * step.weight / sum(s.weight for s in left)
-            done.append(run(step, size, limit, environment["peak"]))
+            done.append(run(step, size, limit, environment))
         print(f"== {describe(done[-1])}", flush=True)
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
         arguments.markdown.write_text(markdown(record))
@@ -196,18 +219,19 @@ def stopped(done: Sequence[Mapping[str, Any]]) -> str:
     return "the numbers differ from the CPU's: mend that first" if differs else ""
 
 
-def run(step: Step, size: str, limit: float, peak: str) -> dict[str, Any]:
-    """Runs a step for at most `limit` seconds; its floors are computed from `peak`."""
-    extra = [] if step is NUMERICS else [f"--chip={peak}"]
+def run(step: Step, size: str, limit: float, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs a step for at most `limit` seconds; the machine's peak was measured by `probe`."""
     print(f"== {step.name}, at most {limit:.0f} s", flush=True)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report, errors = pathlib.Path(folder, "report.json"), pathlib.Path(folder, "errors")
+        command = step.command(size, environment["platform"], report)
+        if step is not NUMERICS:
+            command.append(f"--chip={environment['peak']}")
         with errors.open("w") as file:
             process = subprocess.Popen(
-                [*step.command(size, report), *extra], cwd=FOLDER, env=child_environment(),
-                stderr=file, start_new_session=True,
-            )  # fmt: skip
+                command, cwd=FOLDER, env=child_environment(), stderr=file, start_new_session=True
+            )
             try:
                 status = process.wait(limit)
             except subprocess.TimeoutExpired:

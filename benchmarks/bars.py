@@ -59,7 +59,7 @@ class Bar:
 _RATE = ("questions_per_s", "images_per_s")
 _H100: dict[str, Any] = {"geometry": "7b", "device": "nvidia h"}
 _CPU: dict[str, Any] = {"geometry": "mid", "device": "cpu"}
-_REDUCED, _PLUS = "prumerge 40", "prumerge 144"
+_REDUCED, _PLUS = "prumerge", "prumerge+"
 
 BARS = (
     Bar("tower, images/s", "vision_tower", {"arm": "tower", "batch": 32}, "images_per_s", 1200,
