@@ -38,6 +38,7 @@ from jax.sharding import Mesh
 from measuring import (
     Compilations,
     add_rate_arguments,
+    begin,
     peak_memory_gb,
     peak_rates,
     report,
@@ -324,8 +325,8 @@ def timed(
 def main(argv: Sequence[str] | None = None) -> None:
     """Builds the arms, times them in turns and reports."""
     arguments = parse(argv)
+    begin("scoring", __doc__, minutes=5)
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
-    print("measuring the machine's peak and making random weights", flush=True)
     chip = peak_rates(arguments.chip, dtype)
     graphdef, state = random_llava_for_inference(config, dtype)
     mesh = make_mesh(data=arguments.data) if arguments.data > 1 else None
