@@ -235,9 +235,52 @@ def pack_window(
       ValueError: a request is longer than a row, refers to an image that the layout lacks or to
         images of two shards; `num_rows` or the images do not divide by `shards`.
     """
-    batches = _plan(requests, layout, row_length, num_rows, shards, carried_over)
-    tokens = _expand(requests, layout, position_ids)
-    return [_fill(tokens, batch, row_length) for batch in batches]
+    packed = pack_together(
+        requests,
+        [layout],
+        [row_length],
+        num_rows,
+        shards=shards,
+        position_ids=position_ids,
+        carried_over=carried_over,
+    )
+    return [rows for (rows,) in packed]
+
+
+def pack_together(
+    requests: Sequence[Request],
+    layouts: Sequence[VisualLayout],
+    row_lengths: Sequence[int],
+    num_rows: int,
+    *,
+    shards: int = 1,
+    position_ids: PositionIds = "compact",
+    carried_over: int = 0,
+) -> list[tuple[Rows, ...]]:
+    """Packs a window of requests once per layout, every time into the same rows in the same order.
+
+    Args:
+      layouts: of the same images, which have different visual tokens in each.
+      row_lengths: L of each.
+      others: as in `pack_window`, which also says what is raised.
+    """
+    # In units of the first row length; where these fit, all do.
+    lengths = np.max(
+        [
+            -(-sequence_lengths(requests, layout) * row_lengths[0] // row_length)
+            for layout, row_length in zip(layouts, row_lengths, strict=True)
+        ],
+        axis=0,
+    )
+    batches = _plan(requests, layouts[0], lengths, row_lengths[0], num_rows, shards, carried_over)
+    tokens = [_expand(requests, layout, position_ids) for layout in layouts]
+    return [
+        tuple(
+            _fill(expanded, batch, row_length)
+            for expanded, row_length in zip(tokens, row_lengths, strict=True)
+        )
+        for batch in batches
+    ]
 
 
 def _check_fits(lengths: np.ndarray, row_length: int) -> None:
@@ -267,6 +310,7 @@ def _image_rows(requests: Sequence[Request], layout: VisualLayout) -> np.ndarray
 def _plan(
     requests: Sequence[Request],
     layout: VisualLayout,
+    lengths: np.ndarray,
     row_length: int,
     num_rows: int,
     shards: int,
@@ -275,7 +319,6 @@ def _plan(
     """Which requests are in which row of which batch: [batch][row] -> request indices."""
     if num_rows < 1 or num_rows % shards:
         raise ValueError(f"num_rows {num_rows} is not a positive multiple of {shards} shards")
-    lengths = sequence_lengths(requests, layout)
     _check_fits(lengths, row_length)
     shard_of = _shard_of_requests(requests, layout, lengths, shards)
     rows_of_shard = []

@@ -28,9 +28,10 @@ from prumerge_jax.reductions.registry import (
     spell,
     with_parameters,
 )
+from prumerge_jax.reductions.set_rules import SetRule
 
 __all__ = [
     "Assignment", "Baseline", "Downsample", "Evidence", "PruMerge", "Reduction", "ReductionLike",
-    "as_reduction", "equal_count_baselines", "explain", "kept_rows", "names", "parameters", "parse",
-    "parse_list", "reduce", "register", "spell", "with_parameters",
+    "SetRule", "as_reduction", "equal_count_baselines", "explain", "kept_rows", "names",
+    "parameters", "parse", "parse_list", "reduce", "register", "spell", "with_parameters",
 ]  # fmt: skip
