@@ -153,7 +153,7 @@ def engine(
         EngineConfig(batch_size=4, window_size=8, prefill_rows=2, slots=8),
         reduction,
         config.vision.num_patches,
-        np.array([request.text_tokens + len(request.continuation) for request in requests]),
+        [request.opening for request in requests],
         max_new_tokens=new,
         max_positions=config.text.max_positions,
     )

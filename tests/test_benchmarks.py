@@ -40,7 +40,7 @@ KEYS = {
     "decode": {"ms", "tokens_per_s", "bound", "floor_share", "utilisation"},
     "lora_training": {"ms", "samples_per_s", "speedup", "utilisation_4n", "utilisation"},
     "numerics": {"check", "figure", "limit", "passed"},
-    "scoring": {"images_per_s", "visual_mean", "efficiency", "speedup", "flop_ratio_share",
+    "scoring": {"questions_per_s", "visual_mean", "efficiency", "speedup", "flop_ratio_share",
                 "floor_share", "memory_gb"},
 }  # fmt: skip
 

@@ -93,8 +93,13 @@ class PlacedModel:
 
     def put_rows(self, rows: packing.Rows) -> programs.Rows:
         """The device's part of a plan."""
-        fields = (rows.ids, rows.visual_index, rows.positions, rows.segment_ids)
-        return programs.Rows(*(self.put(field) for field in fields))
+        return programs.Rows(
+            ids=self.put(rows.ids),
+            visual_index=self.put(rows.visual_index),
+            positions=self.put(rows.positions),
+            segment_ids=self.put(rows.segment_ids),
+            branch_ids=None if rows.branch_ids is None else self.put(rows.branch_ids),
+        )
 
 
 class Encoding(NamedTuple):
@@ -149,8 +154,9 @@ class Encoder:
         model, size = self.model, self.shapes.batch_size
         side = model.config.vision.image_size
         crops: list[np.ndarray] = []
+        questions: list[np.ndarray] = []
         image_of: list[int | None] = []
-        known: dict[str, int] = {}
+        known: dict[tuple[str, bytes], int] = {}
         for request in requests:
             if not request.images:
                 image_of.append(None)
@@ -158,7 +164,8 @@ class Encoder:
             (image,) = request.images
             number = len(crops)
             if image.key is not None:
-                number = known.setdefault(image.key, number)
+                asked = request.question_ids.tobytes() if reduction.question_tokens else b""
+                number = known.setdefault((image.key, asked), number)
             if number == len(crops):
                 if image.crops.shape[1] != side:
                     raise ValueError(
@@ -166,6 +173,7 @@ class Encoder:
                         f"expected {side}"
                     )
                 crops.append(image.crops[0])
+                questions.append(request.question_ids)
             image_of.append(number)
         encoded = []
         for start in range(0, len(crops), size):
@@ -176,11 +184,24 @@ class Encoder:
                     model.graphdef,
                     model.state,
                     model.put(pixels),
+                    self._question_ids(questions[start : start + size], reduction),
                     reduction=reduction,
                     dtype=model.dtype,
                 )
             )
         return Encoding(list(requests), image_of, len(crops), encoded, reduction)
+
+    def _question_ids(
+        self, questions: Sequence[np.ndarray], reduction: Reduction
+    ) -> jax.Array | None:
+        """[B, M] int32, -1 beyond a question; None where the reduction reads none."""
+        most = reduction.question_tokens
+        if not most:
+            return None
+        ids = np.full((self.shapes.batch_size, most), -1, np.int32)
+        for row, question in zip(ids, questions, strict=False):
+            row[: len(question)] = question[:most]  # a longer one is refused, see `windows.py`
+        return self.model.put(ids)
 
     def measure(self, encoding: Encoding) -> EncodedImages:
         """Waits for a window's images and fetches what the host must know of them."""

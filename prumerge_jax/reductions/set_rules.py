@@ -19,7 +19,7 @@ from prumerge_jax.reductions.base import (
     Evidence,
     Reduction,
     all_available,
-    finite_images,
+    finite_evidence,
     kept_rows,
     without_nan,
 )
@@ -116,9 +116,9 @@ class SetRule(Reduction):
 
     def rank(self, evidence: Evidence, steps: int) -> Ranking:
         """The first `steps` patches in the order of choice, of which any budget is a prefix."""
-        finite = finite_images(evidence.hidden)
-        if self.reads_attention:
-            finite &= finite_images(evidence.attention)
+        finite = finite_evidence(
+            evidence, *self.needs, *(["attention"] if self.reads_attention else [])
+        )
         evidence = without_nan(evidence, finite)
         available = all_available(evidence)
         count = jnp.where(finite, available.sum(-1), -1).astype(jnp.int32)

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from prumerge_jax.data import packing
 from prumerge_jax.data.pipeline import Example
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
+from prumerge_jax.data.visual_layout import CropTokens, runs
 from prumerge_jax.messages import quoted
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.sharding.mesh import logical_spec
@@ -90,7 +91,7 @@ class Planned(NamedTuple):
       windows: one entry per micro-batch, at least one.
       visual_tokens: [B, R, Dv] of all images, on the devices.
       kept: tokens of text that are left of every sample, [local samples].
-      counts: those of `GlobalBatch.counts` that depend on the visual tokens.
+      counts: `visual_tokens`, `tokens` of `GlobalBatch.counts`, and what else there is to count.
     """
 
     windows: list[Any]
@@ -164,12 +165,12 @@ class BatchPacker:
     def _prepare(self, examples: Sequence[Example], encoded: Any, samples: int) -> GlobalBatch:
         image_rows = np.array(self._shards.rows(self._global(len(examples))))
         first = samples - self._global(len(examples))
-        windows, visual_tokens, kept, own_counts = self._plan(examples, encoded, first + image_rows)
+        windows, visual_tokens, kept, tokens = self._plan(examples, encoded, first + image_rows)
         sizes = np.array([example.token_ids.size for example in examples])
         counts = {
             "samples": len(examples),
             "images": sum(example.has_image for example in examples),
-            **own_counts,
+            **tokens,
             "truncated_samples": int((kept < sizes).sum()),
             "mismatched_samples": sum(bool(example.mismatch) for example in examples),
         }
@@ -186,31 +187,32 @@ class BatchPacker:
 
     def _plan(self, examples: Sequence[Example], encoded: Any, places: np.ndarray) -> Planned:
         """The rows of this process's samples, which have these places in the stream."""
-        layout = self._layout(examples, encoded)
+        crops = self._measure(examples, encoded)
         requests = [
-            fit_request(example, row, int(layout.lengths[row]), self._shape.length)
-            for row, example in enumerate(examples)
+            fit_request(example, run, self._shape.length)
+            for example, run in zip(examples, runs(crops, range(len(examples))), strict=True)
         ]
         windows = packing.pack_window(
             requests,
-            layout,
+            crops.num_slots,
             self._shape.length,
             self._local_rows(),
             shards=len(self._shards.local),
             position_ids=self._shape.position_ids,
         )
-        return Planned(
-            windows,
-            encoded.tokens,
-            np.array([request.token_ids.size for request in requests]),
-            token_counts(examples, layout, windows),
-        )
+        has_image = np.array([example.has_image for example in examples])
+        counts = {
+            "visual_tokens": int(crops.lengths[has_image].sum()),
+            "tokens": sum(rows.real_tokens for rows in windows),
+        }
+        kept = np.array([request.token_ids.size for request in requests])
+        return Planned(windows, encoded.tokens, kept, counts)
 
     def _local_rows(self) -> int:
         """Rows of a micro-batch on this process."""
         return self._shape.rows // self._shards.total * len(self._shards.local)
 
-    def _layout(self, examples: Sequence[Example], visual: VisualTokens) -> packing.VisualLayout:
+    def _measure(self, examples: Sequence[Example], visual: VisualTokens) -> CropTokens:
         """What the planner must know of the encoded images, fetched from the devices.
 
         Raises:
@@ -229,7 +231,7 @@ class BatchPacker:
                     f"capacity is {capacity}; give the reduction more, as in --config.reduction="
                     f"prumerge:capacity={needed}, or none for the most any image can need"
                 )
-        return packing.VisualLayout(
+        return CropTokens(
             addressable_rows(visual.lengths),
             addressable_rows(visual.patch_indices),
             self._num_patches,
@@ -249,28 +251,15 @@ class BatchPacker:
         # The plan numbers the images of this process, the arrays those of the global batch.
         image, slot = np.divmod(rows.visual_index, visual_tokens.shape[1])
         visual_index = image_rows[image] * visual_tokens.shape[1] + slot
-        visual_index = np.where(rows.visual_index < 0, -1, visual_index).astype(np.int32)
+        visual_index = np.where(rows.visual_index < 0, rows.visual_index, visual_index)
         return RowBatch(
             ids=to_global_array(rows.ids, self._mesh),
-            visual_index=to_global_array(visual_index, self._mesh),
+            visual_index=to_global_array(visual_index.astype(np.int32), self._mesh),
             positions=to_global_array(rows.positions, self._mesh),
             segment_ids=to_global_array(rows.segment_ids, self._mesh),
             targets=to_global_array(rows.targets, self._mesh),
             visual_tokens=visual_tokens,
         )
-
-
-def fit_request(
-    example: Example, image_row: int, visual_tokens: int, length: int
-) -> packing.Request:
-    """The longest beginning of a sample that fits into `length` tokens; see `kept_tokens`."""
-    kept = kept_tokens(example.token_ids, visual_tokens, length)
-    is_image = example.token_ids == IMAGE_TOKEN
-    return packing.Request(
-        example.token_ids[:kept],
-        (image_row,) * int(is_image[:kept].sum()),
-        example.labels[:kept],
-    )
 
 
 def check_finite(example: Example, required: int) -> None:
@@ -282,15 +271,17 @@ def check_finite(example: Example, required: int) -> None:
         )
 
 
-def token_counts(
-    examples: Sequence[Example], layout: packing.VisualLayout, windows: Sequence[packing.Rows]
-) -> dict[str, int]:
-    """`visual_tokens` and `tokens` of `GlobalBatch.counts`."""
-    has_image = np.array([example.has_image for example in examples])
-    return {
-        "visual_tokens": int(layout.lengths[has_image].sum()),
-        "tokens": sum(int((rows.segment_ids > 0).sum()) for rows in windows),
-    }
+def fit_request(example: Example, run: packing.Run, length: int) -> packing.Request:
+    """The longest beginning of a sample that fits into `length` tokens; see `kept_tokens`."""
+    return cut_request(example, run, kept_tokens(example.token_ids, len(run), length))
+
+
+def cut_request(example: Example, run: packing.Run, kept: int) -> packing.Request:
+    """The first `kept` tokens of a sample."""
+    is_image = example.token_ids == IMAGE_TOKEN
+    return packing.Request(
+        example.token_ids[:kept], (run,) * int(is_image[:kept].sum()), example.labels[:kept]
+    )
 
 
 def empty_rows(rows: packing.Rows) -> packing.Rows:
@@ -306,4 +297,7 @@ def empty_rows(rows: packing.Rows) -> packing.Rows:
         row_of=none,
         start_of=none,
         length_of=none,
+        prefix_start_of=none,
+        prefix_length_of=none,
+        branch_ids=None,
     )

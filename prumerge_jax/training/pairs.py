@@ -21,10 +21,10 @@ from prumerge_jax.training.batches import (
     Planned,
     RowBatch,
     check_finite,
+    cut_request,
     empty_rows,
-    fit_request,
-    token_counts,
 )
+from prumerge_jax.training.inputs import kept_tokens
 from prumerge_jax.training.weights import Leaf
 
 
@@ -136,37 +136,36 @@ class PairPacker(BatchPacker):
     def _plan(self, examples: Sequence[Example], encoded: Any, places: np.ndarray) -> Planned:
         order, available = self._ranking(examples, encoded)
         counts = np.array([self._budgets.draw(int(place)) for place in places])
-        student = first_patches(order, np.clip(counts, 0, available), self._num_patches)
-        layouts, lengths = [student], [self._shape.length]
+        versions = [first_patches(order, np.clip(counts, 0, available), self._num_patches)]
+        lengths = [self._shape.length]
         if self._teacher is not None:
             more = self._teacher.counts(counts, available, self._num_patches)
-            layouts.append(first_patches(order, more, self._num_patches))
+            versions.append(first_patches(order, more, self._num_patches))
             lengths.append(self._teacher.length)
-        requests = [
-            _shortest(example, row, layouts, lengths) for row, example in enumerate(examples)
+        fitting = [
+            [
+                kept_tokens(e.token_ids, len(run), length)
+                for e, run in zip(examples, runs, strict=True)
+            ]
+            for runs, length in zip(versions, lengths, strict=True)
         ]
-        windows = self._pack(requests, layouts, lengths)
-        tokens = token_counts(examples, student, [rows[0] for rows in windows])
-        if self._teacher is not None:
-            taught = token_counts(examples, layouts[1], [rows[1] for rows in windows])
-            tokens["teacher_tokens"] = taught["tokens"]
-        kept = np.array([request.token_ids.size for request in requests])
-        return Planned(windows, encoded.tokens, kept, tokens)
-
-    def _pack(
-        self,
-        requests: Sequence[packing.Request],
-        layouts: Sequence[packing.VisualLayout],
-        lengths: Sequence[int],
-    ) -> list[tuple[packing.Rows, ...]]:
-        shards, position_ids = len(self._shards.local), self._shape.position_ids
-        packed = packing.pack_together(
-            requests, layouts, lengths, self._local_rows(), shards=shards, position_ids=position_ids
+        kept = np.min(fitting, axis=0)
+        windows = packing.pack_together(
+            [_requests(examples, runs, kept) for runs in versions],
+            order.shape[0] * self._num_patches,
+            lengths,
+            self._local_rows(),
+            shards=len(self._shards.local),
+            position_ids=self._shape.position_ids,
         )
-        return [
-            tuple(_by_patch(rows, layout) for rows, layout in zip(window, layouts, strict=True))
-            for window in packed
-        ]
+        shown = [run for run, e in zip(versions[0], examples, strict=True) if e.has_image]
+        tokens = {
+            "visual_tokens": sum(map(len, shown)),
+            "tokens": sum(rows[0].real_tokens for rows in windows),
+        }
+        if self._teacher is not None:
+            tokens["teacher_tokens"] = sum(rows[1].real_tokens for rows in windows)
+        return Planned(windows, encoded.tokens, kept, tokens)
 
     def _ranking(
         self, examples: Sequence[Example], encoded: RankedTokens
@@ -189,21 +188,20 @@ class PairPacker(BatchPacker):
         return PairBatch(student, teacher[0], at)
 
 
-def first_patches(
-    order: np.ndarray, counts: Sequence[int] | np.ndarray, num_patches: int
-) -> packing.VisualLayout:
+def first_patches(order: np.ndarray, counts: np.ndarray, num_patches: int) -> list[packing.Run]:
     """The first patches of every image's order, in raster order.
 
     Args:
       order: [B, K] int32.
-      counts: [B], patches per image, at most K; or `num_patches`, which takes them all.
+      counts: [B] int, patches per image, at most K; or `num_patches`, which takes them all.
       num_patches: N.
     """
-    patches = np.full((len(order), num_patches), -1, np.int32)
+    runs = []
     for row, count in enumerate(counts):
-        chosen = np.arange(num_patches) if count == num_patches else order[row, :count]
-        patches[row, : len(chosen)] = np.sort(chosen)
-    return packing.VisualLayout(np.asarray(counts, np.int32), patches, num_patches)
+        chosen = np.arange(num_patches) if count == num_patches else np.sort(order[row, :count])
+        patches = chosen.astype(np.int32)
+        runs.append(packing.Run(row * num_patches + patches, patches, num_patches))
+    return runs
 
 
 def teacher_columns(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
@@ -220,23 +218,10 @@ def teacher_columns(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
     return columns
 
 
-def _by_patch(rows: packing.Rows, layout: packing.VisualLayout) -> packing.Rows:
-    """The same rows, whose `visual_index` is b * N + the patch instead of b * N + its slot."""
-    image, slot = np.divmod(rows.visual_index, layout.num_patches)
-    patch = image * layout.num_patches + layout.patch_indices[image, slot]
-    index = np.where(rows.visual_index < 0, -1, patch).astype(np.int32)
-    return dataclasses.replace(rows, visual_index=index)
-
-
-def _shortest(
-    example: Example,
-    row: int,
-    layouts: Sequence[packing.VisualLayout],
-    lengths: Sequence[int],
-) -> packing.Request:
-    """As much of a sample as fits into the rows with all layouts."""
-    fitting = [
-        fit_request(example, row, int(layout.lengths[row]), length)
-        for layout, length in zip(layouts, lengths, strict=True)
+def _requests(
+    examples: Sequence[Example], runs: Sequence[packing.Run], kept: np.ndarray
+) -> list[packing.Request]:
+    return [
+        cut_request(example, run, int(size))
+        for example, run, size in zip(examples, runs, kept, strict=True)
     ]
-    return min(fitting, key=lambda request: request.token_ids.size)

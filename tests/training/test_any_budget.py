@@ -247,8 +247,7 @@ def test_losses_and_weights_on_a_mesh_are_those_of_one_device() -> None:
 def test_requests_share_rows_whatever_the_lengths() -> None:
     rng = np.random.default_rng(0)
     requests = [packing.Request(np.arange(n, dtype=np.int32)) for n in rng.integers(3, 20, 30)]
-    none = packing.VisualLayout(np.zeros(0, np.int32), np.zeros((0, 4), np.int32), 4)
-    for windows in packing.pack_together(requests, [none, none], [24, 32], 2):
+    for windows in packing.pack_together([requests, requests], 0, [24, 32], 2):
         np.testing.assert_array_equal(windows[0].requests, windows[1].requests)
         np.testing.assert_array_equal(windows[0].row_of, windows[1].row_of)
         assert [rows.ids.shape for rows in windows] == [(2, 24), (2, 32)]

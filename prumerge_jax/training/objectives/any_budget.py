@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 
 from prumerge_jax import reductions
 from prumerge_jax.data.tokenizer import Tokenizer
-from prumerge_jax.models.clip import ClipVision
 from prumerge_jax.models.llava import LlavaModel, gather_evidence
+from prumerge_jax.models.vision_tower import VisionTower
 from prumerge_jax.training.config import ConfigError, TrainConfig, objective_options
 from prumerge_jax.training.inputs import TrainingSource, open_conversations
 from prumerge_jax.training.objectives.next_token import (
@@ -177,8 +177,8 @@ def ranking_encoder(config: TrainConfig, weights: Weights, mesh: Mesh, steps: in
     """The tower and the first `steps` patches of the reduction's order, as `RankedTokens`."""
     rule, dtype = _set_rule(config), jnp.dtype(config.dtype)
 
-    def encode(vision: ClipVision, pixels: jax.Array) -> RankedTokens:
-        evidence = gather_evidence(vision, pixels, rule.needs, dtype=dtype)
+    def encode(vision: VisionTower, pixels: jax.Array) -> RankedTokens:
+        evidence = gather_evidence(vision, pixels, rule, dtype=dtype)
         ranking = rule.rank(evidence, steps)
         return RankedTokens(ranking.evidence.hidden, ranking.order.patches, ranking.available)
 

@@ -12,9 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 from prumerge_jax import reductions
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE
-from prumerge_jax.models.clip import ClipVision
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.llava import LlavaModel, encode_images
+from prumerge_jax.models.vision_tower import VisionTower
 from prumerge_jax.reductions import Reduction
 from prumerge_jax.sharding.mesh import constrain, logical_spec
 from prumerge_jax.training.batches import BatchPacker, RowBatch, RowShape
@@ -224,11 +224,11 @@ class ImageEncoder:
         config: TrainConfig,
         weights: Weights | Shapes,
         mesh: Mesh,
-        encode: Callable[[ClipVision, jax.Array], Any] | None = None,
+        encode: Callable[[VisionTower, jax.Array], Any] | None = None,
     ) -> None:
         prefix = "vision."
         vision = config.sizes.vision
-        module = AbstractModule.of(lambda seed: ClipVision(vision, rngs=nnx.Rngs(seed)))
+        module = AbstractModule.of(lambda seed: VisionTower(vision, rngs=nnx.Rngs(seed)))
         self._weights = {path: weights[prefix + path] for path in module.variables}
         if encode is None:
             encode = functools.partial(
