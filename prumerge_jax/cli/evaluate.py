@@ -74,11 +74,12 @@ def _plan(config: ConfigDict, slice_name: str, questions_per_image: int) -> int:
     from prumerge_jax.aot.inference import plan_inference
     from prumerge_jax.aot.topology import topology
     from prumerge_jax.engine.encoding import compute_dtype
+    from prumerge_jax.evaluation.benchmarks.base import Benchmark
     from prumerge_jax.evaluation.config import engine_config
     from prumerge_jax.models.config import published
 
     jax.config.update("jax_platforms", "cpu")  # leaves a TPU of this machine free
-    spellings = reductions.parse_list(config.reduction)
+    spellings = reductions.parse_list(config.reduction or Benchmark.reductions)
     model, where = published(config.checkpoint), topology(slice_name)
     shapes = engine_config(config.engine, config.mesh)
     dtype = compute_dtype(config.dtype or "bfloat16")
