@@ -279,7 +279,7 @@ class Llava:
         """Which patches of an image are kept and where the others go; `overlay` draws it."""
         reduction = as_reduction(reduction)
         name, source = named_image(image, "image")
-        pixels = self._processor(image_mode, reduction)(source, name)
+        pixels = self.image_processor(image_mode, reduction)(source, name)
         with self.placed():
             assignment = _explain(
                 self._model.graphdef,
@@ -340,13 +340,14 @@ class Llava:
         """The context in which an engine of this model runs: its mesh, if it has one."""
         return sharding.use_mesh(self._model.mesh)
 
-    def _processor(self, mode: ImageMode, reduction: ReductionLike) -> ImageProcessor:
+    def image_processor(self, mode: ImageMode, reduction: ReductionLike) -> ImageProcessor:
+        """What makes pixels of images for a reduction."""
         return ImageProcessor(self.image_size(reduction), self.config.vision.pixel_mean, mode)
 
     def _builder(
         self, mode: ImageMode, conversation: str, reduction: ReductionLike
     ) -> RequestBuilder:
-        processor = self._processor(mode, reduction)
+        processor = self.image_processor(mode, reduction)
         return RequestBuilder(self.tokenizer, chat_template(conversation), processor)
 
     def _engine_for(

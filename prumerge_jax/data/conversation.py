@@ -142,6 +142,45 @@ def evaluation_prompt(template: Template, text: str, has_image: bool = True) -> 
     return template.opening + question + template.assistant
 
 
+def chat_prompt(
+    template: Template, turns: Sequence[str], *, has_image: bool = False, system: str | None = None
+) -> str:
+    """The prompt that continues a conversation, ending where the assistant's next turn begins.
+
+    With one turn it is that of `evaluation_prompt`.
+
+    Args:
+      template: one that asks questions.
+      turns: texts of the human and the assistant in turn, the human's first and last.
+      has_image: whether `<image>` comes before the first turn.
+      system: what takes the place of the template's opening; None keeps it.
+
+    Raises:
+      ValueError: a turn holds a literal `<image>`, or the template has no evaluation form, takes
+        one turn only, or has no opening in plain words.
+    """
+    first, *later = turns
+    prompt = evaluation_prompt(template, first, has_image)
+    if later and template.assistant_end is None:
+        raise ValueError(
+            f"template {template.name!r} takes one turn, not {len(turns)}; expected one such as "
+            "'vicuna_v1'"
+        )
+    for number, turn in enumerate(later, start=1):
+        if IMAGE_PLACEHOLDER in turn:
+            raise ValueError(f"turn {number} holds a literal {IMAGE_PLACEHOLDER!r}")
+    if later:
+        image = f"{IMAGE_PLACEHOLDER}\n" if has_image else ""
+        prompt = training_prompt(template, [image + first, *later]) + template.assistant
+    if system is None:
+        return prompt
+    if not template.opening.endswith(" "):
+        raise ValueError(f"template {template.name!r} has no place for a system message")
+    if IMAGE_PLACEHOLDER in system:
+        raise ValueError(f"the system message holds a literal {IMAGE_PLACEHOLDER!r}")
+    return f"{system} {prompt.removeprefix(template.opening)}"
+
+
 def training_prompt(template: Template, turns: Sequence[str]) -> str:
     """The complete conversation as one string.
 
