@@ -27,8 +27,8 @@ from models import GEOMETRIES, outlier_attention, random_weights
 
 from prumerge_jax import prumerge
 from prumerge_jax.cost import Operation, Workload, operations
-from prumerge_jax.models.clip import ClipVision, VisionFeatures
 from prumerge_jax.models.config import VisionConfig
+from prumerge_jax.models.vision_tower import VisionFeatures, VisionTower
 
 
 def check_equal(
@@ -56,7 +56,7 @@ def check_equal(
 
 def tower_seconds(config: VisionConfig, batch: int, dtype: jnp.dtype, repeats: int) -> float:
     """Median time of the tower over `batch` images, random weights."""
-    graphdef, state = random_weights(lambda rngs: ClipVision(config, rngs=rngs), dtype)
+    graphdef, state = random_weights(lambda rngs: VisionTower(config, rngs=rngs), dtype)
     pixels = jnp.zeros((batch, config.image_size, config.image_size, 3), dtype)
 
     @jax.jit

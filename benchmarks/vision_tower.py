@@ -21,7 +21,7 @@ from models import add_geometry_argument, geometry, random_llava
 from prumerge_jax import reductions
 from prumerge_jax.cost import Workload, floor_seconds, operations
 from prumerge_jax.engine import programs
-from prumerge_jax.models.clip import VisionFeatures
+from prumerge_jax.models.vision_tower import VisionFeatures
 
 REDUCTIONS = {"encode full": "full", "encode prumerge": "prumerge", "encode prumerge+": "prumerge+"}
 

@@ -17,11 +17,12 @@ def get_config() -> ConfigDict:
     config.answers = placeholder(str)  # score this file, without a model
 
     config.reduction = "full prumerge+ prumerge"  # names, separated by spaces
+    config.tokens = ""  # budgets of those that keep a fixed count, such as "128 64 32"
     config.baselines = False  # also, at equal counts: random, uniform and a smaller image
     config.decoding = ConfigDict(
         {
             "protocol": "llava-1.6",
-            "conversation": "vicuna_v1",
+            "conversation": placeholder(str),  # None: the model's own template
             # None: the benchmark's default, which is compact but for the digits.
             "position_ids": placeholder(str),
             "max_new_tokens": placeholder(int),  # None: the benchmark's limit

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from prumerge_jax.data.conversation import Template, evaluation_prompt
 from prumerge_jax.data.images import ImageError, ImageProcessor, ImageSource, load_image
 from prumerge_jax.data.loading import Named, stream_pixels
+from prumerge_jax.data.templates import Template, evaluation_parts
 from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER
 from prumerge_jax.engine.request import (
     MAX_SEED,
     ImageInput,
@@ -26,6 +27,7 @@ from prumerge_jax.engine.request import (
     check_image_count,
 )
 from prumerge_jax.messages import quoted, shortened
+from prumerge_jax.reductions import keywords
 
 Images = Sequence[ImageSource | Sequence[ImageSource] | None]
 """One image per prompt: a path, bytes, PIL image, uint8 [H, W, 3] or data URL, alone or as the only
@@ -42,7 +44,7 @@ class Draft:
     """A request whose image has not been read.
 
     Attributes:
-      key, token_ids, continuation, sampling: see `Request`.
+      key, token_ids, continuation, sampling, question_ids: see `Request`.
       image: its name and source; drafts with equal names share one image. None means no image.
     """
 
@@ -51,6 +53,7 @@ class Draft:
     image: Named | None
     continuation: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     sampling: SamplingParams = SamplingParams()
+    question_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
     @property
     def text_tokens(self) -> int:
@@ -86,8 +89,12 @@ class RequestBuilder:
             template that asks nothing.
         """
         check_image_count(num_images, "the prompt")
-        prompt = evaluation_prompt(self.template, text, has_image=num_images > 0)
-        return np.array(self.tokenizer.encode_prompt(prompt), np.int32)
+        parts = evaluation_parts(self.template, text, [IMAGE_PLACEHOLDER] * num_images)
+        return np.array(self.tokenizer.encode_prompt(parts), np.int32)
+
+    def question_ids(self, text: str) -> np.ndarray:
+        """Ids int32 [M] of the keywords of a question, for reductions that read them."""
+        return np.array(self.tokenizer.encode(keywords(text)), np.int32)
 
     def drafts(
         self,
@@ -119,7 +126,8 @@ class RequestBuilder:
                 raise ValueError(f"prompt {key}: {error}") from error
             seed = (sampling.seed + key) % MAX_SEED
             own = dataclasses.replace(sampling, seed=seed)
-            drafts.append(Draft(key, ids, named, sampling=own))
+            asked = self.question_ids(text)
+            drafts.append(Draft(key, ids, named, sampling=own, question_ids=asked))
         return drafts
 
     def requests(
@@ -148,7 +156,14 @@ class RequestBuilder:
             images: tuple[ImageInput, ...] = ()
             if draft.image is not None and image is not None:
                 images = (ImageInput(image[None], key=draft.image[0]),)
-            yield Request(draft.key, draft.token_ids, images, draft.continuation, draft.sampling)
+            yield Request(
+                draft.key,
+                draft.token_ids,
+                images,
+                draft.continuation,
+                draft.sampling,
+                draft.question_ids,
+            )
 
 
 def named_image(source: object, name: str) -> Named:

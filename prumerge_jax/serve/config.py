@@ -40,7 +40,7 @@ class ServeConfig:
     position_ids: PositionIds = _field(
         "compact", "positions of visual tokens: compact or original (the miniature's)"
     )
-    conversation: str = _field("vicuna_v1", "chat template")
+    conversation: str | None = _field(None, "chat template; by default the model's")
     dtype: str | None = _field(None, "dtype of weights and computation; by default as stored")
     slots: int | None = _field(None, "sequences decoded at once, for each reduction")
     decode_steps_per_call: int = _field(4, "decode steps between two pieces of a stream")

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from prumerge_jax import reductions
-from prumerge_jax.data.conversation import chat_prompt, chat_template
 from prumerge_jax.data.images import ImageMode, ImageProcessor
+from prumerge_jax.data.templates import chat_parts
+from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER
 from prumerge_jax.llava import Explanation, Llava
 from prumerge_jax.reductions import Reduction
 from prumerge_jax.serve.chat import Chat
@@ -35,7 +36,7 @@ class ServedModel:
         }
         for reduction in self.reductions.values():
             llava.image_size(reduction)  # a tower that cannot provide it is told now
-        self._template = chat_template(config.conversation)
+        self._template = llava.template(config.conversation)
 
     @property
     def num_patches(self) -> int:
@@ -104,10 +105,9 @@ class ServedModel:
           ApiError: 400 a text that cannot be asked, or too many tokens.
         """
         try:
-            prompt = chat_prompt(
-                self._template, chat.turns, has_image=chat.image is not None, system=chat.system
-            )
-            ids = np.array(self.tokenizer.encode_prompt(prompt), np.int32)
+            visuals = [] if chat.image is None else [IMAGE_PLACEHOLDER]
+            parts = chat_parts(self._template, chat.turns, visuals, chat.system)
+            ids = np.array(self.tokenizer.encode_prompt(parts), np.int32)
         except ValueError as error:
             raise ApiError(400, str(error), param="messages", code="invalid_value") from error
         count = len(ids) - (chat.image is not None)
@@ -120,6 +120,10 @@ class ServedModel:
                 code="context_length_exceeded",
             )
         return ids
+
+    def question_ids(self, chat: Chat) -> np.ndarray:
+        """Ids int32 [M] of the keywords of the last question, for reductions that read them."""
+        return np.array(self.tokenizer.encode(reductions.keywords(chat.turns[-1])), np.int32)
 
     def max_new_tokens(self, asked: int | None, text_tokens: int, param: str) -> int:
         """The most tokens of an answer: those asked for, or what fits in any case.
@@ -148,14 +152,26 @@ class ServedModel:
 
     def _engine(self, name: str) -> Core:
         """The engine of a reduction, everything compiled."""
-        raise NotImplementedError
+        slots = self.llava.engine_sizes.slots
+        engine = self.llava.engine(
+            self.reductions[name],
+            [self.max_prompt_tokens] * slots,
+            max_new_tokens=self.config.max_new_tokens,
+            position_ids=self.config.position_ids,
+        )
+        engine.warm_up()
+        return engine
 
-    def explain(self, pixels: np.ndarray, reduction: str) -> Explanation:
-        """What a reduction keeps of an image; to be called on the scheduler's thread."""
-        return self.llava.explain(pixels, reduction=self.reductions[reduction])
+    def explain(self, pixels: np.ndarray, reduction: str, question: str | None) -> Explanation:
+        """What a reduction keeps of an image; to be called on the scheduler's thread.
+
+        Raises:
+          ValueError: the reduction reads the question, and there is none.
+        """
+        return self.llava.explain(pixels, reduction=self.reductions[reduction], question=question)
 
     def prepare(self) -> None:
         """Compiles what `explain` runs."""
         for name, reduction in self.reductions.items():
             side = self.llava.image_size(reduction)
-            self.explain(np.zeros((side, side, 3), np.uint8), name)
+            self.explain(np.zeros((side, side, 3), np.uint8), name, "word")

@@ -119,6 +119,7 @@ class ExplainRequest(_Strict):
     """The body of a question about which patches of an image are kept."""
 
     image_url: ImageUrl
+    question: str | None = Field(None, max_length=MAX_TEXT)
     reduction: str | None = Field(None, max_length=256)
 
 

@@ -92,7 +92,13 @@ class Service:
         if chat.image is not None:
             pixels = await self._pixels(chat.image, reduction, body.image_mode or "pad", hold)
             crops = (ImageInput(pixels[None]),)
-        request = Request(next(self._keys), ids, crops, sampling=sampling)
+        request = Request(
+            next(self._keys),
+            ids,
+            crops,
+            sampling=sampling,
+            question_ids=model.question_ids(chat),
+        )
         generation = Generation(self, request, reduction, body.stops, arrived)
         self.scheduler.submit(generation.ticket)
         return generation
@@ -106,12 +112,14 @@ class Service:
         started = time.monotonic()
         reduction = self.model.reduction(self.model.name, body.reduction)
         pixels = await self._pixels(body.image_url.url, reduction, "pad", hold)
-        asked = self.scheduler.call(lambda: self.model.explain(pixels, reduction))
+        asked = self.scheduler.call(lambda: self.model.explain(pixels, reduction, body.question))
         try:
             async with asyncio.timeout(self.config.queue_timeout_s):
                 explanation = await asyncio.wrap_future(asked)
         except TimeoutError:
             raise _too_late("the explanation", self.config.queue_timeout_s) from None
+        except ValueError as error:
+            raise ApiError(400, str(error), param="question", code="invalid_value") from error
         return Explained(
             reduction=reduction,
             grid=round(explanation.assignment.size**0.5),

@@ -10,9 +10,9 @@ from jax.sharding import Mesh, NamedSharding
 from prumerge_jax import reductions
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE
-from prumerge_jax.models.clip import ClipVision
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.llava import LlavaModel, encode_images
+from prumerge_jax.models.vision_tower import VisionTower
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.reductions import Reduction
 from prumerge_jax.sharding.mesh import constrain, logical_spec
@@ -183,7 +183,7 @@ class ImageEncoder:
     def __init__(self, config: TrainConfig, weights: Weights | Shapes, mesh: Mesh) -> None:
         prefix = "vision."
         vision = config.sizes.vision
-        module = AbstractModule.of(lambda seed: ClipVision(vision, rngs=nnx.Rngs(seed)))
+        module = AbstractModule.of(lambda seed: VisionTower(vision, rngs=nnx.Rngs(seed)))
         self._weights = {path: weights[prefix + path] for path in module.variables}
         dtype = jnp.dtype(config.dtype)
         self._encode = jax.jit(
@@ -206,7 +206,7 @@ class ImageEncoder:
 
 
 def _encode(
-    module: AbstractModule[ClipVision],
+    module: AbstractModule[VisionTower],
     weights: Weights,
     pixels: jax.Array,
     *,
