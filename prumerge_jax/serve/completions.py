@@ -33,7 +33,7 @@ class Completion:
         """The body of an answer that is not streamed."""
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": {"role": "assistant", "content": text},
             "logprobs": None,
             "finish_reason": generation.finish_reason,
         }

@@ -29,6 +29,7 @@ _PORTS = {"https": 443, "http": 80}
 _FETCHES = 8
 """Images that are fetched at once."""
 
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 # Addresses that Python calls global, and behind which are others.
 _TUNNELS = tuple(
     ipaddress.ip_network(network)
@@ -48,7 +49,7 @@ def is_public(address: str) -> bool:
         ip: Address = ipaddress.ip_address(address)
     except ValueError:  # one with a zone
         return False
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+    if isinstance(ip, ipaddress.IPv6Address) and ip not in _GLOBAL_UNICAST:
         return False
     if any(ip.version == network.version and ip in network for network in _TUNNELS):
         return False
@@ -175,6 +176,8 @@ class Fetcher:
             size += len(chunk)
             if size > self.policy.max_bytes:
                 raise too_large(where, self.policy.max_bytes)
+        if opened.is_late:  # and what looks like the end of the content is not
+            raise TimeoutError
         if response.length:
             raise _failed(where, f"ended {response.length} bytes early")
         return b"".join(chunks)

@@ -34,11 +34,23 @@ class Metrics:
     Args:
       in_flight: numbers of running and of waiting requests.
       weights: identity of the weights.
+      pages_used: pages of keys and values that sequences hold.
+      row_fill: share of the tokens of packed rows that are no padding.
     """
 
-    def __init__(self, in_flight: InFlight, weights: str) -> None:
+    def __init__(
+        self,
+        in_flight: InFlight,
+        weights: str,
+        pages_used: Callable[[], int],
+        row_fill: Callable[[], float],
+    ) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Now(in_flight))
+        pages = Gauge("prumerge_kv_pages_used", "Pages held.", registry=self.registry)
+        pages.set_function(pages_used)
+        fill = Gauge("prumerge_row_fill_ratio", "Rows without padding.", registry=self.registry)
+        fill.set_function(row_fill)
         self.success = self._counter("request_success", "Requests answered.", "finished_reason")
         self.errors = self._counter("request_errors", "Requests refused or failed.", "code")
         self.rejected_images = self._counter("images_rejected", "Images refused.", "reason")

@@ -11,6 +11,7 @@ from prumerge_jax import reductions
 from prumerge_jax.data.images import ImageMode, ImageProcessor
 from prumerge_jax.data.templates import chat_parts
 from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER
+from prumerge_jax.engine.engine import Engine
 from prumerge_jax.llava import Explanation, Llava
 from prumerge_jax.reductions import Reduction
 from prumerge_jax.serve.chat import Chat
@@ -36,6 +37,7 @@ class ServedModel:
         }
         for reduction in self.reductions.values():
             llava.image_size(reduction)  # a tower that cannot provide it is told now
+        self._engines: dict[str, Engine] = {}
         self._template = llava.template(config.conversation)
 
     @property
@@ -160,7 +162,19 @@ class ServedModel:
             position_ids=self.config.position_ids,
         )
         engine.warm_up()
+        self._engines[name] = engine
         return engine
+
+    def pages_used(self) -> int:
+        """Pages of keys and values that sequences hold, in all engines."""
+        decoders = [engine.core.decoder for engine in self._engines.values()]
+        return sum(decoder.taken_pages for decoder in decoders if decoder is not None)
+
+    def row_fill(self) -> float:
+        """Share of the tokens of packed rows that are no padding; 1 before there were any."""
+        counters = [engine.counters for engine in self._engines.values()]
+        rows = sum(each.row_tokens for each in counters)
+        return sum(each.real_tokens for each in counters) / rows if rows else 1.0
 
     def explain(self, pixels: np.ndarray, reduction: str, question: str | None) -> Explanation:
         """What a reduction keeps of an image; to be called on the scheduler's thread.

@@ -44,7 +44,7 @@ def serve(config: ServeConfig) -> int:
     model = ServedModel(llava, config)
     scheduler = model.scheduler()
     weights = weights_identity(model_directory(config.checkpoint))
-    metrics = Metrics(scheduler.in_flight, weights)
+    metrics = Metrics(scheduler.in_flight, weights, model.pages_used, model.row_fill)
     service = Service(config, model, scheduler, Images(config), metrics)
     server = Server(service, keys, f"{weights[:12]}-{metadata.version('prumerge-jax')}")
     if config.metrics_port is not None:

@@ -177,12 +177,12 @@ class Generation:
     ) -> None:
         self._service, self._arrived = service, arrived
         self._text = StoppingText(service.model.tokenizer, stops)
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events = events = asyncio.Queue[Event]()
         loop = asyncio.get_running_loop()
 
-        def deliver(event: Event) -> None:
+        def deliver(event: Event) -> None:  # without self: a circle would keep the image
             with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
         self.ticket = Ticket(reduction, request, deliver)
         self.finish_reason: str | None = None

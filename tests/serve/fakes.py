@@ -102,7 +102,9 @@ class FakeServer:
 
         self.model = ServedModel(miniature(), config)
         self.scheduler = Scheduler(dict.fromkeys(config.reductions, make), capacity)
-        metrics = Metrics(self.scheduler.in_flight, "0" * 64)
+        metrics = Metrics(
+            self.scheduler.in_flight, "0" * 64, self.model.pages_used, self.model.row_fill
+        )
         images = Images(config, fetcher)
         self.service = Service(config, self.model, self.scheduler, images, metrics)
         self.server = Server(self.service, Keys(config.api_key_file), "test")
@@ -117,6 +119,10 @@ class FakeServer:
             ) as client:
                 yield client
         finally:
+            for _ in range(500):
+                if not any(self.scheduler.in_flight()):
+                    break
+                await asyncio.sleep(0.01)
             self.scheduler.stop()
             self.service.images.close()
 

@@ -65,7 +65,7 @@ def test_a_stream_is_the_whole_answer() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_string_ends_the_answer_and_the_work(stream: bool) -> None:
-    fields = {"max_tokens": 1000, "seed": 1}
+    fields = {"max_tokens": 900, "seed": 1}
     whole = text_of(FakeServer(), **fields)
     stop = whole[20:23]
     server = FakeServer()
@@ -209,7 +209,7 @@ def test_too_late_for_the_first_token_and_for_the_last() -> None:
     assert late.cores[0].cancelled == {0}
     config = dataclasses.replace(CONFIG, request_timeout_s=0.4)
     endless = FakeServer(config, fail=lambda running: time.sleep(0.02))
-    (response,) = endless.ask(chat(max_tokens=1000, stream=True))
+    (response,) = endless.ask(chat(max_tokens=900, stream=True))
     assert response.status_code == 200
     *_, last = response.text.strip().split("\n\n")
     assert (
@@ -243,7 +243,7 @@ def test_when_the_client_goes_its_work_ends(stream: bool) -> None:
     server = FakeServer(fail=lambda running: time.sleep(0.01))
 
     async def run() -> None:
-        body = json.dumps(chat(max_tokens=1000, stream=stream)).encode()
+        body = json.dumps(chat(max_tokens=900, stream=stream)).encode()
         messages = [{"type": "http.request", "body": body, "more_body": False}]
         gone = asyncio.Event()
 
