@@ -90,10 +90,11 @@ def test_a_score_is_the_sum_over_its_tokens(
     )
     continuation = model.tokenizer.encode(text)
     total = 0.0
+    from prumerge_jax.engine.build import Draft
     from prumerge_jax.engine.request import Request
 
-    engine = model.engine("full", [len(ids) + len(continuation)])
-
+    draft = Draft(0, np.array(ids, np.int32), None, np.array(continuation, np.int32))
+    engine = model.engine("full", [draft])
     for i in range(len(continuation)):
         prompt = np.array(ids + continuation[:i], np.int32)
         target = np.array(continuation[i : i + 1], np.int32)
@@ -140,12 +141,12 @@ def test_a_reduction_that_reads_the_question(
     assert model.score([None], PROMPTS[:1], ["It is"], **reading) == pytest.approx(
         model.score([None], PROMPTS[:1], ["It is"]), abs=1e-5
     )
-    engine = model.engine(reading["reduction"], [40] * 3)
     builder = model._builder("pad", "vicuna_v1", reading["reduction"])
     drafts = [
         dataclasses.replace(draft, image=("one name", images[0]), continuation=np.array([5]))
         for draft in builder.drafts(*asked)
     ]
+    engine = model.engine(reading["reduction"], drafts)
     assert len(list(engine.score(builder.requests(drafts)))) == 3
     assert engine.counters.images == 2
 
