@@ -42,11 +42,12 @@ from prefill import packed_rows
 from scoring import random_requests
 
 from prumerge_jax import prumerge, reductions
+from prumerge_jax.data.layout import Layout
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import Request
-from prumerge_jax.engine.shapes import EngineConfig, fit
+from prumerge_jax.engine.shapes import EngineConfig, fit, most_visual_tokens
 from prumerge_jax.models import tuning
 from prumerge_jax.models.attention import backend_for
 from prumerge_jax.models.config import LlavaConfig
@@ -152,7 +153,7 @@ def engine(
     shapes = fit(
         EngineConfig(batch_size=4, window_size=8, prefill_rows=2, slots=8),
         reduction,
-        config.vision.num_patches,
+        most_visual_tokens(reduction, [Layout(config.vision.grid)]),
         np.array([request.text_tokens + len(request.continuation) for request in requests]),
         max_new_tokens=new,
         max_positions=config.text.max_positions,

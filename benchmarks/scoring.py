@@ -43,11 +43,12 @@ from models import add_geometry_argument, geometry, random_llava_for_inference
 
 from prumerge_jax import reductions
 from prumerge_jax.cost import Chip, Workload, images_per_second, operations
+from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding, PlacedModel
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import ImageInput, Request, SamplingParams
-from prumerge_jax.engine.shapes import EngineConfig, fit
+from prumerge_jax.engine.shapes import EngineConfig, fit, most_visual_tokens
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.sharding.mesh import make_mesh, replicated, use_mesh
 
@@ -65,9 +66,9 @@ class DrawnCounts(Encoder):
         """The encoder's images with other lengths; every jitted function runs as it does there."""
         images = super().measure(encoding)
         lengths = images.lengths.copy()
-        for request, image in zip(encoding.requests, encoding.image_of, strict=True):
-            assert image is not None  # every request has one
-            batch, row = divmod(image, len(lengths))
+        places = encoding.places
+        for request, ((number,),) in zip(places.requests, places.numbers, strict=True):
+            batch, row = divmod(number, len(lengths))
             lengths[row, batch] = self.counts[request.key]
         return images._replace(lengths=lengths)
 
@@ -100,14 +101,14 @@ def random_requests(
 ) -> list[Request]:
     """Random images with random text around them."""
     rng = np.random.default_rng(0)
-    side = config.vision.image_size
+    side, layout = config.vision.image_size, Layout(config.vision.grid)
     requests = []
     for key in range(number):
         text = rng.integers(3, config.text.vocab_size, text_tokens).astype(np.int32)
         request = Request(
             key,
             np.insert(text, 1, IMAGE_TOKEN),
-            (ImageInput(rng.integers(0, 256, (1, side, side, 3), np.uint8)),),
+            (ImageInput(rng.integers(0, 256, (1, side, side, 3), np.uint8), layout),),
             continuation=text[: int(output_tokens == 1)],
             sampling=SamplingParams(max_new_tokens=output_tokens),
         )
@@ -132,7 +133,7 @@ def engine_arm(
     fitted = fit(
         config_of_shapes,
         reduction,
-        config.vision.num_patches,
+        most_visual_tokens(reduction, [Layout(config.vision.grid)]),
         np.array(text_tokens),
         max_new_tokens=requests[0].sampling.max_new_tokens if decoding else 0,
         max_positions=config.text.max_positions,

@@ -17,14 +17,24 @@ from jax.sharding import Mesh
 from prumerge_jax import reductions, sharding
 from prumerge_jax.conversion.miniature import model_directory
 from prumerge_jax.data.conversation import chat_template
-from prumerge_jax.data.images import ImageMode, ImageProcessor, ImageSource
+from prumerge_jax.data.images import ImageSource
+from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.packing import PositionIds
+from prumerge_jax.data.pictures import PictureMode, PictureProcessor, default_mode
 from prumerge_jax.data.tokenizer import TextStream, Tokenizer
-from prumerge_jax.engine.build import Draft, Images, RequestBuilder, check_list, named_image
+from prumerge_jax.engine.build import (
+    Draft,
+    Images,
+    RequestBuilder,
+    check_list,
+    drafts_of_ids,
+    named_image,
+    requests_of,
+)
 from prumerge_jax.engine.encoding import PlacedModel, compute_dtype, data_shards
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import Answer, Delta, SamplingParams
-from prumerge_jax.engine.shapes import EngineConfig, EngineSizes, fit
+from prumerge_jax.engine.shapes import EngineConfig, EngineSizes, fit, most_visual_tokens
 from prumerge_jax.messages import quoted
 from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig
@@ -138,7 +148,7 @@ class Llava:
         *,
         reduction: ReductionLike = "prumerge",
         max_new_tokens: int = 64,
-        image_mode: ImageMode = "pad",
+        image_mode: PictureMode | None = None,
         conversation: str = "vicuna_v1",
         position_ids: PositionIds = "compact",
         temperature: float = 0.0,
@@ -148,11 +158,13 @@ class Llava:
         """Answers a batch of questions about images.
 
         Args:
-          images: one per prompt: a path, bytes, PIL image, uint8 [H, W, 3], data URL or None.
+          images: one per prompt: a path, bytes, PIL image, uint8 [H, W, 3], data URL or None; a
+            tuple of them where the model takes several.
           prompts: the user's text alone.
           reduction: its spelling, as `prumerge:neighbours=8`; see `reductions.parse`.
           max_new_tokens: most tokens per answer.
-          image_mode: `pad` to a square or `crop` the central one.
+          image_mode: `pad` to a square, `crop` the central one, or `anyres` for tiles; by default
+            what the model was trained with.
           conversation: name of a template, see `data.conversation.TEMPLATES`.
           position_ids: `compact` (the reference) or `original`, see `packing.pack_window`.
           temperature: 0 is greedy.
@@ -170,7 +182,7 @@ class Llava:
         sampling = SamplingParams(temperature, top_p, max_new_tokens, seed=seed)
         builder = self._builder(image_mode, conversation, reduction)
         drafts = builder.drafts(images, prompts, sampling)
-        engine = self._engine_for(drafts, reduction, position_ids, max_new_tokens)
+        engine = self._engine_for(builder.images, drafts, reduction, position_ids, max_new_tokens)
         with self.placed():
             answers = _in_order(engine.generate(builder.requests(drafts)), range(len(drafts)))
         return [self.tokenizer.decode(answer.token_ids) for answer in answers]
@@ -182,7 +194,7 @@ class Llava:
         *,
         reduction: ReductionLike = "prumerge",
         max_new_tokens: int = 64,
-        image_mode: ImageMode = "pad",
+        image_mode: PictureMode | None = None,
         conversation: str = "vicuna_v1",
         position_ids: PositionIds = "compact",
         temperature: float = 0.0,
@@ -201,7 +213,7 @@ class Llava:
         sampling = SamplingParams(temperature, top_p, max_new_tokens, seed=seed)
         builder = self._builder(image_mode, conversation, reduction)
         drafts = builder.drafts(images, prompts, sampling)
-        engine = self._engine_for(drafts, reduction, position_ids, max_new_tokens)
+        engine = self._engine_for(builder.images, drafts, reduction, position_ids, max_new_tokens)
         return self._pieces(engine.stream(builder.requests(drafts)), len(drafts))
 
     @overload
@@ -212,7 +224,7 @@ class Llava:
         continuations: Sequence[str],
         *,
         reduction: ReductionLike = ...,
-        image_mode: ImageMode = ...,
+        image_mode: PictureMode | None = ...,
         conversation: str = ...,
         position_ids: PositionIds = ...,
     ) -> list[float]: ...
@@ -225,7 +237,7 @@ class Llava:
         continuations: Sequence[list[str]] | Sequence[tuple[str, ...]],
         *,
         reduction: ReductionLike = ...,
-        image_mode: ImageMode = ...,
+        image_mode: PictureMode | None = ...,
         conversation: str = ...,
         position_ids: PositionIds = ...,
     ) -> list[list[float]]: ...
@@ -237,7 +249,7 @@ class Llava:
         continuations: Sequence[str] | Sequence[list[str]] | Sequence[tuple[str, ...]],
         *,
         reduction: ReductionLike = "prumerge",
-        image_mode: ImageMode = "pad",
+        image_mode: PictureMode | None = None,
         conversation: str = "vicuna_v1",
         position_ids: PositionIds = "compact",
     ) -> list[float] | list[list[float]]:
@@ -266,7 +278,7 @@ class Llava:
                 ids = self._continuation(text, draft.key)
                 drafts.append(dataclasses.replace(draft, key=len(drafts), continuation=ids))
                 prompt_of.append(draft.key)
-        engine = self._engine_for(drafts, reduction, position_ids)
+        engine = self._engine_for(builder.images, drafts, reduction, position_ids)
         with self.placed():
             answers = iter(_in_order(engine.score(builder.requests(drafts)), prompt_of))
         scores = [[next(answers).log_likelihood for _ in texts] for texts in several]
@@ -274,12 +286,43 @@ class Llava:
             return [score for (score,) in scores]
         return scores
 
+    def logits(
+        self,
+        images: Images,
+        token_ids: Sequence[Sequence[int] | np.ndarray],
+        *,
+        reduction: ReductionLike = "full",
+        image_mode: PictureMode | None = None,
+        position_ids: PositionIds = "compact",
+    ) -> list[np.ndarray]:
+        """Next-token logits at every position of prompts that are given as ids.
+
+        Arguments and errors as in `generate`. Neither tokenizer nor chat template is read.
+
+        Args:
+          token_ids: ids of every prompt, -200 where an image goes.
+
+        Returns:
+          float32 [T, V] for each prompt; T counts the visual tokens in place of each -200, and the
+          newlines among them.
+        """
+        processor = self.processor(image_mode, reduction)
+        drafts = drafts_of_ids(images, token_ids, processor)
+        engine = self._engine_for(processor, drafts, reduction, position_ids)
+        found: dict[int, np.ndarray] = {}
+        with self.placed():
+            for result in engine.logits(requests_of(drafts, processor)):
+                if isinstance(result, Answer):
+                    raise ValueError(f"prompt {result.key}: {result.error}")
+                found[result.key] = result.values
+        return [found[key] for key in range(len(drafts))]
+
     def explain(
         self,
         image: ImageSource,
         *,
         reduction: ReductionLike = "prumerge",
-        image_mode: ImageMode = "pad",
+        image_mode: PictureMode | None = None,
         question: str | None = None,
     ) -> Explanation:
         """Which patches of an image are kept and where the others go; `overlay` draws it.
@@ -295,7 +338,12 @@ class Llava:
         reduction = as_reduction(reduction)
         asked = self._question_ids(question, reduction)
         name, source = named_image(image, "image")
-        pixels = self._processor(image_mode, reduction)(source, name)
+        mode = "pad" if image_mode is None else image_mode
+        (pixels, *tiles), _ = self.processor(mode, reduction)(source, name)
+        if tiles:
+            raise ValueError(
+                "an image of several crops cannot be explained; expected 'pad', 'crop'"
+            )
         with self.placed():
             assignment = _explain(
                 self._model.graphdef,
@@ -317,6 +365,7 @@ class Llava:
         reduction: ReductionLike,
         text_tokens: Sequence[int],
         *,
+        layouts: Sequence[Sequence[Layout]] | None = None,
         max_new_tokens: int = 0,
         position_ids: PositionIds = "compact",
     ) -> Engine:
@@ -325,23 +374,28 @@ class Llava:
         Args:
           reduction, position_ids: as in `generate`.
           text_tokens: text tokens of every request, a continuation to score included.
+          layouts: of every request's images; None allows one crop each.
           max_new_tokens: most tokens per answer.
         """
         reduction = as_reduction(reduction)
         vision = dataclasses.replace(self.config.vision, image_size=self.image_size(reduction))
         config = dataclasses.replace(self.config, vision=vision)
         model = dataclasses.replace(self._model, config=config)
+        if layouts is None:
+            layouts = [(Layout(vision.grid),)] * len(text_tokens)
+        visual_tokens = [most_visual_tokens(reduction, each) for each in layouts]
         shapes = fit(
             self.engine_config,
             reduction,
-            model.config.vision.num_patches,
+            np.array(visual_tokens, np.int64),
             np.array(text_tokens, np.int64),
             max_new_tokens=max_new_tokens,
             max_positions=model.config.text.max_positions,
             shards=model.shards,
         )
         if model.mesh is None:
-            shapes = shapes.limited_to(len(text_tokens))
+            crops = sum(layout.num_crops for each in layouts for layout in each)
+            shapes = shapes.limited_to(len(text_tokens), crops)
         return Engine(model, reduction, shapes, position_ids=position_ids)
 
     def image_size(self, reduction: ReductionLike) -> int:
@@ -370,17 +424,24 @@ class Llava:
             )
         return jnp.pad(jnp.array(ids, jnp.int32), (0, most - len(ids)), constant_values=-1)[None]
 
-    def _processor(self, mode: ImageMode, reduction: ReductionLike) -> ImageProcessor:
-        return ImageProcessor(self.image_size(reduction), self.config.vision.pixel_mean, mode)
+    def processor(self, mode: PictureMode | None, reduction: ReductionLike) -> PictureProcessor:
+        """From images to crops as a reduction wants them; None is the model's own mode.
+
+        Raises:
+          ValueError: a mode that does not exist, or that model or reduction do not support.
+        """
+        mode = default_mode(self.config) if mode is None else mode
+        return PictureProcessor(self.config, self.image_size(reduction), mode)
 
     def _builder(
-        self, mode: ImageMode, conversation: str, reduction: ReductionLike
+        self, mode: PictureMode | None, conversation: str, reduction: ReductionLike
     ) -> RequestBuilder:
-        processor = self._processor(mode, reduction)
+        processor = self.processor(mode, reduction)
         return RequestBuilder(self.tokenizer, chat_template(conversation), processor)
 
     def _engine_for(
         self,
+        processor: PictureProcessor,
         drafts: Sequence[Draft],
         reduction: ReductionLike,
         position_ids: PositionIds,
@@ -389,6 +450,7 @@ class Llava:
         return self.engine(
             reduction,
             [draft.text_tokens for draft in drafts],
+            layouts=[draft.layouts(processor) for draft in drafts],
             max_new_tokens=max_new_tokens,
             position_ids=position_ids,
         )

@@ -30,8 +30,9 @@ from prumerge_jax.aot.compile import (
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
 from prumerge_jax.cost.roofline import Operation
+from prumerge_jax.data.layout import Layout
 from prumerge_jax.engine import programs
-from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit
+from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit, most_visual_tokens
 from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import abstract_model
@@ -143,7 +144,9 @@ def plan_inference(
     shapes = fit(
         engine,
         parse(reduction),
-        _resized(model, parse(reduction)).vision.num_patches,
+        most_visual_tokens(
+            parse(reduction), [Layout(_resized(model, parse(reduction)).vision.grid)]
+        ),
         np.array([ASSUMED_TEXT_TOKENS]),
         max_new_tokens=ASSUMED_NEW_TOKENS,
         max_positions=model.text.max_positions,

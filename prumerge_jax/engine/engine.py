@@ -18,11 +18,20 @@ from typing import TypeVar
 import numpy as np
 
 from prumerge_jax.data import packing
+from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.tokens import IMAGE_TOKEN
+from prumerge_jax.data.visual_layout import Newlines, check_newlines
 from prumerge_jax.engine.decoding import SlotDecoder
 from prumerge_jax.engine.encoding import Encoder, PlacedModel
-from prumerge_jax.engine.request import Answer, Delta, ImageInput, Request, SamplingParams
-from prumerge_jax.engine.scoring import Scores, dispatch_scores
+from prumerge_jax.engine.request import (
+    Answer,
+    Delta,
+    ImageInput,
+    Request,
+    SamplingParams,
+    SequenceLogits,
+)
+from prumerge_jax.engine.scoring import Scores, dispatch_scores, sequence_logits
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.engine.windows import Counters, Window, WindowPlanner
 from prumerge_jax.reductions import Reduction
@@ -44,6 +53,7 @@ class Engine:
         shapes: EngineShapes,
         *,
         position_ids: packing.PositionIds = "compact",
+        newlines: Newlines = "none",
     ) -> None:
         """Prepares an engine; nothing is compiled yet.
 
@@ -52,15 +62,19 @@ class Engine:
           reduction: what happens to the visual tokens.
           shapes: shapes of the jitted functions.
           position_ids: see `packing.pack_window`.
+          newlines: see `visual_layout.Newlines`.
 
         Raises:
-          ValueError: a shape does not divide over the data shards of the mesh, or other position
-            ids.
+          ValueError: a shape does not divide over the data shards of the mesh, other position ids,
+            or newlines that do not exist or the model does not have.
         """
         shapes.check_shards(model.shards)
         packing.check_position_ids(position_ids)
+        check_newlines(newlines)
+        if newlines != "none" and not model.config.image_newline:
+            raise ValueError(f"newlines is {newlines!r}, the model has none; expected 'none'")
         self.model, self.reduction, self.shapes = model, reduction, shapes
-        self.position_ids = position_ids
+        self.position_ids, self.newlines = position_ids, newlines
         self.encoder = Encoder(model, shapes)
         self.counters = Counters()
 
@@ -93,24 +107,35 @@ class Engine:
         for scores in unread:
             yield from self._counted(scores.answers())
 
+    def logits(self, requests: Iterable[Request]) -> Iterator[SequenceLogits | Answer]:
+        """The logits of every request's sequence, in any order; an answer where it cannot run."""
+        longest_prompt = self.shapes.longest_prompt
+        for window in self._windows(requests):
+            yield from window.failed
+            for rows in window.batches:
+                yield from sequence_logits(self.model, window, rows, longest_prompt=longest_prompt)
+
     def warm_up(self) -> None:
         """Compiles all jitted functions of `generate` by running a meaningless request.
 
         A second one, where images may need more tokens than the capacity, runs with room for all.
         """
-        side = self.model.config.vision.image_size
-        image = ImageInput(np.zeros((1, side, side, 3), np.uint8))
+        vision = self.model.config.vision
+        pixels = np.zeros((1, vision.image_size, vision.image_size, 3), np.uint8)
+        image = ImageInput(pixels, Layout(vision.grid))
         token_ids = np.array([0, IMAGE_TOKEN], np.int32)
         sampling = SamplingParams(max_new_tokens=2, stop_ids=())
         request = Request(0, token_ids, (image,), sampling=sampling, question_ids=token_ids[:1])
-        patches = self.model.config.vision.num_patches
+        patches = vision.num_patches
         for reduction in dict.fromkeys((self.reduction, self.reduction.uncapped())):
             if reduction.capacity_for(patches) >= self.reduction.capacity_for(patches):
                 same = Engine(self.model, reduction, self.shapes, position_ids=self.position_ids)
                 collections.deque(same.generate([request]), maxlen=0)
 
     def _windows(self, requests: Iterable[Request]) -> Iterator[Window]:
-        planner = WindowPlanner(self.encoder, self.reduction, self.position_ids, self.counters)
+        planner = WindowPlanner(
+            self.encoder, self.reduction, self.position_ids, self.counters, self.newlines
+        )
         return planner.windows(requests)
 
     def _counted(self, events: Iterable[_Event]) -> Iterator[_Event]:

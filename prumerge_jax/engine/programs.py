@@ -23,12 +23,17 @@ from prumerge_jax.sharding.mesh import constrain
 
 
 class Rows(NamedTuple):
-    """The device's part of `data.packing.Rows`, each [rows, T] int32."""
+    """The device's part of `data.packing.Rows`, each [rows, T] int32.
+
+    Where visual tokens are interpolated, `visual_index` is [rows, T, K], see
+    `LlavaModel.embed_rows`, and `visual_weight` [rows, T, K] float32.
+    """
 
     ids: jax.Array
     visual_index: jax.Array
     positions: jax.Array
     segment_ids: jax.Array
+    visual_weight: jax.Array | None = None
     branch_ids: jax.Array | None = None
 
 
@@ -107,13 +112,15 @@ def encode(
     state: nnx.State,
     pixels: jax.Array,
     question_ids: jax.Array | None = None,
+    present: jax.Array | None = None,
     *,
     reduction: Reduction,
     dtype: jnp.dtype,
 ) -> VisualTokens:
-    """[B, S, S, 3] uint8, [B, M] int32 -> reduced visual tokens of capacity R.
+    """[B, S, S, 3] uint8, [B, M] int32, [B, N] bool -> reduced visual tokens of capacity R.
 
-    Question ids are -1 beyond the question; None where the reduction reads none.
+    Question ids are -1 beyond the question; None where the reduction reads none. `present` are the
+    patches that the reduction may see; None for all.
     """
     model = nnx.merge(graphdef, state)
     return encode_images(
@@ -123,6 +130,7 @@ def encode(
         dtype=dtype,
         projector=model.projector,
         question=embed_question(model.decoder, question_ids, dtype),
+        present=present,
     )
 
 
@@ -149,7 +157,8 @@ def prefill(
       Hidden states [rows, T, D] and the rows' keys and values.
     """
     model = nnx.merge(graphdef, state)
-    x = constrain(model.embed_rows(rows.ids, visual_tokens, rows.visual_index), "batch", None, None)
+    x = model.embed_rows(rows.ids, visual_tokens, rows.visual_index, rows.visual_weight)
+    x = constrain(x, "batch", None, None)
     return model.decoder.prefill(
         x,
         rows.positions,
@@ -170,7 +179,8 @@ def hidden_before_last_mlp(
 ) -> PartialHidden:
     """`prefill` for scoring: no cache is kept, and `log_likelihoods` finishes what it needs."""
     model = nnx.merge(graphdef, state)
-    x = constrain(model.embed_rows(rows.ids, visual_tokens, rows.visual_index), "batch", None, None)
+    x = model.embed_rows(rows.ids, visual_tokens, rows.visual_index, rows.visual_weight)
+    x = constrain(x, "batch", None, None)
     return model.decoder.hidden_before_last_mlp(
         x,
         rows.positions,
@@ -203,6 +213,18 @@ def log_likelihoods(
     logits = decoder.logits(decoder.last_mlp_at(partial, index))
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",))
+def logits_at(
+    graphdef: nnx.GraphDef, state: nnx.State, partial: PartialHidden, index: jax.Array
+) -> jax.Array:
+    """Next-token logits [M, V] float32 at M positions, index [M] int32 into the flattened rows.
+
+    `partial` is of rows from `hidden_before_last_mlp`.
+    """
+    decoder = nnx.merge(graphdef, state).decoder
+    return decoder.logits(decoder.last_mlp_at(partial, index))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.messages import quoted
 from prumerge_jax.models.config import MAX_STOP_IDS
@@ -38,19 +39,24 @@ class ImageInput:
     """One image as the vision tower takes it.
 
     Attributes:
-      crops: uint8 [n, S, S, 3]. So far every image is one crop, n = 1.
+      crops: uint8 [C, S, S, 3].
+      layout: what the C crops are.
       key: images of one window with equal keys are encoded once; None shares nothing.
+
+    Raises:
+      ValueError: the crops are no such array, or not as many as the layout has.
     """
 
     crops: np.ndarray
+    layout: Layout
     key: str | None = None
 
     def __post_init__(self) -> None:
-        shape = self.crops.shape
+        shape, expected = self.crops.shape, self.layout.num_crops
         is_square = len(shape) == 4 and shape[1] == shape[2] and shape[3] == 3
-        if self.crops.dtype != np.uint8 or not is_square or shape[0] != 1:
+        if self.crops.dtype != np.uint8 or not is_square or shape[0] != expected:
             raise ValueError(
-                f"crops of {self.crops.dtype} {list(shape)}; expected uint8 [1, S, S, 3]"
+                f"crops of {self.crops.dtype} {list(shape)}; expected uint8 [{expected}, S, S, 3]"
             )
 
 
@@ -105,13 +111,13 @@ class Request:
     Attributes:
       key: names the request in its answer.
       token_ids: int32 [T] with one `IMAGE_TOKEN` for each image, where it goes.
-      images: in the order of their tokens; the model takes at most one.
+      images: in the order of their tokens.
       continuation: int32 token ids to score after `token_ids`; empty when generating.
       question_ids: int32 token ids of the question's keywords, for reductions that read them.
       sampling: how tokens are drawn; has no effect on scoring.
 
     Raises:
-      ValueError: several images, or other than one `IMAGE_TOKEN` per image.
+      ValueError: other than one `IMAGE_TOKEN` per image.
     """
 
     key: int
@@ -122,7 +128,6 @@ class Request:
     question_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
     def __post_init__(self) -> None:
-        check_image_count(len(self.images), f"request {self.key}")
         placeholders = int(np.count_nonzero(self.token_ids == IMAGE_TOKEN))
         if placeholders != len(self.images):
             raise ValueError(
@@ -132,7 +137,7 @@ class Request:
 
     @property
     def text_tokens(self) -> int:
-        """Number of tokens of the prompt, the image's not counted."""
+        """Number of tokens of the prompt, the images' not counted."""
         return len(self.token_ids) - len(self.images)
 
 
@@ -172,7 +177,13 @@ class Delta(NamedTuple):
     token_ids: tuple[int, ...]
 
 
-def check_image_count(count: int, name: str) -> None:
-    """Raises ValueError for more than one image; `name` says whose they are."""
-    if count > 1:
-        raise ValueError(f"{name} has {count} images; the model takes one image per prompt")
+class SequenceLogits(NamedTuple):
+    """Next-token logits of a request at every position.
+
+    Attributes:
+      key: the request's.
+      values: float32 [T, V]; T counts visual tokens and newlines.
+    """
+
+    key: int
+    values: np.ndarray

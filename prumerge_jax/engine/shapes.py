@@ -1,10 +1,12 @@
 """The shapes of the jitted functions, and how those that depend on the requests are chosen."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
 from prumerge_jax.data import filling
+from prumerge_jax.data.layout import Layout
 from prumerge_jax.reductions import Reduction
 
 MULTIPLE = 128
@@ -18,8 +20,9 @@ class EngineSizes:
     """How much one call of each jitted function takes.
 
     Attributes:
-      batch_size: images per encode step.
-      window_size: requests that are planned together, a multiple of `batch_size`.
+      batch_size: crops per encode step.
+      window_size: most requests, and most crops of their images, that are planned together; a
+        multiple of `batch_size`.
       prefill_rows: packed rows per prefill.
       slots: sequences decoded at once.
       decode_steps_per_call: decode steps between two readings of the results.
@@ -138,24 +141,41 @@ class EngineShapes(EngineSizes):
                     "of the mesh"
                 )
 
-    def limited_to(self, requests: int) -> "EngineShapes":
-        """Shapes no larger than so few requests can fill."""
+    def limited_to(self, requests: int, crops: int) -> "EngineShapes":
+        """Shapes no larger than so few requests, of so many crops together, can fill."""
         enough = 1 << max(requests - 1, 0).bit_length()
         if enough >= self.batch_size:
             return self
+        pixels = 1 << max(requests - 1, crops - 1, 0).bit_length()
         return dataclasses.replace(
             self,
-            batch_size=enough,
-            window_size=enough,
+            batch_size=min(self.batch_size, pixels),
+            window_size=pixels if pixels < self.batch_size else self.window_size,
             prefill_rows=min(self.prefill_rows, enough),
             slots=min(self.slots, enough),
         )
 
 
+def most_visual_tokens(reduction: Reduction, layouts: Iterable[Layout]) -> int:
+    """The most visual tokens, newlines included, that images of these layouts can have.
+
+    A capacity does not bound them: images that need more run again with all they can need.
+    """
+    total = 0
+    for layout in layouts:
+        capacity = reduction.uncapped().capacity_for(layout.num_patches)
+        if reduction.selects_patches or capacity < layout.num_patches:
+            rows, _ = layout.shape  # of newlines, where these are asked for
+            total += layout.num_crops * capacity + layout.newline * max(rows, 1)
+        else:
+            total += layout.span
+    return total
+
+
 def fit(
     config: EngineConfig,
     reduction: Reduction,
-    num_patches: int,
+    visual_tokens: int | np.ndarray,
     text_tokens: np.ndarray,
     *,
     max_new_tokens: int = 0,
@@ -170,8 +190,8 @@ def fit(
     Args:
       config: what is fixed.
       reduction: what happens to the visual tokens.
-      num_patches: N.
-      text_tokens: int [requests], tokens of each request apart from the image's.
+      visual_tokens: the most of every request, or int [requests], see `most_visual_tokens`.
+      text_tokens: int [requests], tokens of each request apart from the images'.
       max_new_tokens: most tokens to generate.
       max_positions: the longest sequence that the model can take.
       shards: data shards of the mesh.
@@ -181,9 +201,8 @@ def fit(
     """
     if not len(text_tokens):  # shapes there must be all the same
         text_tokens = np.zeros(1, np.int64)
-    # A capacity does not bound them: images that need more run again with all they can need.
-    most = reduction.uncapped().capacity_for(num_patches)
-    lengths = np.minimum(text_tokens + most, max_positions)
+        visual_tokens = int(np.max(visual_tokens, initial=0))
+    lengths = np.minimum(text_tokens + visual_tokens, max_positions)
     row_length, cache_length = config.row_length, config.cache_length
     if row_length is None:
         if reduction.varying:

@@ -18,7 +18,8 @@ import numpy as np
 import tqdm
 
 from prumerge_jax.data.conversation import chat_template
-from prumerge_jax.data.images import ImageProcessor
+from prumerge_jax.data.loading import Named
+from prumerge_jax.data.pictures import PictureMode, default_mode
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.build import Draft, RequestBuilder
 from prumerge_jax.engine.engine import Engine
@@ -223,12 +224,13 @@ class _Answerer:
         self.sampling = SamplingParams(
             decoding.temperature, decoding.top_p, limit, seed=decoding.seed
         )
-        vision = model.config.vision
-        mode = rows.task.benchmark.image_mode(decoding.protocol)
+        mode: PictureMode = rows.task.benchmark.image_mode(decoding.protocol)
+        if model.config.image_grid_pinpoints:  # the benchmarks' modes are LLaVA-1.5's
+            mode = default_mode(model.config)
         self.builder = RequestBuilder(
             model.tokenizer,
             chat_template(decoding.conversation),
-            ImageProcessor(model.image_size(reduction), vision.pixel_mean, mode),
+            model.processor(mode, reduction),
             decoding.num_workers,
         )
         self.prompts = [self._prompt(question) for question in rows.questions]
@@ -236,14 +238,21 @@ class _Answerer:
 
     def engine(self) -> Engine:
         """An engine fitted to all questions, so that a run which resumes has the same shapes."""
-        lengths = [
-            int(np.count_nonzero(prompt != IMAGE_TOKEN))
-            for prompt in self.prompts
+        asked = [
+            (index, prompt)
+            for index, prompt in enumerate(self.prompts)
             if isinstance(prompt, np.ndarray)
         ]
+        layouts = None
+        if self.model.config.image_grid_pinpoints:
+            layouts = [
+                Draft(index, prompt, self._images(index)).layouts(self.builder.images)
+                for index, prompt in asked
+            ]
         return self.model.engine(
             self.reduction,
-            lengths,
+            [int(np.count_nonzero(prompt != IMAGE_TOKEN)) for _, prompt in asked],
+            layouts=layouts,
             max_new_tokens=self.sampling.max_new_tokens,
             position_ids=self.decoding.position_ids,
         )
@@ -272,7 +281,7 @@ class _Answerer:
             seed = (self.sampling.seed + index) % MAX_SEED
             sampling = dataclasses.replace(self.sampling, seed=seed)
             asked = self.builder.question_ids(self.rows.questions[index].text)
-            yield Draft(index, prompt, self._image(index), sampling=sampling, question_ids=asked)
+            yield Draft(index, prompt, self._images(index), sampling=sampling, question_ids=asked)
 
     def _prompt(self, question: Question) -> np.ndarray | ValueError:
         """Token ids [T] int32, or why there are none."""
@@ -281,15 +290,15 @@ class _Answerer:
         except ValueError as error:
             return error
 
-    def _image(self, index: int) -> tuple[str, Any] | None:
+    def _images(self, index: int) -> tuple[Named, ...]:
         image = self.rows.questions[index].image
         if image is None:
-            return None
+            return ()
         if isinstance(image, bytes):
-            return f"image of row {index + 1}", image
+            return ((f"image of row {index + 1}", image),)
         assert self.rows.task.images is not None  # Rows checked it
         path = self.rows.task.images / image
-        return str(path), path
+        return ((str(path), path),)
 
     def _outcome(self, result: Answer) -> RowOutcome:
         question: Question = self.rows.questions[result.key]

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from prumerge_jax.data import packing
 from prumerge_jax.data.pipeline import Example
+from prumerge_jax.data.runs import Run
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.data.visual_layout import CropTokens, runs
 from prumerge_jax.messages import quoted
@@ -234,7 +235,7 @@ class BatchPacker:
         )
 
 
-def fit_request(example: Example, run: packing.Run, length: int) -> packing.Request:
+def fit_request(example: Example, run: Run, length: int) -> packing.Request:
     """The longest beginning of a sample that fits into `length` tokens; see `kept_tokens`."""
     kept = kept_tokens(example.token_ids, len(run), length)
     is_image = example.token_ids == IMAGE_TOKEN

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from prumerge_jax import reductions, sharding
+from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.encoding import PlacedModel
@@ -84,7 +85,9 @@ def make_requests(count: int, seed: int = 0, max_new_tokens: int | None = None) 
         images: tuple[ImageInput, ...] = ()
         if key % 5 != 4:  # every fifth is text only
             text[rng.integers(1, len(text))] = IMAGE_TOKEN
-            images = (ImageInput(rng.integers(0, 256, size=(1, 56, 56, 3)).astype(np.uint8)),)
+            images = (
+                ImageInput(rng.integers(0, 256, size=(1, 56, 56, 3)).astype(np.uint8), Layout(4)),
+            )
         continuation = np.zeros(0, np.int32)
         if max_new_tokens is None:
             continuation = rng.integers(3, 500, size=rng.integers(1, 6)).astype(np.int32)
@@ -395,11 +398,13 @@ def test_broken_weights_are_an_error_not_an_answer(model: LlavaModel) -> None:
 def test_shared_images_are_encoded_once(model: LlavaModel) -> None:
     crops = make_requests(1)[0].images[0].crops
     alone = [
-        dataclasses.replace(request, images=(ImageInput(crops),))
+        dataclasses.replace(request, images=(ImageInput(crops, Layout(4)),))
         for request in make_requests(8, seed=6)
         if request.images
     ]
-    sharing = [dataclasses.replace(r, images=(ImageInput(crops, key="same"),)) for r in alone]
+    sharing = [
+        dataclasses.replace(r, images=(ImageInput(crops, Layout(4), key="same"),)) for r in alone
+    ]
     apart = make_engine(model)
     expected = by_key(apart.score(alone))
     shared = make_engine(model, dataclasses.replace(SMALL, window_size=8))

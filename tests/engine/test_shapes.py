@@ -1,6 +1,7 @@
 """Chosen lengths, and what the default shapes cost over two thousand images."""
 
 import collections
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from prumerge_jax import reductions
 from prumerge_jax.data import filling
 from prumerge_jax.data.conversation import TEMPLATES, evaluation_prompt
+from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.digits import questions as digits_questions
@@ -27,6 +29,7 @@ from prumerge_jax.engine.shapes import (
     EngineConfig,
     EngineShapes,
     fit,
+    most_visual_tokens,
     row_length_for_fixed_counts,
 )
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
@@ -44,7 +47,7 @@ def fitted(reduction: str, patches: int, text_tokens: np.ndarray, **fields: int)
     return fit(
         EngineConfig(**fields),
         reductions.parse(reduction),
-        patches,
+        most_visual_tokens(reductions.parse(reduction), [Layout(math.isqrt(patches))]),
         text_tokens,
         max_new_tokens=2,
         max_positions=4096,
@@ -157,7 +160,7 @@ class DrawnCounts(Encoder):
     def measure(self, encoding: Encoding) -> EncodedImages:
         images = super().measure(encoding)
         lengths = images.lengths.copy()
-        for number, request in enumerate(encoding.requests):
+        for number, request in enumerate(encoding.places.requests):
             lengths[number % len(lengths), number // len(lengths)] = self.counts[request.key]
         return images._replace(lengths=lengths)
 
@@ -219,7 +222,7 @@ def test_two_thousand_images_compile_once_and_waste_less_than_a_twentieth(
     requests = []
     for key, tokens in enumerate(text_tokens.tolist()):
         text = rng.integers(3, 32, tokens).astype(np.int32)
-        image = ImageInput(rng.integers(0, 256, (1, side, side, 3), np.uint8))
+        image = ImageInput(rng.integers(0, 256, (1, side, side, 3), np.uint8), Layout(side))
         token_ids, continuation = np.insert(text, 1, IMAGE_TOKEN), text[:0]
         if run is Engine.score:  # the last token of the text is the continuation
             token_ids, continuation = token_ids[:-1], text[-1:]
