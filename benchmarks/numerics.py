@@ -42,12 +42,11 @@ from prefill import packed_rows
 from scoring import random_requests
 
 from prumerge_jax import prumerge, reductions
-from prumerge_jax.data.layout import Layout
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import Request
-from prumerge_jax.engine.shapes import EngineConfig, fit, most_visual_tokens
+from prumerge_jax.engine.shapes import EngineConfig, fit
 from prumerge_jax.models import tuning
 from prumerge_jax.models.attention import backend_for
 from prumerge_jax.models.config import LlavaConfig
@@ -115,7 +114,11 @@ def logits(model: Model, rows: programs.Rows, tokens: jax.Array, form: Tuning) -
     graphdef, state = model
     longest = rows.ids.shape[1]
     with tuning.use(form):
-        hidden, _ = programs.prefill(*model, tokens, rows, max_segment_length=longest)
+        pages = programs.empty_pages(*model, pages=1, page_size=16, dtype=tokens.dtype)
+        nowhere = jnp.full_like(rows.ids, -1)
+        hidden, _ = programs.prefill(
+            *model, pages, tokens, rows, nowhere, max_segment_length=longest
+        )
     flat = hidden.reshape(-1, hidden.shape[-1])[::8]
     head = jax.jit(lambda state, x: nnx.merge(graphdef, state).decoder.logits(x))
     return np.asarray(head(state, flat))
@@ -153,8 +156,8 @@ def engine(
     shapes = fit(
         EngineConfig(batch_size=4, window_size=8, prefill_rows=2, slots=8),
         reduction,
-        most_visual_tokens(reduction, [Layout(config.vision.grid)]),
-        np.array([request.text_tokens + len(request.continuation) for request in requests]),
+        config.vision.num_patches,
+        [request.opening for request in requests],
         max_new_tokens=new,
         max_positions=config.text.max_positions,
     )

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.decoding = ConfigDict(
         {
             "protocol": "llava-1.6",
-            "conversation": "vicuna_v1",
+            "conversation": placeholder(str),  # None: the model's own template
             # None: the benchmark's default, which is compact but for the digits.
             "position_ids": placeholder(str),
             "max_new_tokens": placeholder(int),  # None: the benchmark's limit
@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
             "slots": placeholder(int),  # sequences decoded at once
             "cache_length": placeholder(int),  # tokens of the longest sequence
             "decode_steps_per_call": placeholder(int),
+            "share_prefixes": True,  # whether questions about one image have it computed once
         }
     )
     config.chip = placeholder(str)  # print achieved speed against this chip's floor

@@ -16,12 +16,18 @@ from jax.sharding import Mesh
 
 from prumerge_jax import reductions, sharding
 from prumerge_jax.conversion.miniature import model_directory
-from prumerge_jax.data.conversation import chat_template
 from prumerge_jax.data.images import ImageSource
-from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.packing import PositionIds
 from prumerge_jax.data.pictures import PictureMode, PictureProcessor, default_mode
-from prumerge_jax.data.tokenizer import TextStream, Tokenizer
+from prumerge_jax.data.templates import TEMPLATES, Template, chat_template
+from prumerge_jax.data.tokenizer import (
+    BPE_FILE,
+    SENTENCEPIECE_FILE,
+    TextStream,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_file,
+)
 from prumerge_jax.engine.build import (
     Draft,
     Images,
@@ -33,10 +39,11 @@ from prumerge_jax.engine.build import (
 )
 from prumerge_jax.engine.encoding import PlacedModel, compute_dtype, data_shards
 from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.pages import pages_that_fit
 from prumerge_jax.engine.request import Answer, Delta, SamplingParams
-from prumerge_jax.engine.shapes import EngineConfig, EngineSizes, fit, most_visual_tokens
+from prumerge_jax.engine.shapes import EngineConfig, EngineSizes, fit
 from prumerge_jax.messages import quoted
-from prumerge_jax.models import config_json
+from prumerge_jax.models import config_json, tuning
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import (
     abstract_model,
@@ -47,8 +54,6 @@ from prumerge_jax.models.llava import (
 from prumerge_jax.reductions import Reduction, ReductionLike, as_reduction
 from prumerge_jax.store import model_directory as directories
 from prumerge_jax.store.manifest import MANIFEST
-
-TOKENIZER = "tokenizer.model"
 
 
 class Explanation(NamedTuple):
@@ -70,7 +75,7 @@ class Llava:
     """A LLaVA on the current devices.
 
     Attributes:
-      tokenizer: its SentencePiece tokenizer.
+      tokenizer: its tokenizer.
       engine_config: fixed shapes of the jitted functions.
     """
 
@@ -115,13 +120,14 @@ class Llava:
         chosen = None if dtype is None else compute_dtype(dtype)
         (engine or EngineConfig()).sizes(data_shards(mesh))
         root = model_directory(directory)
-        if (root / MANIFEST).is_file() and not (root / TOKENIZER).is_file():
+        if (root / MANIFEST).is_file() and not tokenizer_file(root).is_file():
             raise directories.DirectoryError(
-                f"{root}: no {TOKENIZER}; copy there the one of the LLaVA that it was trained from"
+                f"{root}: no {SENTENCEPIECE_FILE}; copy there the one of the LLaVA that it was "
+                f"trained from, or the {BPE_FILE} of a Qwen or Llama-3"
             )
         directories.verify(root)
         config = config_json.read_config(root)
-        tokenizer = Tokenizer(root / TOKENIZER)
+        tokenizer = load_tokenizer(tokenizer_file(root))
         _check_vocabulary(tokenizer, config)
         model = _read_weights(root, config, chosen, mesh)
         return cls(model, tokenizer, engine=engine)
@@ -149,7 +155,7 @@ class Llava:
         reduction: ReductionLike = "prumerge",
         max_new_tokens: int = 64,
         image_mode: PictureMode | None = None,
-        conversation: str = "vicuna_v1",
+        conversation: str | None = None,
         position_ids: PositionIds = "compact",
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -165,7 +171,7 @@ class Llava:
           max_new_tokens: most tokens per answer.
           image_mode: `pad` to a square, `crop` the central one, or `anyres` for tiles; by default
             what the model was trained with.
-          conversation: name of a template, see `data.conversation.TEMPLATES`.
+          conversation: name of a template, see `data.templates.TEMPLATES`; None is the model's.
           position_ids: `compact` (the reference) or `original`, see `packing.pack_window`.
           temperature: 0 is greedy.
           top_p: smallest probability mass to draw from.
@@ -182,7 +188,7 @@ class Llava:
         sampling = SamplingParams(temperature, top_p, max_new_tokens, seed=seed)
         builder = self._builder(image_mode, conversation, reduction)
         drafts = builder.drafts(images, prompts, sampling)
-        engine = self._engine_for(builder.images, drafts, reduction, position_ids, max_new_tokens)
+        engine = self._engine_for(drafts, reduction, position_ids, max_new_tokens)
         with self.placed():
             answers = _in_order(engine.generate(builder.requests(drafts)), range(len(drafts)))
         return [self.tokenizer.decode(answer.token_ids) for answer in answers]
@@ -195,7 +201,7 @@ class Llava:
         reduction: ReductionLike = "prumerge",
         max_new_tokens: int = 64,
         image_mode: PictureMode | None = None,
-        conversation: str = "vicuna_v1",
+        conversation: str | None = None,
         position_ids: PositionIds = "compact",
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -213,7 +219,7 @@ class Llava:
         sampling = SamplingParams(temperature, top_p, max_new_tokens, seed=seed)
         builder = self._builder(image_mode, conversation, reduction)
         drafts = builder.drafts(images, prompts, sampling)
-        engine = self._engine_for(builder.images, drafts, reduction, position_ids, max_new_tokens)
+        engine = self._engine_for(drafts, reduction, position_ids, max_new_tokens)
         return self._pieces(engine.stream(builder.requests(drafts)), len(drafts))
 
     @overload
@@ -225,7 +231,7 @@ class Llava:
         *,
         reduction: ReductionLike = ...,
         image_mode: PictureMode | None = ...,
-        conversation: str = ...,
+        conversation: str | None = ...,
         position_ids: PositionIds = ...,
     ) -> list[float]: ...
 
@@ -238,7 +244,7 @@ class Llava:
         *,
         reduction: ReductionLike = ...,
         image_mode: PictureMode | None = ...,
-        conversation: str = ...,
+        conversation: str | None = ...,
         position_ids: PositionIds = ...,
     ) -> list[list[float]]: ...
 
@@ -250,7 +256,7 @@ class Llava:
         *,
         reduction: ReductionLike = "prumerge",
         image_mode: PictureMode | None = None,
-        conversation: str = "vicuna_v1",
+        conversation: str | None = None,
         position_ids: PositionIds = "compact",
     ) -> list[float] | list[list[float]]:
         """The log-likelihood of each continuation as the answer to its prompt.
@@ -278,7 +284,7 @@ class Llava:
                 ids = self._continuation(text, draft.key)
                 drafts.append(dataclasses.replace(draft, key=len(drafts), continuation=ids))
                 prompt_of.append(draft.key)
-        engine = self._engine_for(builder.images, drafts, reduction, position_ids)
+        engine = self._engine_for(drafts, reduction, position_ids)
         with self.placed():
             answers = iter(_in_order(engine.score(builder.requests(drafts)), prompt_of))
         scores = [[next(answers).log_likelihood for _ in texts] for texts in several]
@@ -308,7 +314,7 @@ class Llava:
         """
         processor = self.processor(image_mode, reduction)
         drafts = drafts_of_ids(images, token_ids, processor)
-        engine = self._engine_for(processor, drafts, reduction, position_ids)
+        engine = self._engine_for(drafts, reduction, position_ids)
         found: dict[int, np.ndarray] = {}
         with self.placed():
             for result in engine.logits(requests_of(drafts, processor)):
@@ -363,9 +369,8 @@ class Llava:
     def engine(
         self,
         reduction: ReductionLike,
-        text_tokens: Sequence[int],
+        drafts: Sequence[Draft],
         *,
-        layouts: Sequence[Sequence[Layout]] | None = None,
         max_new_tokens: int = 0,
         position_ids: PositionIds = "compact",
     ) -> Engine:
@@ -373,29 +378,28 @@ class Llava:
 
         Args:
           reduction, position_ids: as in `generate`.
-          text_tokens: text tokens of every request, a continuation to score included.
-          layouts: of every request's images; None allows one crop each.
+          drafts: the requests, in the order in which they come.
           max_new_tokens: most tokens per answer.
         """
         reduction = as_reduction(reduction)
         vision = dataclasses.replace(self.config.vision, image_size=self.image_size(reduction))
         config = dataclasses.replace(self.config, vision=vision)
         model = dataclasses.replace(self._model, config=config)
-        if layouts is None:
-            layouts = [(Layout(vision.grid),)] * len(text_tokens)
-        visual_tokens = [most_visual_tokens(reduction, each) for each in layouts]
-        shapes = fit(
-            self.engine_config,
-            reduction,
-            np.array(visual_tokens, np.int64),
-            np.array(text_tokens, np.int64),
-            max_new_tokens=max_new_tokens,
-            max_positions=model.config.text.max_positions,
-            shards=model.shards,
-        )
+        with self.placed():
+            page_size = self.engine_config.page_size or tuning.current().page_size
+            shapes = fit(
+                self.engine_config,
+                reduction,
+                model.config.vision.num_patches,
+                [draft.opening for draft in drafts],
+                max_new_tokens=max_new_tokens,
+                max_positions=model.config.text.max_positions,
+                shards=model.shards,
+                pages_that_fit=pages_that_fit(model, page_size),
+            )
         if model.mesh is None:
-            crops = sum(layout.num_crops for each in layouts for layout in each)
-            shapes = shapes.limited_to(len(text_tokens), crops)
+            crops = sum(layout.num_crops for draft in drafts for layout in draft.layouts)
+            shapes = shapes.limited_to(len(drafts), crops)
         return Engine(model, reduction, shapes, position_ids=position_ids)
 
     def image_size(self, reduction: ReductionLike) -> int:
@@ -406,6 +410,20 @@ class Llava:
         """
         vision = self.config.vision
         return as_reduction(reduction).image_size(vision.image_size, vision.patch_size)
+
+    def template(self, name: str | None = None) -> Template:
+        """A chat template by name; by default the one that the model was trained with.
+
+        Raises:
+          ValueError: no such template, or the model's is not known.
+        """
+        name = name or self.config.chat_template
+        if name is None:
+            raise ValueError(
+                "the model's chat template is not known; expected a conversation, one of "
+                f"{sorted(TEMPLATES)}"
+            )
+        return chat_template(name)
 
     def placed(self) -> contextlib.AbstractContextManager[None]:
         """The context in which an engine of this model runs: its mesh, if it has one."""
@@ -434,14 +452,13 @@ class Llava:
         return PictureProcessor(self.config, self.image_size(reduction), mode)
 
     def _builder(
-        self, mode: PictureMode | None, conversation: str, reduction: ReductionLike
+        self, mode: PictureMode | None, conversation: str | None, reduction: ReductionLike
     ) -> RequestBuilder:
         processor = self.processor(mode, reduction)
-        return RequestBuilder(self.tokenizer, chat_template(conversation), processor)
+        return RequestBuilder(self.tokenizer, self.template(conversation), processor)
 
     def _engine_for(
         self,
-        processor: PictureProcessor,
         drafts: Sequence[Draft],
         reduction: ReductionLike,
         position_ids: PositionIds,
@@ -449,8 +466,7 @@ class Llava:
     ) -> Engine:
         return self.engine(
             reduction,
-            [draft.text_tokens for draft in drafts],
-            layouts=[draft.layouts(processor) for draft in drafts],
+            drafts,
             max_new_tokens=max_new_tokens,
             position_ids=position_ids,
         )

@@ -80,7 +80,8 @@ def test_a_score_is_the_sum_over_its_tokens(
     model: prumerge_jax.Llava, images: list[np.ndarray]
 ) -> None:
     """log p(a b) = log p(a) + log p(b | a), the second through a longer prompt."""
-    from prumerge_jax.data.conversation import TEMPLATES, evaluation_prompt
+    from prumerge_jax.data.templates import TEMPLATES
+    from tests.prompts import evaluation_prompt
 
     text = "It is a cat"
     whole = model.score([None], [PROMPTS[0]], [text])[0]
@@ -89,10 +90,11 @@ def test_a_score_is_the_sum_over_its_tokens(
     )
     continuation = model.tokenizer.encode(text)
     total = 0.0
+    from prumerge_jax.engine.build import Draft
     from prumerge_jax.engine.request import Request
 
-    engine = model.engine("full", [len(ids) + len(continuation)])
-
+    draft = Draft(0, np.array(ids, np.int32), None, np.array(continuation, np.int32))
+    engine = model.engine("full", [draft])
     for i in range(len(continuation)):
         prompt = np.array(ids + continuation[:i], np.int32)
         target = np.array(continuation[i : i + 1], np.int32)

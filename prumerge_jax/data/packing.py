@@ -105,10 +105,24 @@ class Rows:
     branch_ids: np.ndarray | None
     taps: Taps | None = None
 
+    def prefix_of(self, place: int) -> tuple[int, int]:
+        """Row and column of the prefix of number `place` of the requests, or of its own tokens."""
+        shares = self.prefix_length_of[place] > 0
+        start = self.prefix_start_of[place] if shares else self.start_of[place]
+        return int(self.row_of[place]), int(start)
+
     @property
     def real_tokens(self) -> int:
         """Tokens that are no padding."""
         return int(np.count_nonzero(self.segment_ids))
+
+    def positions_of(self, place: int) -> np.ndarray:
+        """Places of all tokens of the request at `place` of `requests`, its prefix first, int [T]
+        into the flattened rows."""
+        begin = self.row_of[place] * self.segment_ids.shape[1]
+        prefix = self.prefix_start_of[place] + np.arange(self.prefix_length_of[place])
+        own = self.start_of[place] + np.arange(self.length_of[place])
+        return begin + np.concatenate([prefix, own])
 
     @property
     def request_tokens(self) -> int:

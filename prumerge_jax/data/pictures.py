@@ -5,6 +5,7 @@ Shapes: C crops, S side of a crop in pixels.
 
 import dataclasses
 import warnings
+from collections.abc import Iterable
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -22,6 +23,7 @@ from prumerge_jax.data.images import (
     preprocess,
 )
 from prumerge_jax.data.layout import Layout, anyres_layout
+from prumerge_jax.data.loading import Named
 from prumerge_jax.messages import quoted
 from prumerge_jax.models.config import LlavaConfig
 
@@ -127,8 +129,16 @@ class PictureProcessor:
                 stacklevel=2,
             )
 
-    def expected_layout(self, source: ImageSource | OneOfSeveral) -> Layout:
-        """The layout by the image's header alone; any where that cannot be read."""
+    def layouts(self, images: Iterable[Named]) -> tuple[Layout, ...]:
+        """The layouts of images by their headers alone; none where all are one crop as it is.
+
+        An image whose header cannot be read gets any layout.
+        """
+        if not self.config.image_newline:
+            return ()
+        return tuple(self._expected_layout(source) for _, source in images)
+
+    def _expected_layout(self, source: ImageSource | OneOfSeveral) -> Layout:
         source, mode = self._source_and_mode(source)
         if mode != "anyres":
             return self._layout((1, 1), mode)

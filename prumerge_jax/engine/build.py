@@ -14,16 +14,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from prumerge_jax.data.conversation import Template, evaluation_prompt
 from prumerge_jax.data.images import ImageError, ImageSource, OneOfSeveral, load_image
 from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.loading import Named, stream_pixels
 from prumerge_jax.data.pictures import PictureProcessor
+from prumerge_jax.data.templates import Template, evaluation_parts
 from prumerge_jax.data.tokenizer import Tokenizer
-from prumerge_jax.data.tokens import IMAGE_TOKEN
+from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER, IMAGE_TOKEN
 from prumerge_jax.engine.request import (
     MAX_SEED,
     ImageInput,
+    Opening,
     Request,
     SamplingParams,
 )
@@ -47,6 +48,7 @@ class Draft:
     Attributes:
       key, token_ids, continuation, sampling, question_ids: see `Request`.
       images: names and sources; drafts with equal names share one image.
+      layouts: of the images, where they differ from image to image; else empty.
     """
 
     key: int
@@ -55,15 +57,13 @@ class Draft:
     continuation: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     sampling: SamplingParams = SamplingParams()
     question_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
-
-    def layouts(self, processor: PictureProcessor) -> tuple[Layout, ...]:
-        """The layouts of the images, by their headers alone."""
-        return tuple(processor.expected_layout(source) for _, source in self.images)
+    layouts: tuple[Layout, ...] = ()
 
     @property
-    def text_tokens(self) -> int:
-        """Number of tokens of prompt and continuation, the images' not counted."""
-        return len(self.token_ids) - len(self.images) + len(self.continuation)
+    def opening(self) -> Opening:
+        """What the engine's shapes are fitted to."""
+        token_ids = np.concatenate([self.token_ids, self.continuation])
+        return Opening(token_ids, tuple(name for name, _ in self.images), self.layouts)
 
 
 class RequestBuilder:
@@ -94,8 +94,8 @@ class RequestBuilder:
             is not Unicode, a template that asks nothing.
         """
         self.images.check_number(num_images, "the prompt")
-        prompt = evaluation_prompt(self.template, text, has_image=num_images > 0)
-        return np.array(self.tokenizer.encode_prompt(prompt), np.int32)
+        parts = evaluation_parts(self.template, text, [IMAGE_PLACEHOLDER] * num_images)
+        return np.array(self.tokenizer.encode_prompt(parts), np.int32)
 
     def question_ids(self, text: str) -> np.ndarray:
         """Ids int32 [M] of the keywords of a question, for reductions that read them."""
@@ -133,7 +133,9 @@ class RequestBuilder:
             seed = (sampling.seed + key) % MAX_SEED
             own = dataclasses.replace(sampling, seed=seed)
             asked = self.question_ids(text)
-            drafts.append(Draft(key, ids, named, sampling=own, question_ids=asked))
+            layouts = self.images.layouts(named)
+            draft = Draft(key, ids, named, sampling=own, question_ids=asked, layouts=layouts)
+            drafts.append(draft)
         return drafts
 
     def requests(
@@ -219,7 +221,8 @@ def drafts_of_ids(
                 f"token_ids {key} hold {placeholders} ids {IMAGE_TOKEN} for {len(named)} images; "
                 "expected one for each"
             )
-        drafts.append(Draft(key, ids.astype(np.int32), named))
+        layouts = processor.layouts(named)
+        drafts.append(Draft(key, ids.astype(np.int32), named, layouts=layouts))
     return drafts
 
 

@@ -94,9 +94,14 @@ class PlacedModel:
     def put_rows(self, rows: packing.Rows) -> programs.Rows:
         """The device's part of a plan."""
         index, weight = (rows.visual_index, None) if rows.taps is None else rows.taps
-        fields = (rows.ids, index, rows.positions, rows.segment_ids)
-        placed = programs.Rows(*(self.put(field) for field in fields))
-        return placed if weight is None else placed._replace(visual_weight=self.put(weight))
+        return programs.Rows(
+            ids=self.put(rows.ids),
+            visual_index=self.put(index),
+            positions=self.put(rows.positions),
+            segment_ids=self.put(rows.segment_ids),
+            branch_ids=None if rows.branch_ids is None else self.put(rows.branch_ids),
+            visual_weight=None if weight is None else self.put(weight),
+        )
 
 
 class Encoding(NamedTuple):
@@ -140,7 +145,12 @@ class Encoder:
 
     def places(self, reduction: Reduction) -> WindowPlaces:
         """An empty window."""
-        return WindowPlaces(self.shapes, self.model.shards, reduction.question_tokens > 0)
+        return WindowPlaces(
+            self.shapes,
+            self.model.shards,
+            grid=self.model.config.vision.grid,
+            reads_question=reduction.question_tokens > 0,
+        )
 
     def encode(self, places: WindowPlaces, reduction: Reduction) -> Encoding:
         """Dispatches the encoding of a window; waits for nothing.

@@ -40,18 +40,21 @@ class WindowPlaces:
       refused: why a request cannot run in any window, by its key.
     """
 
-    def __init__(self, shapes: EngineShapes, shards: int, reads_question: bool) -> None:
+    def __init__(
+        self, shapes: EngineShapes, shards: int, *, grid: int, reads_question: bool = False
+    ) -> None:
         """An empty window.
 
         Args:
           shapes: of the engine.
           shards: data shards of the mesh.
+          grid: patches along a side of a crop.
           reads_question: whether images of different questions are encoded apart.
         """
         self._most_requests, self._batch_size = shapes.window_size, shapes.batch_size
         self._room = shapes.window_size // shards
         self._used = [0] * shards
-        self._reads_question = reads_question
+        self._grid, self._reads_question = grid, reads_question
         self._known: dict[tuple[str, bytes, int], tuple[int, ...]] = {}
         self.requests: list[Request] = []
         self.numbers: list[tuple[tuple[int, ...], ...]] = []
@@ -112,7 +115,7 @@ class WindowPlaces:
             numbers.append(batch * self._batch_size + shard * per_batch + row)
         self._used[shard] += len(image.crops)
         self.num_images += 1
-        on_image = image.layout.on_image()
+        on_image = image.layout_on(self._grid).on_image()
         for number, pixels, seen in zip(numbers, image.crops, on_image, strict=True):
             self.crops[number] = PlacedCrop(pixels, seen, request.question_ids)
         self._known[key] = tuple(numbers)

@@ -5,6 +5,7 @@ The API, the evaluation and any server use only these types to talk to the engin
 
 import dataclasses
 import math
+from collections.abc import Hashable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,9 +18,9 @@ from prumerge_jax.models.config import MAX_STOP_IDS
 MAX_SEED = 2**32
 """Seeds are smaller; the jitted functions take them as uint32."""
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 """`stop`: a stop id was generated, or the continuation was scored. `length`: `max_new_tokens` were
-generated. `error`: the request could not run."""
+generated. `cancelled`: by `Engine.cancel`. `error`: the request could not run."""
 
 
 def _is_integer(value: object) -> bool:
@@ -40,7 +41,7 @@ class ImageInput:
 
     Attributes:
       crops: uint8 [C, S, S, 3].
-      layout: what the C crops are.
+      layout: what the C crops are; None for one crop, the image as it is.
       key: images of one window with equal keys are encoded once; None shares nothing.
 
     Raises:
@@ -48,16 +49,20 @@ class ImageInput:
     """
 
     crops: np.ndarray
-    layout: Layout
+    layout: Layout | None = None
     key: str | None = None
 
     def __post_init__(self) -> None:
-        shape, expected = self.crops.shape, self.layout.num_crops
+        shape, expected = self.crops.shape, 1 if self.layout is None else self.layout.num_crops
         is_square = len(shape) == 4 and shape[1] == shape[2] and shape[3] == 3
         if self.crops.dtype != np.uint8 or not is_square or shape[0] != expected:
             raise ValueError(
                 f"crops of {self.crops.dtype} {list(shape)}; expected uint8 [{expected}, S, S, 3]"
             )
+
+    def layout_on(self, grid: int) -> Layout:
+        """What the crops are, of `grid` patches along a side."""
+        return Layout(grid) if self.layout is None else self.layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +143,34 @@ class Request:
     @property
     def text_tokens(self) -> int:
         """Number of tokens of the prompt, the images' not counted."""
+        return len(self.token_ids) - len(self.images)
+
+    @property
+    def opening(self) -> "Opening":
+        """What the engine's shapes are fitted to."""
+        token_ids = np.concatenate([self.token_ids, self.continuation])
+        names = (id(image) if image.key is None else image.key for image in self.images)
+        known = [image.layout for image in self.images if image.layout is not None]
+        layouts = tuple(known) if len(known) == len(self.images) else ()
+        return Opening(token_ids, tuple(names), layouts)
+
+
+class Opening(NamedTuple):
+    """A request as far as it is known before its images are seen.
+
+    Attributes:
+      token_ids: int32 [T], prompt and continuation, with one `IMAGE_TOKEN` for each image.
+      images: names of the images; equal names are one image.
+      layouts: of the images, where they differ from image to image; else empty.
+    """
+
+    token_ids: np.ndarray
+    images: tuple[Hashable, ...] = ()
+    layouts: tuple[Layout, ...] = ()
+
+    @property
+    def text_tokens(self) -> int:
+        """Number of tokens, the images' not counted."""
         return len(self.token_ids) - len(self.images)
 
 

@@ -52,14 +52,16 @@ def sequence_logits(
 ) -> Iterator[SequenceLogits]:
     """The logits of every sequence in packed rows, visual tokens and newlines in place."""
     partial = _partial_hidden(model, window, rows, longest_prompt)
-    begin = rows.row_of * rows.segment_ids.shape[1] + rows.start_of
-    for request, first, length in zip(rows.requests, begin, rows.length_of, strict=True):
+    for place, request in enumerate(rows.requests.tolist()):
+        positions = rows.positions_of(place)
         parts = []
-        for start in range(first, first + length, HEAD_POSITIONS):
-            index = np.minimum(start + np.arange(HEAD_POSITIONS), first + length - 1)
-            at = jnp.asarray(index.astype(np.int32))
+        for start in range(0, len(positions), HEAD_POSITIONS):
+            index = np.full(HEAD_POSITIONS, positions[-1], np.int32)
+            part = positions[start : start + HEAD_POSITIONS]
+            index[: len(part)] = part
+            at = jnp.asarray(index)
             parts.append(programs.logits_at(model.graphdef, model.state, partial, at))
-        values = np.concatenate(jax.device_get(parts))[:length]
+        values = np.concatenate(jax.device_get(parts))[: len(positions)]
         yield SequenceLogits(window.requests[request].key, values)
 
 

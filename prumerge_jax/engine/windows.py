@@ -35,13 +35,16 @@ class Counters:
       images: encoded; requests of a window that share one count it once.
       crops: encoded, of all images.
       visual_tokens: valid visual tokens of the encoded crops.
-      real_tokens, row_tokens: tokens of the packed rows without and with padding.
+      request_tokens: tokens of the requests in packed rows, each with all of its prompt.
+      real_tokens, row_tokens: tokens of the packed rows without and with padding. What requests
+        share counts once, so that there may be fewer than `request_tokens`.
     """
 
     requests: int = 0
     images: int = 0
     crops: int = 0
     visual_tokens: int = 0
+    request_tokens: int = 0
     real_tokens: int = 0
     row_tokens: int = 0
 
@@ -107,26 +110,29 @@ class WindowPlanner:
         """Whether rows may hold tokens of mosaics that are shrunk."""
         return self.model.config.anyres_max is not None and not self.reduction.selects_patches
 
-    def windows(self, requests: Iterable[Request]) -> Iterator[Window]:
-        """Encoded windows; the next one is encoded while one is handed out.
+    def windows(self, batches: Iterable[list[Request]]) -> Iterator[Window]:
+        """Encoded windows of up to `window_size` requests each; the next one is encoded while one
+        is handed out.
 
         Requests whose image needs more tokens than the capacity come last, encoded again at the
         largest capacity an image can need.
         """
         overflow: list[Request] = []
-        yield from self._windows(requests, self.reduction, overflow)
-        if overflow:
-            yield from self._windows(overflow, self.reduction.uncapped(), [])
+        yield from self._windows(batches, self.reduction, overflow)
+        size = self.shapes.window_size
+        again = [overflow[start : start + size] for start in range(0, len(overflow), size)]
+        if again:
+            yield from self._windows(again, self.reduction.uncapped(), [])
 
     def _windows(
         self,
-        requests: Iterable[Request],
+        batches: Iterable[list[Request]],
         reduction: Reduction,
         overflow: list[Request],
     ) -> Iterator[Window]:
         nothing = self.encoder.encode(self.encoder.places(reduction), reduction)
         carried = _CarriedOver([], self.encoder.measure(nothing))
-        for encoding, is_last in _one_ahead(self._encodings(requests, reduction)):
+        for encoding, is_last in _one_ahead(self._encodings(batches, reduction)):
             images = self.encoder.measure(encoding)
             admitted, failed = self._admit(encoding, images, overflow)
             window = self._pack(carried, admitted, images, failed)
@@ -136,18 +142,20 @@ class WindowPlanner:
             self._count(encoding, images, window)
             yield window
 
-    def _encodings(self, requests: Iterable[Request], reduction: Reduction) -> Iterator[Encoding]:
-        """Windows as full as `window_size` requests, or as their crops, make them."""
-        places = self.encoder.places(reduction)
-        for request in requests:
-            if places.add(request):
-                continue
-            if places.requests:
-                yield self.encoder.encode(places, reduction)
-                places = self.encoder.places(reduction)
-            if not places.add(request):
-                places.refuse(request)
-        if places.requests:
+    def _encodings(
+        self, batches: Iterable[list[Request]], reduction: Reduction
+    ) -> Iterator[Encoding]:
+        """Windows of batches: several of one whose crops are more than a window holds."""
+        for batch in batches:
+            places = self.encoder.places(reduction)
+            for request in batch:
+                if places.add(request):
+                    continue
+                if places.requests:
+                    yield self.encoder.encode(places, reduction)
+                    places = self.encoder.places(reduction)
+                if not places.add(request):
+                    places.refuse(request)
             yield self.encoder.encode(places, reduction)
 
     def _admit(
@@ -192,10 +200,11 @@ class WindowPlanner:
         """A run for each image of a request, whose crops have these numbers."""
         runs = []
         for image, rows in zip(request.images, numbers, strict=True):
+            layout = image.layout_on(self.model.config.vision.grid)
             if not reduction.selects_patches and crops.are_whole(rows):
-                runs.append(run_of_whole_image(crops, image.layout, rows))
+                runs.append(run_of_whole_image(crops, layout, rows))
             else:
-                runs.append(run_of_image(crops, image.layout, rows, self.newlines))
+                runs.append(run_of_image(crops, layout, rows, self.newlines))
         return tuple(runs)
 
     def _pack(
@@ -225,6 +234,7 @@ class WindowPlanner:
             shards=self.model.shards,
             position_ids=self.position_ids,
             carried_over=len(carried.admitted),
+            share_prefixes=self.shapes.share_prefixes,
             with_taps=self._interpolates,
         )
         return Window(
@@ -250,8 +260,10 @@ class WindowPlanner:
         self.counters.images += encoding.places.num_images
         self.counters.crops += len(crops)
         self.counters.visual_tokens += int(images.lengths[crops % size, crops // size].sum())
-        self.counters.real_tokens += sum(int((r.segment_ids > 0).sum()) for r in window.batches)
-        self.counters.row_tokens += sum(rows.segment_ids.size for rows in window.batches)
+        for rows in window.batches:
+            self.counters.request_tokens += rows.request_tokens
+            self.counters.real_tokens += rows.real_tokens
+            self.counters.row_tokens += rows.segment_ids.size
 
     def _refusal(self, request: Request, visual_tokens: int) -> str | None:
         """Why a request cannot run; None if it can."""
@@ -322,6 +334,24 @@ def _in_pool(run: Run, shape: Sequence[int], first_batch: int) -> Run:
 
     taps = None if run.taps is None else run.taps._replace(slots=moved(run.taps.slots))
     return dataclasses.replace(run, index=moved(run.index), taps=taps)
+
+
+def window_end(waiting: Sequence[Request]) -> int:
+    """How many of the waiting requests are in the next window, if it is no larger than all but one
+    of them: those of the last set of images stay for the one after it where they go on there, and
+    are less than half a window."""
+    names = [_image_names(request) for request in waiting]
+    end = len(waiting) - 1
+    cut = end
+    while cut and names[-1] and names[cut - 1] == names[-1]:
+        cut -= 1
+    return cut if cut > end / 2 else end
+
+
+def _image_names(request: Request) -> tuple[str, ...]:
+    """The keys of a request's images; empty where one has none."""
+    keys = [image.key for image in request.images]
+    return tuple(key for key in keys if key is not None) if None not in keys else ()
 
 
 def _one_ahead(encodings: Iterator[Encoding]) -> Iterator[tuple[Encoding, bool]]:

@@ -19,7 +19,8 @@ from prumerge_jax.models.config import NEWLINE, LlavaConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.patch_attention import substitute_attention
-from prumerge_jax.models.vision_tower import VisionFeatures, VisionTower, gelu, head_attention
+from prumerge_jax.models.tower_layers import head_attention
+from prumerge_jax.models.vision_tower import VisionFeatures, VisionTower, gelu
 
 
 class LlavaModel(nnx.Module):
@@ -129,7 +130,7 @@ def gather_evidence(
     Arguments as in `encode_images`.
     """
     needs, config = reduction.needs, vision.config
-    of_cls = {"cls", "head_attention", "feature_attention", "last_head_attention"}
+    of_cls = {"cls", "head_attention", "feature_attention", "last_head_attention", "groups"}
     if without_cls := sorted(needs & of_cls if not config.cls_token else ()):
         raise ValueError(
             f"the reduction reads {without_cls[0]!r}, which a tower without CLS token does not "
@@ -139,6 +140,7 @@ def gather_evidence(
         normalize_pixels(pixels, config).astype(dtype),
         feature_layer=bool(needs & {"head_attention", "feature_keys", "feature_attention"}),
         watch=reduction.watch if "watched" in needs else None,
+        stages=_stages(config, reduction, pixels.shape[1]),
     )
     first, heads = config.num_prefix, config.num_heads
     hidden = features.hidden[:, first:]
@@ -160,9 +162,19 @@ def gather_evidence(
         cls=features.hidden[:, 0] if "cls" in needs else None,
         **of_layer,
         watched=features.watched,
+        groups=features.groups,
         projected=None if projector is None or "projected" not in needs else projector(hidden),
         question=question,
     )
+
+
+def _stages(
+    vision: VisionConfig, reduction: reductions.Reduction, side: int
+) -> tuple[reductions.Stage, ...] | None:
+    """The merges inside the tower on images of this side; None where nobody asks for any."""
+    if "groups" not in reduction.needs:
+        return None
+    return reduction.stages(vision.num_layers - 1, (side // vision.patch_size) ** 2)
 
 
 def embed_question(
@@ -288,20 +300,31 @@ def abstract_model(
 
 
 def inference_layout(graphdef: nnx.GraphDef, state: nnx.State) -> tuple[nnx.GraphDef, nnx.State]:
-    """The same model with the decoder's layers as `tuning.Tuning.layers` says.
+    """The same model with the decoder's weights as `tuning.Tuning.layers` and `kernels` say.
 
-    Where XLA copies a layer's weights out of a stack, it does so at every step of decoding, which
-    does little else than read weights.
+    Where XLA copies a layer's weights out of a stack, or rearranges them, it does so at every step
+    of decoding, which does little else than read weights.
 
     Args:
-      graphdef, state: a split `LlavaModel`; stacked weights that are taken apart are deleted, one
-        after the other.
+      graphdef, state: a split `LlavaModel`; weights that are laid out anew are deleted, one after
+        the other.
     """
-    if tuning.current().layers == "stack":
+    preferred = tuning.current()
+    if preferred.layers == "stack":
         return graphdef, state
     model = nnx.merge(graphdef, state)
-    layer, stacked = nnx.split(model.decoder.layers)
-    apart: list[dict[Any, Any]] = [{} for _ in range(model.decoder.config.num_layers)]
+    _take_apart(model.decoder)
+    if preferred.kernels == "out_first":
+        for _, module in nnx.iter_modules(model.decoder):
+            if isinstance(module, Linear):
+                module.put_out_first()
+    return nnx.split(model)
+
+
+def _take_apart(decoder: Llama) -> None:
+    """Makes a list of the decoder's stacked layers."""
+    layer, stacked = nnx.split(decoder.layers)
+    apart: list[dict[Any, Any]] = [{} for _ in range(decoder.config.num_layers)]
     for path, weight in nnx.to_flat_state(stacked):
         for index, weights in enumerate(apart):
             weights[path] = weight.replace(weight[...][index])
@@ -309,8 +332,7 @@ def inference_layout(graphdef: nnx.GraphDef, state: nnx.State) -> tuple[nnx.Grap
         weight[...].delete()
     with nnx.use_eager_sharding(False):
         merged = [nnx.merge(layer, nnx.from_flat_state(weights)) for weights in apart]
-        model.decoder.layers = nnx.List(merged)
-        return nnx.split(model)
+        decoder.layers = nnx.List(merged)
 
 
 def random_model(

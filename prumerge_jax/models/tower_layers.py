@@ -66,3 +66,26 @@ def run_layers(
     start = (x, x if remember else None, score)
     outputs, _ = jax.lax.scan(body, start, (weights, jnp.arange(depth)))
     return LayerOutputs(*outputs)
+
+
+def head_attention(
+    query_cls: jax.Array, keys: jax.Array, num_heads: int, key_bias: jax.Array | None = None
+) -> jax.Array:
+    """Attention of CLS to the patches in every head, as the tower itself computes it.
+
+    Args:
+      query_cls: [B, D], CLS query of a block, bias included, heads side by side.
+      keys: [B, N+1, D], keys of that block, CLS first.
+      num_heads: H.
+      key_bias: [B, N+1] float32, added to the logits; None adds nothing.
+
+    Returns:
+      [B, H, N] float32: a softmax over N+1 entries without its first.
+    """
+    query, keys = query_cls.astype(jnp.float32), keys.astype(jnp.float32)
+    query = query.reshape(len(query), num_heads, -1)
+    keys = keys.reshape(*keys.shape[:2], num_heads, -1)
+    logits = jnp.einsum("bhd,bnhd->bhn", query, keys, precision="highest") * query.shape[-1] ** -0.5
+    if key_bias is not None:
+        logits = logits + key_bias[:, None]
+    return jax.nn.softmax(logits, axis=-1)[..., 1:]

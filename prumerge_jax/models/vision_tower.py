@@ -20,6 +20,8 @@ from prumerge_jax.models.config import VisionConfig
 from prumerge_jax.models.layers import LayerNorm, Linear, stack
 from prumerge_jax.models.patch_attention import mean_query_attention
 from prumerge_jax.models.tower_layers import Watch, run_layers
+from prumerge_jax.models.tower_stages import run_stages
+from prumerge_jax.reductions.stages import Groups, Stage
 from prumerge_jax.sharding.mesh import constrain
 
 
@@ -34,6 +36,7 @@ class VisionFeatures(NamedTuple):
       feature_query: [B, D] float32, the CLS query of the block that made `hidden`, where asked for.
       feature_keys: [B, P+N, D] float32, its keys, where asked for.
       watched: [B, N] float32, a running score of the layers, where asked for.
+      groups: what the tokens stand for, where some were merged; N is then how many are left.
     """
 
     hidden: jax.Array
@@ -42,6 +45,7 @@ class VisionFeatures(NamedTuple):
     feature_query: jax.Array | None = None
     feature_keys: jax.Array | None = None
     watched: jax.Array | None = None
+    groups: Groups | None = None
 
 
 class VisionTower(nnx.Module):
@@ -78,7 +82,12 @@ class VisionTower(nnx.Module):
         self.head = PoolingHead(config, rngs=rngs) if config.pooling_head else None
 
     def __call__(
-        self, pixels: jax.Array, *, feature_layer: bool = False, watch: Watch | None = None
+        self,
+        pixels: jax.Array,
+        *,
+        feature_layer: bool = False,
+        watch: Watch | None = None,
+        stages: tuple[Stage, ...] | None = None,
     ) -> VisionFeatures:
         """Encodes normalised images.
 
@@ -88,6 +97,7 @@ class VisionTower(nnx.Module):
           feature_layer: whether query and keys of the block that made the features are wanted too:
             one more buffer, and two products more.
           watch: a running score of the patches, see `run_layers`; None without one.
+          stages: merges inside the tower, in place of the two above; see `run_stages`.
         """
         pixels = constrain(pixels, "images", None, None, None)
         x = self.patch_embedding(pixels)
@@ -100,6 +110,8 @@ class VisionTower(nnx.Module):
         x = x + positions.astype(pixels.dtype)
         x = x if self.pre_layernorm is None else self.pre_layernorm(x)
         x = constrain(x, "images", None, None)
+        if stages is not None:
+            return self._merged(x, stages)
         outputs = run_layers(
             self.layers,
             x,
@@ -119,6 +131,12 @@ class VisionTower(nnx.Module):
             return VisionFeatures(hidden, queries, keys, feature_keys=keys, watched=watched)
         return VisionFeatures(hidden, *self.last(hidden), queries[:, 0], keys, watched)
 
+    def _merged(self, x: jax.Array, stages: tuple[Stage, ...]) -> VisionFeatures:
+        """The features of a tower that merges on the way; it has a CLS token."""
+        assert self.last is not None
+        hidden, groups = run_stages(self.layers, x, stages, num_heads=self.config.num_heads)
+        return VisionFeatures(hidden, *self.last(hidden), groups=groups)
+
     def _positions(self, num_patches: int) -> jax.Array:
         """The position embedding [P + num_patches, D], resized where the image is not full size."""
         positions = self.position_embedding[...]
@@ -129,24 +147,6 @@ class VisionTower(nnx.Module):
         patches = positions[prefix:].reshape(grid, grid, -1)
         patches = jax.image.resize(patches, (side, side, patches.shape[-1]), "bilinear")
         return jnp.concatenate([positions[:prefix], patches.reshape(num_patches, -1)])
-
-
-def head_attention(query_cls: jax.Array, keys: jax.Array, num_heads: int) -> jax.Array:
-    """Attention of CLS to the patches in every head, as the tower itself computes it.
-
-    Args:
-      query_cls: [B, D], CLS query of a block, bias included, heads side by side.
-      keys: [B, N+1, D], keys of that block, CLS first.
-      num_heads: H.
-
-    Returns:
-      [B, H, N] float32: a softmax over N+1 entries without its first.
-    """
-    query, keys = query_cls.astype(jnp.float32), keys.astype(jnp.float32)
-    query = query.reshape(len(query), num_heads, -1)
-    keys = keys.reshape(*keys.shape[:2], num_heads, -1)
-    logits = jnp.einsum("bhd,bnhd->bhn", query, keys, precision="highest") * query.shape[-1] ** -0.5
-    return jax.nn.softmax(logits, axis=-1)[..., 1:]
 
 
 class PatchEmbedding(nnx.Module):
@@ -178,9 +178,16 @@ class VisionLayer(nnx.Module):
         self.layer_norm2 = LayerNorm(config.width, config.layer_norm_eps)
         self.mlp = VisionMLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, N+1, D] -> [B, N+1, D]."""
-        x = x + self.self_attn(self.layer_norm1(x))
+    def __call__(self, x: jax.Array, key_bias: jax.Array | None = None) -> jax.Array:
+        """[B, N+1, D], for `attend` [B, N+1] -> [B, N+1, D]."""
+        return self.after_attention(self.attended(x, key_bias))
+
+    def attended(self, x: jax.Array, key_bias: jax.Array | None = None) -> jax.Array:
+        """The first half of the block: x and its attention."""
+        return x + self.self_attn(self.layer_norm1(x), key_bias)
+
+    def after_attention(self, x: jax.Array) -> jax.Array:
+        """The second half of the block: x and its MLP."""
         return x + self.mlp(self.layer_norm2(x))
 
     def normalised(self, x: jax.Array) -> jax.Array:
@@ -200,11 +207,11 @@ class VisionAttention(nnx.Module):
         self.v_proj = Linear(width, width, ("embed", None), bias=True, rngs=rngs)
         self.out_proj = Linear(width, width, (None, "embed"), bias=True, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, N+1, D] -> [B, N+1, D]."""
+    def __call__(self, x: jax.Array, key_bias: jax.Array | None = None) -> jax.Array:
+        """[B, N+1, D], for `attend` [B, N+1] -> [B, N+1, D]."""
         split = (*x.shape[:2], self.num_heads, -1)
         q, k, v = (proj(x).reshape(split) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        attended = attend(q, k, v, axes=("images", None, None, None))
+        attended = attend(q, k, v, key_bias=key_bias, axes=("images", None, None, None))
         return self.out_proj(attended.reshape(x.shape))
 
     def queries_and_keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,6 +12,7 @@ from prumerge_jax.reductions import (  # noqa: F401  # they register themselves
     downsample,
     evolution,
     grouping,
+    in_tower,
     iterative,
     prumerge,
     question,
@@ -34,10 +35,11 @@ from prumerge_jax.reductions.registry import (
     with_budgets,
     with_parameters,
 )
+from prumerge_jax.reductions.stages import Stage
 
 __all__ = [
     "Assignment", "Baseline", "Downsample", "Evidence", "PruMerge", "Reduction", "ReductionLike",
     "as_reduction", "equal_count_baselines", "explain", "kept_rows", "keywords", "names",
-    "parameters", "parse", "parse_list", "reduce", "register", "spell",
+    "parameters", "parse", "parse_list", "reduce", "register", "spell", "Stage",
     "with_budgets", "with_parameters",
 ]  # fmt: skip

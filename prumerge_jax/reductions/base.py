@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from prumerge_jax import selection
 from prumerge_jax.prumerge import VisualTokens
+from prumerge_jax.reductions.stages import Groups, Stage
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +34,8 @@ class Evidence:
         `Reduction.watch`.
       projected: [B, N, Dt], all patches through the projector.
       question: ([B, M, Dt], [B, M] bool), the question's embeddings and which of them are real.
+      groups: what the tokens stand for, where the tower merged some; `hidden`, `keys` and
+        `attention` then have as many as are left.
       present: [B, N] bool, False for patches of the padding around an image.
     """
 
@@ -48,6 +51,7 @@ class Evidence:
     watched: jax.Array | None = None
     projected: jax.Array | None = None
     question: tuple[jax.Array, jax.Array] | None = None
+    groups: Groups | None = None
     present: jax.Array | None = None
 
 
@@ -121,6 +125,15 @@ class Reduction(Protocol):
           ValueError: the tower cannot provide it.
         """
         return image_size
+
+    def stages(self, depth: int, num_patches: int) -> tuple[Stage, ...]:
+        """Merges inside the tower, by ascending layer; called if `needs` has `groups`.
+
+        Args:
+          depth: layers of the tower that features come from.
+          num_patches: N.
+        """
+        return ()
 
     def watch(
         self, score: jax.Array, before: jax.Array, after: jax.Array, depth: jax.Array

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prumerge_jax.data.conversation import chat_template, label_mask
+from prumerge_jax.data.conversation import label_mask
 from prumerge_jax.data.images import ImageError, ImageMode, ImageProcessor
-from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.pictures import PictureProcessor
 from prumerge_jax.data.pipeline import Preprocessor
+from prumerge_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from prumerge_jax.data.templates import chat_template
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.engine.build import Draft, RequestBuilder, drafts_of_ids, named_image
@@ -31,7 +32,7 @@ def tokenizer(
 ) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(tokenizer_model())
-    return Tokenizer(path, request.param)
+    return SentencePieceTokenizer(path, request.param)
 
 
 def builder_for(tokenizer: Tokenizer, conversation: str = "vicuna_v1", mode: ImageMode = "pad"):
@@ -92,7 +93,9 @@ def test_pixels_are_those_of_training(
     np.testing.assert_array_equal(example.token_ids[: len(prompt)], prompt)
 
 
-def test_several_images_and_literal_placeholders_are_refused(tokenizer: Tokenizer) -> None:
+def test_several_images_and_literal_placeholders_are_refused(
+    tokenizer: SentencePieceTokenizer,
+) -> None:
     builder = builder_for(tokenizer)
     with pytest.raises(ValueError, match="has 2 images; the model takes one image per prompt"):
         builder.token_ids("What?", 2)
@@ -120,7 +123,7 @@ def test_images_are_decoded_as_they_are_asked_for(
         Draft(2, ids, (named_image(tmp_path / "none.png", "image 2"),)),
         Draft(3, ids, (named_image(late, "image 3"),), continuation=np.array([7, 8], np.int32)),
     ]
-    assert [draft.text_tokens - len(ids) for draft in drafts[::3]] == [-1, 1]
+    assert [draft.opening.text_tokens - len(ids) for draft in drafts[::3]] == [-1, 1]
     refused: dict[int, str] = {}
     requests = builder.requests(drafts, lambda key, error: refused.setdefault(key, str(error)))
     request = next(requests)
@@ -160,7 +163,7 @@ def test_ids_are_checked_against_their_images() -> None:
     image = np.zeros((30, 20, 3), np.uint8)
     (draft,) = drafts_of_ids([image], [[1, -200, 7]], processor)
     assert draft.token_ids.tolist() == [1, -200, 7]
-    assert draft.layouts(processor) == (Layout(2),)
+    assert draft.layouts == ()  # all are alike
     for images, ids, message in (
         ([image], [[1, 7]], "token_ids 0 hold 0 ids -200 for 1 images; expected one for each"),
         ([None], [[1, -200]], "token_ids 0 hold 1 ids -200 for 0 images"),

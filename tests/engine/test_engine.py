@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 
 from prumerge_jax import reductions, sharding
-from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.encoding import PlacedModel
@@ -27,7 +26,6 @@ from prumerge_jax.engine.request import (
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.models import tuning
 from prumerge_jax.models.config import TextConfig, published
-from prumerge_jax.models.llama import KVCache
 from prumerge_jax.models.llava import LlavaModel, abstract_model, inference_layout
 from prumerge_jax.models.tuning import Tuning
 from tests.conftest import require_eight_devices
@@ -41,6 +39,7 @@ SMALL = EngineShapes(
     prefill_rows=2,
     slots=2,
     cache_length=64,
+    page_size=16,
     decode_steps_per_call=3,
 )
 CONFIG = dataclasses.replace(
@@ -85,9 +84,7 @@ def make_requests(count: int, seed: int = 0, max_new_tokens: int | None = None) 
         images: tuple[ImageInput, ...] = ()
         if key % 5 != 4:  # every fifth is text only
             text[rng.integers(1, len(text))] = IMAGE_TOKEN
-            images = (
-                ImageInput(rng.integers(0, 256, size=(1, 56, 56, 3)).astype(np.uint8), Layout(4)),
-            )
+            images = (ImageInput(rng.integers(0, 256, size=(1, 56, 56, 3)).astype(np.uint8)),)
         continuation = np.zeros(0, np.int32)
         if max_new_tokens is None:
             continuation = rng.integers(3, 500, size=rng.integers(1, 6)).astype(np.int32)
@@ -200,9 +197,9 @@ def test_generation_equals_one_at_a_time_recomputation(model: LlavaModel) -> Non
     "shapes",
     [
         dict(batch_size=4, window_size=4, row_length=64, prefill_rows=1, slots=1, cache_length=64,
-             decode_steps_per_call=1),
+             decode_steps_per_call=1, pages=4),
         dict(batch_size=1, window_size=16, row_length=256, prefill_rows=4, slots=8, cache_length=96,
-             decode_steps_per_call=32),
+             decode_steps_per_call=32, page_size=128),
     ],
 )  # fmt: skip
 def test_shapes_and_arrival_order_change_nothing(model: LlavaModel, shapes: dict[str, int]) -> None:
@@ -232,25 +229,6 @@ def test_layers_apart_compute_what_a_stack_does(model: LlavaModel) -> None:
     for key in expected:
         assert scores[key].log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-5)
         assert answers[key].token_ids == others[key].token_ids
-
-
-def test_segments_move_into_the_cache_where_it_lies(model: LlavaModel) -> None:
-    graphdef, state = nnx.split(model)
-    shapes = {"slots": 64, "length": 64, "dtype": jnp.dtype(jnp.float32)}
-    slots = programs.empty_slots(graphdef, state, **shapes)
-    row, each = jnp.zeros((2, 64), jnp.int32), jnp.zeros((2,), jnp.int32)
-    sampling = programs.Sampling(
-        jnp.zeros(2), jnp.ones(2), each.astype(jnp.uint32), jnp.full((2, MAX_STOP_IDS), -1)
-    )
-    segments = programs.Segments(each, each, each, each, sampling)
-    packed = KVCache(*(part[:, :2] for part in slots.cache))
-    insert = programs.insert.lower(
-        slots, packed, programs.Rows(row, row, row, row), segments, each, each
-    )
-    memory = insert.compile().memory_analysis()
-    both = slots.cache.k.nbytes + slots.cache.v.nbytes
-    assert memory.alias_size_in_bytes >= both
-    assert memory.temp_size_in_bytes < both / 8
 
 
 def test_sampling_depends_on_the_request_alone(model: LlavaModel) -> None:
@@ -398,13 +376,11 @@ def test_broken_weights_are_an_error_not_an_answer(model: LlavaModel) -> None:
 def test_shared_images_are_encoded_once(model: LlavaModel) -> None:
     crops = make_requests(1)[0].images[0].crops
     alone = [
-        dataclasses.replace(request, images=(ImageInput(crops, Layout(4)),))
+        dataclasses.replace(request, images=(ImageInput(crops),))
         for request in make_requests(8, seed=6)
         if request.images
     ]
-    sharing = [
-        dataclasses.replace(r, images=(ImageInput(crops, Layout(4), key="same"),)) for r in alone
-    ]
+    sharing = [dataclasses.replace(r, images=(ImageInput(crops, key="same"),)) for r in alone]
     apart = make_engine(model)
     expected = by_key(apart.score(alone))
     shared = make_engine(model, dataclasses.replace(SMALL, window_size=8))

@@ -106,17 +106,16 @@ def test_visual_features_are_transformers(golden: pathlib.Path):
     requests = [model.request(key, case) for key, case in enumerate(model.cases)]
     engine = make_engine(model, "full")
     seen = set()
-    for window in engine._windows(requests):
+    for window in engine._planner().windows([requests]):
         for rows in window.batches:
             x = model.model.embed_rows(
                 *(jnp.asarray(a) for a in (rows.ids, window.pool, rows.visual_index))
             )
-            for request, row, start, length in zip(
-                rows.requests, rows.row_of, rows.start_of, rows.length_of, strict=True
-            ):
+            for place, request in enumerate(rows.requests):
                 case = list(model.cases)[window.requests[request].key]
-                is_visual = rows.visual_index[row, start : start + length] != -1
-                got = np.asarray(x)[row, start : start + length][is_visual]
+                positions = rows.positions_of(place)
+                is_visual = rows.visual_index.reshape(-1)[positions] != -1
+                got = np.asarray(x).reshape(-1, x.shape[-1])[positions[is_visual]]
                 expected = model.arrays[f"{case}/visual"]
                 np.testing.assert_allclose(got, expected, atol=2e-4, rtol=2e-4)
                 seen.add(case)
@@ -175,7 +174,7 @@ def test_pruned_crops_follow_each_other(golden: pathlib.Path):
     requests = [model.request(key, case) for key, case in enumerate(cases)]
     engine = make_engine(model, "prumerge")
     compared = 0
-    for window in engine._windows(requests):
+    for window in engine._planner().windows([requests]):
         pool = np.asarray(window.pool).reshape(-1, model.config.vision.width)
         for planned, request in zip(window.planned, window.requests, strict=True):
             if request.key in (0, 1):
@@ -219,7 +218,9 @@ def test_newlines_between_pruned_tokens(golden: pathlib.Path):
     request = model.request(0, "wide_97x61")
     found = {}
     for newlines in ("none", "row", "end"):
-        (window,) = make_engine(model, "prumerge", newlines=newlines)._windows([request])
+        (window,) = (
+            make_engine(model, "prumerge", newlines=newlines)._planner().windows([[request]])
+        )
         found[newlines] = window.planned[0].runs[0].index
     none, row, end = found["none"], found["row"], found["end"]
     assert (none >= 0).all()

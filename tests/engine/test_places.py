@@ -27,7 +27,7 @@ def request(key: int, crops: int, *more: int, name: str | None = None) -> Reques
 
 
 def test_single_crops_fill_batches_in_order():
-    places = WindowPlaces(SHAPES, 1, False)
+    places = WindowPlaces(SHAPES, 1, grid=1)
     for key in range(8):
         assert places.add(request(key, 1))
     assert not places.add(request(8, 1))
@@ -36,7 +36,7 @@ def test_single_crops_fill_batches_in_order():
 
 
 def test_a_window_has_no_more_requests_than_its_size_even_without_images():
-    places = WindowPlaces(SHAPES, 1, False)
+    places = WindowPlaces(SHAPES, 1, grid=1)
     for key in range(8):
         assert places.add(Request(key, np.array([1], np.int32)))
     assert not places.add(Request(8, np.array([1], np.int32)))
@@ -44,7 +44,7 @@ def test_a_window_has_no_more_requests_than_its_size_even_without_images():
 
 
 def test_a_window_closes_before_crops_that_do_not_fit():
-    places = WindowPlaces(SHAPES, 1, False)
+    places = WindowPlaces(SHAPES, 1, grid=1)
     assert places.add(request(0, 5))
     assert not places.add(request(1, 4))
     assert places.add(request(2, 3))
@@ -53,7 +53,7 @@ def test_a_window_closes_before_crops_that_do_not_fit():
 
 
 def test_all_crops_of_a_request_are_on_one_shard():
-    places = WindowPlaces(SHAPES, 2, False)
+    places = WindowPlaces(SHAPES, 2, grid=1)
     assert places.add(request(0, 3))
     assert places.add(request(1, 2, 1))
     assert not places.add(request(2, 2))  # one place is left on either shard
@@ -66,7 +66,7 @@ def test_all_crops_of_a_request_are_on_one_shard():
 
 
 def test_requests_with_the_same_image_share_its_crops():
-    places = WindowPlaces(SHAPES, 2, False)
+    places = WindowPlaces(SHAPES, 2, grid=1)
     for key in range(3):
         assert places.add(request(key, 3, name="same"))
     assert places.add(request(3, 3))
@@ -79,7 +79,7 @@ def test_requests_with_the_same_image_share_its_crops():
 
 @pytest.mark.parametrize(("shards", "needed"), [(1, 9), (2, 18)])
 def test_a_request_with_too_many_crops_says_what_to_set(shards: int, needed: int):
-    places = WindowPlaces(SHAPES, shards, False)
+    places = WindowPlaces(SHAPES, shards, grid=1)
     assert not places.add(request(0, 9))
     places.refuse(request(0, 9))
     assert f"set --config.engine.window_size to at least {needed}" in places.refused[0]

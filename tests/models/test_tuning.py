@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 from prumerge_jax import prumerge
-from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.engine import Engine
@@ -51,7 +50,7 @@ def requests(continuation: np.ndarray | None = None) -> list[Request]:
     for key in range(4):
         text = rng.integers(3, 300, size=6 + key).astype(np.int32)
         text[2] = IMAGE_TOKEN
-        image = ImageInput(rng.integers(0, 256, size=(1, 56, 56, 3)).astype(np.uint8), Layout(4))
+        image = ImageInput(rng.integers(0, 256, size=(1, 56, 56, 3)).astype(np.uint8))
         target = text[:0] if continuation is None else continuation
         made.append(Request(key, text, (image,), target, SamplingParams(max_new_tokens=6)))
     return made

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from prumerge_jax import reductions
+from prumerge_jax.reductions import stages
 
 BATCH, PATCHES, WIDTH, HEADS = 5, 36, 16, 4
 SPELLINGS = [
@@ -44,6 +45,7 @@ def evidence_of(rng: np.random.Generator, batch: int = BATCH) -> reductions.Evid
         feature_keys=normal(PATCHES, WIDTH),
         watched=jax.nn.sigmoid(normal(PATCHES)),
         projected=normal(PATCHES, WIDTH),
+        groups=stages.every_token(batch, PATCHES + 1),
         question=(normal(6, WIDTH), jnp.arange(6) < jnp.asarray(rng.integers(0, 7, (batch, 1)))),
     )
 

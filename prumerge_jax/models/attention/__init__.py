@@ -7,18 +7,40 @@ Backends, one file each:
 * `cudnn`: the fused kernel of NVIDIA GPUs; float16 or bfloat16.
 * `splash`: the Pallas kernel of TPUs.
 
-`cache` is the attention of one new token to the cache.
+`pages` has the keys and values of growing sequences, and the attention of one new token to them.
 """
 
 import jax
 import jax.numpy as jnp
 
 from prumerge_jax.models import tuning
-from prumerge_jax.models.attention import blocks, cache, cudnn, splash, xla
+from prumerge_jax.models.attention import blocks, cudnn, splash, xla
+from prumerge_jax.models.attention.key_bias import with_columns
+from prumerge_jax.models.attention.pages import (
+    KVPages,
+    attend_to_pages,
+    copy_in_pages,
+    empty_pages,
+    over_shards,
+    pages_spec,
+    tokens_read,
+    write_to_pages,
+)
 from prumerge_jax.models.attention.shards import HEADS
 from prumerge_jax.sharding.mesh import Axes
 
-__all__ = ["attend", "attend_to_cache", "backend_for"]
+__all__ = [
+    "KVPages",
+    "attend",
+    "attend_to_pages",
+    "copy_in_pages",
+    "backend_for",
+    "empty_pages",
+    "over_shards",
+    "pages_spec",
+    "tokens_read",
+    "write_to_pages",
+]
 
 _BACKENDS = {
     "xla": xla.attend,
@@ -27,7 +49,6 @@ _BACKENDS = {
     "splash": splash.attend,
 }
 _TAKES = {"cudnn": cudnn.takes, "splash": splash.takes}
-_CACHE_FORMS = {"xla": cache.attend_by_xla, "products": cache.attend_by_products}
 
 
 def attend(
@@ -36,6 +57,7 @@ def attend(
     v: jax.Array,
     *,
     segment_ids: jax.Array | None = None,
+    key_bias: jax.Array | None = None,
     branch_ids: jax.Array | None = None,
     causal: bool = False,
     max_segment_length: int | None = None,
@@ -48,6 +70,8 @@ def attend(
       q: [B, T, H, D].
       k, v: [B, T, K, D]; K divides H (grouped-query attention).
       segment_ids: [B, T] int32; a query sees only keys of its own segment.
+      key_bias: [B, T] float32, added to the logits of a key for every query. Heads are then wider,
+        see `key_bias.py`; a preferred backend that does not take them gives way to `xla`.
       branch_ids: [B, T] int32, for segments whose sequences share a prefix: it is branch 0, and
         each sequence goes on in a branch 1, 2, ... of its own. A query sees only keys of the prefix
         and of its own branch. Needs `segment_ids` and `causal`; `blocks` has no gradient then.
@@ -67,10 +91,13 @@ def attend(
     """
     if branch_ids is not None and (segment_ids is None or not causal):
         raise ValueError("branch_ids need segment_ids and causal=True")
+    head_dim = q.shape[-1]
+    if key_bias is not None:
+        q, k, v = with_columns(q, k, v, key_bias)
     name = implementation or backend_for(q.dtype, q.shape[-1])
     if name not in _BACKENDS:
         raise ValueError(f"unknown attention {name!r:.80}; expected one of {sorted(_BACKENDS)}")
-    return _BACKENDS[name](
+    attended = _BACKENDS[name](
         q,
         k,
         v,
@@ -80,39 +107,7 @@ def attend(
         max_segment_length=max_segment_length,
         axes=axes,
     )
-
-
-def attend_to_cache(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    layer: jax.Array | int,
-    lengths: jax.Array,
-    *,
-    implementation: str | None = None,
-) -> jax.Array:
-    """Attention of one new token per sequence to its cache.
-
-    Args:
-      q: [B, 1, H, D].
-      k, v: [L, B, S, K, D], the cache with the new token's entries already written.
-      layer: int32 [], the one whose entries are seen.
-      lengths: [B] int32, the number of valid entries. Entries beyond it are never seen, but must
-        be finite: masking here would read the complete cache once more at every step.
-      implementation: `xla` or `products`; by default `tuning.current().cache_attention`.
-
-    Returns:
-      [B, 1, H, D].
-
-    Raises:
-      ValueError: an unknown implementation.
-    """
-    name = implementation or tuning.current().cache_attention
-    if name not in _CACHE_FORMS:
-        raise ValueError(
-            f"unknown cache attention {name!r:.80}; expected one of {sorted(_CACHE_FORMS)}"
-        )
-    return _CACHE_FORMS[name](q, k, v, layer, jnp.arange(k.shape[2]) < lengths[:, None])
+    return attended[..., :head_dim]
 
 
 def backend_for(dtype: jnp.dtype, head_dim: int) -> str:
