@@ -28,6 +28,7 @@ from prumerge_jax.data.tokenizer import (
     load_tokenizer,
     tokenizer_file,
 )
+from prumerge_jax.data.visual_layout import Newlines
 from prumerge_jax.engine.build import (
     Draft,
     Images,
@@ -373,6 +374,8 @@ class Llava:
         *,
         max_new_tokens: int = 0,
         position_ids: PositionIds = "compact",
+        newlines: Newlines = "none",
+        image_budget: int | None = None,
     ) -> Engine:
         """An engine for this model, its shapes fitted to the requests that will run.
 
@@ -380,6 +383,7 @@ class Llava:
           reduction, position_ids: as in `generate`.
           drafts: the requests, in the order in which they come.
           max_new_tokens: most tokens per answer.
+          newlines, image_budget: see `Engine`.
         """
         reduction = as_reduction(reduction)
         vision = dataclasses.replace(self.config.vision, image_size=self.image_size(reduction))
@@ -400,7 +404,14 @@ class Llava:
         if model.mesh is None:
             crops = sum(layout.num_crops for draft in drafts for layout in draft.layouts)
             shapes = shapes.limited_to(len(drafts), crops)
-        return Engine(model, reduction, shapes, position_ids=position_ids)
+        return Engine(
+            model,
+            reduction,
+            shapes,
+            position_ids=position_ids,
+            newlines=newlines,
+            image_budget=image_budget,
+        )
 
     def image_size(self, reduction: ReductionLike) -> int:
         """Side in pixels of the images that a reduction wants.

@@ -105,8 +105,26 @@ def _single_crop(crops: CropTokens, row: int) -> Run:
     )
 
 
+def share_out(counts: np.ndarray, budget: int) -> np.ndarray:
+    """How many of the patches that crops keep, int [C], remain of `budget` for all of them.
+
+    In proportion; what rounding down leaves goes to the largest fractions, one each, the first crop
+    first among equals.
+    """
+    total = int(counts.sum())
+    if total <= budget:
+        return counts
+    shares, fractions = np.divmod(budget * counts, total)
+    shares[np.argsort(-fractions, kind="stable")[: budget - shares.sum()]] += 1
+    return shares
+
+
 def run_of_image(
-    crops: CropTokens, layout: Layout, rows: Sequence[int], newlines: Newlines = "none"
+    crops: CropTokens,
+    layout: Layout,
+    rows: Sequence[int],
+    newlines: Newlines = "none",
+    budget: int | None = None,
 ) -> Run:
     """The run of an image whose tokens a reduction chose, crop by crop.
 
@@ -119,8 +137,12 @@ def run_of_image(
       layout: what the crops are.
       rows: the rows of the encoded batch that hold the crops, in their order.
       newlines: where newlines go.
+      budget: most patches to keep of all crops together, see `share_out`; each crop keeps those of
+        its first slots. Extra tokens come on top. None for no limit.
     """
     slots = [np.arange(crops.lengths[row], dtype=np.int32) for row in rows]
+    if budget is not None:
+        slots = _within(budget, slots, [crops.patch_indices[row] for row in rows])
     index = np.concatenate([row * crops.capacity + s for row, s in zip(rows, slots, strict=True)])
     patch = crops.patch_indices.reshape(-1)[index]
     crop = np.repeat(np.arange(len(rows)), [slot.size for slot in slots])
@@ -132,6 +154,18 @@ def run_of_image(
     elif newlines == "end":
         index, offset = np.append(index, NEWLINE), np.append(offset, layout.span - 1)
     return Run(index.astype(np.int32), offset.astype(np.int32), layout.span)
+
+
+def _within(
+    budget: int, slots: Sequence[np.ndarray], patches: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """The slots of each crop that a budget leaves; of the others merged neighbours go as well."""
+    is_patch = [patch[slot] >= 0 for slot, patch in zip(slots, patches, strict=True)]
+    shares = share_out(np.array([each.sum() for each in is_patch]), budget)
+    return [
+        slot[~each | (np.cumsum(each) <= share)]
+        for slot, each, share in zip(slots, is_patch, shares, strict=True)
+    ]
 
 
 def _with_newline_per_row(

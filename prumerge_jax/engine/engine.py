@@ -35,7 +35,7 @@ from prumerge_jax.engine.request import (
 from prumerge_jax.engine.scoring import sequence_logits
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.engine.windows import Counters, WindowPlanner
-from prumerge_jax.reductions import Reduction
+from prumerge_jax.reductions import Reduction, spell
 
 
 class Engine:
@@ -57,6 +57,7 @@ class Engine:
         *,
         position_ids: packing.PositionIds = "compact",
         newlines: Newlines = "none",
+        image_budget: int | None = None,
     ) -> None:
         """Prepares an engine; nothing is compiled yet.
 
@@ -66,10 +67,13 @@ class Engine:
           shapes: shapes of the jitted functions.
           position_ids: see `packing.pack_window`.
           newlines: see `visual_layout.Newlines`.
+          image_budget: most patches that the crops of an image keep together, see
+            `visual_layout.run_of_image`; None for no limit.
 
         Raises:
           ValueError: a shape does not divide over the data shards of the mesh, other position ids,
-            or newlines that do not exist or the model does not have.
+            newlines that do not exist or the model does not have, or a budget for tokens that are
+            not in the order of their attention.
         """
         shapes.check_shards(model.shards)
         packing.check_position_ids(position_ids)
@@ -77,7 +81,13 @@ class Engine:
         if newlines != "none" and not model.config.image_newline:
             raise ValueError(f"newlines is {newlines!r}, the model has none; expected 'none'")
         self.model, self.reduction, self.shapes = model, reduction, shapes
+        if image_budget is not None and (image_budget < 1 or reduction.raster_order):
+            raise ValueError(
+                f"image_budget is {image_budget} with the reduction {spell(reduction)}; expected "
+                "at least 1, and a reduction whose tokens are in the order of their attention"
+            )
         self.position_ids, self.newlines = position_ids, newlines
+        self.image_budget = image_budget
         self.encoder = Encoder(model, shapes)
         self.counters = Counters()
         self.core = Core(model, shapes, self._planner, self.counters)
@@ -164,7 +174,12 @@ class Engine:
 
     def _planner(self) -> WindowPlanner:
         return WindowPlanner(
-            self.encoder, self.reduction, self.position_ids, self.counters, self.newlines
+            self.encoder,
+            self.reduction,
+            self.position_ids,
+            self.counters,
+            self.newlines,
+            self.image_budget,
         )
 
     def _run(self, requests: Iterable[Request], *, to_score: bool) -> Iterator[Delta | Answer]:

@@ -100,10 +100,11 @@ class WindowPlanner:
         position_ids: packing.PositionIds,
         counters: Counters,
         newlines: Newlines = "none",
+        image_budget: int | None = None,
     ) -> None:
         self.encoder, self.model, self.shapes = encoder, encoder.model, encoder.shapes
         self.reduction, self.position_ids, self.counters = reduction, position_ids, counters
-        self.newlines = newlines
+        self.newlines, self.image_budget = newlines, image_budget
 
     @property
     def _interpolates(self) -> bool:
@@ -204,7 +205,7 @@ class WindowPlanner:
             if not reduction.selects_patches and crops.are_whole(rows):
                 runs.append(run_of_whole_image(crops, layout, rows))
             else:
-                runs.append(run_of_image(crops, layout, rows, self.newlines))
+                runs.append(run_of_image(crops, layout, rows, self.newlines, self.image_budget))
         return tuple(runs)
 
     def _pack(

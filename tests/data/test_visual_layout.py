@@ -11,6 +11,7 @@ from prumerge_jax.data.visual_layout import (
     run_of_image,
     run_of_whole_image,
     runs,
+    share_out,
 )
 from prumerge_jax.models.config import NEWLINE
 
@@ -106,3 +107,23 @@ def test_a_shrunk_mosaic_is_interpolated_as_resize_does():
     assert (run.index[9:].reshape(4, 6)[:, 5] == NEWLINE).all()
     # Rows of the mosaic map to the shrunk row that their middle lies in.
     assert layout.positions()[1, [0, 3, 6]].tolist() == [9, 15, 15]
+
+
+def test_a_budget_is_shared_out_in_proportion():
+    assert share_out(np.array([10, 5, 5]), 20).tolist() == [10, 5, 5]
+    assert share_out(np.array([10, 5, 5]), 10).tolist() == [5, 3, 2]  # of equals the first
+    assert share_out(np.array([3, 0, 1]), 2).tolist() == [2, 0, 0]
+    counts = np.random.default_rng(0).integers(0, 40, (50, 7))
+    for row in counts:
+        shares = share_out(row, 30)
+        assert shares.sum() == min(30, row.sum())
+        assert (shares <= row).all()
+
+
+def test_a_budget_leaves_each_crop_its_first_patches_and_the_extra_token():
+    patches = np.array([[3, 0, 1, -1], [3, -1, -1, -1], [2, 0, -1, -1]], np.int32)
+    crops = CropTokens(np.array([4, 2, 3]), patches, 4)
+    run = run_of_image(crops, TWO_TILES, [0, 1, 2], budget=3)
+    assert run.index.tolist() == [0, 1, 3, 5, 8, 10]
+    whole = run_of_image(crops, TWO_TILES, [0, 1, 2])
+    assert run_of_image(crops, TWO_TILES, [0, 1, 2], budget=6).index.tolist() == list(whole.index)

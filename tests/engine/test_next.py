@@ -12,15 +12,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from prumerge_jax import prumerge, reductions
+from prumerge_jax import prumerge, reductions, sharding
 from prumerge_jax.data.images import normalize
 from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.engine import Engine
-from prumerge_jax.engine.request import Answer, SequenceLogits
+from prumerge_jax.engine.request import (
+    Answer,
+    ImageInput,
+    Request,
+    SamplingParams,
+    SequenceLogits,
+)
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.models import tuning
-from prumerge_jax.models.llava import encode_images, gather_evidence
+from prumerge_jax.models.llava import abstract_model, encode_images, gather_evidence
 from prumerge_jax.models.tuning import Tuning
+from tests.conftest import require_eight_devices
 from tests.families import GoldenModel
 
 SHAPES = EngineShapes(
@@ -51,8 +58,9 @@ def load(golden: pathlib.Path, name: str) -> GoldenModel:
 def make_engine(model: GoldenModel, reduction: str, **fields: int | str) -> Engine:
     graphdef, state = nnx.split(model.model)
     placed = PlacedModel(graphdef, state, model.config, jnp.dtype(jnp.float32))
-    options = {key: fields.pop(key) for key in ("position_ids", "newlines") if key in fields}
-    shapes = dataclasses.replace(SHAPES, **fields)
+    names = {field.name for field in dataclasses.fields(SHAPES)}
+    shapes = dataclasses.replace(SHAPES, **{k: v for k, v in fields.items() if k in names})
+    options = {k: v for k, v in fields.items() if k not in names}
     return Engine(placed, reductions.parse(reduction), shapes, **options)
 
 
@@ -213,7 +221,7 @@ def test_more_crops_than_a_window_are_refused_with_the_number(golden: pathlib.Pa
     )
 
 
-def test_newlines_between_pruned_tokens(golden: pathlib.Path):
+def test_newlines_between_and_budgets_of_pruned_tokens(golden: pathlib.Path):
     model = load(golden, "next_vicuna")
     request = model.request(0, "wide_97x61")
     found = {}
@@ -227,5 +235,66 @@ def test_newlines_between_pruned_tokens(golden: pathlib.Path):
     assert end.tolist() == [*none, -2]
     assert sorted(row[row >= 0]) == sorted(none)
     assert 1 <= np.count_nonzero(row == -2) <= 8
+    engine = make_engine(model, "prumerge", image_budget=7)
+    (window,) = engine._planner().windows([[request]])
+    extra_tokens = request.images[0].layout.num_crops
+    assert 7 <= len(window.planned[0].runs[0]) <= 7 + extra_tokens
+    with pytest.raises(ValueError, match="image_budget is 7 with the reduction full; expected"):
+        make_engine(model, "full", image_budget=7)
     with pytest.raises(ValueError, match="newlines is 'some'; expected one of"):
         make_engine(model, "prumerge", newlines="some")
+
+
+@pytest.mark.slow
+def test_a_mesh_equals_one_device(golden: pathlib.Path):
+    require_eight_devices()
+    model = load(golden, "next_vicuna")
+    requests = [model.request(key, case) for key, case in enumerate(model.cases)]
+    plain = make_engine(model, "prumerge", batch_size=4, window_size=32)
+    graphdef, state = nnx.split(model.model)
+    mesh = sharding.make_mesh(2, 2, 2)
+    shardings = sharding.weight_shardings(abstract_model(model.config)[1], mesh)
+    placed = PlacedModel(
+        graphdef, jax.device_put(state, shardings), model.config, plain.model.dtype, mesh=mesh
+    )
+    shapes = dataclasses.replace(plain.shapes, prefill_rows=4)
+    engine = Engine(placed, plain.reduction, shapes)
+    expected = logits_of(plain, requests)
+    with sharding.use_mesh(mesh):
+        got = logits_of(engine, requests)
+        answers = {answer.key: answer.token_ids for answer in engine.generate(requests)}
+    for key, values in expected.items():
+        np.testing.assert_allclose(got[key], values, atol=5e-5, rtol=5e-5)
+    assert answers == {answer.key: answer.token_ids for answer in plain.generate(requests)}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_compilation_cache")
+def test_nothing_compiles_after_warm_up(golden: pathlib.Path):
+    """Over 200 images of mixed sizes, and questions without one."""
+    model = load(golden, "next_vicuna")
+    engine = make_engine(model, "prumerge")
+    engine.warm_up()
+    rng = np.random.default_rng(0)
+    requests = []
+    for key in range(200):
+        height, width = rng.integers(1, 300, 2)
+        picture = model.processor(rng.integers(0, 256, (height, width, 3)).astype(np.uint8))
+        ids = model.token_ids("square_56") if key % 10 else np.array([1, 5, 7], np.int32)
+        images = (ImageInput(*picture),) if key % 10 else ()
+        requests.append(Request(key, ids, images, sampling=SamplingParams(max_new_tokens=2)))
+    compiled = []
+
+    def heard(event: str, duration: float, **fields: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(fields["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        answers = list(engine.generate(requests))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+    assert [answer.error for answer in answers] == [None] * 200
+    assert compiled == []
+    assert engine.counters.images == 180
+    assert engine.counters.crops > 3 * 180
