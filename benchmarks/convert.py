@@ -31,8 +31,9 @@ from prumerge_jax.conversion.hf_files import hf_config
 from prumerge_jax.conversion.keys import Dialect
 from prumerge_jax.conversion.safetensors_io import ShardedWriter
 from prumerge_jax.conversion.tensor_files import TensorInfo
+from prumerge_jax.families import published
 from prumerge_jax.models import config_json
-from prumerge_jax.models.config import LlavaConfig, published
+from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.sharding.mesh import make_mesh
 from prumerge_jax.store import model_directory as directory
 from prumerge_jax.training.weights import llava_module

@@ -30,7 +30,7 @@ from PIL import Image
 from prumerge_jax.cost import CHIPS, Workload, images_per_second
 from prumerge_jax.data.images import CLIP_MEAN, ImageMode, ImageProcessor, load_image, preprocess
 from prumerge_jax.data.loading import Named, stream_pixels
-from prumerge_jax.models.config import published
+from prumerge_jax.families import published
 
 SIZE = published("llava-1.5-7b").vision.image_size
 IMAGES = 16

@@ -58,7 +58,7 @@ def _plan(config: ConfigDict, slice_name: str) -> int:
     from prumerge_jax.aot.topology import topology
     from prumerge_jax.engine.encoding import compute_dtype
     from prumerge_jax.evaluation.config import engine_config
-    from prumerge_jax.models.config import published
+    from prumerge_jax.families import published
 
     jax.config.update("jax_platforms", "cpu")  # leaves a TPU of this machine free
     spellings = reductions.parse_list(config.reduction)

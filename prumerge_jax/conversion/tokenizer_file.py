@@ -1,4 +1,4 @@
-"""`tokenizer.model`, the SentencePiece model without which a converted LLaVA reads no text."""
+"""`tokenizer.model` or `tokenizer.json`, without which a converted model reads no text."""
 
 import pathlib
 
@@ -7,6 +7,7 @@ import sentencepiece
 from prumerge_jax.conversion.tensor_files import ConversionError
 
 TOKENIZER = "tokenizer.model"
+BPE_TOKENIZER = "tokenizer.json"
 _MAX_BYTES = 16 << 20  # LLaMA's has 0.5 MB
 
 

@@ -97,7 +97,7 @@ def test_a_dtype_is_rounded_to_and_reported(tmp_path: pathlib.Path) -> None:
     report = convert(
         open_model(Sources(tmp_path / "in")), tmp_path / "out", dtype=np.dtype(jnp.bfloat16)
     )
-    unused = keys.unused_tower_tensors(TINY.vision)
+    unused = keys.unused_tower_tensors(TINY)
     rounded = {
         key: array if key in unused else np.asarray(jnp.asarray(array).astype(jnp.bfloat16))
         for key, array in tensors.items()
