@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.answers = placeholder(str)  # score this file, without a model
 
     config.reduction = "full prumerge+ prumerge"  # names, separated by spaces
+    config.tokens = ""  # budgets of those that keep a fixed count, such as "128 64 32"
     config.baselines = False  # also, at equal counts: random, uniform and a smaller image
     config.decoding = ConfigDict(
         {

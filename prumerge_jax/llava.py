@@ -30,12 +30,18 @@ from prumerge_jax.data.tokenizer import (
 from prumerge_jax.engine.build import Draft, Images, RequestBuilder, check_list, named_image
 from prumerge_jax.engine.encoding import PlacedModel, compute_dtype, data_shards
 from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.pages import pages_that_fit
 from prumerge_jax.engine.request import Answer, Delta, SamplingParams
 from prumerge_jax.engine.shapes import EngineConfig, EngineSizes, fit
 from prumerge_jax.messages import quoted
-from prumerge_jax.models import config_json
+from prumerge_jax.models import config_json, tuning
 from prumerge_jax.models.config import LlavaConfig
-from prumerge_jax.models.llava import abstract_model, gather_evidence, inference_layout
+from prumerge_jax.models.llava import (
+    abstract_model,
+    embed_question,
+    gather_evidence,
+    inference_layout,
+)
 from prumerge_jax.reductions import Reduction, ReductionLike, as_reduction
 from prumerge_jax.store import model_directory as directories
 from prumerge_jax.store.manifest import MANIFEST
@@ -281,9 +287,20 @@ class Llava:
         *,
         reduction: ReductionLike = "prumerge",
         image_mode: ImageMode = "pad",
+        question: str | None = None,
     ) -> Explanation:
-        """Which patches of an image are kept and where the others go; `overlay` draws it."""
+        """Which patches of an image are kept and where the others go; `overlay` draws it.
+
+        Args:
+          image, reduction, image_mode: as in `generate`.
+          question: the user's text, for reductions that read it.
+
+        Raises:
+          ImageError: the image cannot be used.
+          ValueError: the reduction reads the question and there is none, or an argument is wrong.
+        """
         reduction = as_reduction(reduction)
+        asked = self._question_ids(question, reduction)
         name, source = named_image(image, "image")
         pixels = self._processor(image_mode, reduction)(source, name)
         with self.placed():
@@ -291,6 +308,7 @@ class Llava:
                 self._model.graphdef,
                 self._model.state,
                 jnp.asarray(pixels[None]),
+                asked,
                 reduction=reduction,
                 dtype=self.dtype,
             )
@@ -320,15 +338,18 @@ class Llava:
         vision = dataclasses.replace(self.config.vision, image_size=self.image_size(reduction))
         config = dataclasses.replace(self.config, vision=vision)
         model = dataclasses.replace(self._model, config=config)
-        shapes = fit(
-            self.engine_config,
-            reduction,
-            model.config.vision.num_patches,
-            np.array(text_tokens, np.int64),
-            max_new_tokens=max_new_tokens,
-            max_positions=model.config.text.max_positions,
-            shards=model.shards,
-        )
+        with self.placed():
+            page_size = self.engine_config.page_size or tuning.current().page_size
+            shapes = fit(
+                self.engine_config,
+                reduction,
+                model.config.vision.num_patches,
+                np.array(text_tokens, np.int64),
+                max_new_tokens=max_new_tokens,
+                max_positions=model.config.text.max_positions,
+                shards=model.shards,
+                pages_that_fit=pages_that_fit(model, page_size),
+            )
         if model.mesh is None:
             shapes = shapes.limited_to(len(text_tokens))
         return Engine(model, reduction, shapes, position_ids=position_ids)
@@ -359,6 +380,19 @@ class Llava:
     def placed(self) -> contextlib.AbstractContextManager[None]:
         """The context in which an engine of this model runs: its mesh, if it has one."""
         return sharding.use_mesh(self._model.mesh)
+
+    def _question_ids(self, question: str | None, reduction: Reduction) -> jax.Array | None:
+        """Ids [1, M] of the question that a reduction reads; None where it reads none."""
+        most = reduction.question_tokens
+        if not most:
+            return None
+        ids = [] if question is None else self.tokenizer.encode(reductions.keywords(question))
+        if not 0 < len(ids) <= most:
+            raise ValueError(
+                f"reduction {quoted(reductions.spell(reduction))} reads the question: expected one "
+                f"whose keywords have 1 to {most} tokens, got {quoted(question)}"
+            )
+        return jnp.pad(jnp.array(ids, jnp.int32), (0, most - len(ids)), constant_values=-1)[None]
 
     def _processor(self, mode: ImageMode, reduction: ReductionLike) -> ImageProcessor:
         return ImageProcessor(self.image_size(reduction), self.config.vision.pixel_mean, mode)
@@ -459,12 +493,18 @@ def _explain(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     pixels: jax.Array,
+    question_ids: jax.Array | None,
     *,
     reduction: Reduction,
     dtype: jnp.dtype,
 ) -> reductions.Assignment:
     model = nnx.merge(graphdef, state)
     evidence = gather_evidence(
-        model.vision, pixels, reduction.needs, dtype=dtype, projector=model.projector
+        model.vision,
+        pixels,
+        reduction,
+        dtype=dtype,
+        projector=model.projector,
+        question=embed_question(model.decoder, question_ids, dtype),
     )
     return reductions.explain(evidence, reduction)

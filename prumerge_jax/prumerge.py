@@ -38,13 +38,14 @@ class PruMergeConfig:
       count_rule: `iqr` keeps attention outliers, `top` the floor(N * ratio) most attended patches,
         `all` every patch.
       iqr_factor: outliers are above Q3 + iqr_factor * (Q3 - Q1).
-      ratio: share of patches that `top` keeps, and that `raster_fixed` adds.
+      ratio: share of patches that `top` keeps, and that `raster_fixed` and `lattice_fixed` add.
       min_tokens, max_tokens: bounds on the number of selected patches; None means unbounded.
       added_patches: patches added to the selected ones: `none`; `raster` every k-th patch with k
         derived from the number selected, as the reference's adaptive branch; `raster_fixed` every
         floor(1 / ratio)-th, selected ones doubled, as its training branch; `uniform` as many as
         were selected, evenly spread over the others, as the paper; `lattice` evenly spread in two
-        dimensions.
+        dimensions; `lattice_fixed` the same, but the share `ratio` of all patches whatever was
+        selected, for towers of few patches, where the stride of `raster` is 1.
       merge: `sum` adds attention-weighted neighbours to a token; `mean` takes the
         attention-weighted average of the token and its neighbours; `none`.
       neighbours: number of neighbours that a token takes in.
@@ -63,7 +64,9 @@ class PruMergeConfig:
     ratio: Annotated[float, Bounds(0.001, 1)] = 0.125
     min_tokens: Annotated[int, Bounds(0, MOST)] = 1
     max_tokens: Annotated[int, Bounds(1, MOST)] | None = None
-    added_patches: Literal["none", "raster", "raster_fixed", "uniform", "lattice"] = "none"
+    added_patches: Literal[
+        "none", "raster", "raster_fixed", "uniform", "lattice", "lattice_fixed"
+    ] = "none"
     merge: Literal["sum", "mean", "none"] = "sum"
     neighbours: Annotated[int, Bounds(1, MOST)] = 32
     similarity: Literal["cosine", "dot"] = "cosine"
@@ -96,12 +99,17 @@ class PruMergeConfig:
             "raster_fixed": most + num_patches // self.stride,
             "uniform": min(2 * most, num_patches),
             "lattice": num_patches,
+            "lattice_fixed": most + self.lattice_side(num_patches) ** 2,
         }[self.added_patches]
         return most + self.extra_token
 
     def fixed_count(self, num_patches: int) -> int:
         """Number of patches that the count rule `top` keeps."""
         return int(num_patches * self.ratio)
+
+    def lattice_side(self, num_patches: int) -> int:
+        """Points along a side of the lattice of `lattice_fixed`."""
+        return max(round(math.sqrt(num_patches * self.ratio)), 1)
 
     @property
     def stride(self) -> int:
@@ -366,8 +374,12 @@ def _added(selected: jax.Array, number: jax.Array, config: PruMergeConfig) -> ja
         )
     side = math.isqrt(num_patches)
     if side * side != num_patches:
-        raise ValueError(f"added_patches=lattice needs a square grid; got {num_patches} patches")
+        raise ValueError(
+            f"added_patches={config.added_patches} needs a square grid; got {num_patches} patches"
+        )
     points = (jnp.arange(side) ** 2 < number).sum(-1, keepdims=True)  # ceil(sqrt(number))
+    if config.added_patches == "lattice_fixed":
+        points = jnp.full_like(points, config.lattice_side(num_patches))
     on_row = selection.evenly_spread(patch // side, points, side)
     on_column = selection.evenly_spread(patch % side, points, side)
     return on_row & on_column & ~selected

@@ -123,6 +123,45 @@ def test_reductions_positions_and_modes_matter(
         assert np.abs(np.subtract(scores(**options), base)).max() > 1e-3, options
 
 
+def test_a_reduction_that_reads_the_question(
+    model: prumerge_jax.Llava, images: list[np.ndarray]
+) -> None:
+    """Each question has tokens of its own, whatever else is asked of the image."""
+    reading = {"reduction": "mmtok:tokens=3"}
+    asked = [images[0]] * 3, ["What is a cat?", "Name the table near a window.", "What is a cat?"]
+    kept = [
+        model.explain(images[0], question=prompt, **reading).patch_indices
+        for prompt in asked[1][:2]
+    ]
+    assert list(kept[0]) != list(kept[1])
+    together = model.score(*asked, ["It is"] * 3, **reading)
+    alone = [model.score([images[0]], [p], ["It is"], **reading)[0] for p in asked[1]]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert model.score([None], PROMPTS[:1], ["It is"], **reading) == pytest.approx(
+        model.score([None], PROMPTS[:1], ["It is"]), abs=1e-5
+    )
+    engine = model.engine(reading["reduction"], [40] * 3)
+    builder = model._builder("pad", "vicuna_v1", reading["reduction"])
+    drafts = [
+        dataclasses.replace(draft, image=("one name", images[0]), continuation=np.array([5]))
+        for draft in builder.drafts(*asked)
+    ]
+    assert len(list(engine.score(builder.requests(drafts)))) == 3
+    assert engine.counters.images == 2
+
+
+def test_a_question_that_cannot_be_read_is_named(
+    model: prumerge_jax.Llava, images: list[np.ndarray]
+) -> None:
+    with pytest.raises(ValueError, match=r"'mmtok:tokens=3' reads the question: .* got None"):
+        model.explain(images[0], reduction="mmtok:tokens=3")
+    short = "mmtok:tokens=3,question_tokens=2"
+    with pytest.raises(
+        ValueError, match=r"prompt 1: the question's keywords have \d+ tokens; .* 2"
+    ):
+        model.score(images[:2], ["a", "cat table window"], ["It"] * 2, reduction=short)
+
+
 def test_text_only_prompts(model: prumerge_jax.Llava, images: list[np.ndarray]) -> None:
     mixed = model.generate([images[0], None], PROMPTS[:2], max_new_tokens=5)
     assert mixed[1] == model.generate([None], [PROMPTS[1]], max_new_tokens=5)[0]

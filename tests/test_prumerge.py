@@ -154,7 +154,7 @@ def settings_and_images(draw: st.DrawFn):
         overrides["merge"] = draw(st.sampled_from(["sum", "mean", "none"]))
         overrides["extra_token"] = draw(st.booleans())
     if name != "prumerge+fixed" and name != "full":
-        added = st.sampled_from(["none", "raster", "uniform", "lattice"])
+        added = st.sampled_from(["none", "raster", "uniform", "lattice", "lattice_fixed"])
         overrides["added_patches"] = draw(added)
         overrides["min_tokens"] = draw(st.integers(0, 6))
         overrides["max_tokens"] = draw(st.sampled_from([None, 6]))

@@ -192,6 +192,10 @@ def _plan(
     batch = NamedSharding(mesh, logical_spec("batch"))
     side, capacity = model.vision.image_size, reduction.capacity_for(model.vision.num_patches)
     pixels = jax.ShapeDtypeStruct((engine.batch_size, side, side, 3), jnp.uint8, sharding=batch)
+    asked = None
+    if reduction.question_tokens:
+        shape = (engine.batch_size, reduction.question_tokens)
+        asked = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch)
     pool = jax.ShapeDtypeStruct(
         (2 * engine.window_size, capacity, model.vision.width), dtype, sharding=batch
     )
@@ -204,7 +208,9 @@ def _plan(
         )
         of_tower = tower_kernel_flops(model.vision, engine.batch_size, dtype) / mesh.size
         of_rows = decoder_kernel_flops(model.text, engine.prefill_rows, pairs, dtype) / mesh.size
-        encode = programs.encode.lower(graphdef, state, pixels, reduction=reduction, dtype=dtype)
+        encode = programs.encode.lower(
+            graphdef, state, pixels, asked, reduction=reduction, dtype=dtype
+        )
         longest = engine.longest_prompt
         read = programs.hidden_before_last_mlp.lower(
             graphdef, state, pool, rows, max_segment_length=longest

@@ -5,9 +5,11 @@ Embedding lookups, norms, activation functions and softmax are not counted.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig, decoder_linears
 from prumerge_jax.models.llava import projector_depth
+from prumerge_jax.reductions import Stage
 
 ACTIVATION_BYTES = 2
 """Bytes per number, but for quantised weights: bfloat16 or float16."""
@@ -81,9 +83,10 @@ def whole_blocks(vision: VisionConfig) -> int:
     return vision.num_layers + 1 + vision.feature_layer
 
 
-def vision_block_flops(vision: VisionConfig) -> int:
-    """One block over the patches and CLS."""
-    tokens, width = vision.num_patches + vision.num_prefix, vision.width
+def vision_block_flops(vision: VisionConfig, patches: int | None = None) -> int:
+    """One block over CLS, if there is one, and the patches, by default all."""
+    width = vision.width
+    tokens = (vision.num_patches if patches is None else patches) + vision.num_prefix
     return tokens * 2 * (4 * width**2 + 2 * width * vision.mlp_width) + 4 * tokens**2 * width
 
 
@@ -100,6 +103,21 @@ def tower_flops(vision: VisionConfig) -> int:
     attention = 2 * (tokens + queries) * width**2 + 2 * queries * vision.num_patches * width
     blocks = whole_blocks(vision) * vision_block_flops(vision)
     return blocks + patch_embedding_flops(vision) + attention
+
+
+def staged_tower_flops(vision: VisionConfig, stages: Sequence[Stage]) -> int:
+    """`tower_flops` with merges inside the tower, counted from the layer after each."""
+    patches, block = vision.num_patches, vision_block_flops(vision)
+    saved = 0
+    for number, stage in enumerate(stages):
+        following = (
+            stages[number + 1].layer if number + 1 < len(stages) else whole_blocks(vision) - 1
+        )
+        fewer = block - vision_block_flops(vision, stage.tokens)
+        saved += (following - stage.layer) * fewer
+        patches = stage.tokens
+    last = 2 * (vision.num_patches - patches) * (vision.width**2 + vision.width)
+    return tower_flops(vision) - saved - last
 
 
 def tower_attention_flops(vision: VisionConfig, pairs: float) -> float:

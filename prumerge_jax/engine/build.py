@@ -27,6 +27,7 @@ from prumerge_jax.engine.request import (
     check_image_count,
 )
 from prumerge_jax.messages import quoted, shortened
+from prumerge_jax.reductions import keywords
 
 Images = Sequence[ImageSource | Sequence[ImageSource] | None]
 """One image per prompt: a path, bytes, PIL image, uint8 [H, W, 3] or data URL, alone or as the only
@@ -43,7 +44,7 @@ class Draft:
     """A request whose image has not been read.
 
     Attributes:
-      key, token_ids, continuation, sampling: see `Request`.
+      key, token_ids, continuation, sampling, question_ids: see `Request`.
       image: its name and source; drafts with equal names share one image. None means no image.
     """
 
@@ -52,6 +53,7 @@ class Draft:
     image: Named | None
     continuation: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     sampling: SamplingParams = SamplingParams()
+    question_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
     @property
     def text_tokens(self) -> int:
@@ -90,6 +92,10 @@ class RequestBuilder:
         parts = evaluation_parts(self.template, text, [IMAGE_PLACEHOLDER] * num_images)
         return np.array(self.tokenizer.encode_prompt(parts), np.int32)
 
+    def question_ids(self, text: str) -> np.ndarray:
+        """Ids int32 [M] of the keywords of a question, for reductions that read them."""
+        return np.array(self.tokenizer.encode(keywords(text)), np.int32)
+
     def drafts(
         self,
         images: Images,
@@ -120,7 +126,8 @@ class RequestBuilder:
                 raise ValueError(f"prompt {key}: {error}") from error
             seed = (sampling.seed + key) % MAX_SEED
             own = dataclasses.replace(sampling, seed=seed)
-            drafts.append(Draft(key, ids, named, sampling=own))
+            asked = self.question_ids(text)
+            drafts.append(Draft(key, ids, named, sampling=own, question_ids=asked))
         return drafts
 
     def requests(
@@ -149,7 +156,14 @@ class RequestBuilder:
             images: tuple[ImageInput, ...] = ()
             if draft.image is not None and image is not None:
                 images = (ImageInput(image[None], key=draft.image[0]),)
-            yield Request(draft.key, draft.token_ids, images, draft.continuation, draft.sampling)
+            yield Request(
+                draft.key,
+                draft.token_ids,
+                images,
+                draft.continuation,
+                draft.sampling,
+                draft.question_ids,
+            )
 
 
 def named_image(source: object, name: str) -> Named:

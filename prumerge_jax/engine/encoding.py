@@ -149,8 +149,9 @@ class Encoder:
         model, size = self.model, self.shapes.batch_size
         side = model.config.vision.image_size
         crops: list[np.ndarray] = []
+        questions: list[np.ndarray] = []
         image_of: list[int | None] = []
-        known: dict[str, int] = {}
+        known: dict[tuple[str, bytes], int] = {}
         for request in requests:
             if not request.images:
                 image_of.append(None)
@@ -158,7 +159,8 @@ class Encoder:
             (image,) = request.images
             number = len(crops)
             if image.key is not None:
-                number = known.setdefault(image.key, number)
+                asked = request.question_ids.tobytes() if reduction.question_tokens else b""
+                number = known.setdefault((image.key, asked), number)
             if number == len(crops):
                 if image.crops.shape[1] != side:
                     raise ValueError(
@@ -166,6 +168,7 @@ class Encoder:
                         f"expected {side}"
                     )
                 crops.append(image.crops[0])
+                questions.append(request.question_ids)
             image_of.append(number)
         encoded = []
         for start in range(0, len(crops), size):
@@ -176,11 +179,24 @@ class Encoder:
                     model.graphdef,
                     model.state,
                     model.put(pixels),
+                    self._question_ids(questions[start : start + size], reduction),
                     reduction=reduction,
                     dtype=model.dtype,
                 )
             )
         return Encoding(list(requests), image_of, len(crops), encoded, reduction)
+
+    def _question_ids(
+        self, questions: Sequence[np.ndarray], reduction: Reduction
+    ) -> jax.Array | None:
+        """[B, M] int32, -1 beyond a question; None where the reduction reads none."""
+        most = reduction.question_tokens
+        if not most:
+            return None
+        ids = np.full((self.shapes.batch_size, most), -1, np.int32)
+        for row, question in zip(ids, questions, strict=False):
+            row[: len(question)] = question[:most]  # a longer one is refused, see `windows.py`
+        return self.model.put(ids)
 
     def measure(self, encoding: Encoding) -> EncodedImages:
         """Waits for a window's images and fetches what the host must know of them."""

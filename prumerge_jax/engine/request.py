@@ -16,9 +16,9 @@ from prumerge_jax.models.config import MAX_STOP_IDS
 MAX_SEED = 2**32
 """Seeds are smaller; the jitted functions take them as uint32."""
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 """`stop`: a stop id was generated, or the continuation was scored. `length`: `max_new_tokens` were
-generated. `error`: the request could not run."""
+generated. `cancelled`: by `Engine.cancel`. `error`: the request could not run."""
 
 
 def _is_integer(value: object) -> bool:
@@ -107,6 +107,7 @@ class Request:
       token_ids: int32 [T] with one `IMAGE_TOKEN` for each image, where it goes.
       images: in the order of their tokens; the model takes at most one.
       continuation: int32 token ids to score after `token_ids`; empty when generating.
+      question_ids: int32 token ids of the question's keywords, for reductions that read them.
       sampling: how tokens are drawn; has no effect on scoring.
 
     Raises:
@@ -118,6 +119,7 @@ class Request:
     images: tuple[ImageInput, ...] = ()
     continuation: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     sampling: SamplingParams = SamplingParams()
+    question_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
     def __post_init__(self) -> None:
         check_image_count(len(self.images), f"request {self.key}")

@@ -5,7 +5,6 @@ carried over to the next window, where they come first and others fill up their 
 """
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -14,10 +13,11 @@ import numpy as np
 
 from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IGNORE
+from prumerge_jax.data.visual_layout import CropTokens, runs
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding
 from prumerge_jax.engine.request import Answer, Request, Usage
-from prumerge_jax.reductions import Reduction
+from prumerge_jax.reductions import Reduction, spell
 
 
 @dataclasses.dataclass
@@ -45,7 +45,6 @@ class Window:
     Attributes:
       requests: those that can run; first the ones carried over from the previous window.
       planned: the packing's view of them, in the same order.
-      layout: lengths of the images in `pool`.
       pool: [2 * window_size, R, Dv] visual tokens of the previous window and of this one.
       batches: rows to run; requests that are in none of them are carried over.
       failed: answers of the requests that cannot run.
@@ -53,14 +52,13 @@ class Window:
 
     requests: list[Request]
     planned: list[packing.Request]
-    layout: packing.VisualLayout
     pool: jax.Array
     batches: list[packing.Rows]
     failed: list[Answer]
 
     def usage(self, index: int, new_tokens: int) -> Usage:
         """Token counts of request `index`."""
-        visual = sum(int(self.layout.lengths[row]) for row in self.planned[index].image_rows)
+        visual = sum(len(run) for run in self.planned[index].runs)
         return Usage(visual, self.requests[index].text_tokens, new_tokens)
 
 
@@ -91,25 +89,29 @@ class WindowPlanner:
         self.encoder, self.model, self.shapes = encoder, encoder.model, encoder.shapes
         self.reduction, self.position_ids, self.counters = reduction, position_ids, counters
 
-    def windows(self, requests: Iterable[Request]) -> Iterator[Window]:
-        """Encoded windows; the next one is encoded while one is handed out.
+    def windows(self, batches: Iterable[list[Request]]) -> Iterator[Window]:
+        """Encoded windows of up to `window_size` requests each; the next one is encoded while one
+        is handed out.
 
         Requests whose image needs more tokens than the capacity come last, encoded again at the
         largest capacity an image can need.
         """
         overflow: list[Request] = []
-        yield from self._windows(requests, self.reduction, overflow)
-        if overflow:
-            yield from self._windows(overflow, self.reduction.uncapped(), [])
+        yield from self._windows(batches, self.reduction, overflow)
+        size = self.shapes.window_size
+        again = [overflow[start : start + size] for start in range(0, len(overflow), size)]
+        if again:
+            yield from self._windows(again, self.reduction.uncapped(), [])
 
     def _windows(
         self,
-        requests: Iterable[Request],
+        batches: Iterable[list[Request]],
         reduction: Reduction,
         overflow: list[Request],
     ) -> Iterator[Window]:
         carried = _CarriedOver([], self.encoder.measure(self.encoder.encode([], reduction)))
-        for encoding, is_last in _one_ahead(self._encodings(requests, reduction)):
+        encodings = (self.encoder.encode(batch, reduction) for batch in batches)
+        for encoding, is_last in _one_ahead(encodings):
             images = self.encoder.measure(encoding)
             admitted, failed = self._admit(encoding, images, overflow)
             window = self._pack(carried, admitted, images, failed)
@@ -118,11 +120,6 @@ class WindowPlanner:
             carried = _CarriedOver([both[index] for index in waiting], images)
             self._count(encoding, images, window)
             yield window
-
-    def _encodings(self, requests: Iterable[Request], reduction: Reduction) -> Iterator[Encoding]:
-        iterator = iter(requests)
-        while batch := list(itertools.islice(iterator, self.shapes.window_size)):
-            yield self.encoder.encode(batch, reduction)
 
     def _admit(
         self, encoding: Encoding, images: EncodedImages, overflow: list[Request]
@@ -157,27 +154,28 @@ class WindowPlanner:
     ) -> Window:
         """All requests in rows, those carried over in the first ones."""
         size, batches, capacity = images.patch_indices.shape
-
-        def planned(request: Request, image: int | None, first_batch: int) -> packing.Request:
-            """`first_batch`: where the pool has the batches of the image's window."""
-            if image is None:
-                return _planned(request, ())
-            # The order of `programs.join`: on a mesh no image leaves the device that encoded it.
-            return _planned(request, (image % size * 2 * batches + first_batch + image // size,))
-
         before = carried.images
-        everything = [planned(*each, 0) for each in carried.admitted]
-        everything += [planned(*each, batches) for each in admitted]
-        layout = packing.VisualLayout(
+        crops = CropTokens(
             np.concatenate([before.lengths, images.lengths], axis=1).reshape(-1),
             np.concatenate([before.patch_indices, images.patch_indices], axis=1).reshape(
                 -1, capacity
             ),
             self.model.config.vision.num_patches,
         )
+
+        def planned(request: Request, image: int | None, first_batch: int) -> packing.Request:
+            """`first_batch`: where the pool has the batches of the image's window."""
+            if image is None:
+                return _planned(request, ())
+            # The order of `programs.join`: on a mesh no image leaves the device that encoded it.
+            row = image % size * 2 * batches + first_batch + image // size
+            return _planned(request, runs(crops, [row]))
+
+        everything = [planned(*each, 0) for each in carried.admitted]
+        everything += [planned(*each, batches) for each in admitted]
         rows = packing.pack_window(
             everything,
-            layout,
+            crops.num_slots,
             self.shapes.row_length,
             self.shapes.prefill_rows,
             shards=self.model.shards,
@@ -187,7 +185,6 @@ class WindowPlanner:
         return Window(
             [each.request for each in carried.admitted + admitted],
             everything,
-            layout,
             programs.join(before.tokens + images.tokens),
             rows,
             failed,
@@ -212,6 +209,8 @@ class WindowPlanner:
         """Why a request cannot run; None if it can."""
         if broken:
             return "the image's CLS attention is not finite; check the image and the weights"
+        if request.images and (reason := self._unread_question(request)):
+            return reason
         length = request.text_tokens + visual_tokens + len(request.continuation)
         max_positions = self.model.config.text.max_positions
         if length > min(self.shapes.longest_prompt, max_positions):
@@ -229,6 +228,18 @@ class WindowPlanner:
             )
         return None
 
+    def _unread_question(self, request: Request) -> str | None:
+        """Why the reduction cannot read the request's question; None if it can or need not."""
+        most, tokens = self.reduction.question_tokens, len(request.question_ids)
+        if most and not tokens:
+            return f"the reduction {spell(self.reduction)} reads the question, but there is none"
+        if tokens > most > 0:
+            return (
+                f"the question's keywords have {tokens} tokens; the reduction reads {most}: "
+                f"shorten it, or set question_tokens={tokens}"
+            )
+        return None
+
 
 def _one_ahead(encodings: Iterator[Encoding]) -> Iterator[tuple[Encoding, bool]]:
     """Each encoding and whether it is the last; the next one is dispatched before."""
@@ -239,9 +250,9 @@ def _one_ahead(encodings: Iterator[Encoding]) -> Iterator[tuple[Encoding, bool]]
         current = following
 
 
-def _planned(request: Request, image_rows: tuple[int, ...]) -> packing.Request:
+def _planned(request: Request, images: tuple[packing.Run, ...]) -> packing.Request:
     """The packing's view of a request: prompt and continuation, the latter to be predicted."""
     token_ids = np.concatenate([request.token_ids, request.continuation]).astype(np.int32)
     labels = np.full(token_ids.shape, IGNORE, np.int32)
     labels[len(request.token_ids) :] = request.continuation
-    return packing.Request(token_ids, image_rows, labels)
+    return packing.Request(token_ids, images, labels)

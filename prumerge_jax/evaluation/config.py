@@ -21,12 +21,22 @@ from prumerge_jax.engine.request import MAX_SEED
 from prumerge_jax.engine.shapes import EVALUATION_SIZES, EngineConfig
 from prumerge_jax.evaluation.benchmarks.base import PROTOCOLS, Benchmark, TaskFiles
 from prumerge_jax.evaluation.benchmarks.registry import BENCHMARKS, benchmark, unnamed_benchmark
+from prumerge_jax.messages import quoted
 from prumerge_jax.options import unknown
-from prumerge_jax.reductions import parse_list
+from prumerge_jax.reductions import parse_list, with_budgets
 
 TASK_FIELDS = ("benchmark", "questions", "images", "annotations")
 FIELDS = (
-    *("checkpoint", *TASK_FIELDS, "tasks", "answers", "reduction", "baselines", "decoding"),
+    *(
+        "checkpoint",
+        *TASK_FIELDS,
+        "tasks",
+        "answers",
+        "reduction",
+        "tokens",
+        "baselines",
+        "decoding",
+    ),
     *("dtype", "mesh", "engine", "chip"),
 )
 
@@ -160,7 +170,9 @@ def parse_config(config: ConfigDict) -> EvalConfig:
         tasks=_tasks(fields, options),
         checkpoint=_optional(fields, "checkpoint", str) or "",
         answers=None if answers is None else pathlib.Path(answers),
-        reductions=tuple(parse_list(_typed("reduction", fields["reduction"], str))),
+        reductions=_reductions(
+            _typed("reduction", fields["reduction"], str), _typed("tokens", fields["tokens"], str)
+        ),
         baselines=_typed("baselines", fields["baselines"], bool),
         decoding=Decoding(**decoding),
         position_ids=decoding.get("position_ids"),
@@ -169,6 +181,22 @@ def parse_config(config: ConfigDict) -> EvalConfig:
         engine=engine_config(fields["engine"], mesh),
         chip=None if chip is None else _one_of("chip", chip, sorted(cost.CHIPS)),
     )
+
+
+def _reductions(names: str, tokens: str) -> tuple[str, ...]:
+    """The reductions to run, those of fixed count at every budget."""
+    spellings = list(parse_list(names))
+    if not (words := tokens.replace(",", " ").split()):
+        return tuple(spellings)
+    if not all(word.isascii() and word.isdigit() for word in words):
+        raise ValueError(f"--config.tokens={quoted(tokens)}: expected counts such as '128 64 32'")
+    expanded = [each for name in spellings for each in with_budgets(name, list(map(int, words)))]
+    if expanded == spellings:
+        raise ValueError(
+            f"--config.tokens={quoted(tokens)}: none of {quoted(names)} keeps a fixed count that "
+            "is not named; expected for example cover"
+        )
+    return tuple(dict.fromkeys(expanded))
 
 
 def engine_config(fields: Mapping[str, Any], mesh: Mapping[str, int]) -> EngineConfig:

@@ -7,6 +7,7 @@ nothing twice. A row that cannot be scored becomes a line of `errors.jsonl` and 
 import collections
 import dataclasses
 import hashlib
+import itertools
 import math
 import pathlib
 import time
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
+import jax
 import numpy as np
 import tqdm
 
@@ -22,7 +24,7 @@ from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.build import Draft, RequestBuilder
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import MAX_SEED, Answer, SamplingParams
-from prumerge_jax.evaluation import jsonfiles
+from prumerge_jax.evaluation import jsonfiles, shares
 from prumerge_jax.evaluation.answers import Answers, Fingerprint, complete_row
 from prumerge_jax.evaluation.benchmarks.base import Question
 from prumerge_jax.evaluation.config import Decoding
@@ -30,6 +32,7 @@ from prumerge_jax.evaluation.journal import Journal, RowOutcome
 from prumerge_jax.evaluation.questions import Task, TaskQuestions
 from prumerge_jax.llava import Llava
 from prumerge_jax.reductions import Reduction, spell
+from prumerge_jax.sharding.agreement import gather, is_leader
 
 RUN_FIGURES = frozenset(
     {"rows_failed", "images_per_second", "questions_per_second", "token_efficiency"}
@@ -45,13 +48,13 @@ COMMIT_SECONDS = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """What `answer` did.
+    """What `answer` did, all processes together.
 
     Attributes:
       outcomes: one per row, in order; those of earlier runs too.
       questions: number of rows answered now.
       images: number of images encoded now. Rows of one image share its encoding.
-      seconds: wall time of that, compilation left out.
+      seconds: wall time of that, compilation left out; of the slowest process.
       token_efficiency: real tokens over computed ones; None where nothing was computed.
     """
 
@@ -95,7 +98,8 @@ def run(
     """Answers all questions that `workdir` has no answer to yet, then scores.
 
     Writes `journal.jsonl`, `answers.jsonl`, `errors.jsonl`, `metrics.json`, and after them the
-    benchmark's upload files; a failure of these is one of the result's problems.
+    benchmark's upload files; a failure of these is one of the result's problems. Of several
+    processes each answers its share and writes its journal, process 0 everything else.
 
     Args:
       model: the model.
@@ -112,6 +116,8 @@ def run(
     """
     answered = answer(model, rows, reduction, decoding, fingerprint, workdir)
     scores = summarise(rows, answered, str(workdir / "answers.jsonl"))
+    if not is_leader():
+        return scores
     write_metrics(workdir / "metrics.json", scores.metrics)
     if not scores.failed:
         try:
@@ -130,12 +136,19 @@ def answer(
     fingerprint: Fingerprint,
     workdir: pathlib.Path,
 ) -> Answered:
-    """Answers all questions that the journal in `workdir` has no answer to yet.
+    """Answers all questions that the journals in `workdir` have no answer to yet.
 
     Arguments and errors as in `run`.
     """
-    with Journal(workdir / "journal.jsonl", fingerprint, len(rows.questions)) as journal:
-        refused = {index: rows.refusal(index) for index in journal.unanswered}
+    num_rows = len(rows.questions)
+    with shares.open_journal(workdir, fingerprint, num_rows) as journal:
+        shared = shares.share_out(
+            journal.unanswered,
+            [rows.questions[index].image for index in journal.unanswered],
+            jax.process_count(),
+        )
+        shares.check_agreed(journal.unanswered, workdir)
+        refused = {index: rows.refusal(index) for index in shared[jax.process_index()]}
         journal.append(
             [
                 RowOutcome(index, rows.questions[index].question_id, error=reason)
@@ -152,18 +165,19 @@ def answer(
             started = time.monotonic()
             _commit(journal, answerer.outcomes(engine, todo), len(todo), engine)
         seconds = time.monotonic() - started
-        journal.write_results(workdir)
-        outcomes = [journal.outcomes[index] for index in range(len(rows.questions))]
-    counters = engine.counters
-    efficiency = None
-    if counters.row_tokens:
-        efficiency = counters.real_tokens / counters.row_tokens
+        counters = engine.counters
+        figures = gather([seconds, counters.images, counters.real_tokens, counters.row_tokens])
+        shares.collect(journal, workdir, fingerprint, num_rows, shared)
+        if is_leader():
+            journal.write_results(workdir)
+        outcomes = [journal.outcomes[index] for index in range(num_rows)]
+    taken, images, real_tokens, row_tokens = zip(*figures, strict=True)
     return Answered(
         outcomes=outcomes,
-        questions=sum(outcomes[index].answer is not None for index in todo),
-        images=counters.images,
-        seconds=seconds,
-        token_efficiency=efficiency,
+        questions=sum(outcomes[index].answer is not None for index in itertools.chain(*shared)),
+        images=sum(images),
+        seconds=max(taken),
+        token_efficiency=sum(real_tokens) / sum(row_tokens) if any(row_tokens) else None,
     )
 
 
@@ -270,7 +284,8 @@ class _Answerer:
                 continue
             seed = (self.sampling.seed + index) % MAX_SEED
             sampling = dataclasses.replace(self.sampling, seed=seed)
-            yield Draft(index, prompt, self._image(index), sampling=sampling)
+            asked = self.builder.question_ids(self.rows.questions[index].text)
+            yield Draft(index, prompt, self._image(index), sampling=sampling, question_ids=asked)
 
     def _prompt(self, question: Question) -> np.ndarray | ValueError:
         """Token ids [T] int32, or why there are none."""
@@ -305,10 +320,11 @@ class _Answerer:
 
 
 def _commit(journal: Journal, outcomes: Iterator[RowOutcome], total: int, engine: Engine) -> None:
-    """Appends outcomes to the journal in batches, with a progress bar."""
+    """Appends outcomes to the journal in batches, with a progress bar in process 0."""
     batch: list[RowOutcome] = []
     last = time.monotonic()
-    with tqdm.tqdm(total=total, unit="question", disable=None) as bar:
+    hidden = None if is_leader() else True  # None: where nobody looks
+    with tqdm.tqdm(total=total, unit="question", disable=hidden) as bar:
         for outcome in outcomes:
             batch.append(outcome)
             if len(batch) >= COMMIT_ROWS or time.monotonic() - last > COMMIT_SECONDS:

@@ -29,11 +29,12 @@ class PackedRows:
     Attributes:
       rotation: rotary embedding of the positions.
       segment_ids: [B, T] int32; 0 is padding.
-      max_segment_length: see `attention.attend`.
+      branch_ids, max_segment_length: see `attention.attend`.
     """
 
     rotation: Rotation
     segment_ids: jax.Array
+    branch_ids: jax.Array | None = None
     max_segment_length: int | None = None
 
 
@@ -67,6 +68,7 @@ class DecoderLayer(nnx.Module):
             k,
             v,
             segment_ids=rows.segment_ids,
+            branch_ids=rows.branch_ids,
             causal=True,
             max_segment_length=rows.max_segment_length,
         )

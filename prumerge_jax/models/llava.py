@@ -18,7 +18,8 @@ from prumerge_jax.models.config import LlavaConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.patch_attention import substitute_attention
-from prumerge_jax.models.vision_tower import VisionFeatures, VisionTower, gelu, head_attention
+from prumerge_jax.models.tower_layers import head_attention
+from prumerge_jax.models.vision_tower import VisionFeatures, VisionTower, gelu
 
 
 class LlavaModel(nnx.Module):
@@ -77,6 +78,7 @@ def encode_images(
     *,
     dtype: jnp.dtype = jnp.float32,
     projector: "Projector | None" = None,
+    question: tuple[jax.Array, jax.Array] | None = None,
 ) -> prumerge.VisualTokens:
     """Pixels to reduced visual tokens, one compiled step of fixed shape.
 
@@ -86,53 +88,92 @@ def encode_images(
       reduction: what happens to the patch features; static under `jax.jit`.
       dtype: compute dtype of the tower and dtype of the tokens.
       projector: for reductions that look at projected patches.
+      question: for reductions that read it, see `embed_question`.
 
     Raises:
       ValueError: the reduction needs evidence that is not there.
     """
     reduction = reductions.as_reduction(reduction)
-    evidence = gather_evidence(vision, pixels, reduction.needs, dtype=dtype, projector=projector)
+    evidence = gather_evidence(
+        vision, pixels, reduction, dtype=dtype, projector=projector, question=question
+    )
     return reductions.reduce(evidence, reduction)
 
 
 def gather_evidence(
     vision: VisionTower,
     pixels: jax.Array,
-    needs: frozenset[str] = frozenset(),
+    reduction: reductions.Reduction,
     *,
     dtype: jnp.dtype,
     projector: "Projector | None" = None,
+    question: tuple[jax.Array, jax.Array] | None = None,
 ) -> reductions.Evidence:
-    """What the tower shows of images [B, S, S, 3] uint8.
+    """What the tower shows of images [B, S, S, 3] uint8, as far as a reduction needs it.
 
-    Args:
-      vision, pixels, dtype, projector: as in `encode_images`.
-      needs: fields of `Evidence` that cost something more; see `Reduction.needs`.
+    Arguments as in `encode_images`.
     """
-    config = vision.config
-    if without_cls := sorted(needs & {"cls", "head_attention"} if not config.cls_token else ()):
+    needs, config = reduction.needs, vision.config
+    of_cls = {"cls", "head_attention", "feature_attention", "last_head_attention", "groups"}
+    if without_cls := sorted(needs & of_cls if not config.cls_token else ()):
         raise ValueError(
             f"the reduction reads {without_cls[0]!r}, which a tower without CLS token does not "
             f"have; its patches are weighed by {config.attention!r}"
         )
-    normalised = normalize_pixels(pixels, config).astype(dtype)
-    of_layer = bool(needs & {"head_attention", "feature_keys"})
-    features = vision(normalised, feature_layer=of_layer)
-    first = config.num_prefix
-    hidden, heads, feature_keys = features.hidden[:, first:], None, None
+    features = vision(
+        normalize_pixels(pixels, config).astype(dtype),
+        feature_layer=bool(needs & {"head_attention", "feature_keys", "feature_attention"}),
+        watch=reduction.watch if "watched" in needs else None,
+        stages=_stages(config, reduction, pixels.shape[1]),
+    )
+    first, heads = config.num_prefix, config.num_heads
+    hidden = features.hidden[:, first:]
+    of_layer: dict[str, jax.Array] = {}
     if features.feature_keys is not None:
-        feature_keys = features.feature_keys[:, first:]
+        of_layer["feature_keys"] = features.feature_keys[:, first:]
     if features.feature_query is not None and features.feature_keys is not None:
-        heads = head_attention(features.feature_query, features.feature_keys, config.num_heads)
+        query_and_keys = features.feature_query, features.feature_keys
+        of_layer["head_attention"] = head_attention(*query_and_keys, heads)
+        of_layer["feature_attention"] = prumerge.cls_attention(*query_and_keys)
+    if "last_head_attention" in needs:
+        of_layer["last_head_attention"] = head_attention(
+            features.queries[:, 0], features.keys, heads
+        )
     return reductions.Evidence(
         hidden,
         features.keys[:, first:],
         patch_attention(vision, features),
         cls=features.hidden[:, 0] if "cls" in needs else None,
-        head_attention=heads,
-        feature_keys=feature_keys,
+        **of_layer,
+        watched=features.watched,
+        groups=features.groups,
         projected=None if projector is None or "projected" not in needs else projector(hidden),
+        question=question,
     )
+
+
+def _stages(
+    vision: VisionConfig, reduction: reductions.Reduction, side: int
+) -> tuple[reductions.Stage, ...] | None:
+    """The merges inside the tower on images of this side; None where nobody asks for any."""
+    if "groups" not in reduction.needs:
+        return None
+    return reduction.stages(vision.num_layers - 1, (side // vision.patch_size) ** 2)
+
+
+def embed_question(
+    decoder: Llama, ids: jax.Array | None, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array] | None:
+    """The question of every image as a reduction reads it: embeddings [B, M, D], which are real.
+
+    Args:
+      decoder: whose embedding is used.
+      ids: [B, M] int32, -1 beyond a question's tokens; None without questions.
+      dtype: compute dtype.
+    """
+    if ids is None:
+        return None
+    return decoder.embed(jnp.maximum(ids, 0), dtype), ids >= 0
 
 
 def patch_attention(vision: VisionTower, features: VisionFeatures) -> jax.Array:
@@ -243,20 +284,31 @@ def abstract_model(
 
 
 def inference_layout(graphdef: nnx.GraphDef, state: nnx.State) -> tuple[nnx.GraphDef, nnx.State]:
-    """The same model with the decoder's layers as `tuning.Tuning.layers` says.
+    """The same model with the decoder's weights as `tuning.Tuning.layers` and `kernels` say.
 
-    Where XLA copies a layer's weights out of a stack, it does so at every step of decoding, which
-    does little else than read weights.
+    Where XLA copies a layer's weights out of a stack, or rearranges them, it does so at every step
+    of decoding, which does little else than read weights.
 
     Args:
-      graphdef, state: a split `LlavaModel`; stacked weights that are taken apart are deleted, one
-        after the other.
+      graphdef, state: a split `LlavaModel`; weights that are laid out anew are deleted, one after
+        the other.
     """
-    if tuning.current().layers == "stack":
+    preferred = tuning.current()
+    if preferred.layers == "stack":
         return graphdef, state
     model = nnx.merge(graphdef, state)
-    layer, stacked = nnx.split(model.decoder.layers)
-    apart: list[dict[Any, Any]] = [{} for _ in range(model.decoder.config.num_layers)]
+    _take_apart(model.decoder)
+    if preferred.kernels == "out_first":
+        for _, module in nnx.iter_modules(model.decoder):
+            if isinstance(module, Linear):
+                module.put_out_first()
+    return nnx.split(model)
+
+
+def _take_apart(decoder: Llama) -> None:
+    """Makes a list of the decoder's stacked layers."""
+    layer, stacked = nnx.split(decoder.layers)
+    apart: list[dict[Any, Any]] = [{} for _ in range(decoder.config.num_layers)]
     for path, weight in nnx.to_flat_state(stacked):
         for index, weights in enumerate(apart):
             weights[path] = weight.replace(weight[...][index])
@@ -264,8 +316,7 @@ def inference_layout(graphdef: nnx.GraphDef, state: nnx.State) -> tuple[nnx.Grap
         weight[...].delete()
     with nnx.use_eager_sharding(False):
         merged = [nnx.merge(layer, nnx.from_flat_state(weights)) for weights in apart]
-        model.decoder.layers = nnx.List(merged)
-        return nnx.split(model)
+        decoder.layers = nnx.List(merged)
 
 
 def random_model(

@@ -19,6 +19,9 @@ from prumerge_jax.models.attention import attend
 from prumerge_jax.models.config import VisionConfig
 from prumerge_jax.models.layers import LayerNorm, Linear, stack
 from prumerge_jax.models.patch_attention import mean_query_attention
+from prumerge_jax.models.tower_layers import Watch, run_layers
+from prumerge_jax.models.tower_stages import run_stages
+from prumerge_jax.reductions.stages import Groups, Stage
 from prumerge_jax.sharding.mesh import constrain
 
 
@@ -32,6 +35,8 @@ class VisionFeatures(NamedTuple):
       keys: [B, P+N, D] float32, the keys of the last block, all heads side by side.
       feature_query: [B, D] float32, the CLS query of the block that made `hidden`, where asked for.
       feature_keys: [B, P+N, D] float32, its keys, where asked for.
+      watched: [B, N] float32, a running score of the layers, where asked for.
+      groups: what the tokens stand for, where some were merged; N is then how many are left.
     """
 
     hidden: jax.Array
@@ -39,6 +44,8 @@ class VisionFeatures(NamedTuple):
     keys: jax.Array
     feature_query: jax.Array | None = None
     feature_keys: jax.Array | None = None
+    watched: jax.Array | None = None
+    groups: Groups | None = None
 
 
 class VisionTower(nnx.Module):
@@ -74,7 +81,14 @@ class VisionTower(nnx.Module):
         self.last = LastBlock(config, rngs=rngs) if ends_before_last else None
         self.head = PoolingHead(config, rngs=rngs) if config.pooling_head else None
 
-    def __call__(self, pixels: jax.Array, *, feature_layer: bool = False) -> VisionFeatures:
+    def __call__(
+        self,
+        pixels: jax.Array,
+        *,
+        feature_layer: bool = False,
+        watch: Watch | None = None,
+        stages: tuple[Stage, ...] | None = None,
+    ) -> VisionFeatures:
         """Encodes normalised images.
 
         Args:
@@ -82,6 +96,8 @@ class VisionTower(nnx.Module):
             the position embedding is shrunk bilinearly, the usual way to run a ViT at another size.
           feature_layer: whether query and keys of the block that made the features are wanted too:
             one more buffer, and two products more.
+          watch: a running score of the patches, see `run_layers`; None without one.
+          stages: merges inside the tower, in place of the two above; see `run_stages`.
         """
         pixels = constrain(pixels, "images", None, None, None)
         x = self.patch_embedding(pixels)
@@ -94,39 +110,32 @@ class VisionTower(nnx.Module):
         x = x + positions.astype(pixels.dtype)
         x = x if self.pre_layernorm is None else self.pre_layernorm(x)
         x = constrain(x, "images", None, None)
-        if self.last is not None and not feature_layer:
-            hidden = self._through_layers(x)
-            return VisionFeatures(hidden, *self.last(hidden))
-        hidden, before, layer = self._through_layers_remembering(x)
-        shown = layer.self_attn.queries_and_keys(layer.normalised(before))
-        if self.last is None:
-            return VisionFeatures(hidden, *shown, feature_keys=shown[1])
-        queries, keys = shown
-        return VisionFeatures(hidden, *self.last(hidden), queries[:, 0], keys)
-
-    def _through_layers(self, x: jax.Array) -> jax.Array:
+        if stages is not None:
+            return self._merged(x, stages)
+        outputs = run_layers(
+            self.layers,
+            x,
+            num_layers=self.config.num_layers,
+            first_patch=self.config.num_prefix,
+            remember=feature_layer or self.last is None,
+            watch=watch,
+        )
+        hidden, watched = outputs.hidden, outputs.watched
+        if outputs.before_last is None:
+            assert self.last is not None  # else the last layer's input is remembered
+            return VisionFeatures(hidden, *self.last(hidden), watched=watched)
         graphdef, weights = nnx.split(self.layers)
-
-        def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, layer)(x), None
-
-        return jax.lax.scan(body, x, weights)[0]
-
-    def _through_layers_remembering(
-        self, x: jax.Array
-    ) -> tuple[jax.Array, jax.Array, "VisionLayer"]:
-        """Output and input of the last layer here, and the layer."""
-        graphdef, weights = nnx.split(self.layers)
-
-        def body(
-            carry: tuple[jax.Array, jax.Array], layer: nnx.State
-        ) -> tuple[tuple[jax.Array, jax.Array], None]:
-            x, _ = carry
-            return (nnx.merge(graphdef, layer)(x), x), None
-
-        (hidden, before), _ = jax.lax.scan(body, (x, x), weights)
         layer = nnx.merge(graphdef, jax.tree.map(lambda stacked: stacked[-1], weights))
-        return hidden, before, layer
+        queries, keys = layer.self_attn.queries_and_keys(layer.normalised(outputs.before_last))
+        if self.last is None:
+            return VisionFeatures(hidden, queries, keys, feature_keys=keys, watched=watched)
+        return VisionFeatures(hidden, *self.last(hidden), queries[:, 0], keys, watched)
+
+    def _merged(self, x: jax.Array, stages: tuple[Stage, ...]) -> VisionFeatures:
+        """The features of a tower that merges on the way; it has a CLS token."""
+        assert self.last is not None
+        hidden, groups = run_stages(self.layers, x, stages, num_heads=self.config.num_heads)
+        return VisionFeatures(hidden, *self.last(hidden), groups=groups)
 
     def _positions(self, num_patches: int) -> jax.Array:
         """The position embedding [P + num_patches, D], resized where the image is not full size."""
@@ -138,24 +147,6 @@ class VisionTower(nnx.Module):
         patches = positions[prefix:].reshape(grid, grid, -1)
         patches = jax.image.resize(patches, (side, side, patches.shape[-1]), "bilinear")
         return jnp.concatenate([positions[:prefix], patches.reshape(num_patches, -1)])
-
-
-def head_attention(query_cls: jax.Array, keys: jax.Array, num_heads: int) -> jax.Array:
-    """Attention of CLS to the patches in every head, as the tower itself computes it.
-
-    Args:
-      query_cls: [B, D], CLS query of a block, bias included, heads side by side.
-      keys: [B, N+1, D], keys of that block, CLS first.
-      num_heads: H.
-
-    Returns:
-      [B, H, N] float32: a softmax over N+1 entries without its first.
-    """
-    query, keys = query_cls.astype(jnp.float32), keys.astype(jnp.float32)
-    query = query.reshape(len(query), num_heads, -1)
-    keys = keys.reshape(*keys.shape[:2], num_heads, -1)
-    logits = jnp.einsum("bhd,bnhd->bhn", query, keys, precision="highest") * query.shape[-1] ** -0.5
-    return jax.nn.softmax(logits, axis=-1)[..., 1:]
 
 
 class PatchEmbedding(nnx.Module):
@@ -187,9 +178,16 @@ class VisionLayer(nnx.Module):
         self.layer_norm2 = LayerNorm(config.width, config.layer_norm_eps)
         self.mlp = VisionMLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, N+1, D] -> [B, N+1, D]."""
-        x = x + self.self_attn(self.layer_norm1(x))
+    def __call__(self, x: jax.Array, key_bias: jax.Array | None = None) -> jax.Array:
+        """[B, N+1, D], for `attend` [B, N+1] -> [B, N+1, D]."""
+        return self.after_attention(self.attended(x, key_bias))
+
+    def attended(self, x: jax.Array, key_bias: jax.Array | None = None) -> jax.Array:
+        """The first half of the block: x and its attention."""
+        return x + self.self_attn(self.layer_norm1(x), key_bias)
+
+    def after_attention(self, x: jax.Array) -> jax.Array:
+        """The second half of the block: x and its MLP."""
         return x + self.mlp(self.layer_norm2(x))
 
     def normalised(self, x: jax.Array) -> jax.Array:
@@ -209,11 +207,11 @@ class VisionAttention(nnx.Module):
         self.v_proj = Linear(width, width, ("embed", None), bias=True, rngs=rngs)
         self.out_proj = Linear(width, width, (None, "embed"), bias=True, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, N+1, D] -> [B, N+1, D]."""
+    def __call__(self, x: jax.Array, key_bias: jax.Array | None = None) -> jax.Array:
+        """[B, N+1, D], for `attend` [B, N+1] -> [B, N+1, D]."""
         split = (*x.shape[:2], self.num_heads, -1)
         q, k, v = (proj(x).reshape(split) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        attended = attend(q, k, v, axes=("images", None, None, None))
+        attended = attend(q, k, v, key_bias=key_bias, axes=("images", None, None, None))
         return self.out_proj(attended.reshape(x.shape))
 
     def queries_and_keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

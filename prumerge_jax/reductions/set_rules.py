@@ -19,7 +19,7 @@ from prumerge_jax.reductions.base import (
     Evidence,
     Reduction,
     all_available,
-    finite_images,
+    finite_evidence,
     kept_rows,
     without_nan,
 )
@@ -104,9 +104,9 @@ class SetRule(Reduction):
         """The first patches of the order, in raster order."""
         num_patches = evidence.hidden.shape[1]
         steps = self.capacity_for(num_patches)
-        finite = finite_images(evidence.hidden)
-        if self.reads_attention:
-            finite &= finite_images(evidence.attention)
+        finite = finite_evidence(
+            evidence, *self.needs, *(["attention"] if self.reads_attention else [])
+        )
         evidence = without_nan(evidence, finite)
         available = all_available(evidence)
         order = self.order(evidence, available, steps)

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from prumerge_jax.data import packing
 from prumerge_jax.data.pipeline import Example
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
+from prumerge_jax.data.visual_layout import CropTokens, runs
 from prumerge_jax.messages import quoted
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.sharding.mesh import logical_spec
@@ -148,10 +149,10 @@ class BatchPacker:
     def _prepare(
         self, examples: Sequence[Example], visual: VisualTokens, samples: int
     ) -> GlobalBatch:
-        layout = self._layout(examples, visual)
+        crops = self._measure(examples, visual)
         requests = [
-            fit_request(example, row, int(layout.lengths[row]), self._shape.length)
-            for row, example in enumerate(examples)
+            fit_request(example, run, self._shape.length)
+            for example, run in zip(examples, runs(crops, range(len(examples))), strict=True)
         ]
         truncated = sum(
             request.token_ids.size < example.token_ids.size
@@ -160,7 +161,7 @@ class BatchPacker:
         shards = len(self._shards.local)
         windows = packing.pack_window(
             requests,
-            layout,
+            crops.num_slots,
             self._shape.length,
             self._shape.rows // self._shards.total * shards,
             shards=shards,
@@ -170,8 +171,8 @@ class BatchPacker:
         counts = {
             "samples": len(examples),
             "images": int(has_image.sum()),
-            "visual_tokens": int(layout.lengths[has_image].sum()),
-            "tokens": sum(int((rows.segment_ids > 0).sum()) for rows in windows),
+            "visual_tokens": int(crops.lengths[has_image].sum()),
+            "tokens": sum(rows.real_tokens for rows in windows),
             "truncated_samples": int(truncated),
             "mismatched_samples": sum(bool(example.mismatch) for example in examples),
         }
@@ -187,7 +188,7 @@ class BatchPacker:
         batches = [self._place_rows(rows, visual.tokens, image_rows) for rows in windows]
         return GlobalBatch(batches, samples, counts)
 
-    def _layout(self, examples: Sequence[Example], visual: VisualTokens) -> packing.VisualLayout:
+    def _measure(self, examples: Sequence[Example], visual: VisualTokens) -> CropTokens:
         """What the planner must know of the encoded images, fetched from the devices.
 
         Raises:
@@ -210,7 +211,7 @@ class BatchPacker:
                     f"capacity is {capacity}; give the reduction more, as in --config.reduction="
                     f"prumerge:capacity={needed}, or none for the most any image can need"
                 )
-        return packing.VisualLayout(
+        return CropTokens(
             addressable_rows(visual.lengths),
             addressable_rows(visual.patch_indices),
             self._num_patches,
@@ -222,10 +223,10 @@ class BatchPacker:
         # The plan numbers the images of this process, the arrays those of the global batch.
         image, slot = np.divmod(rows.visual_index, visual_tokens.shape[1])
         visual_index = image_rows[image] * visual_tokens.shape[1] + slot
-        visual_index = np.where(rows.visual_index < 0, -1, visual_index).astype(np.int32)
+        visual_index = np.where(rows.visual_index < 0, rows.visual_index, visual_index)
         return RowBatch(
             ids=to_global_array(rows.ids, self._mesh),
-            visual_index=to_global_array(visual_index, self._mesh),
+            visual_index=to_global_array(visual_index.astype(np.int32), self._mesh),
             positions=to_global_array(rows.positions, self._mesh),
             segment_ids=to_global_array(rows.segment_ids, self._mesh),
             targets=to_global_array(rows.targets, self._mesh),
@@ -233,16 +234,12 @@ class BatchPacker:
         )
 
 
-def fit_request(
-    example: Example, image_row: int, visual_tokens: int, length: int
-) -> packing.Request:
+def fit_request(example: Example, run: packing.Run, length: int) -> packing.Request:
     """The longest beginning of a sample that fits into `length` tokens; see `kept_tokens`."""
-    kept = kept_tokens(example.token_ids, visual_tokens, length)
+    kept = kept_tokens(example.token_ids, len(run), length)
     is_image = example.token_ids == IMAGE_TOKEN
     return packing.Request(
-        example.token_ids[:kept],
-        (image_row,) * int(is_image[:kept].sum()),
-        example.labels[:kept],
+        example.token_ids[:kept], (run,) * int(is_image[:kept].sum()), example.labels[:kept]
     )
 
 
@@ -259,4 +256,7 @@ def _empty(rows: packing.Rows) -> packing.Rows:
         row_of=none,
         start_of=none,
         length_of=none,
+        prefix_start_of=none,
+        prefix_length_of=none,
+        branch_ids=None,
     )

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prumerge_jax import reductions
-from prumerge_jax.data import packing
+from prumerge_jax.data import filling
 from prumerge_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from prumerge_jax.data.templates import TEMPLATES
 from prumerge_jax.data.tokens import IMAGE_TOKEN
@@ -119,7 +119,7 @@ def test_every_sequence_has_room_and_no_length_of_the_choice_pads_less(
         assert shapes.row_length % 128 == 0
 
     def computed(row_length: int) -> int:
-        return row_length * len(packing.fill_rows(lengths, row_length))
+        return row_length * len(filling.fill_rows(lengths, row_length))
 
     chosen = row_length_for_fixed_counts(text)
     for row_length in range(-(-text.max() // 128) * 128, 2 * text.max(), 128):
