@@ -1,9 +1,14 @@
-"""What plans assume of the data: the mean number of visual tokens per image of each reduction."""
+"""What plans assume of the data: the mean number of visual tokens per image of each reduction, and
+the largest image."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from prumerge_jax import reductions
-from prumerge_jax.models.config import VisionConfig
+from prumerge_jax.data.anyres import Window, shrunk_size
+from prumerge_jax.data.layout import Layout
+from prumerge_jax.models.config import LlavaConfig, VisionConfig
+from prumerge_jax.reductions import Reduction
 
 PUBLISHED = {"prumerge": 40, "prumerge+": 144, "random": 40, "uniform": 40}
 """Means over images of 576 patches, from the paper (arXiv 2403.15388); the baselines keep as many
@@ -49,3 +54,44 @@ def mean_visual_tokens(spelling: str, vision: VisionConfig) -> MeanTokens:
     if mean > capacity:
         return MeanTokens(capacity, "its capacity")
     return MeanTokens(mean, f"the paper's mean for {name}")
+
+
+class LargestImage(NamedTuple):
+    """What an image can come to.
+
+    Attributes:
+      crops: most crops.
+      tokens: most visual tokens, newlines included.
+    """
+
+    crops: int
+    tokens: int
+
+
+def largest_image(model: LlavaConfig, reduction: Reduction) -> LargestImage:
+    """The image of most tokens: of every resolution and aspect that the model knows.
+
+    A capacity does not bound it: images that need more run again with all they can need.
+    """
+    capacity = reduction.uncapped().capacity_for(model.vision.num_patches)
+    layouts = list(_layouts(model))
+    crops = max(layout.num_crops for layout in layouts)
+    if reduction.selects_patches or capacity < model.vision.num_patches:
+        return LargestImage(crops, crops * capacity)
+    return LargestImage(crops, max(layout.span for layout in layouts))
+
+
+def _layouts(model: LlavaConfig) -> Iterator[Layout]:
+    """Every layout that an image's size can lead to, and none that has fewer tokens."""
+    grid, side = model.vision.grid, model.vision.image_size
+    if not model.image_grid_pinpoints:
+        yield Layout(grid)
+    for height, width in model.image_grid_pinpoints:
+        tiles = (height // side, width // side)
+        rows, columns = tiles[0] * grid, tiles[1] * grid
+        # An image fills its resolution in one direction.
+        windows = [Window(0, row, 0, columns) for row in range(1, rows + 1)]
+        windows += [Window(0, rows, 0, column) for column in range(1, columns)]
+        for window in windows:
+            shape = shrunk_size(window, grid, model.anyres_max)
+            yield Layout(grid, tiles, window, shape, newline=model.image_newline)

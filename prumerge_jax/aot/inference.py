@@ -13,7 +13,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from prumerge_jax.aot.assumptions import MeanTokens, mean_visual_tokens
+from prumerge_jax.aot.assumptions import (
+    LargestImage,
+    MeanTokens,
+    largest_image,
+    mean_visual_tokens,
+)
 from prumerge_jax.aot.compile import (
     CAVEAT,
     Program,
@@ -57,7 +62,8 @@ class InferencePlan:
       mesh: sizes of the mesh's axes.
       reduction: its spelling.
       dtype: dtype of weights and computation.
-      visual_tokens: assumed mean per image.
+      visual_tokens: assumed mean per crop of an image.
+      largest: the image of most crops and tokens, which the shapes have room for.
       shapes: shapes of the programs.
       programs: encode, read (scoring), prefill and decode, one run each.
       work: by program, what it computes on all chips together, by the cost model.
@@ -70,6 +76,7 @@ class InferencePlan:
     reduction: str
     dtype: jnp.dtype
     visual_tokens: MeanTokens
+    largest: LargestImage
     shapes: EngineShapes
     programs: tuple[Program, ...]
     work: Mapping[str, Operation]
@@ -84,12 +91,13 @@ class InferencePlan:
     @property
     def prompts(self) -> float:
         """Number of prompts of the assumed length that full rows hold."""
-        length = self.visual_tokens.mean + ASSUMED_TEXT_TOKENS
+        length = self.largest.crops * self.visual_tokens.mean + ASSUMED_TEXT_TOKENS
         return self.shapes.prefill_rows * self.shapes.row_length / length
 
     def lines(self) -> list[str]:
         """The plan as lines of text."""
         chip = self.topology.chip
+        crop = "image" if self.largest.crops == 1 else "crop"
         used = 1
         for size in self.mesh.values():
             used *= size
@@ -98,9 +106,11 @@ class InferencePlan:
             + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
             *(f"  rejected: {reason}" for reason in self.rejected),
             f"{self.reduction} in {self.dtype}, assumed {self.visual_tokens.mean:.4g} visual "
-            f"tokens per image ({self.visual_tokens.reason}) and {ASSUMED_TEXT_TOKENS} of text: "
+            f"tokens per {crop} "
+            f"({self.visual_tokens.reason}) and {ASSUMED_TEXT_TOKENS} of text: "
             f"{self.prompts:.0f} prompts in the rows of a read or prefill",
-            f"{self.shapes.batch_size} images, {self.shapes.prefill_rows} rows of "
+            f"largest image: {self.largest.crops} crops, {self.largest.tokens} visual tokens",
+            f"{self.shapes.batch_size} {crop}s, {self.shapes.prefill_rows} rows of "
             f"{self.shapes.row_length}, {self.shapes.slots} slots of {self.shapes.cache_length}",
             memory_line(self.memory, self.resident, chip),
             *program_lines([(program, 1) for program in self.programs], chip),
@@ -140,11 +150,16 @@ def plan_inference(
         the reduction is not valid.
       DoesNotFit: no mesh of the slice has the memory.
     """
+    resized = _resized(model, parse(reduction))
+    patches = resized.vision.num_patches
+    largest = largest_image(resized, parse(reduction))
+    # What an image of several crops has beyond one crop stands with the text.
+    beyond = largest.tokens - parse(reduction).uncapped().capacity_for(patches)
     shapes = fit(
         engine,
         parse(reduction),
-        _resized(model, parse(reduction)).vision.num_patches,
-        np.array([ASSUMED_TEXT_TOKENS]),
+        patches,
+        np.array([ASSUMED_TEXT_TOKENS + beyond]),
         max_new_tokens=ASSUMED_NEW_TOKENS,
         max_positions=model.text.max_positions,
         shards=mesh["data"] * mesh["fsdp"],
@@ -234,6 +249,7 @@ def _plan(
         spelling,
         dtype,
         visual_tokens,
+        largest_image(model, reduction),
         engine,
         compiled,
         _work(model, engine),

@@ -32,7 +32,12 @@ from prumerge_jax.conversion.tensor_files import (
     load_object,
     open_indexed,
 )
-from prumerge_jax.conversion.tokenizer_file import BPE_TOKENIZER, TOKENIZER, check_tokenizer
+from prumerge_jax.conversion.tokenizer_file import (
+    BPE_TOKENIZER,
+    TOKENIZER,
+    check_bpe_tokenizer,
+    check_tokenizer,
+)
 from prumerge_jax.conversion.torch_bin import TorchFile
 from prumerge_jax.families.decoders import parse_text
 from prumerge_jax.families.fields import Section
@@ -91,12 +96,13 @@ class OpenedModel:
     def has_tokenizer(self) -> bool:
         """Whether there is the tokenizer that `Llava.load` needs."""
         names = {path.name for path in self.companions}
-        return TOKENIZER in names or (BPE_TOKENIZER in names and self.needs_bpe)
+        return TOKENIZER in names or self.tokenizer_name in names
 
     @property
-    def needs_bpe(self) -> bool:
-        """Whether the model's vocabulary is byte-level BPE: Qwen2's or Llama-3's."""
-        return self.config.chat_template in ("qwen_1_5", "llava_llama_3")
+    def tokenizer_name(self) -> str:
+        """The tokenizer's file: Qwen2 and Llama-3 have byte-level BPE, the others SentencePiece."""
+        is_bpe = self.config.chat_template in ("qwen_1_5", "llava_llama_3")
+        return BPE_TOKENIZER if is_bpe else TOKENIZER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +175,8 @@ class _Opener:
         for file in companions:
             if file.name == TOKENIZER:
                 check_tokenizer(file, config.text.vocab_size)
+            elif file.name == BPE_TOKENIZER:
+                check_bpe_tokenizer(file, config.text.vocab_size)
         adapter = self.open_adapter(config, kind) if self.sources.adapter else None
         return OpenedModel(
             config,

@@ -2,8 +2,9 @@
 
 import pytest
 
-from prumerge_jax.aot.assumptions import mean_visual_tokens
-from prumerge_jax.models.config import published
+from prumerge_jax.aot.assumptions import largest_image, mean_visual_tokens
+from prumerge_jax.families import published
+from prumerge_jax.reductions import parse
 
 VISION = published("llava-1.5-7b").vision
 
@@ -33,3 +34,19 @@ def test_a_smaller_tower_keeps_the_published_share() -> None:
     assert mean_visual_tokens("prumerge", tiny).mean == 40 * tiny.num_patches / 576
     with pytest.raises(ValueError, match="unknown reduction"):
         mean_visual_tokens("tome", tiny)
+
+
+@pytest.mark.parametrize(
+    ("model", "reduction", "crops", "tokens"),
+    [
+        ("llava-1.5-7b", "full", 1, 576),
+        ("llava-1.5-7b", "prumerge+", 1, 577),
+        ("llava-next-vicuna-7b", "full", 5, 2928),
+        ("llava-next-mistral-7b", "prumerge-fixed", 5, 5 * 73),
+        # A bound over all windows; the largest found by trying image sizes has 8,765.
+        ("llava-onevision-7b", "full", 37, 8829),
+        ("llava-onevision-0.5b", "prumerge-fixed", 37, 37 * 92),
+    ],
+)
+def test_the_largest_image(model: str, reduction: str, crops: int, tokens: int) -> None:
+    assert largest_image(published(model), parse(reduction)) == (crops, tokens)

@@ -186,13 +186,11 @@ def write_tensors_again(folder: pathlib.Path, tensors: dict[str, np.ndarray]) ->
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architectures": ["LlavaNextForConditionalGeneration"]}, "LLaVA-NeXT"),
-        ({"architectures": ["LlavaOnevisionForConditionalGeneration"]}, "OneVision"),
-        ({"architectures": ["VideoLlavaForConditionalGeneration"]}, "Video-LLaVA"),
-        ({"mm_patch_merge_type": "spatial_unpad"}, "LLaVA-NeXT"),
+        ({"architectures": ["LlavaNextVideoForConditionalGeneration"]}, "LLaVA-NeXT-Video, which"),
+        ({"architectures": ["LlavaMptForCausalLM"]}, "LLaVA on MPT"),
         ({"mm_video_tower": "x"}, "Video-LLaVA"),
-        ({"architectures": ["BertModel"], "model_type": "bert"}, "neither LLaVA-1.5"),
-        ({"architectures": 3}, "neither LLaVA-1.5"),
+        ({"architectures": ["BertModel"], "model_type": "bert"}, "none of LLaVA-1.5, LLaVA-NeXT"),
+        ({"architectures": 3}, "none of LLaVA-1.5, LLaVA-NeXT"),
     ],
 )
 def test_other_families_are_refused_by_name(

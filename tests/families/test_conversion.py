@@ -316,6 +316,20 @@ def test_stop_ids_are_those_of_the_generation_config(
         assert opened(folder).config.eos_token_ids == expected
 
 
+def test_a_bpe_tokenizer_must_fit(golden: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    folder = shutil.copytree(golden / "models" / ONE, tmp_path / ONE)
+    shutil.copy(golden / "models/tokenizers/qwen2/tokenizer.json", folder)
+    with pytest.raises(ConversionError, match=r"tokenizer.json has ids up to 604, .* 256 rows"):
+        opened(folder)
+    (folder / "tokenizer.json").chmod(0o644)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConversionError, match=r"tokenizer.json is not a tokenizer .*; put the"):
+        opened(folder)
+    (folder / "tokenizer.json").unlink()
+    assert not opened(folder).has_tokenizer
+    assert opened(folder).tokenizer_name == "tokenizer.json"
+
+
 def original_fields(config: LlavaConfig, **own: object) -> dict[str, object]:
     """`config.json` of a LLaVA-NeXT as its own code writes it."""
     text = config.text
