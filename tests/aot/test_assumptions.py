@@ -33,7 +33,7 @@ def test_a_smaller_tower_keeps_the_published_share() -> None:
     tiny = published("tiny").vision
     assert mean_visual_tokens("prumerge", tiny).mean == 40 * tiny.num_patches / 576
     with pytest.raises(ValueError, match="unknown reduction"):
-        mean_visual_tokens("tome", tiny)
+        mean_visual_tokens("fewest", tiny)
 
 
 @pytest.mark.parametrize(
