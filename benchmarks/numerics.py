@@ -114,7 +114,11 @@ def logits(model: Model, rows: programs.Rows, tokens: jax.Array, form: Tuning) -
     graphdef, state = model
     longest = rows.ids.shape[1]
     with tuning.use(form):
-        hidden, _ = programs.prefill(*model, tokens, rows, max_segment_length=longest)
+        pages = programs.empty_pages(*model, pages=1, page_size=16, dtype=tokens.dtype)
+        nowhere = jnp.full_like(rows.ids, -1)
+        hidden, _ = programs.prefill(
+            *model, pages, tokens, rows, nowhere, max_segment_length=longest
+        )
     flat = hidden.reshape(-1, hidden.shape[-1])[::8]
     head = jax.jit(lambda state, x: nnx.merge(graphdef, state).decoder.logits(x))
     return np.asarray(head(state, flat))
@@ -153,7 +157,7 @@ def engine(
         EngineConfig(batch_size=4, window_size=8, prefill_rows=2, slots=8),
         reduction,
         config.vision.num_patches,
-        np.array([request.text_tokens + len(request.continuation) for request in requests]),
+        [request.opening for request in requests],
         max_new_tokens=new,
         max_positions=config.text.max_positions,
     )

@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
             "slots": placeholder(int),  # sequences decoded at once
             "cache_length": placeholder(int),  # tokens of the longest sequence
             "decode_steps_per_call": placeholder(int),
+            "share_prefixes": True,  # whether questions about one image have it computed once
         }
     )
     config.chip = placeholder(str)  # print achieved speed against this chip's floor

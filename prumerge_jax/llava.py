@@ -322,7 +322,7 @@ class Llava:
     def engine(
         self,
         reduction: ReductionLike,
-        text_tokens: Sequence[int],
+        drafts: Sequence[Draft],
         *,
         max_new_tokens: int = 0,
         position_ids: PositionIds = "compact",
@@ -331,7 +331,7 @@ class Llava:
 
         Args:
           reduction, position_ids: as in `generate`.
-          text_tokens: text tokens of every request, a continuation to score included.
+          drafts: the requests, in the order in which they come.
           max_new_tokens: most tokens per answer.
         """
         reduction = as_reduction(reduction)
@@ -344,14 +344,14 @@ class Llava:
                 self.engine_config,
                 reduction,
                 model.config.vision.num_patches,
-                np.array(text_tokens, np.int64),
+                [draft.opening for draft in drafts],
                 max_new_tokens=max_new_tokens,
                 max_positions=model.config.text.max_positions,
                 shards=model.shards,
                 pages_that_fit=pages_that_fit(model, page_size),
             )
         if model.mesh is None:
-            shapes = shapes.limited_to(len(text_tokens))
+            shapes = shapes.limited_to(len(drafts))
         return Engine(model, reduction, shapes, position_ids=position_ids)
 
     def image_size(self, reduction: ReductionLike) -> int:
@@ -412,7 +412,7 @@ class Llava:
     ) -> Engine:
         return self.engine(
             reduction,
-            [draft.text_tokens for draft in drafts],
+            drafts,
             max_new_tokens=max_new_tokens,
             position_ids=position_ids,
         )

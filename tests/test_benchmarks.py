@@ -25,7 +25,7 @@ COMMANDS = {
     "preprocess": "--width=64 --height=48 --images=8 --most_workers=2 --repeats=1",
     "vision_tower": "--geometry=tiny --batches 2 --repeats=2",
     "prefill": f"{ROWS} --visual 3",
-    "decode": "--geometry=tiny --slots 2 --context=5 --steps=2 --repeats=2",
+    "decode": "--geometry=tiny --slots 2 --text_tokens=5 --new_tokens=4 --steps=2 --repeats=2",
     "lora_training": f"{ROWS} --visual 3 --rank=2",
     "numerics": "--geometry=tiny --kept=3 --dtype=bfloat16",
     "scoring": f"{ROWS} --full_row_length=32 --requests=8 --full_requests=2 --window=4 --data=2 "
@@ -37,10 +37,11 @@ KEYS = {
     "preprocess": {"ms", "images_per_s", "over_one_worker"},
     "vision_tower": {"ms", "images_per_s", "over_tower", "floor_share", "utilisation"},
     "prefill": {"ms", "segments_per_s", "efficiency", "floor_share", "utilisation"},
-    "decode": {"ms", "tokens_per_s", "bound", "floor_share", "utilisation"},
+    "decode": {"reduction", "slots", "ms", "tokens_per_s", "over_full", "bound", "floor_share",
+               "kv_allocated_over_valid", "kv_read_over_valid", "kv_mb_per_sequence"},
     "lora_training": {"ms", "samples_per_s", "speedup", "utilisation_4n", "utilisation"},
     "numerics": {"check", "figure", "limit", "passed"},
-    "scoring": {"images_per_s", "visual_mean", "efficiency", "speedup", "flop_ratio_share",
+    "scoring": {"questions_per_s", "visual_mean", "efficiency", "speedup", "flop_ratio_share",
                 "floor_share", "memory_gb"},
 }  # fmt: skip
 

@@ -90,10 +90,11 @@ def test_a_score_is_the_sum_over_its_tokens(
     )
     continuation = model.tokenizer.encode(text)
     total = 0.0
+    from prumerge_jax.engine.build import Draft
     from prumerge_jax.engine.request import Request
 
-    engine = model.engine("full", [len(ids) + len(continuation)])
-
+    draft = Draft(0, np.array(ids, np.int32), None, np.array(continuation, np.int32))
+    engine = model.engine("full", [draft])
     for i in range(len(continuation)):
         prompt = np.array(ids + continuation[:i], np.int32)
         target = np.array(continuation[i : i + 1], np.int32)

@@ -14,6 +14,8 @@ PUBLISHED = {"prumerge": 40, "prumerge+": 144, "random": 40, "uniform": 40}
 """Means over images of 576 patches, from the paper (arXiv 2403.15388); the baselines keep as many
 tokens as `prumerge`."""
 PUBLISHED_PATCHES = 576
+ASSUMED_CROPS = 5
+"""Crops of an image of 640 x 480 at dynamic resolution."""
 KEEP_THE_COUNT = frozenset(
     {"capacity", "merge", "neighbours", "order", "pool", "ranking", "seed", "similarity"}
 )
@@ -54,6 +56,15 @@ def mean_visual_tokens(spelling: str, vision: VisionConfig) -> MeanTokens:
     if mean > capacity:
         return MeanTokens(capacity, "its capacity")
     return MeanTokens(mean, f"the paper's mean for {name}")
+
+
+def mean_of_image(spelling: str, model: LlavaConfig) -> MeanTokens:
+    """`mean_visual_tokens` of all crops of an image, of which a plan assumes `ASSUMED_CROPS` where
+    the model takes several."""
+    mean, reason = mean_visual_tokens(spelling, model.vision)
+    if not model.image_grid_pinpoints:
+        return MeanTokens(mean, reason)
+    return MeanTokens(ASSUMED_CROPS * mean, f"{reason}, in {ASSUMED_CROPS} crops")
 
 
 class LargestImage(NamedTuple):

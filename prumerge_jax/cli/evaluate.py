@@ -19,6 +19,7 @@ failed (errors.jsonl says why), 1 if it could not run.
 import pathlib
 from collections.abc import Sequence
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from prumerge_jax.cli import command_line
@@ -31,11 +32,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: Sequence[str]) -> int:
     values = command_line.workdir_or_aot("v5e:2x4", "the engine")
+    flags.DEFINE_integer(
+        "questions_per_image",
+        1,
+        "with --aot: so many questions share what is in front of them",
+        lower_bound=1,
+        flag_values=values,
+    )
     command_line.define_processes(values)
     config = command_line.parse_with_config(argv, values, __doc__, default="eval")
     command_line.check_workdir_or_aot(values)
     if values.aot:
-        return _plan(config, values.aot)
+        return _plan(config, values.aot, values.questions_per_image)
     workdir = pathlib.Path(values.workdir)
     if config.answers:
         if values.coordinator:
@@ -56,7 +64,7 @@ def _evaluate(config: ConfigDict, workdir: pathlib.Path) -> int:
         raise ValueError(str(error)) from error
 
 
-def _plan(config: ConfigDict, slice_name: str) -> int:
+def _plan(config: ConfigDict, slice_name: str, questions_per_image: int) -> int:
     import jax
 
     from prumerge_jax import reductions
@@ -74,7 +82,15 @@ def _plan(config: ConfigDict, slice_name: str) -> int:
     dtype = compute_dtype(config.dtype or "bfloat16")
     for spelling in spellings:
         try:
-            plan = plan_inference(model, shapes, spelling, where, config.mesh, dtype)
+            plan = plan_inference(
+                model,
+                shapes,
+                spelling,
+                where,
+                config.mesh,
+                dtype,
+                questions_per_image=questions_per_image,
+            )
         except DoesNotFit as error:
             raise ValueError(f"{spelling}: {error}") from error
         print("\n".join(plan.lines()), flush=True)

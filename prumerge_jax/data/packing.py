@@ -132,6 +132,12 @@ class Rows:
     prefix_length_of: np.ndarray
     branch_ids: np.ndarray | None
 
+    def prefix_of(self, place: int) -> tuple[int, int]:
+        """Row and column of the prefix of number `place` of the requests, or of its own tokens."""
+        shares = self.prefix_length_of[place] > 0
+        start = self.prefix_start_of[place] if shares else self.start_of[place]
+        return int(self.row_of[place]), int(start)
+
     @property
     def real_tokens(self) -> int:
         """Tokens that are no padding."""

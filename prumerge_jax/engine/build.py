@@ -22,6 +22,7 @@ from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER
 from prumerge_jax.engine.request import (
     MAX_SEED,
     ImageInput,
+    Opening,
     Request,
     SamplingParams,
     check_image_count,
@@ -56,9 +57,10 @@ class Draft:
     question_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
     @property
-    def text_tokens(self) -> int:
-        """Number of tokens of prompt and continuation, the image's not counted."""
-        return len(self.token_ids) - (self.image is not None) + len(self.continuation)
+    def opening(self) -> Opening:
+        """What the engine's shapes are fitted to."""
+        token_ids = np.concatenate([self.token_ids, self.continuation])
+        return Opening(token_ids, () if self.image is None else (self.image[0],))
 
 
 class RequestBuilder:

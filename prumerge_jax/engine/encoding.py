@@ -93,8 +93,13 @@ class PlacedModel:
 
     def put_rows(self, rows: packing.Rows) -> programs.Rows:
         """The device's part of a plan."""
-        fields = (rows.ids, rows.visual_index, rows.positions, rows.segment_ids)
-        return programs.Rows(*(self.put(field) for field in fields))
+        return programs.Rows(
+            ids=self.put(rows.ids),
+            visual_index=self.put(rows.visual_index),
+            positions=self.put(rows.positions),
+            segment_ids=self.put(rows.segment_ids),
+            branch_ids=None if rows.branch_ids is None else self.put(rows.branch_ids),
+        )
 
 
 class Encoding(NamedTuple):

@@ -13,6 +13,7 @@ results are fetched only after the work that follows them has been queued.
 """
 
 import collections
+import dataclasses
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -117,12 +118,13 @@ class Engine:
                 yield event
 
     def warm_up(self) -> None:
-        """Compiles all jitted functions of `generate` by running a meaningless request.
+        """Compiles all jitted functions of `generate` by running meaningless requests: one alone,
+        and where prefixes are shared two that begin alike.
 
-        A second one, where images may need more tokens than the capacity, runs with room for all.
+        Where images may need more tokens than the capacity, they run again with room for all.
         """
         side = self.model.config.vision.image_size
-        image = ImageInput(np.zeros((1, side, side, 3), np.uint8))
+        image = ImageInput(np.zeros((1, side, side, 3), np.uint8), key="warm-up")
         token_ids = np.array([0, IMAGE_TOKEN], np.int32)
         sampling = SamplingParams(max_new_tokens=2, stop_ids=())
         request = Request(0, token_ids, (image,), sampling=sampling, question_ids=token_ids[:1])
@@ -130,7 +132,9 @@ class Engine:
         for reduction in dict.fromkeys((self.reduction, self.reduction.uncapped())):
             if reduction.capacity_for(patches) >= self.reduction.capacity_for(patches):
                 same = Engine(self.model, reduction, self.shapes, position_ids=self.position_ids)
-                collections.deque(same.generate([request]), maxlen=0)
+                for count in (1, 2) if self.shapes.share_prefixes else (1,):
+                    some = [dataclasses.replace(request, key=key) for key in range(count)]
+                    collections.deque(same.generate(some), maxlen=0)
 
     def _planner(self) -> WindowPlanner:
         return WindowPlanner(self.encoder, self.reduction, self.position_ids, self.counters)

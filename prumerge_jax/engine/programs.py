@@ -25,7 +25,10 @@ from prumerge_jax.sharding.mesh import constrain
 
 
 class Rows(NamedTuple):
-    """The device's part of `data.packing.Rows`, each [rows, T] int32."""
+    """The device's part of `data.packing.Rows`, each [rows, T] int32.
+
+    With `branch_ids` and without are two forms of the functions that take rows.
+    """
 
     ids: jax.Array
     visual_index: jax.Array
@@ -85,14 +88,16 @@ class Segments(NamedTuple):
     """Sequences in rows, and how each continues.
 
     Attributes:
-      row, start, length: [G] int32, place of the prompt in the rows. Length 0 means no segment.
+      row: [G] int32, the row of each.
+      last: [G] int32, the column of the last token of its prompt.
+      length: [G] int32, tokens of its prompt. 0 means no segment.
       position: [G] int32, rotary position of the token that follows it.
       max_new_tokens: [G] int32, most tokens to generate.
       sampling: how tokens are drawn.
     """
 
     row: jax.Array
-    start: jax.Array
+    last: jax.Array
     length: jax.Array
     position: jax.Array
     max_new_tokens: jax.Array
@@ -181,6 +186,15 @@ def prefill(
     return hidden, attention.over_shards(pages)
 
 
+@functools.partial(jax.jit, static_argnames=("num_layers",), donate_argnames=("pages",))
+def copy_in_pages(
+    pages: KVPages, source: jax.Array, target: jax.Array, *, num_layers: int
+) -> KVPages:
+    """Copies keys and values from places to places; see `attention.copy_in_pages`."""
+    copied = attention.copy_in_pages(pages, source, target, num_layers)
+    return attention.over_shards(copied)
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_segment_length"))
 def hidden_before_last_mlp(
     graphdef: nnx.GraphDef,
@@ -234,8 +248,7 @@ def first_tokens(
 ) -> jax.Array:
     """The first generated token of every segment, [G] int32."""
     decoder = nnx.merge(graphdef, state).decoder
-    last = jnp.maximum(segments.start + segments.length - 1, 0)
-    logits = decoder.logits(hidden[segments.row, last])
+    logits = decoder.logits(hidden[segments.row, segments.last])
     return draw(logits, segments.sampling, jnp.zeros_like(segments.row))
 
 

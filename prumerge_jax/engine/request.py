@@ -5,6 +5,7 @@ The API, the evaluation and any server use only these types to talk to the engin
 
 import dataclasses
 import math
+from collections.abc import Hashable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -133,6 +134,30 @@ class Request:
     @property
     def text_tokens(self) -> int:
         """Number of tokens of the prompt, the image's not counted."""
+        return len(self.token_ids) - len(self.images)
+
+    @property
+    def opening(self) -> "Opening":
+        """What the engine's shapes are fitted to."""
+        token_ids = np.concatenate([self.token_ids, self.continuation])
+        names = (id(image) if image.key is None else image.key for image in self.images)
+        return Opening(token_ids, tuple(names))
+
+
+class Opening(NamedTuple):
+    """A request as far as it is known before its images are seen.
+
+    Attributes:
+      token_ids: int32 [T], prompt and continuation, with one `IMAGE_TOKEN` for each image.
+      images: names of the images; equal names are one image.
+    """
+
+    token_ids: np.ndarray
+    images: tuple[Hashable, ...] = ()
+
+    @property
+    def text_tokens(self) -> int:
+        """Number of tokens, the images' not counted."""
         return len(self.token_ids) - len(self.images)
 
 

@@ -1,10 +1,16 @@
 """The shapes of the jitted functions, and how those that depend on the requests are chosen."""
 
 import dataclasses
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from prumerge_jax.data import filling
+from prumerge_jax.data.filling import Group
+from prumerge_jax.data.prefixes import find_groups
+from prumerge_jax.data.tokens import IMAGE_TOKEN
+from prumerge_jax.engine.request import Opening
 from prumerge_jax.models import tuning
 from prumerge_jax.models.attention.paged_kernels import TABLE_MULTIPLE
 from prumerge_jax.reductions import Reduction
@@ -13,6 +19,8 @@ MULTIPLE = 128
 """Lengths that are chosen are multiples of this; the TPU attention kernel wants it."""
 SAMPLE = 1024
 """Requests whose packing is tried when a row length is chosen."""
+SAMPLE_OF_GROUPS = 256
+"""Those of them that are looked at for what they share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +62,8 @@ class EngineConfig:
       pages: pages in the pool, over all data shards. None lets `fit` choose: as many as the slots
         need if all sequences are of the longest kind, half of it where a reduction's token counts
         vary, and no more than the devices' memory holds. Too few pages cost waiting, nothing else.
+      share_prefixes: whether requests that begin alike, as questions about one image do, have what
+        they share computed once.
       defaults: the sizes where the fields above are None.
 
     Raises:
@@ -69,12 +79,13 @@ class EngineConfig:
     page_size: int | None = None
     pages: int | None = None
     decode_steps_per_call: int | None = None
+    share_prefixes: bool = True
     defaults: EngineSizes = EngineSizes()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and value < 1:
+            if field.type is not bool and isinstance(value, int) and value < 1:
                 raise ValueError(
                     f"{field.name} is {value}; expected at least 1 (--config.engine.{field.name})"
                 )
@@ -125,6 +136,8 @@ class EngineShapes(EngineSizes):
       cache_length: the longest sequence, generated tokens included, that can be decoded.
       page_size: tokens per page of keys and values.
       pages: pages in the pool, over all data shards; by default what all slots need at the longest.
+      share_prefixes: see `EngineConfig`. Rows with shared prefixes and rows without are two forms
+        of the functions that take rows.
 
     Raises:
       ValueError: the window is not a multiple of the batch size.
@@ -135,6 +148,7 @@ class EngineShapes(EngineSizes):
     cache_length: int
     page_size: int = 16
     pages: int | None = None
+    share_prefixes: bool = True
 
     @property
     def pages_per_sequence(self) -> int:
@@ -192,7 +206,7 @@ def fit(
     config: EngineConfig,
     reduction: Reduction,
     num_patches: int,
-    text_tokens: np.ndarray,
+    openings: Sequence[Opening],
     *,
     max_new_tokens: int = 0,
     max_positions: int,
@@ -208,7 +222,7 @@ def fit(
       config: what is fixed.
       reduction: what happens to the visual tokens.
       num_patches: N.
-      text_tokens: int [requests], tokens of each request apart from the image's.
+      openings: the requests, in the order in which they come.
       max_new_tokens: most tokens to generate.
       max_positions: the longest sequence that the model can take.
       shards: data shards of the mesh.
@@ -217,14 +231,20 @@ def fit(
     Raises:
       ValueError: a size that was set does not divide over the shards.
     """
-    if not len(text_tokens):  # shapes there must be all the same
-        text_tokens = np.zeros(1, np.int64)
+    text_tokens = np.array([opening.text_tokens for opening in openings] or [0])
     # A capacity does not bound them: images that need more run again with all they can need.
     most = reduction.uncapped().capacity_for(num_patches)
     lengths = np.minimum(text_tokens + most, max_positions)
     row_length, cache_length = config.row_length, config.cache_length
+    sizes = config.sizes(shards)
+    shared = None
+    if config.share_prefixes:
+        limit = max_positions if row_length is None else min(row_length, max_positions)
+        shared = _shared(openings[:SAMPLE_OF_GROUPS], most, limit)
     if row_length is None:
-        if reduction.varying:
+        if shared is not None:
+            row_length = row_length_for_groups(shared, int(lengths.max()), reduction.varying)
+        elif reduction.varying:
             row_length = row_length_for_variable_counts(lengths)
         else:
             row_length = row_length_for_fixed_counts(lengths)
@@ -232,13 +252,17 @@ def fit(
         cache_length = _next_multiple(
             min(int(lengths.max()) + max_new_tokens, max_positions), MULTIPLE
         )
+    if shared is not None and len(openings) <= SAMPLE_OF_GROUPS:
+        rows = _next_multiple(shared.rows(row_length), shards)
+        sizes = dataclasses.replace(sizes, prefill_rows=min(sizes.prefill_rows, rows))
     shapes = EngineShapes(
-        **vars(config.sizes(shards)),
+        **vars(sizes),
         row_length=row_length,
         longest_prompt=min(_next_multiple(int(lengths.max()), MULTIPLE), row_length),
         cache_length=cache_length,
         page_size=config.page_size or tuning.current().page_size,
         pages=config.pages,
+        share_prefixes=config.share_prefixes,
     )
     if config.pages is not None:
         return shapes
@@ -247,6 +271,62 @@ def fit(
         pages = min(pages, pages_that_fit // shards * shards)
     least = shards * shapes.pages_per_sequence
     return dataclasses.replace(shapes, pages=max(_next_multiple(pages, shards), least))
+
+
+class _Shared(NamedTuple):
+    """Requests in groups that share prefixes, each with the most tokens that it can have."""
+
+    groups: list[Group]
+    lengths: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all groups."""
+        return sum(group.size(self.lengths) for group in self.groups)
+
+    def rows(self, row_length: int) -> int:
+        """Number of rows of this length that they fill."""
+        return len(filling.fill_rows_with_groups(self.groups, self.lengths, row_length))
+
+
+def _shared(openings: Sequence[Opening], most: int, limit: int) -> _Shared | None:
+    """What requests with `most` tokens per image share, those of more than `limit` tokens left out;
+    None where that is nothing or little."""
+    tokens = []
+    numbers: dict[Hashable, int] = {}
+    for opening in openings:
+        ids = opening.token_ids.astype(np.int64)
+        is_image = ids == IMAGE_TOKEN
+        named = [numbers.setdefault(name, len(numbers)) for name in opening.images]
+        expanded = np.repeat(ids, np.where(is_image, most, 1))
+        # Negative numbers are visual tokens.
+        expanded[np.repeat(is_image, np.where(is_image, most, 1))] = np.concatenate(
+            [np.zeros(0, np.int64), *(-1 - most * number - np.arange(most) for number in named)]
+        )
+        if len(expanded) <= limit:
+            tokens.append(expanded)
+    groups = find_groups(tokens, [max(len(each) - 1, 0) for each in tokens])
+    if all(len(group.members) == 1 for group in groups):
+        return None
+    return _Shared(groups, np.array([len(each) for each in tokens]))
+
+
+def row_length_for_groups(shared: _Shared, longest: int, varying: bool) -> int:
+    """Up to 2048 tokens, unless a request has more: every row computes its groups' prefixes again.
+
+    Args:
+      shared: requests, with the most tokens that they can have.
+      longest: the most tokens of any request.
+      varying: whether they may have fewer. Of lengths that are known, the shortest row is taken
+        that is within 3 % of the least padding.
+    """
+    first = _next_multiple(longest, MULTIPLE)
+    last = max(first, min(_next_multiple(shared.tokens, MULTIPLE), 2048))
+    if varying:
+        return last
+    computed = {length: length * shared.rows(length) for length in range(first, last + 1, MULTIPLE)}
+    least = min(computed.values())
+    return min(length for length, tokens in computed.items() if tokens <= 1.03 * least)
 
 
 def row_length_for_variable_counts(longest: np.ndarray) -> int:

@@ -5,7 +5,7 @@ carried over to the next window, where they come first and others fill up their 
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -28,12 +28,15 @@ class Counters:
       requests: answered without an error.
       images: encoded; requests of a window that share one count it once.
       visual_tokens: valid visual tokens of the encoded images.
-      real_tokens, row_tokens: tokens of the packed rows without and with padding.
+      request_tokens: tokens of the requests in packed rows, each with all of its prompt.
+      real_tokens, row_tokens: tokens of the packed rows without and with padding. What requests
+        share counts once, so that there may be fewer than `request_tokens`.
     """
 
     requests: int = 0
     images: int = 0
     visual_tokens: int = 0
+    request_tokens: int = 0
     real_tokens: int = 0
     row_tokens: int = 0
 
@@ -181,6 +184,7 @@ class WindowPlanner:
             shards=self.model.shards,
             position_ids=self.position_ids,
             carried_over=len(carried.admitted),
+            share_prefixes=self.shapes.share_prefixes,
         )
         return Window(
             [each.request for each in carried.admitted + admitted],
@@ -202,8 +206,10 @@ class WindowPlanner:
     def _count(self, encoding: Encoding, images: EncodedImages, window: Window) -> None:
         self.counters.images += encoding.num_images
         self.counters.visual_tokens += int(images.lengths.sum())
-        self.counters.real_tokens += sum(int((r.segment_ids > 0).sum()) for r in window.batches)
-        self.counters.row_tokens += sum(rows.segment_ids.size for rows in window.batches)
+        for rows in window.batches:
+            self.counters.request_tokens += rows.request_tokens
+            self.counters.real_tokens += rows.real_tokens
+            self.counters.row_tokens += rows.segment_ids.size
 
     def _refusal(self, request: Request, visual_tokens: int, *, broken: bool) -> str | None:
         """Why a request cannot run; None if it can."""
@@ -239,6 +245,24 @@ class WindowPlanner:
                 f"shorten it, or set question_tokens={tokens}"
             )
         return None
+
+
+def window_end(waiting: Sequence[Request]) -> int:
+    """How many of the waiting requests are in the next window, if it is no larger than all but one
+    of them: those of the last set of images stay for the one after it where they go on there, and
+    are less than half a window."""
+    names = [_image_names(request) for request in waiting]
+    end = len(waiting) - 1
+    cut = end
+    while cut and names[-1] and names[cut - 1] == names[-1]:
+        cut -= 1
+    return cut if cut > end / 2 else end
+
+
+def _image_names(request: Request) -> tuple[str, ...]:
+    """The keys of a request's images; empty where one has none."""
+    keys = [image.key for image in request.images]
+    return tuple(key for key in keys if key is not None) if None not in keys else ()
 
 
 def _one_ahead(encodings: Iterator[Encoding]) -> Iterator[tuple[Encoding, bool]]:

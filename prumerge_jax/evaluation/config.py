@@ -207,10 +207,11 @@ def engine_config(fields: Mapping[str, Any], mesh: Mapping[str, int]) -> EngineC
         allowed; the message names its flag.
     """
     given = {k: v for k, v in _mapping("engine", fields).items() if v is not None}
-    known = {field.name for field in dataclasses.fields(EngineConfig)} - {"defaults"}
-    _check_names("engine", given, sorted(known))
+    types = {field.name: field.type for field in dataclasses.fields(EngineConfig)}
+    del types["defaults"]
+    _check_names("engine", given, sorted(types))
     for name, value in given.items():
-        _typed(f"engine.{name}", value, int)
+        _typed(f"engine.{name}", value, bool if types[name] is bool else int)
     config = EngineConfig(**given, defaults=EVALUATION_SIZES)
     config.sizes(mesh.get("data", 1) * mesh.get("fsdp", 1))
     return config

@@ -20,7 +20,6 @@ import numpy as np
 import tqdm
 
 from prumerge_jax.data.images import ImageProcessor
-from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.build import Draft, RequestBuilder
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import MAX_SEED, Answer, SamplingParams
@@ -29,6 +28,7 @@ from prumerge_jax.evaluation.answers import Answers, Fingerprint, complete_row
 from prumerge_jax.evaluation.benchmarks.base import Question
 from prumerge_jax.evaluation.config import Decoding
 from prumerge_jax.evaluation.journal import Journal, RowOutcome
+from prumerge_jax.evaluation.order import by_image
 from prumerge_jax.evaluation.questions import Task, TaskQuestions
 from prumerge_jax.llava import Llava
 from prumerge_jax.reductions import Reduction, spell
@@ -36,6 +36,7 @@ from prumerge_jax.sharding.agreement import gather, is_leader
 
 RUN_FIGURES = frozenset(
     {"rows_failed", "images_per_second", "questions_per_second", "token_efficiency"}
+    | {"computed_over_request_tokens"}
     | {f"visual_tokens_{name}" for name in ("mean", "p50", "p95", "max")}
     | {"text_tokens_mean", "new_tokens_mean"}
 )
@@ -56,6 +57,8 @@ class Answered:
       images: number of images encoded now. Rows of one image share its encoding.
       seconds: wall time of that, compilation left out; of the slowest process.
       token_efficiency: real tokens over computed ones; None where nothing was computed.
+      computed_over_request_tokens: real tokens of the rows over those of the questions' prompts,
+        below 1 where questions share what is in front of them; None where nothing was computed.
     """
 
     outcomes: Sequence[RowOutcome]
@@ -63,6 +66,7 @@ class Answered:
     images: int
     seconds: float
     token_efficiency: float | None
+    computed_over_request_tokens: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +160,8 @@ def answer(
                 if reason is not None
             ]
         )
-        todo = [index for index, reason in refused.items() if reason is None]
+        allowed = [index for index, reason in refused.items() if reason is None]
+        todo = by_image(allowed, rows.questions)
         answerer = _Answerer(model, rows, reduction, decoding, dict(fingerprint))
         engine = answerer.engine()
         with model.placed():
@@ -166,18 +171,28 @@ def answer(
             _commit(journal, answerer.outcomes(engine, todo), len(todo), engine)
         seconds = time.monotonic() - started
         counters = engine.counters
-        figures = gather([seconds, counters.images, counters.real_tokens, counters.row_tokens])
+        figures = gather(
+            [
+                seconds,
+                counters.images,
+                counters.request_tokens,
+                counters.real_tokens,
+                counters.row_tokens,
+            ]
+        )
         shares.collect(journal, workdir, fingerprint, num_rows, shared)
         if is_leader():
             journal.write_results(workdir)
         outcomes = [journal.outcomes[index] for index in range(num_rows)]
-    taken, images, real_tokens, row_tokens = zip(*figures, strict=True)
+    taken, images, *tokens = zip(*figures, strict=True)
+    asked, real, computed = (sum(each) for each in tokens)
     return Answered(
         outcomes=outcomes,
         questions=sum(outcomes[index].answer is not None for index in itertools.chain(*shared)),
         images=sum(images),
         seconds=max(taken),
-        token_efficiency=sum(real_tokens) / sum(row_tokens) if any(row_tokens) else None,
+        token_efficiency=real / computed if computed else None,
+        computed_over_request_tokens=real / asked if asked else None,
     )
 
 
@@ -213,7 +228,8 @@ def summarise(rows: TaskQuestions, answered: Answered, source: str) -> RunScores
     for name in ("text_tokens", "new_tokens"):
         values = [outcome.measured[name] for outcome in done]
         metrics[f"{name}_mean"] = float(np.mean(values)) if values else None
-    metrics["token_efficiency"] = answered.token_efficiency
+    for name in ("token_efficiency", "computed_over_request_tokens"):
+        metrics[name] = getattr(answered, name)
     return RunScores(metrics, per_question, counts, failed, answers)
 
 
@@ -245,18 +261,22 @@ class _Answerer:
             decoding.num_workers,
         )
         self.prompts = [self._prompt(question) for question in rows.questions]
+        self.first_row: dict[bytes, int] = {}  # that has these bytes for an image
+        for index, question in enumerate(rows.questions):
+            if isinstance(question.image, bytes):
+                self.first_row.setdefault(question.image, index)
         self.refused: collections.deque[RowOutcome] = collections.deque()
 
     def engine(self) -> Engine:
         """An engine fitted to all questions, so that a run which resumes has the same shapes."""
-        lengths = [
-            int(np.count_nonzero(prompt != IMAGE_TOKEN))
-            for prompt in self.prompts
-            if isinstance(prompt, np.ndarray)
-        ]
+        drafts = []
+        for index in by_image(range(len(self.prompts)), self.rows.questions):
+            prompt = self.prompts[index]
+            if isinstance(prompt, np.ndarray):
+                drafts.append(Draft(index, prompt, self._image(index)))
         return self.model.engine(
             self.reduction,
-            lengths,
+            drafts,
             max_new_tokens=self.sampling.max_new_tokens,
             position_ids=self.decoding.position_ids,
         )
@@ -299,7 +319,7 @@ class _Answerer:
         if image is None:
             return None
         if isinstance(image, bytes):
-            return f"image of row {index + 1}", image
+            return f"image of row {self.first_row[image] + 1}", image
         assert self.rows.task.images is not None  # Rows checked it
         path = self.rows.task.images / image
         return str(path), path

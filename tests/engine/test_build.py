@@ -120,7 +120,7 @@ def test_images_are_decoded_as_they_are_asked_for(
         Draft(2, ids, named_image(tmp_path / "none.png", "image 2")),
         Draft(3, ids, named_image(late, "image 3"), continuation=np.array([7, 8], np.int32)),
     ]
-    assert [draft.text_tokens - len(ids) for draft in drafts[::3]] == [-1, 1]
+    assert [draft.opening.text_tokens - len(ids) for draft in drafts[::3]] == [-1, 1]
     refused: dict[int, str] = {}
     requests = builder.requests(drafts, lambda key, error: refused.setdefault(key, str(error)))
     request = next(requests)
