@@ -302,7 +302,7 @@ class Llava:
         reduction = as_reduction(reduction)
         asked = self._question_ids(question, reduction)
         name, source = named_image(image, "image")
-        pixels = self._processor(image_mode, reduction)(source, name)
+        pixels = self.image_processor(image_mode, reduction)(source, name)
         with self.placed():
             assignment = _explain(
                 self._model.graphdef,
@@ -394,13 +394,14 @@ class Llava:
             )
         return jnp.pad(jnp.array(ids, jnp.int32), (0, most - len(ids)), constant_values=-1)[None]
 
-    def _processor(self, mode: ImageMode, reduction: ReductionLike) -> ImageProcessor:
+    def image_processor(self, mode: ImageMode, reduction: ReductionLike) -> ImageProcessor:
+        """What makes pixels of images for a reduction."""
         return ImageProcessor(self.image_size(reduction), self.config.vision.pixel_mean, mode)
 
     def _builder(
         self, mode: ImageMode, conversation: str | None, reduction: ReductionLike
     ) -> RequestBuilder:
-        processor = self._processor(mode, reduction)
+        processor = self.image_processor(mode, reduction)
         return RequestBuilder(self.tokenizer, self.template(conversation), processor)
 
     def _engine_for(
