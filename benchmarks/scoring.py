@@ -75,9 +75,9 @@ class DrawnCounts(Encoder):
         """The encoder's images with other lengths; every jitted function runs as it does there."""
         images = super().measure(encoding)
         lengths = images.lengths.copy()
-        for request, image in zip(encoding.requests, encoding.image_of, strict=True):
-            assert image is not None  # every request has one
-            batch, row = divmod(image, len(lengths))
+        places = encoding.places
+        for request, ((number,),) in zip(places.requests, places.numbers, strict=True):
+            batch, row = divmod(number, len(lengths))
             lengths[row, batch] = self.counts[request.key]
         return images._replace(lengths=lengths)
 

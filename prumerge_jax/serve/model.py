@@ -10,7 +10,8 @@ import numpy as np
 from prumerge_jax import reductions
 from prumerge_jax.data.images import ImageMode, ImageProcessor
 from prumerge_jax.data.templates import chat_parts
-from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER
+from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER, IMAGE_TOKEN
+from prumerge_jax.engine.build import Draft
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.llava import Explanation, Llava
 from prumerge_jax.reductions import Reduction
@@ -157,13 +158,19 @@ class ServedModel:
         slots = self.llava.engine_sizes.slots
         engine = self.llava.engine(
             self.reductions[name],
-            [self.max_prompt_tokens] * slots,
+            [self._longest(number) for number in range(slots)],
             max_new_tokens=self.config.max_new_tokens,
             position_ids=self.config.position_ids,
         )
         engine.warm_up()
         self._engines[name] = engine
         return engine
+
+    def _longest(self, number: int) -> Draft:
+        """The longest request that is admitted; two of them have nothing in common."""
+        ids = np.full(self.max_prompt_tokens + 1, number, np.int32)
+        ids[0] = IMAGE_TOKEN
+        return Draft(number, ids, (str(number), b""))
 
     def pages_used(self) -> int:
         """Pages of keys and values that sequences hold, in all engines."""
