@@ -7,6 +7,7 @@ from typing import NamedTuple
 from prumerge_jax import reductions
 from prumerge_jax.data.anyres import Window, shrunk_size
 from prumerge_jax.data.layout import Layout
+from prumerge_jax.engine.shapes import most_visual_tokens
 from prumerge_jax.models.config import LlavaConfig, VisionConfig
 from prumerge_jax.reductions import Reduction
 
@@ -67,29 +68,9 @@ def mean_of_image(spelling: str, model: LlavaConfig) -> MeanTokens:
     return MeanTokens(ASSUMED_CROPS * mean, f"{reason}, in {ASSUMED_CROPS} crops")
 
 
-class LargestImage(NamedTuple):
-    """What an image can come to.
-
-    Attributes:
-      crops: most crops.
-      tokens: most visual tokens, newlines included.
-    """
-
-    crops: int
-    tokens: int
-
-
-def largest_image(model: LlavaConfig, reduction: Reduction) -> LargestImage:
-    """The image of most tokens: of every resolution and aspect that the model knows.
-
-    A capacity does not bound it: images that need more run again with all they can need.
-    """
-    capacity = reduction.uncapped().capacity_for(model.vision.num_patches)
-    layouts = list(_layouts(model))
-    crops = max(layout.num_crops for layout in layouts)
-    if reduction.selects_patches or capacity < model.vision.num_patches:
-        return LargestImage(crops, crops * capacity)
-    return LargestImage(crops, max(layout.span for layout in layouts))
+def largest_layout(model: LlavaConfig, reduction: Reduction) -> Layout:
+    """The layout of most visual tokens that an image's size can lead to."""
+    return max(_layouts(model), key=lambda layout: most_visual_tokens(reduction, layout))
 
 
 def _layouts(model: LlavaConfig) -> Iterator[Layout]:

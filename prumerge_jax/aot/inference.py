@@ -14,12 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from prumerge_jax.aot.assumptions import (
-    LargestImage,
-    MeanTokens,
-    largest_image,
-    mean_of_image,
-)
+from prumerge_jax.aot.assumptions import MeanTokens, largest_layout, mean_of_image
 from prumerge_jax.aot.compile import (
     CAVEAT,
     Program,
@@ -37,10 +32,11 @@ from prumerge_jax.aot.compile import (
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
 from prumerge_jax.cost.roofline import FRONT_TOKENS, Operation, Workload
+from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.request import Opening
-from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit
+from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit, most_visual_tokens
 from prumerge_jax.models import attention
 from prumerge_jax.models.attention import KVPages, tokens_read
 from prumerge_jax.models.attention.pages import form_for
@@ -72,7 +68,7 @@ class InferencePlan:
       reduction: its spelling.
       dtype: dtype of weights and computation.
       visual_tokens: assumed mean per image.
-      largest: the image of most crops and tokens, which the shapes have room for.
+      largest: the layout of most visual tokens, which the shapes have room for.
       shapes: shapes of the programs.
       programs: encode, read (scoring), prefill and decode, one run each.
       work: by program, what it computes on all chips together, by the cost model.
@@ -87,7 +83,7 @@ class InferencePlan:
     reduction: str
     dtype: jnp.dtype
     visual_tokens: MeanTokens
-    largest: LargestImage
+    largest: Layout
     shapes: EngineShapes
     programs: tuple[Program, ...]
     work: Mapping[str, Operation]
@@ -124,7 +120,8 @@ class InferencePlan:
             f"tokens per image ({self.visual_tokens.reason}), {self.questions_per_image} "
             f"question(s) about each and {ASSUMED_TEXT_TOKENS} tokens of text: "
             f"{self.prompts:.0f} prompts in the rows of a read or prefill",
-            f"the largest image: {self.largest.crops} crop(s), {self.largest.tokens} visual tokens",
+            f"the largest image: {self.largest.num_crops} crop(s), "
+            f"{most_visual_tokens(parse(self.reduction), self.largest)} visual tokens at most",
             f"{self.shapes.batch_size} crops, {self.shapes.prefill_rows} rows of "
             f"{self.shapes.row_length}, {self.shapes.slots} slots with "
             f"{_valid_tokens(self.visual_tokens):.4g} tokens each, {self.shapes.pool_pages} pages "
@@ -172,15 +169,11 @@ def plan_inference(
     """
     page_size = engine.page_size or BY_PLATFORM["tpu"].page_size
     resized = _resized(model, parse(reduction))
-    patches = resized.vision.num_patches
-    # What an image of several crops has beyond one crop is counted with the text.
-    beyond = largest_image(resized, parse(reduction)).tokens
-    beyond -= parse(reduction).uncapped().capacity_for(patches)
     shapes = fit(
         dataclasses.replace(engine, page_size=page_size),
         parse(reduction),
-        patches,
-        _openings(questions_per_image, beyond),
+        resized.vision.num_patches,
+        _openings(questions_per_image, largest_layout(resized, parse(reduction))),
         max_new_tokens=ASSUMED_NEW_TOKENS,
         max_positions=model.text.max_positions,
         shards=mesh["data"] * mesh["fsdp"],
@@ -196,15 +189,14 @@ def plan_inference(
     return dataclasses.replace(plan, rejected=rejected)
 
 
-def _openings(questions_per_image: int, beyond: int = 0) -> list[Opening]:
-    """Questions about a few images, with text in front of the image as a chat template has it, and
-    `beyond` more tokens behind it."""
+def _openings(questions_per_image: int, layout: Layout) -> list[Opening]:
+    """Questions about a few images, with text in front of the image as a chat template has it."""
     openings = []
     for number in range(ASSUMED_IMAGES * questions_per_image if questions_per_image > 1 else 1):
         image = number // questions_per_image
-        behind = ASSUMED_TEXT_TOKENS - FRONT_TOKENS + beyond
+        behind = ASSUMED_TEXT_TOKENS - FRONT_TOKENS
         token_ids = [*[1] * FRONT_TOKENS, IMAGE_TOKEN, *[2 + number] * behind]
-        openings.append(Opening(np.array(token_ids), (image,)))
+        openings.append(Opening(np.array(token_ids), (image,), (layout,)))
     return openings
 
 
@@ -299,7 +291,7 @@ def _plan(
         spelling,
         dtype,
         visual_tokens,
-        largest_image(model, reduction),
+        largest_layout(model, reduction),
         engine,
         compiled,
         _work(model, engine, visual_tokens),
