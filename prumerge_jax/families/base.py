@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from prumerge_jax.families.decoders import DECODERS, parse_text, token_ids
 from prumerge_jax.families.fields import ConversionError, Section, built
@@ -43,7 +43,7 @@ class Family:
       parse: the configuration of a checkpoint of transformers, from the fields of `config.json`.
       fields: what `config.json` holds of a configuration beyond what all families share.
       processor: its processor files.
-      image_mode: how images become pixels, a name of `data.images.ImageMode`.
+      image_mode: how images become pixels unless told otherwise, see `data.pictures.PictureMode`.
       towers: root of each tower's tensors in a checkpoint, by our name of the tower.
       takes_video: whether videos can be asked about.
       sizes: the published configurations by name.
@@ -56,7 +56,7 @@ class Family:
     parse: Callable[[Section], LlavaConfig]
     fields: Callable[[LlavaConfig], Mapping[str, Any]]
     processor: ImageProcessor
-    image_mode: str
+    image_mode: Literal["pad", "crop", "anyres"]
     sizes: Mapping[str, LlavaConfig]
     towers: Mapping[str, str] = dataclasses.field(
         default_factory=lambda: {"vision": "vision_tower"}
