@@ -190,9 +190,10 @@ def table(measured: Mapping[str, Measured], reference_of: Mapping[str, str]) -> 
     ]
     compared = differences(measured)
     for name, own in measured.items():
-        families = "  ".join(f"{100 * value:8.1f}" for value in np.nanmean(own.right, 0))
+        accuracy = 100 * np.nanmean(own.right, 0)
+        families = "  ".join(f"{value:8.1f}" for value in accuracy)
         line = (
-            f"{name:32} {own.tokens.mean():6.1f}  {families}  {100 * np.nanmean(own.right, 0).mean():8.1f}"
+            f"{name:32} {own.tokens.mean():6.1f}  {families}  {accuracy.mean():8.1f}"
             f"  {own.recall.mean():6.2f}  {np.nanmean(own.gap):6.2f}"
         )
         reference = reference_of.get(name, "")
