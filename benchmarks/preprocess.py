@@ -42,7 +42,7 @@ from prumerge_jax.data.pipeline import Preprocessor
 from prumerge_jax.data.samples import Sample
 from prumerge_jax.data.templates import chat_template
 from prumerge_jax.data.tokenizer import load_tokenizer, tokenizer_file
-from prumerge_jax.models.config import published
+from prumerge_jax.families import published
 
 SIZE = published("llava-1.5-7b").vision.image_size
 IMAGES = 16
