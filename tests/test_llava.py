@@ -93,7 +93,7 @@ def test_a_score_is_the_sum_over_its_tokens(
     from prumerge_jax.engine.build import Draft
     from prumerge_jax.engine.request import Request
 
-    draft = Draft(0, np.array(ids, np.int32), None, np.array(continuation, np.int32))
+    draft = Draft(0, np.array(ids, np.int32), (), np.array(continuation, np.int32))
     engine = model.engine("full", [draft])
     for i in range(len(continuation)):
         prompt = np.array(ids + continuation[:i], np.int32)
