@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--mode", default="pad", choices=("pad", "crop"))
-    parser.add_argument("--images", type=int, default=500, help="timed, per number of workers")
+    parser.add_argument("--images", type=int, default=200, help="timed, per number of workers")
     parser.add_argument("--most_workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--training_text_tokens", type=int, default=200, help="per sample")
