@@ -148,7 +148,7 @@ class SetRule(Reduction):
 
     def adaptive_count(self, evidence: Evidence, order: Order) -> jax.Array:
         """The count that the image itself asks for, [B] int32, without its bounds."""
-        outliers = prumerge.number_of_outliers(evidence.attention)
+        outliers = prumerge.number_of_outliers(evidence.attention, present=evidence.present)
         return jnp.floor(outliers * self.factor + 0.5).astype(jnp.int32)
 
 

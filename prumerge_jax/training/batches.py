@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from prumerge_jax.data import packing
 from prumerge_jax.data.pipeline import Example
+from prumerge_jax.data.runs import Run
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.data.visual_layout import CropTokens, runs
 from prumerge_jax.messages import quoted
@@ -271,12 +272,12 @@ def check_finite(example: Example, required: int) -> None:
         )
 
 
-def fit_request(example: Example, run: packing.Run, length: int) -> packing.Request:
+def fit_request(example: Example, run: Run, length: int) -> packing.Request:
     """The longest beginning of a sample that fits into `length` tokens; see `kept_tokens`."""
     return cut_request(example, run, kept_tokens(example.token_ids, len(run), length))
 
 
-def cut_request(example: Example, run: packing.Run, kept: int) -> packing.Request:
+def cut_request(example: Example, run: Run, kept: int) -> packing.Request:
     """The first `kept` tokens of a sample."""
     is_image = example.token_ids == IMAGE_TOKEN
     return packing.Request(

@@ -14,6 +14,7 @@ import numpy as np
 
 from prumerge_jax.data import packing
 from prumerge_jax.data.pipeline import Example
+from prumerge_jax.data.runs import Run
 from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.sharding.processes import addressable_rows, to_global_array
 from prumerge_jax.training.batches import (
@@ -188,7 +189,7 @@ class PairPacker(BatchPacker):
         return PairBatch(student, teacher[0], at)
 
 
-def first_patches(order: np.ndarray, counts: np.ndarray, num_patches: int) -> list[packing.Run]:
+def first_patches(order: np.ndarray, counts: np.ndarray, num_patches: int) -> list[Run]:
     """The first patches of every image's order, in raster order.
 
     Args:
@@ -200,7 +201,7 @@ def first_patches(order: np.ndarray, counts: np.ndarray, num_patches: int) -> li
     for row, count in enumerate(counts):
         chosen = np.arange(num_patches) if count == num_patches else np.sort(order[row, :count])
         patches = chosen.astype(np.int32)
-        runs.append(packing.Run(row * num_patches + patches, patches, num_patches))
+        runs.append(Run(row * num_patches + patches, patches, num_patches))
     return runs
 
 
@@ -219,7 +220,7 @@ def teacher_columns(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
 
 
 def _requests(
-    examples: Sequence[Example], runs: Sequence[packing.Run], kept: np.ndarray
+    examples: Sequence[Example], runs: Sequence[Run], kept: np.ndarray
 ) -> list[packing.Request]:
     return [
         cut_request(example, run, int(size))

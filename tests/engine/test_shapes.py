@@ -37,7 +37,7 @@ IMAGES = 2000
 LLAVA_PATCHES, DIGITS_PATCHES = 576, 144
 STAGES = {
     Engine.score: ("encode", "join", "hidden_before_last_mlp", "log_likelihoods"),
-    Engine.generate: ("encode", "join", "prefill", "first_tokens", "insert", "decode"),
+    Engine.generate: ("encode", "join", "prefill", "first_tokens", "seat", "decode"),
 }
 
 
@@ -198,7 +198,7 @@ class DrawnCounts(Encoder):
     def measure(self, encoding: Encoding) -> EncodedImages:
         images = super().measure(encoding)
         lengths = images.lengths.copy()
-        for number, request in enumerate(encoding.requests):
+        for number, request in enumerate(encoding.places.requests):
             lengths[number % len(lengths), number // len(lengths)] = self.counts[request.key]
         return images._replace(lengths=lengths)
 

@@ -22,6 +22,8 @@ from prumerge_jax.models.attention.pages import (
     copy_in_pages,
     empty_pages,
     over_shards,
+    pages_spec,
+    tokens_read,
     write_to_pages,
 )
 from prumerge_jax.models.attention.shards import HEADS
@@ -35,6 +37,8 @@ __all__ = [
     "backend_for",
     "empty_pages",
     "over_shards",
+    "pages_spec",
+    "tokens_read",
     "write_to_pages",
 ]
 

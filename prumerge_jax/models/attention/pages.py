@@ -16,12 +16,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 
 from prumerge_jax.models import tuning
 from prumerge_jax.models.attention import paged_kernels, paged_xla
 from prumerge_jax.models.attention.shards import HEADS, on_shards
 from prumerge_jax.models.config import TextConfig
-from prumerge_jax.sharding.mesh import Axes, divisible_spec
+from prumerge_jax.sharding.mesh import Axes, divisible_spec, logical_spec
 
 
 class KVPages(NamedTuple):
@@ -46,17 +48,23 @@ class _Form(NamedTuple):
         Dh], on one device.
       heads_first: whether pages are stored as [K, L * P, page, Dh].
       takes: whether it takes heads of this dtype and width.
+      pages_read: (pages of each sequence [B], page size) -> number of pages that it reads for them.
     """
 
     attend: Callable[..., jax.Array]
     heads_first: bool
     takes: Callable[[jnp.dtype, int], bool]
+    pages_read: Callable[[np.ndarray, int], int]
 
 
 _FORMS = {
-    "xla": _Form(paged_xla.attend, False, lambda dtype, head_dim: True),
-    "paged_tpu": _Form(paged_kernels.attend_on_tpu, True, paged_kernels.tpu_takes),
-    "paged_gpu": _Form(paged_kernels.attend_on_gpu, True, paged_kernels.gpu_takes),
+    "xla": _Form(paged_xla.attend, False, lambda dtype, head_dim: True, paged_xla.pages_read),
+    "paged_tpu": _Form(
+        paged_kernels.attend_on_tpu, True, paged_kernels.tpu_takes, paged_kernels.pages_read
+    ),
+    "paged_gpu": _Form(
+        paged_kernels.attend_on_gpu, True, paged_kernels.gpu_takes, paged_kernels.pages_read
+    ),
 }
 _PAGES_FIRST: Axes = ("batch", "heads", None, None)
 _HEADS_FIRST: Axes = ("heads", "batch", None, None)
@@ -66,6 +74,12 @@ def form_for(dtype: jnp.dtype, head_dim: int) -> str:
     """The form for heads of this dtype and width: the tuning's if it takes them, else `xla`."""
     preferred = tuning.current().cache_attention
     return preferred if _FORMS[preferred].takes(dtype, head_dim) else "xla"
+
+
+def tokens_read(lengths: np.ndarray, page_size: int, dtype: jnp.dtype, head_dim: int) -> int:
+    """Tokens whose keys and values a step reads in every layer, for sequences of these lengths."""
+    counts = -(-lengths // page_size)
+    return page_size * _form(dtype, head_dim, None).pages_read(counts, page_size)
 
 
 def empty_pages(
@@ -82,6 +96,14 @@ def empty_pages(
     leading = (heads, count) if form.heads_first else (count, heads)
     zeros = jnp.zeros((*leading, page_size, config.head_dim), dtype)
     return over_shards(KVPages(zeros, zeros), implementation=implementation)
+
+
+def pages_spec(config: TextConfig, dtype: jnp.dtype) -> PartitionSpec:
+    """How the current mesh splits a pool for these heads; its pages divide over the data shards."""
+    form = _form(dtype, config.head_dim, None)
+    heads = divisible_spec((config.num_kv_heads,), "heads")[0]
+    pages = logical_spec("batch")[0]
+    return PartitionSpec(heads, pages) if form.heads_first else PartitionSpec(pages, heads)
 
 
 def over_shards(pages: KVPages, *, implementation: str | None = None) -> KVPages:
