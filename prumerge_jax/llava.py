@@ -29,6 +29,7 @@ from prumerge_jax.data.tokenizer import (
     tokenizer_file,
 )
 from prumerge_jax.engine.build import Draft, Images, RequestBuilder, check_list, named_image
+from prumerge_jax.engine.embeddings import embed
 from prumerge_jax.engine.encoding import PlacedModel, compute_dtype, data_shards
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.pages import pages_that_fit
@@ -326,6 +327,25 @@ class Llava:
         is_patch = patches >= 0
         place = np.append(np.where(is_patch, np.cumsum(is_patch) - 1, -1), -1)  # of target -1: -1
         return Explanation(pixels, patches[is_patch], place[targets].astype(np.int32))
+
+    def embed(
+        self,
+        images: Sequence[ImageSource],
+        *,
+        reduction: ReductionLike = "prumerge",
+        image_mode: ImageMode = "pad",
+    ) -> Iterator[np.ndarray]:
+        """What the decoder receives of each image, float32 [n, width]; n differs by image.
+
+        Raises:
+          ImageError: an image cannot be used.
+          ValueError: the reduction reads the question.
+        """
+        processor = self.image_processor(image_mode, reduction)
+        named = [named_image(image, f"image {number}") for number, image in enumerate(images)]
+        pixels = (processor(source, name) for name, source in named)
+        with self.placed():
+            yield from embed(self._model, pixels, as_reduction(reduction))
 
     def engine(
         self,
