@@ -27,6 +27,8 @@ from prumerge_jax.sharding.mesh import constrain
 class Rows(NamedTuple):
     """The device's part of `data.packing.Rows`, each [rows, T] int32.
 
+    Where visual tokens are interpolated, `visual_index` is [rows, T, K], see
+    `LlavaModel.embed_rows`, and `visual_weight` [rows, T, K] float32.
     With `branch_ids` and without are two forms of the functions that take rows.
     """
 
@@ -34,6 +36,7 @@ class Rows(NamedTuple):
     visual_index: jax.Array
     positions: jax.Array
     segment_ids: jax.Array
+    visual_weight: jax.Array | None = None
     branch_ids: jax.Array | None = None
 
 
@@ -110,13 +113,15 @@ def encode(
     state: nnx.State,
     pixels: jax.Array,
     question_ids: jax.Array | None = None,
+    present: jax.Array | None = None,
     *,
     reduction: Reduction,
     dtype: jnp.dtype,
 ) -> VisualTokens:
-    """[B, S, S, 3] uint8, [B, M] int32 -> reduced visual tokens of capacity R.
+    """[B, S, S, 3] uint8, [B, M] int32, [B, N] bool -> reduced visual tokens of capacity R.
 
-    Question ids are -1 beyond the question; None where the reduction reads none.
+    Question ids are -1 beyond the question; None where the reduction reads none. `present` are the
+    patches that the reduction may see; None for all.
     """
     model = nnx.merge(graphdef, state)
     return encode_images(
@@ -126,6 +131,7 @@ def encode(
         dtype=dtype,
         projector=model.projector,
         question=embed_question(model.decoder, question_ids, dtype),
+        present=present,
     )
 
 
@@ -173,7 +179,8 @@ def prefill(
       Hidden states [rows, T, D], and the pool.
     """
     model = nnx.merge(graphdef, state)
-    x = constrain(model.embed_rows(rows.ids, visual_tokens, rows.visual_index), "batch", None, None)
+    x = model.embed_rows(rows.ids, visual_tokens, rows.visual_index, rows.visual_weight)
+    x = constrain(x, "batch", None, None)
     hidden, pages = model.decoder.prefill(
         x,
         rows.positions,
@@ -207,7 +214,8 @@ def hidden_before_last_mlp(
     """`prefill` for scoring: no keys and values are kept, and `log_likelihoods` finishes what it
     needs."""
     model = nnx.merge(graphdef, state)
-    x = constrain(model.embed_rows(rows.ids, visual_tokens, rows.visual_index), "batch", None, None)
+    x = model.embed_rows(rows.ids, visual_tokens, rows.visual_index, rows.visual_weight)
+    x = constrain(x, "batch", None, None)
     return model.decoder.hidden_before_last_mlp(
         x,
         rows.positions,
@@ -240,6 +248,18 @@ def log_likelihoods(
     logits = decoder.logits(decoder.last_mlp_at(partial, index))
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",))
+def logits_at(
+    graphdef: nnx.GraphDef, state: nnx.State, partial: PartialHidden, index: jax.Array
+) -> jax.Array:
+    """Next-token logits [M, V] float32 at M positions, index [M] int32 into the flattened rows.
+
+    `partial` is of rows from `hidden_before_last_mlp`.
+    """
+    decoder = nnx.merge(graphdef, state).decoder
+    return decoder.logits(decoder.last_mlp_at(partial, index))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))

@@ -8,6 +8,7 @@ import numpy as np
 
 from prumerge_jax.data import filling
 from prumerge_jax.data.filling import Group
+from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.prefixes import find_groups
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.request import Opening
@@ -28,8 +29,9 @@ class EngineSizes:
     """How much one call of each jitted function takes.
 
     Attributes:
-      batch_size: images per encode step.
-      window_size: requests that are planned together, a multiple of `batch_size`.
+      batch_size: crops per encode step.
+      window_size: most requests, and most crops of their images, that are planned together; a
+        multiple of `batch_size`.
       prefill_rows: packed rows per prefill.
       slots: sequences decoded at once.
       decode_steps_per_call: decode steps between two readings of the results.
@@ -187,19 +189,32 @@ class EngineShapes(EngineSizes):
                 f"least {shards * self.pages_per_sequence}, or cache_length to less"
             )
 
-    def limited_to(self, requests: int) -> "EngineShapes":
-        """Shapes no larger than so few requests can fill."""
+    def limited_to(self, requests: int, crops: int) -> "EngineShapes":
+        """Shapes no larger than so few requests, of so many crops together, can fill."""
         enough = 1 << max(requests - 1, 0).bit_length()
         if enough >= self.batch_size:
             return self
+        pixels = 1 << max(requests - 1, crops - 1, 0).bit_length()
         return dataclasses.replace(
             self,
-            batch_size=enough,
-            window_size=enough,
+            batch_size=min(self.batch_size, pixels),
+            window_size=pixels if pixels < self.batch_size else self.window_size,
             prefill_rows=min(self.prefill_rows, enough),
             slots=min(self.slots, enough),
             pages=min(self.pool_pages, enough * self.pages_per_sequence),
         )
+
+
+def most_visual_tokens(reduction: Reduction, layout: Layout) -> int:
+    """The most visual tokens, newlines included, that an image of this layout can have.
+
+    A capacity does not bound them: images that need more run again with all they can need.
+    """
+    capacity = reduction.uncapped().capacity_for(layout.num_patches)
+    if not reduction.selects_patches and capacity == layout.num_patches:
+        return layout.span
+    rows, _ = layout.shape  # of newlines, where these are asked for
+    return layout.num_crops * capacity + layout.newline * max(rows, 1)
 
 
 def fit(
@@ -221,7 +236,7 @@ def fit(
     Args:
       config: what is fixed.
       reduction: what happens to the visual tokens.
-      num_patches: N.
+      num_patches: N, of images whose layout no opening has: they are one crop.
       openings: the requests, in the order in which they come.
       max_new_tokens: most tokens to generate.
       max_positions: the longest sequence that the model can take.
@@ -234,13 +249,20 @@ def fit(
     text_tokens = np.array([opening.text_tokens for opening in openings] or [0])
     # A capacity does not bound them: images that need more run again with all they can need.
     most = reduction.uncapped().capacity_for(num_patches)
-    lengths = np.minimum(text_tokens + most, max_positions)
+    known = [[most_visual_tokens(reduction, each) for each in o.layouts] for o in openings]
+    visual = [sum(counts) if counts else most for counts in known] or [most]
+    lengths = np.minimum(text_tokens + np.array(visual), max_positions)
     row_length, cache_length = config.row_length, config.cache_length
     sizes = config.sizes(shards)
     shared = None
     if config.share_prefixes:
         limit = max_positions if row_length is None else min(row_length, max_positions)
-        shared = _shared(openings[:SAMPLE_OF_GROUPS], most, limit)
+        sample = openings[:SAMPLE_OF_GROUPS]
+        counts = [
+            each or [most] * len(opening.images)
+            for each, opening in zip(known, sample, strict=False)
+        ]
+        shared = _shared(sample, counts, limit)
     if row_length is None:
         if shared is not None:
             row_length = row_length_for_groups(shared, int(lengths.max()), reduction.varying)
@@ -289,20 +311,27 @@ class _Shared(NamedTuple):
         return len(filling.fill_rows_with_groups(self.groups, self.lengths, row_length))
 
 
-def _shared(openings: Sequence[Opening], most: int, limit: int) -> _Shared | None:
-    """What requests with `most` tokens per image share, those of more than `limit` tokens left out;
-    None where that is nothing or little."""
+def _shared(
+    openings: Sequence[Opening], counts: Sequence[Sequence[int]], limit: int
+) -> _Shared | None:
+    """What requests share whose images have so many tokens, those of more than `limit` tokens left
+    out; None where that is nothing or little."""
     tokens = []
     numbers: dict[Hashable, int] = {}
-    for opening in openings:
+    most = max((count for each in counts for count in each), default=0)
+    for opening, of_images in zip(openings, counts, strict=True):
         ids = opening.token_ids.astype(np.int64)
         is_image = ids == IMAGE_TOKEN
         named = [numbers.setdefault(name, len(numbers)) for name in opening.images]
-        expanded = np.repeat(ids, np.where(is_image, most, 1))
+        width = np.ones(len(ids), np.int64)
+        width[is_image] = of_images
+        expanded = np.repeat(ids, width)
         # Negative numbers are visual tokens.
-        expanded[np.repeat(is_image, np.where(is_image, most, 1))] = np.concatenate(
-            [np.zeros(0, np.int64), *(-1 - most * number - np.arange(most) for number in named)]
+        visual = (
+            -1 - most * number - np.arange(count)
+            for number, count in zip(named, of_images, strict=True)
         )
+        expanded[np.repeat(is_image, width)] = np.concatenate([np.zeros(0, np.int64), *visual])
         if len(expanded) <= limit:
             tokens.append(expanded)
     groups = find_groups(tokens, [max(len(each) - 1, 0) for each in tokens])

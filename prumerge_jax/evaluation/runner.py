@@ -19,7 +19,8 @@ import jax
 import numpy as np
 import tqdm
 
-from prumerge_jax.data.images import ImageProcessor
+from prumerge_jax.data.loading import Named
+from prumerge_jax.data.pictures import PictureMode, default_mode
 from prumerge_jax.engine.build import Draft, RequestBuilder
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import MAX_SEED, Answer, SamplingParams
@@ -252,12 +253,13 @@ class _Answerer:
         self.sampling = SamplingParams(
             decoding.temperature, decoding.top_p, limit, seed=decoding.seed
         )
-        vision = model.config.vision
-        mode = rows.task.benchmark.image_mode(decoding.protocol)
+        mode: PictureMode = rows.task.benchmark.image_mode(decoding.protocol)
+        if model.config.image_grid_pinpoints:  # the benchmarks' modes are LLaVA-1.5's
+            mode = default_mode(model.config)
         self.builder = RequestBuilder(
             model.tokenizer,
             model.template(decoding.conversation),
-            ImageProcessor(model.image_size(reduction), vision.pixel_mean, mode),
+            model.processor(mode, reduction),
             decoding.num_workers,
         )
         self.prompts = [self._prompt(question) for question in rows.questions]
@@ -273,7 +275,9 @@ class _Answerer:
         for index in by_image(range(len(self.prompts)), self.rows.questions):
             prompt = self.prompts[index]
             if isinstance(prompt, np.ndarray):
-                drafts.append(Draft(index, prompt, self._image(index)))
+                images = self._images(index)
+                layouts = self.builder.images.layouts(images)
+                drafts.append(Draft(index, prompt, images, layouts=layouts))
         return self.model.engine(
             self.reduction,
             drafts,
@@ -305,7 +309,7 @@ class _Answerer:
             seed = (self.sampling.seed + index) % MAX_SEED
             sampling = dataclasses.replace(self.sampling, seed=seed)
             asked = self.builder.question_ids(self.rows.questions[index].text)
-            yield Draft(index, prompt, self._image(index), sampling=sampling, question_ids=asked)
+            yield Draft(index, prompt, self._images(index), sampling=sampling, question_ids=asked)
 
     def _prompt(self, question: Question) -> np.ndarray | ValueError:
         """Token ids [T] int32, or why there are none."""
@@ -314,15 +318,15 @@ class _Answerer:
         except ValueError as error:
             return error
 
-    def _image(self, index: int) -> tuple[str, Any] | None:
+    def _images(self, index: int) -> tuple[Named, ...]:
         image = self.rows.questions[index].image
         if image is None:
-            return None
+            return ()
         if isinstance(image, bytes):
-            return f"image of row {self.first_row[image] + 1}", image
+            return ((f"image of row {self.first_row[image] + 1}", image),)
         assert self.rows.task.images is not None  # Rows checked it
         path = self.rows.task.images / image
-        return str(path), path
+        return ((str(path), path),)
 
     def _outcome(self, result: Answer) -> RowOutcome:
         question: Question = self.rows.questions[result.key]

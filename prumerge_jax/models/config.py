@@ -9,6 +9,8 @@ import dataclasses
 
 MAX_STOP_IDS = 4
 """Maximum number of stop ids of a request; the jitted functions compare tokens with this many."""
+NEWLINE = -2
+"""In place of a visual token's index: the vector that a model has learned for the end of a row."""
 ATTENTION_SUBSTITUTES = ("received", "received_wide", "mean_query", "mean_query_wide", "map")
 """What stands for CLS attention in a tower without CLS token; see `models.patch_attention`."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -1,6 +1,5 @@
 """What the server needs of a model: prompts, limits, processors, engines."""
 
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping
@@ -96,8 +95,10 @@ class ServedModel:
 
     def processor(self, reduction: str, mode: ImageMode) -> ImageProcessor:
         """Makes an image's pixels for a reduction."""
-        return dataclasses.replace(
-            self.llava.image_processor(mode, self.reductions[reduction]),
+        return ImageProcessor(
+            self.llava.image_size(self.reductions[reduction]),
+            self.llava.config.vision.pixel_mean,
+            mode,
             max_pixels=self.config.max_image_pixels,
         )
 
@@ -170,7 +171,7 @@ class ServedModel:
         """The longest request that is admitted; two of them have nothing in common."""
         ids = np.full(self.max_prompt_tokens + 1, number, np.int32)
         ids[0] = IMAGE_TOKEN
-        return Draft(number, ids, (str(number), b""))
+        return Draft(number, ids, ((str(number), b""),))
 
     def pages_used(self) -> int:
         """Pages of keys and values that sequences hold, in all engines."""

@@ -140,9 +140,10 @@ def test_the_header_tells_the_layout(tmp_path: pathlib.Path):
     sources.append(np.asarray(image))
     for source in sources:
         assert image_size(source) == (480, 640)
-        assert processor.expected_layout(source) == processor.layout((480, 640))
+        assert processor.layouts([("image", source)]) == (processor.layout((480, 640)),)
     assert processor.layout((480, 640)).span == 2340
-    assert processor.expected_layout(b"<html>") == processor.layout((1, 1))
+    assert processor.layouts([("image", b"<html>")]) == (processor.layout((1, 1)),)
+    assert PictureProcessor(LlavaConfig(), 336, "pad").layouts([("image", image)]) == ()
 
 
 def test_pad_mode_on_any_model_is_one_crop():

@@ -198,7 +198,7 @@ class DrawnCounts(Encoder):
     def measure(self, encoding: Encoding) -> EncodedImages:
         images = super().measure(encoding)
         lengths = images.lengths.copy()
-        for number, request in enumerate(encoding.requests):
+        for number, request in enumerate(encoding.places.requests):
             lengths[number % len(lengths), number // len(lengths)] = self.counts[request.key]
         return images._replace(lengths=lengths)
 

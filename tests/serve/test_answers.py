@@ -127,7 +127,7 @@ def test_prompts_are_those_of_the_library() -> None:
     for request, prompt in zip(requests, prompts, strict=True):
         assert request.token_ids.tolist() == tokenizer.encode_prompt(prompt)
     (image,) = requests[0].images
-    expected = miniature().image_processor("pad", "full")(png())
+    expected = miniature().processor("pad", "full")(png()).crops[0]
     assert (image.crops[0] == expected).all()
 
 
