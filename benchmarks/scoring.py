@@ -38,6 +38,7 @@ from jax.sharding import Mesh
 from measuring import (
     Compilations,
     add_rate_arguments,
+    begin,
     peak_memory_gb,
     peak_rates,
     report,
@@ -60,6 +61,9 @@ CPU_DEVICES = 2
 USUAL_SHARE = 0.4  # of the peak, all stages together
 SIGMA = 0.45  # of the logarithm of the counts
 FULL, PEER = "full", "transformers"
+SHARED_IMAGES = {FULL: 2, "prumerge+": 6, "prumerge": 7}
+APART_QUESTIONS = {FULL: 4, "prumerge+": 12, "prumerge": 19}
+"""What fills rows on a CPU: images with 18 questions each, and questions that share nothing."""
 
 
 class DrawnCounts(Encoder):
@@ -179,7 +183,7 @@ def engine_arm(
         kind,
         shared,
         run,
-        counts[: len(requests)],
+        counts[[request.key for request in requests]],
         lambda: engine.counters.real_tokens / engine.counters.row_tokens,
         questions_per_image if shared else 1,
     )
@@ -240,13 +244,6 @@ def engine_arms(
 ) -> list[Arm]:
     """`full` and the reductions, with several questions per image each with sharing and without."""
     patches, asked = config.vision.num_patches, arguments.questions_per_image
-    requests = random_requests(
-        config,
-        arguments.requests,
-        arguments.text_tokens,
-        arguments.output_tokens,
-        asked,
-    )
     shapes = EngineConfig(
         batch_size=arguments.batch_size,
         window_size=arguments.window,
@@ -260,25 +257,30 @@ def engine_arms(
         prefill_rows=arguments.full_rows,
         window_size=arguments.full_window,
     )
-    kinds = [(FULL, np.full(len(requests), patches), full_shapes, arguments.full_requests)]
-    for mean in arguments.means:
-        reduction = "prumerge" if mean <= patches // 8 else "prumerge+"
-        most = reductions.parse(reduction).capacity_for(patches)
-        # Questions about one image have its count.
-        counts = np.repeat(drawn_counts(-(-len(requests) // asked), mean, most, seed=1), asked)
-        taken = any(reduction == kind for kind, *_ in kinds)
-        kind = f"{reduction} {mean:g}" if taken else reduction
-        kinds.append((kind, counts, shapes, len(requests)))
-    arms = []
-    for kind, counts, of_kind, number in kinds:
+    arms: list[Arm] = []
+    for mean in (float(patches), *arguments.means):
+        reduction = FULL if mean == patches else "prumerge" if mean <= patches // 8 else "prumerge+"
+        number = arguments.full_requests if reduction == FULL else arguments.requests
+        requests = random_requests(
+            config,
+            number or asked * SHARED_IMAGES[reduction],
+            arguments.text_tokens,
+            arguments.output_tokens,
+            asked,
+        )
+        counts = np.full(len(requests), patches)
+        if reduction != FULL:
+            most = reductions.parse(reduction).capacity_for(patches)
+            # Questions about one image have its count.
+            counts = np.repeat(drawn_counts(-(-len(requests) // asked), mean, most, seed=1), asked)
+        kind = f"{reduction} {mean:g}" if any(a.kind == reduction for a in arms) else reduction
         for share in (True, False) if asked > 1 else (False,):
-            number = number if share or asked == 1 else arguments.apart_requests
-            sharing = dataclasses.replace(of_kind, share_prefixes=share)
-            arms.append(
-                engine_arm(
-                    model, config, dtype, kind, counts, requests[:number], sharing, mesh, asked
-                )
-            )
+            of_kind = full_shapes if reduction == FULL else shapes
+            of_kind = dataclasses.replace(of_kind, share_prefixes=share)
+            some = requests
+            if asked > 1 and not share:  # from several images
+                some = requests[::3][: arguments.apart_requests or APART_QUESTIONS[reduction]]
+            arms.append(engine_arm(model, config, dtype, kind, counts, some, of_kind, mesh, asked))
     return arms
 
 
@@ -323,8 +325,8 @@ def timed(
 def main(argv: Sequence[str] | None = None) -> None:
     """Builds the arms, times them in turns and reports."""
     arguments = parse(argv)
+    begin("scoring", __doc__, minutes=5)
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
-    print("measuring the machine's peak and making random weights", flush=True)
     chip = peak_rates(arguments.chip, dtype)
     graphdef, state = random_llava_for_inference(config, dtype)
     mesh = make_mesh(data=arguments.data) if arguments.data > 1 else None
@@ -393,7 +395,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text_tokens", type=int, default=60)
     parser.add_argument("--questions_per_image", type=int, default=1)
     parser.add_argument("--means", type=float, nargs="*", help="visual tokens")
-    parser.add_argument("--requests", type=int)
+    parser.add_argument("--requests", type=int, help="default: what fills rows")
     parser.add_argument("--full_requests", type=int, help="of the arm `full`")
     parser.add_argument("--apart_requests", type=int, help="of arms that share nothing")
     parser.add_argument("--batch_size", type=int, help="of encoding")
@@ -401,14 +403,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--full_window", type=int, default=256)
     parser.add_argument("--row_length", type=int, help="default: fitted to the requests")
     parser.add_argument("--full_row_length", type=int, help="of the arm `full`; default: fitted")
-    parser.add_argument("--rows", type=int, default=2 if on_cpu else 32, help="rows per prefill")
-    parser.add_argument("--full_rows", type=int, default=2 if on_cpu else 32)
-    parser.add_argument(
-        "--data",
-        type=int,
-        default=CPU_DEVICES if on_cpu else 1,
-        help="devices that share the rows (default here: %(default)s)",
-    )
+    parser.add_argument("--rows", type=int, help="rows per prefill")
+    parser.add_argument("--full_rows", type=int)
+    parser.add_argument("--data", type=int, help="devices that share the rows")
     parser.add_argument("--slots", type=int, default=16 if on_cpu else 256)
     parser.add_argument("--repeats", type=int, default=2 if on_cpu else 10)
     parser.add_argument("--floor_batch", type=int, default=32)
@@ -422,14 +419,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_rate_arguments(parser)
     arguments = parser.parse_args(argv)
     several = arguments.questions_per_image > 1
-    asked = arguments.questions_per_image
     chosen = {
         "means": [144.0, 40.0] if several else [40.0],
-        "requests": (6 * asked if several else 60) if on_cpu else 4096,
-        "full_requests": (2 * asked if several else 6) if on_cpu else 1024,
-        "apart_requests": 20 if on_cpu else 1024,
-        # Few images with many questions, spread over the devices.
-        "batch_size": (arguments.data if several else 8) if on_cpu else 64,
+        "requests": (0 if several else 60) if on_cpu else 4096,
+        "full_requests": (0 if several else 6) if on_cpu else 1024,
+        "apart_requests": 0 if on_cpu else 1024,
+        "batch_size": (2 if several else 8) if on_cpu else 64,
+        "rows": (1 if several else 2) if on_cpu else 32,
+        "full_rows": (1 if several else 2) if on_cpu else 32,
+        # Few images do not spread over devices.
+        "data": 1 if several or not on_cpu else CPU_DEVICES,
         "peer": not several,
     }
     for name, value in chosen.items():

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from prumerge_jax import reductions, sharding
+from prumerge_jax.conversion import download as downloads
 from prumerge_jax.conversion.miniature import model_directory
 from prumerge_jax.data.images import ImageSource
 from prumerge_jax.data.packing import PositionIds
@@ -102,6 +103,7 @@ class Llava:
         dtype: jnp.dtype | str | None = None,
         engine: EngineConfig | None = None,
         mesh: Mesh | None = None,
+        revision: str | None = None,
     ) -> "Llava":
         """Loads a directory that `convert_weights.py` or `train.py` wrote.
 
@@ -113,13 +115,19 @@ class Llava:
           engine: shapes of the jitted functions to fix.
           mesh: devices to place the weights on (`sharding.make_mesh`); by default the first one.
             Each weight is read straight into its shards.
+          revision: a commit of the Hugging Face repository that `directory` then names; without
+            it nothing is downloaded.
 
         Raises:
+          ConversionError: the revision is no commit, or cannot be downloaded.
           DirectoryError: the directory is incomplete or altered; the message names the file.
           ValueError: another dtype, or a size of the engine that does not divide over the mesh.
         """
         chosen = None if dtype is None else compute_dtype(dtype)
         (engine or EngineConfig()).sizes(data_shards(mesh))
+        if revision is not None:
+            repository = downloads.check_commit(os.fspath(directory), revision)
+            directory = downloads.snapshot(repository, revision, None)
         root = model_directory(directory)
         if (root / MANIFEST).is_file() and not tokenizer_file(root).is_file():
             raise directories.DirectoryError(

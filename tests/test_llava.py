@@ -141,12 +141,12 @@ def test_a_reduction_that_reads_the_question(
     assert model.score([None], PROMPTS[:1], ["It is"], **reading) == pytest.approx(
         model.score([None], PROMPTS[:1], ["It is"]), abs=1e-5
     )
-    engine = model.engine(reading["reduction"], [40] * 3)
     builder = model._builder("pad", "vicuna_v1", reading["reduction"])
     drafts = [
         dataclasses.replace(draft, image=("one name", images[0]), continuation=np.array([5]))
         for draft in builder.drafts(*asked)
     ]
+    engine = model.engine(reading["reduction"], drafts)
     assert len(list(engine.score(builder.requests(drafts)))) == 3
     assert engine.counters.images == 2
 

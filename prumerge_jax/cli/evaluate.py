@@ -10,9 +10,11 @@
     eval.py --aot v5e:2x4 --config.checkpoint=llava-1.5-7b --config.reduction=prumerge+
 
 The first scores the shipped miniature on its digits; the fourth answers your own questions, without
-a score. Every field of configs/eval.py is a flag. A run that was interrupted resumes. With `--aot`
-the engine's functions are compiled for a TPU slice and not run; the checkpoint is then the name of
-a published size, and every reduction is planned. Exit status: 0 if every row was scored, 3 if some
+a score. Every field of configs/eval.py is a flag. A run that was interrupted resumes. Several
+processes with the same command share the questions: those of a TPU pod and of SLURM find each
+other, others are given `--coordinator`, `--num_processes` and `--process_id`. With `--aot` the
+engine's functions are compiled for a TPU slice and not run; the checkpoint is then the name of a
+published size, and every reduction is planned. Exit status: 0 if every row was scored, 3 if some
 failed (errors.jsonl says why), 1 if it could not run.
 """
 
@@ -72,11 +74,12 @@ def _plan(config: ConfigDict, slice_name: str, questions_per_image: int) -> int:
     from prumerge_jax.aot.inference import plan_inference
     from prumerge_jax.aot.topology import topology
     from prumerge_jax.engine.encoding import compute_dtype
+    from prumerge_jax.evaluation.benchmarks.base import Benchmark
     from prumerge_jax.evaluation.config import engine_config
     from prumerge_jax.models.config import published
 
     jax.config.update("jax_platforms", "cpu")  # leaves a TPU of this machine free
-    spellings = reductions.parse_list(config.reduction)
+    spellings = reductions.parse_list(config.reduction or Benchmark.reductions)
     model, where = published(config.checkpoint), topology(slice_name)
     shapes = engine_config(config.engine, config.mesh)
     dtype = compute_dtype(config.dtype or "bfloat16")

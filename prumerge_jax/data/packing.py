@@ -10,7 +10,7 @@ Shapes: L row length. The pool is the array of the encoded visual tokens, its sl
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -32,6 +32,10 @@ def check_position_ids(position_ids: str) -> None:
         raise ValueError(
             f"position_ids is {quoted(position_ids)}; expected 'compact' or 'original'"
         )
+
+
+_RowsOf = Callable[[np.ndarray], list[list[Group]]]
+"""(requests of a shard) -> the groups in each of its rows."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,27 +178,56 @@ def pack_window(
       ValueError: a request is longer than a row, refers to a slot that the pool lacks or to slots
         of two shards; `num_rows` or the slots do not divide by `shards`.
     """
-    if num_rows < 1 or num_rows % shards:
-        raise ValueError(f"num_rows {num_rows} is not a positive multiple of {shards} shards")
     tokens = _expand(requests, position_ids)
     taps = _expand_taps(requests, tokens) if with_taps else None
-    filling.check_fits(tokens.lengths, row_length)
     shard_of = _shard_of_requests(requests, num_slots, tokens.lengths, shards)
-    rows_of_shard = []
-    for shard in range(shards):
-        members = np.flatnonzero(shard_of == shard)
+
+    def rows_of(members: np.ndarray) -> list[list[Group]]:
         first, others = members[members < carried_over], members[members >= carried_over]
         groups = _groups(tokens, first, share_prefixes)
-        rows_of_shard.append(
-            fill_rows_with_groups(
-                groups + _groups(tokens, others, share_prefixes),
-                tokens.lengths,
-                row_length,
-                carried_over=len(groups),
-            )
+        return fill_rows_with_groups(
+            groups + _groups(tokens, others, share_prefixes),
+            tokens.lengths,
+            row_length,
+            carried_over=len(groups),
         )
-    batches = _batches(rows_of_shard, num_rows)
+
+    filling.check_fits(tokens.lengths, row_length)
+    batches = _batches(shard_of, shards, num_rows, rows_of)
     return [_fill(tokens, batch, row_length, taps) for batch in batches]
+
+
+def pack_together(
+    versions: Sequence[Sequence[Request]],
+    num_slots: int,
+    row_lengths: Sequence[int],
+    num_rows: int,
+    *,
+    shards: int = 1,
+    position_ids: PositionIds = "compact",
+) -> list[tuple[Rows, ...]]:
+    """Packs several versions of a window, each into the same rows in the same order.
+
+    Args:
+      versions: the same requests with other visual tokens.
+      row_lengths: L of each version.
+      num_slots, num_rows, shards, position_ids: as in `pack_window`, which says what is raised.
+    """
+    tokens = [_expand(requests, position_ids) for requests in versions]
+    # In units of the first row length; where these fit, all do.
+    lengths = np.max(
+        [-(-t.lengths * row_lengths[0] // n) for t, n in zip(tokens, row_lengths, strict=True)], 0
+    )
+    filling.check_fits(lengths, row_lengths[0])
+    shard_of = _shard_of_requests(versions[0], num_slots, lengths, shards)
+    batches = _batches(
+        shard_of,
+        shards,
+        num_rows,
+        lambda own: fill_rows_with_groups(_groups(tokens[0], own, False), lengths, row_lengths[0]),
+    )
+    fillings = list(zip(tokens, row_lengths, strict=True))
+    return [tuple(_fill(each, batch, n, None) for each, n in fillings) for batch in batches]
 
 
 def _groups(tokens: "_Tokens", members: np.ndarray, share_prefixes: bool) -> list[Group]:
@@ -205,10 +238,15 @@ def _groups(tokens: "_Tokens", members: np.ndarray, share_prefixes: bool) -> lis
     return [Group(g.prefix, tuple(members[list(g.members)].tolist())) for g in groups]
 
 
-def _batches(rows_of_shard: Sequence[list[list[Group]]], num_rows: int) -> list[list[list[Group]]]:
-    """Batches of rows, [batch][row] -> groups, of those of each shard, [shard][row]; the last are
-    empty where shards have fewer."""
-    block = num_rows // len(rows_of_shard)
+def _batches(
+    shard_of: np.ndarray, shards: int, num_rows: int, rows_of: _RowsOf
+) -> list[list[list[Group]]]:
+    """Batches of rows, [batch][row] -> groups, those of each shard; the last are empty where shards
+    have fewer."""
+    if num_rows < 1 or num_rows % shards:
+        raise ValueError(f"num_rows {num_rows} is not a positive multiple of {shards} shards")
+    rows_of_shard = [rows_of(np.flatnonzero(shard_of == shard)) for shard in range(shards)]
+    block = num_rows // shards
     batches = -(-max(len(rows) for rows in rows_of_shard) // block)
     return [
         [

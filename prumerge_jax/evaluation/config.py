@@ -166,12 +166,14 @@ def parse_config(config: ConfigDict) -> EvalConfig:
         if _typed(f"mesh.{axis}", size, int) < 1:
             raise ValueError(f"--config.mesh.{axis}={size}: expected at least 1")
     dtype, chip = _optional(fields, "dtype", str), _optional(fields, "chip", str)
+    tasks = _tasks(fields, options)
+    usual = tasks[0].benchmark.reductions if len(tasks) == 1 else Benchmark.reductions
     return EvalConfig(
-        tasks=_tasks(fields, options),
+        tasks=tasks,
         checkpoint=_optional(fields, "checkpoint", str) or "",
         answers=None if answers is None else pathlib.Path(answers),
         reductions=_reductions(
-            _typed("reduction", fields["reduction"], str), _typed("tokens", fields["tokens"], str)
+            _optional(fields, "reduction", str) or usual, _typed("tokens", fields["tokens"], str)
         ),
         baselines=_typed("baselines", fields["baselines"], bool),
         decoding=Decoding(**decoding),

@@ -42,6 +42,20 @@ class Order(NamedTuple):
     coverage: jax.Array | None = None
 
 
+class Ranking(NamedTuple):
+    """The order of choice of every image, whatever the budget.
+
+    Attributes:
+      order: the first K patches.
+      evidence: with zeros for images that are not finite.
+      available: [B] int32, patches that may be chosen; -1 where the evidence is not finite.
+    """
+
+    order: Order
+    evidence: Evidence
+    available: jax.Array
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SetRule(Reduction):
     """As many patches as a budget allows, in the order of a rule.
@@ -100,24 +114,28 @@ class SetRule(Reduction):
     def order(self, evidence: Evidence, available: jax.Array, steps: int) -> Order:
         """The first `steps` patches in the order of choice, among those available [B, N]."""
 
-    def reduce(self, evidence: Evidence) -> VisualTokens:
-        """The first patches of the order, in raster order."""
-        num_patches = evidence.hidden.shape[1]
-        steps = self.capacity_for(num_patches)
+    def rank(self, evidence: Evidence, steps: int) -> Ranking:
+        """The first `steps` patches in the order of choice, of which any budget is a prefix."""
         finite = finite_evidence(
             evidence, *self.needs, *(["attention"] if self.reads_attention else [])
         )
         evidence = without_nan(evidence, finite)
         available = all_available(evidence)
-        order = self.order(evidence, available, steps)
-        required = jnp.minimum(self.required(evidence, order), available.sum(-1))
+        count = jnp.where(finite, available.sum(-1), -1).astype(jnp.int32)
+        return Ranking(self.order(evidence, available, steps), evidence, count)
+
+    def reduce(self, evidence: Evidence) -> VisualTokens:
+        """The first patches of the order, in raster order."""
+        num_patches = evidence.hidden.shape[1]
+        steps = self.capacity_for(num_patches)
+        order, evidence, available = self.rank(evidence, steps)
+        required = jnp.minimum(self.required(evidence, order), available)
         in_prefix = jnp.arange(steps) < required[:, None]
         chosen = selection.members(jnp.where(in_prefix, order.patches, -1), num_patches)
         patch_indices = selection.patch_in_slot(
             selection.in_slot(chosen, selection.count_before(chosen), steps)
         )
-        required = jnp.where(finite, required, -1).astype(jnp.int32)
-        return kept_rows(evidence.hidden, patch_indices, required)
+        return kept_rows(evidence.hidden, patch_indices, required.astype(jnp.int32))
 
     def required(self, evidence: Evidence, order: Order) -> jax.Array:
         """Number of tokens that every image needs, [B] int32; may be above the capacity."""
