@@ -93,7 +93,7 @@ def test_a_score_is_the_sum_over_its_tokens(
     from prumerge_jax.engine.build import Draft
     from prumerge_jax.engine.request import Request
 
-    draft = Draft(0, np.array(ids, np.int32), None, np.array(continuation, np.int32))
+    draft = Draft(0, np.array(ids, np.int32), (), np.array(continuation, np.int32))
     engine = model.engine("full", [draft])
     for i in range(len(continuation)):
         prompt = np.array(ids + continuation[:i], np.int32)
@@ -143,7 +143,7 @@ def test_a_reduction_that_reads_the_question(
     )
     builder = model._builder("pad", "vicuna_v1", reading["reduction"])
     drafts = [
-        dataclasses.replace(draft, image=("one name", images[0]), continuation=np.array([5]))
+        dataclasses.replace(draft, images=(("one name", images[0]),), continuation=np.array([5]))
         for draft in builder.drafts(*asked)
     ]
     engine = model.engine(reading["reduction"], drafts)
@@ -230,8 +230,8 @@ def test_errors_name_what_is_wrong(
         model.generate([images[0]], ["<image> what?"])
     with pytest.raises(ValueError, match="unknown conversation 'v9'"):
         model.generate([None], ["Hi"], conversation="v9")
-    with pytest.raises(ValueError, match="unknown reduction 'tome'"):
-        model.generate([images[0]], ["Hi"], reduction="tome")
+    with pytest.raises(ValueError, match="unknown reduction 'halving'"):
+        model.generate([images[0]], ["Hi"], reduction="halving")
     with pytest.raises(ValueError, match="no such parameter 'neighbour'"):
         model.score([images[0]], ["Hi"], ["a"], reduction="prumerge:neighbour=8")
     with pytest.raises(ValueError, match="a grid from 1 to 3"):
