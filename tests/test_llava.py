@@ -102,6 +102,22 @@ def test_a_score_is_the_sum_over_its_tokens(
     assert whole == pytest.approx(total, abs=1e-4)
 
 
+def test_logits_give_the_score(model: prumerge_jax.Llava, images: list[np.ndarray]) -> None:
+    ids = model._builder(None, None, "prumerge").token_ids(PROMPTS[0], 1)
+    continuation = np.array(model.tokenizer.encode("It is a cat"))
+    prompts = [np.concatenate([ids, continuation]), [1, 5, 7]]
+    logits, of_text = model.logits([images[0], None], prompts, reduction="prumerge")
+    assert of_text.shape == (3, model.config.text.vocab_size)
+    read = logits[-len(continuation) - 1 : -1]
+    log_likelihoods = read - np.log(np.exp(read).sum(-1, keepdims=True))
+    total = log_likelihoods[np.arange(len(continuation)), continuation].sum()
+    assert total == pytest.approx(
+        model.score([images[0]], PROMPTS[:1], ["It is a cat"])[0], abs=1e-4
+    )
+    (full,) = model.logits([images[0]], prompts[:1])
+    assert len(full) == len(prompts[0]) - 1 + model.config.vision.num_patches
+
+
 def test_reductions_positions_and_modes_matter(
     model: prumerge_jax.Llava, images: list[np.ndarray]
 ) -> None:
