@@ -102,6 +102,22 @@ def test_a_score_is_the_sum_over_its_tokens(
     assert whole == pytest.approx(total, abs=1e-4)
 
 
+def test_logits_give_the_score(model: prumerge_jax.Llava, images: list[np.ndarray]) -> None:
+    ids = model._builder(None, None, "prumerge").token_ids(PROMPTS[0], 1)
+    continuation = np.array(model.tokenizer.encode("It is a cat"))
+    prompts = [np.concatenate([ids, continuation]), [1, 5, 7]]
+    logits, of_text = model.logits([images[0], None], prompts, reduction="prumerge")
+    assert of_text.shape == (3, model.config.text.vocab_size)
+    read = logits[-len(continuation) - 1 : -1]
+    log_likelihoods = read - np.log(np.exp(read).sum(-1, keepdims=True))
+    total = log_likelihoods[np.arange(len(continuation)), continuation].sum()
+    assert total == pytest.approx(
+        model.score([images[0]], PROMPTS[:1], ["It is a cat"])[0], abs=1e-4
+    )
+    (full,) = model.logits([images[0]], prompts[:1])
+    assert len(full) == len(prompts[0]) - 1 + model.config.vision.num_patches
+
+
 def test_reductions_positions_and_modes_matter(
     model: prumerge_jax.Llava, images: list[np.ndarray]
 ) -> None:
@@ -230,8 +246,8 @@ def test_errors_name_what_is_wrong(
         model.generate([images[0]], ["<image> what?"])
     with pytest.raises(ValueError, match="unknown conversation 'v9'"):
         model.generate([None], ["Hi"], conversation="v9")
-    with pytest.raises(ValueError, match="unknown reduction 'tome'"):
-        model.generate([images[0]], ["Hi"], reduction="tome")
+    with pytest.raises(ValueError, match="unknown reduction 'halving'"):
+        model.generate([images[0]], ["Hi"], reduction="halving")
     with pytest.raises(ValueError, match="no such parameter 'neighbour'"):
         model.score([images[0]], ["Hi"], ["a"], reduction="prumerge:neighbour=8")
     with pytest.raises(ValueError, match="a grid from 1 to 3"):

@@ -180,7 +180,7 @@ class WindowPlanner:
                 overflow.append(request)
                 continue
             refused = encoding.places.refused.get(request.key)
-            error = refused or _broken(request, required, numbers)
+            error = refused or _broken(required, numbers)
             runs = () if error else self._runs(request, crops, numbers, encoding.reduction)
             visual_tokens = sum(len(run) for run in runs)
             error = error or self._refusal(request, visual_tokens)
@@ -300,18 +300,17 @@ class WindowPlanner:
         return None
 
 
-def _broken(
-    request: Request, required: np.ndarray, numbers: Sequence[tuple[int, ...]]
-) -> str | None:
+def _broken(required: np.ndarray, numbers: Sequence[tuple[int, ...]]) -> str | None:
     """The first crop of a request for which the tower gave no finite numbers; None without one."""
     for image, crops in enumerate(numbers):
         for crop, number in enumerate(crops):
-            if required[number] >= 0:
-                continue
-            of = f" of image {image}" if len(numbers) > 1 else ""
-            which = "the image" if len(crops) == 1 else f"crop {crop}{of or ' of the image'}"
-            which = f"image {image}" if len(crops) == 1 and of else which
-            return f"{which}'s CLS attention is not finite; check the image and the weights"
+            if required[number] < 0:
+                name = "the image" if len(numbers) == 1 else f"image {image}"
+                where = name if len(crops) == 1 else f"crop {crop} of {name}"
+                return (
+                    f"the vision tower's attention is not finite on {where}; check the image and "
+                    "the weights"
+                )
     return None
 
 

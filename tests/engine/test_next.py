@@ -14,7 +14,7 @@ from flax import nnx
 
 from prumerge_jax import prumerge, reductions, sharding
 from prumerge_jax.data.images import normalize
-from prumerge_jax.engine.encoding import PlacedModel
+from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding, PlacedModel
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import (
     Answer,
@@ -298,3 +298,26 @@ def test_nothing_compiles_after_warm_up(golden: pathlib.Path):
     assert compiled == []
     assert engine.counters.images == 180
     assert engine.counters.crops > 3 * 180
+
+
+class BrokenCrop(Encoder):
+    """An encoder whose tower has no finite numbers for crop 2 of the window."""
+
+    def measure(self, encoding: Encoding) -> EncodedImages:
+        images = super().measure(encoding)
+        required = images.required.copy()
+        required[2, 0] = -1
+        return images._replace(required=required)
+
+
+def test_an_image_fails_as_a_whole_and_the_crop_is_named(golden: pathlib.Path):
+    model = load(golden, "next_vicuna")
+    requests = [model.request(key, case) for key, case in enumerate(["square_56", "wide_97x61"])]
+    engine = make_engine(model, "prumerge")
+    engine.encoder = BrokenCrop(engine.model, engine.shapes)
+    answers = {answer.key: answer for answer in engine.generate(requests)}
+    assert answers[1].error is None
+    assert answers[0].error == (
+        "the vision tower's attention is not finite on crop 2 of the image; check the image and "
+        "the weights"
+    )
