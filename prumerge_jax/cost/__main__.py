@@ -4,12 +4,14 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
+from prumerge_jax.cost import counts
 from prumerge_jax.cost.roofline import CHIPS, Chip, Workload, floor_seconds, operations
 from prumerge_jax.models.config import LlavaConfig, published
 
 VISUAL_TOKENS = (576, 144, 40)
 BATCHES = (1, 8, 32)
 OUTPUT_TOKENS = (1, 8, 32)
+PAGE_SIZE = 32
 
 
 def floor_lines(config: LlavaConfig, chip: Chip, text_tokens: int, weight_bits: int) -> list[str]:
@@ -38,6 +40,14 @@ def floor_lines(config: LlavaConfig, chip: Chip, text_tokens: int, weight_bits: 
                 + "   "
                 + " / ".join(f"{1 / total:.0f}" for total in totals)
             )
+    longest = max(OUTPUT_TOKENS)
+    for visual in VISUAL_TOKENS:
+        tokens = visual + text_tokens + longest
+        size = counts.kv_bytes(config.text, tokens, PAGE_SIZE) / 1e6
+        lines.append(
+            f"{visual} visual tokens: keys and values of {tokens} tokens in pages of {PAGE_SIZE}: "
+            f"{size:.0f} MB a sequence"
+        )
     return lines
 
 

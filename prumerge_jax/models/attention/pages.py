@@ -147,7 +147,13 @@ def write_to_pages(
         new = new.reshape(-1, *new.shape[2:]).astype(pool.dtype)
         new = jnp.where(jnp.isfinite(new), new, 0)
         if form.heads_first:
-            return pool.at[:, page, offset].set(new.swapaxes(0, 1), mode="drop")
+            # Row by row: for a scatter behind the heads XLA lays out the pool anew, on TPUs at
+            # every layer.
+            head = jnp.arange(pool.shape[0])
+            row = (head * count + page[:, None]) * pool.shape[2] + offset[:, None]
+            row = jnp.where(places[:, None] >= 0, row, pool.size // pool.shape[-1])
+            rows = pool.reshape(-1, pool.shape[-1]).at[row].set(new, mode="drop")
+            return rows.reshape(pool.shape)
         return pool.at[page, :, offset].set(new, mode="drop")
 
     all_axes = (axes, HEADS, HEADS[:2], ())
