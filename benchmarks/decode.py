@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms, report
+from measuring import add_rate_arguments, begin, interleaved, peak_rates, quartiles_ms, report
 from models import add_geometry_argument, geometry, random_llava_for_inference
 
 from prumerge_jax import reductions
@@ -198,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5 if on_cpu else 20)
     add_rate_arguments(parser)
     arguments = parser.parse_args(argv)
+    begin("decode", __doc__, minutes=4)
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     model = random_llava_for_inference(config, dtype)
     chip = peak_rates(arguments.chip, dtype)

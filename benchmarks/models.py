@@ -39,7 +39,7 @@ def add_geometry_argument(parser: argparse.ArgumentParser) -> None:
 
 def geometry(name: str) -> LlavaConfig:
     """The sizes of that name; no token ends a sequence, so that all have the asked-for length."""
-    return dataclasses.replace(GEOMETRIES[name], eos_token_id=-1)
+    return dataclasses.replace(GEOMETRIES[name], eos_token_ids=())
 
 
 def random_llava(

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms, report
+from measuring import add_rate_arguments, begin, interleaved, peak_rates, quartiles_ms, report
 from models import add_geometry_argument, geometry, random_llava_for_inference
 
 from prumerge_jax.cost import Workload, floor_seconds, operations
 from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IMAGE_TOKEN
+from prumerge_jax.data.visual_layout import CropTokens, runs
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.request import MAX_STOP_IDS
 from prumerge_jax.models import tuning
@@ -30,14 +31,15 @@ from prumerge_jax.models import tuning
 def packed_rows(visual: int, text: int, length: int, rows: int) -> tuple[packing.Rows, int]:
     """Rows full of equal segments, each with its own image; and the number of segments."""
     number = length // (visual + text) * rows
-    layout = packing.VisualLayout(
+    crops = CropTokens(
         np.full(number, visual, np.int32), np.zeros((number, visual), np.int32), visual
     )
     ids = np.arange(text, dtype=np.int32) % 100
     requests = [
-        packing.Request(np.insert(ids, 1, IMAGE_TOKEN), (image,)) for image in range(number)
+        packing.Request(np.insert(ids, 1, IMAGE_TOKEN), (run,))
+        for run in runs(crops, range(number))
     ]
-    (filled,) = packing.pack_window(requests, layout, length, rows)
+    (filled,) = packing.pack_window(requests, crops.num_slots, length, rows)
     return filled, number
 
 
@@ -93,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5 if on_cpu else 20)
     add_rate_arguments(parser)
     arguments = parser.parse_args(argv)
+    begin("prefill", __doc__, minutes=4)
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     chip = peak_rates(arguments.chip, dtype)
     model = random_llava_for_inference(config, dtype)

@@ -7,7 +7,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     """The default of `eval.py`."""
     config = ConfigDict()
-    config.checkpoint = "miniature"  # model directory, or this name for the shipped one
+    config.checkpoint = "miniature-any-budget"  # model directory, or the name of a shipped one
     # None: answers without a score where there are questions, else the miniature's digits.
     config.benchmark = placeholder(str)
     config.questions = placeholder(str)  # question file of the benchmark, or your own
@@ -16,12 +16,15 @@ def get_config() -> ConfigDict:
     config.tasks = ()  # several benchmarks: dicts of the four fields above
     config.answers = placeholder(str)  # score this file, without a model
 
-    config.reduction = "full prumerge+ prumerge"  # names, separated by spaces
+    # Names, separated by spaces. None: the benchmark's default, "full prumerge+ prumerge" but for
+    # the digits.
+    config.reduction = placeholder(str)
+    config.tokens = ""  # budgets of those that keep a fixed count, such as "128 64 32"
     config.baselines = False  # also, at equal counts: random, uniform and a smaller image
     config.decoding = ConfigDict(
         {
             "protocol": "llava-1.6",
-            "conversation": "vicuna_v1",
+            "conversation": placeholder(str),  # None: the model's own template
             # None: the benchmark's default, which is compact but for the digits.
             "position_ids": placeholder(str),
             "max_new_tokens": placeholder(int),  # None: the benchmark's limit
@@ -45,6 +48,7 @@ def get_config() -> ConfigDict:
             "pages": placeholder(int),  # pages in the pool; default: what the device holds
             "cache_length": placeholder(int),  # tokens of the longest sequence
             "decode_steps_per_call": placeholder(int),
+            "share_prefixes": True,  # whether questions about one image have it computed once
         }
     )
     config.chip = placeholder(str)  # print achieved speed against this chip's floor

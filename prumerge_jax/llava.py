@@ -15,12 +15,30 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from prumerge_jax import reductions, sharding
+from prumerge_jax.conversion import download as downloads
 from prumerge_jax.conversion.miniature import model_directory
-from prumerge_jax.data.conversation import chat_template
-from prumerge_jax.data.images import ImageMode, ImageProcessor, ImageSource
+from prumerge_jax.data.images import ImageSource
 from prumerge_jax.data.packing import PositionIds
-from prumerge_jax.data.tokenizer import TextStream, Tokenizer
-from prumerge_jax.engine.build import Draft, Images, RequestBuilder, check_list, named_image
+from prumerge_jax.data.pictures import PictureMode, PictureProcessor, default_mode
+from prumerge_jax.data.templates import TEMPLATES, Template, chat_template
+from prumerge_jax.data.tokenizer import (
+    BPE_FILE,
+    SENTENCEPIECE_FILE,
+    TextStream,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_file,
+)
+from prumerge_jax.data.visual_layout import Newlines
+from prumerge_jax.engine.build import (
+    Draft,
+    Images,
+    RequestBuilder,
+    check_list,
+    drafts_of_ids,
+    named_image,
+    requests_of,
+)
 from prumerge_jax.engine.encoding import PlacedModel, compute_dtype, data_shards
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.pages import pages_that_fit
@@ -29,12 +47,15 @@ from prumerge_jax.engine.shapes import EngineConfig, EngineSizes, fit
 from prumerge_jax.messages import quoted
 from prumerge_jax.models import config_json, tuning
 from prumerge_jax.models.config import LlavaConfig
-from prumerge_jax.models.llava import abstract_model, gather_evidence, inference_layout
+from prumerge_jax.models.llava import (
+    abstract_model,
+    embed_question,
+    gather_evidence,
+    inference_layout,
+)
 from prumerge_jax.reductions import Reduction, ReductionLike, as_reduction
 from prumerge_jax.store import model_directory as directories
 from prumerge_jax.store.manifest import MANIFEST
-
-TOKENIZER = "tokenizer.model"
 
 
 class Explanation(NamedTuple):
@@ -56,7 +77,7 @@ class Llava:
     """A LLaVA on the current devices.
 
     Attributes:
-      tokenizer: its SentencePiece tokenizer.
+      tokenizer: its tokenizer.
       engine_config: fixed shapes of the jitted functions.
     """
 
@@ -82,6 +103,7 @@ class Llava:
         dtype: jnp.dtype | str | None = None,
         engine: EngineConfig | None = None,
         mesh: Mesh | None = None,
+        revision: str | None = None,
     ) -> "Llava":
         """Loads a directory that `convert_weights.py` or `train.py` wrote.
 
@@ -93,21 +115,28 @@ class Llava:
           engine: shapes of the jitted functions to fix.
           mesh: devices to place the weights on (`sharding.make_mesh`); by default the first one.
             Each weight is read straight into its shards.
+          revision: a commit of the Hugging Face repository that `directory` then names; without
+            it nothing is downloaded.
 
         Raises:
+          ConversionError: the revision is no commit, or cannot be downloaded.
           DirectoryError: the directory is incomplete or altered; the message names the file.
           ValueError: another dtype, or a size of the engine that does not divide over the mesh.
         """
         chosen = None if dtype is None else compute_dtype(dtype)
         (engine or EngineConfig()).sizes(data_shards(mesh))
+        if revision is not None:
+            repository = downloads.check_commit(os.fspath(directory), revision)
+            directory = downloads.snapshot(repository, revision, None)
         root = model_directory(directory)
-        if (root / MANIFEST).is_file() and not (root / TOKENIZER).is_file():
+        if (root / MANIFEST).is_file() and not tokenizer_file(root).is_file():
             raise directories.DirectoryError(
-                f"{root}: no {TOKENIZER}; copy there the one of the LLaVA that it was trained from"
+                f"{root}: no {SENTENCEPIECE_FILE}; copy there the one of the LLaVA that it was "
+                f"trained from, or the {BPE_FILE} of a Qwen or Llama-3"
             )
         directories.verify(root)
         config = config_json.read_config(root)
-        tokenizer = Tokenizer(root / TOKENIZER)
+        tokenizer = load_tokenizer(tokenizer_file(root))
         _check_vocabulary(tokenizer, config)
         model = _read_weights(root, config, chosen, mesh)
         return cls(model, tokenizer, engine=engine)
@@ -134,8 +163,8 @@ class Llava:
         *,
         reduction: ReductionLike = "prumerge",
         max_new_tokens: int = 64,
-        image_mode: ImageMode = "pad",
-        conversation: str = "vicuna_v1",
+        image_mode: PictureMode | None = None,
+        conversation: str | None = None,
         position_ids: PositionIds = "compact",
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -144,12 +173,14 @@ class Llava:
         """Answers a batch of questions about images.
 
         Args:
-          images: one per prompt: a path, bytes, PIL image, uint8 [H, W, 3], data URL or None.
+          images: one per prompt: a path, bytes, PIL image, uint8 [H, W, 3], data URL or None; a
+            tuple of them where the model takes several.
           prompts: the user's text alone.
           reduction: its spelling, as `prumerge:neighbours=8`; see `reductions.parse`.
           max_new_tokens: most tokens per answer.
-          image_mode: `pad` to a square or `crop` the central one.
-          conversation: name of a template, see `data.conversation.TEMPLATES`.
+          image_mode: `pad` to a square, `crop` the central one, or `anyres` for tiles; by default
+            what the model was trained with.
+          conversation: name of a template, see `data.templates.TEMPLATES`; None is the model's.
           position_ids: `compact` (the reference) or `original`, see `packing.pack_window`.
           temperature: 0 is greedy.
           top_p: smallest probability mass to draw from.
@@ -178,8 +209,8 @@ class Llava:
         *,
         reduction: ReductionLike = "prumerge",
         max_new_tokens: int = 64,
-        image_mode: ImageMode = "pad",
-        conversation: str = "vicuna_v1",
+        image_mode: PictureMode | None = None,
+        conversation: str | None = None,
         position_ids: PositionIds = "compact",
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -208,8 +239,8 @@ class Llava:
         continuations: Sequence[str],
         *,
         reduction: ReductionLike = ...,
-        image_mode: ImageMode = ...,
-        conversation: str = ...,
+        image_mode: PictureMode | None = ...,
+        conversation: str | None = ...,
         position_ids: PositionIds = ...,
     ) -> list[float]: ...
 
@@ -221,8 +252,8 @@ class Llava:
         continuations: Sequence[list[str]] | Sequence[tuple[str, ...]],
         *,
         reduction: ReductionLike = ...,
-        image_mode: ImageMode = ...,
-        conversation: str = ...,
+        image_mode: PictureMode | None = ...,
+        conversation: str | None = ...,
         position_ids: PositionIds = ...,
     ) -> list[list[float]]: ...
 
@@ -233,8 +264,8 @@ class Llava:
         continuations: Sequence[str] | Sequence[list[str]] | Sequence[tuple[str, ...]],
         *,
         reduction: ReductionLike = "prumerge",
-        image_mode: ImageMode = "pad",
-        conversation: str = "vicuna_v1",
+        image_mode: PictureMode | None = None,
+        conversation: str | None = None,
         position_ids: PositionIds = "compact",
     ) -> list[float] | list[list[float]]:
         """The log-likelihood of each continuation as the answer to its prompt.
@@ -270,22 +301,70 @@ class Llava:
             return [score for (score,) in scores]
         return scores
 
+    def logits(
+        self,
+        images: Images,
+        token_ids: Sequence[Sequence[int] | np.ndarray],
+        *,
+        reduction: ReductionLike = "full",
+        image_mode: PictureMode | None = None,
+        position_ids: PositionIds = "compact",
+    ) -> list[np.ndarray]:
+        """Next-token logits at every position of prompts that are given as ids.
+
+        Arguments and errors as in `generate`. Neither tokenizer nor chat template is read.
+
+        Args:
+          token_ids: ids of every prompt, -200 where an image goes.
+
+        Returns:
+          float32 [T, V] for each prompt; T counts the visual tokens in place of each -200, and the
+          newlines among them.
+        """
+        processor = self.processor(image_mode, reduction)
+        drafts = drafts_of_ids(images, token_ids, processor)
+        engine = self._engine_for(drafts, reduction, position_ids)
+        found: dict[int, np.ndarray] = {}
+        with self.placed():
+            for result in engine.logits(requests_of(drafts, processor)):
+                if isinstance(result, Answer):
+                    raise ValueError(f"prompt {result.key}: {result.error}")
+                found[result.key] = result.values
+        return [found[key] for key in range(len(drafts))]
+
     def explain(
         self,
         image: ImageSource,
         *,
         reduction: ReductionLike = "prumerge",
-        image_mode: ImageMode = "pad",
+        image_mode: PictureMode | None = None,
+        question: str | None = None,
     ) -> Explanation:
-        """Which patches of an image are kept and where the others go; `overlay` draws it."""
+        """Which patches of an image are kept and where the others go; `overlay` draws it.
+
+        Args:
+          image, reduction, image_mode: as in `generate`.
+          question: the user's text, for reductions that read it.
+
+        Raises:
+          ImageError: the image cannot be used.
+          ValueError: the reduction reads the question and there is none, or an argument is wrong.
+        """
         reduction = as_reduction(reduction)
+        asked = self._question_ids(question, reduction)
         name, source = named_image(image, "image")
-        pixels = self._processor(image_mode, reduction)(source, name)
+        mode = "pad" if image_mode is None else image_mode
+        (pixels, *tiles), _ = self.processor(mode, reduction)(source, name)
+        if tiles:
+            raise ValueError(
+                "an image of several crops cannot be explained; expected 'pad', 'crop'"
+            )
         with self.placed():
             assignment = _explain(
                 self._model.graphdef,
                 self._model.state,
                 jnp.asarray(pixels[None]),
+                asked,
                 reduction=reduction,
                 dtype=self.dtype,
             )
@@ -299,17 +378,20 @@ class Llava:
     def engine(
         self,
         reduction: ReductionLike,
-        text_tokens: Sequence[int],
+        drafts: Sequence[Draft],
         *,
         max_new_tokens: int = 0,
         position_ids: PositionIds = "compact",
+        newlines: Newlines = "none",
+        image_budget: int | None = None,
     ) -> Engine:
         """An engine for this model, its shapes fitted to the requests that will run.
 
         Args:
           reduction, position_ids: as in `generate`.
-          text_tokens: text tokens of every request, a continuation to score included.
+          drafts: the requests, in the order in which they come.
           max_new_tokens: most tokens per answer.
+          newlines, image_budget: see `Engine`.
         """
         reduction = as_reduction(reduction)
         vision = dataclasses.replace(self.config.vision, image_size=self.image_size(reduction))
@@ -321,15 +403,23 @@ class Llava:
                 self.engine_config,
                 reduction,
                 model.config.vision.num_patches,
-                np.array(text_tokens, np.int64),
+                [draft.opening for draft in drafts],
                 max_new_tokens=max_new_tokens,
                 max_positions=model.config.text.max_positions,
                 shards=model.shards,
                 pages_that_fit=pages_that_fit(model, page_size),
             )
         if model.mesh is None:
-            shapes = shapes.limited_to(len(text_tokens))
-        return Engine(model, reduction, shapes, position_ids=position_ids)
+            crops = sum(layout.num_crops for draft in drafts for layout in draft.layouts)
+            shapes = shapes.limited_to(len(drafts), crops)
+        return Engine(
+            model,
+            reduction,
+            shapes,
+            position_ids=position_ids,
+            newlines=newlines,
+            image_budget=image_budget,
+        )
 
     def image_size(self, reduction: ReductionLike) -> int:
         """Side in pixels of the images that a reduction wants.
@@ -340,18 +430,51 @@ class Llava:
         vision = self.config.vision
         return as_reduction(reduction).image_size(vision.image_size, vision.patch_size)
 
+    def template(self, name: str | None = None) -> Template:
+        """A chat template by name; by default the one that the model was trained with.
+
+        Raises:
+          ValueError: no such template, or the model's is not known.
+        """
+        name = name or self.config.chat_template
+        if name is None:
+            raise ValueError(
+                "the model's chat template is not known; expected a conversation, one of "
+                f"{sorted(TEMPLATES)}"
+            )
+        return chat_template(name)
+
     def placed(self) -> contextlib.AbstractContextManager[None]:
         """The context in which an engine of this model runs: its mesh, if it has one."""
         return sharding.use_mesh(self._model.mesh)
 
-    def _processor(self, mode: ImageMode, reduction: ReductionLike) -> ImageProcessor:
-        return ImageProcessor(self.image_size(reduction), self.config.vision.pixel_mean, mode)
+    def _question_ids(self, question: str | None, reduction: Reduction) -> jax.Array | None:
+        """Ids [1, M] of the question that a reduction reads; None where it reads none."""
+        most = reduction.question_tokens
+        if not most:
+            return None
+        ids = [] if question is None else self.tokenizer.encode(reductions.keywords(question))
+        if not 0 < len(ids) <= most:
+            raise ValueError(
+                f"reduction {quoted(reductions.spell(reduction))} reads the question: expected one "
+                f"whose keywords have 1 to {most} tokens, got {quoted(question)}"
+            )
+        return jnp.pad(jnp.array(ids, jnp.int32), (0, most - len(ids)), constant_values=-1)[None]
+
+    def processor(self, mode: PictureMode | None, reduction: ReductionLike) -> PictureProcessor:
+        """From images to crops as a reduction wants them; None is the model's own mode.
+
+        Raises:
+          ValueError: a mode that does not exist, or that model or reduction do not support.
+        """
+        mode = default_mode(self.config) if mode is None else mode
+        return PictureProcessor(self.config, self.image_size(reduction), mode)
 
     def _builder(
-        self, mode: ImageMode, conversation: str, reduction: ReductionLike
+        self, mode: PictureMode | None, conversation: str | None, reduction: ReductionLike
     ) -> RequestBuilder:
-        processor = self._processor(mode, reduction)
-        return RequestBuilder(self.tokenizer, chat_template(conversation), processor)
+        processor = self.processor(mode, reduction)
+        return RequestBuilder(self.tokenizer, self.template(conversation), processor)
 
     def _engine_for(
         self,
@@ -362,7 +485,7 @@ class Llava:
     ) -> Engine:
         return self.engine(
             reduction,
-            [draft.text_tokens for draft in drafts],
+            drafts,
             max_new_tokens=max_new_tokens,
             position_ids=position_ids,
         )
@@ -443,12 +566,18 @@ def _explain(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     pixels: jax.Array,
+    question_ids: jax.Array | None,
     *,
     reduction: Reduction,
     dtype: jnp.dtype,
 ) -> reductions.Assignment:
     model = nnx.merge(graphdef, state)
     evidence = gather_evidence(
-        model.vision, pixels, reduction.needs, dtype=dtype, projector=model.projector
+        model.vision,
+        pixels,
+        reduction,
+        dtype=dtype,
+        projector=model.projector,
+        question=embed_question(model.decoder, question_ids, dtype),
     )
     return reductions.explain(evidence, reduction)

@@ -61,9 +61,11 @@ def _added(selected: list[int], number: int, num: int, config: PruMergeConfig) -
     if config.added_patches == "uniform":
         points = min(number, len(others))
         return sorted({others[(2 * i + 1) * len(others) // (2 * points)] for i in range(points)})
-    if config.added_patches == "lattice":
+    if config.added_patches in ("lattice", "lattice_fixed"):
         side = int(num**0.5)
         points = int(np.ceil(np.sqrt(number)))
+        if config.added_patches == "lattice_fixed":
+            points = max(1, round(side * config.ratio**0.5))
         lines = {(2 * i + 1) * side // (2 * points) for i in range(points)}
         return [i for i in others if i // side in lines and i % side in lines]
     return []

@@ -80,7 +80,8 @@ def test_a_score_is_the_sum_over_its_tokens(
     model: prumerge_jax.Llava, images: list[np.ndarray]
 ) -> None:
     """log p(a b) = log p(a) + log p(b | a), the second through a longer prompt."""
-    from prumerge_jax.data.conversation import TEMPLATES, evaluation_prompt
+    from prumerge_jax.data.templates import TEMPLATES
+    from tests.prompts import evaluation_prompt
 
     text = "It is a cat"
     whole = model.score([None], [PROMPTS[0]], [text])[0]
@@ -89,10 +90,11 @@ def test_a_score_is_the_sum_over_its_tokens(
     )
     continuation = model.tokenizer.encode(text)
     total = 0.0
+    from prumerge_jax.engine.build import Draft
     from prumerge_jax.engine.request import Request
 
-    engine = model.engine("full", [len(ids) + len(continuation)])
-
+    draft = Draft(0, np.array(ids, np.int32), None, np.array(continuation, np.int32))
+    engine = model.engine("full", [draft])
     for i in range(len(continuation)):
         prompt = np.array(ids + continuation[:i], np.int32)
         target = np.array(continuation[i : i + 1], np.int32)
@@ -120,6 +122,45 @@ def test_reductions_positions_and_modes_matter(
         dict(conversation="llava_v1"),
     ):
         assert np.abs(np.subtract(scores(**options), base)).max() > 1e-3, options
+
+
+def test_a_reduction_that_reads_the_question(
+    model: prumerge_jax.Llava, images: list[np.ndarray]
+) -> None:
+    """Each question has tokens of its own, whatever else is asked of the image."""
+    reading = {"reduction": "mmtok:tokens=3"}
+    asked = [images[0]] * 3, ["What is a cat?", "Name the table near a window.", "What is a cat?"]
+    kept = [
+        model.explain(images[0], question=prompt, **reading).patch_indices
+        for prompt in asked[1][:2]
+    ]
+    assert list(kept[0]) != list(kept[1])
+    together = model.score(*asked, ["It is"] * 3, **reading)
+    alone = [model.score([images[0]], [p], ["It is"], **reading)[0] for p in asked[1]]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert model.score([None], PROMPTS[:1], ["It is"], **reading) == pytest.approx(
+        model.score([None], PROMPTS[:1], ["It is"]), abs=1e-5
+    )
+    builder = model._builder("pad", "vicuna_v1", reading["reduction"])
+    drafts = [
+        dataclasses.replace(draft, image=("one name", images[0]), continuation=np.array([5]))
+        for draft in builder.drafts(*asked)
+    ]
+    engine = model.engine(reading["reduction"], drafts)
+    assert len(list(engine.score(builder.requests(drafts)))) == 3
+    assert engine.counters.images == 2
+
+
+def test_a_question_that_cannot_be_read_is_named(
+    model: prumerge_jax.Llava, images: list[np.ndarray]
+) -> None:
+    with pytest.raises(ValueError, match=r"'mmtok:tokens=3' reads the question: .* got None"):
+        model.explain(images[0], reduction="mmtok:tokens=3")
+    short = "mmtok:tokens=3,question_tokens=2"
+    with pytest.raises(
+        ValueError, match=r"prompt 1: the question's keywords have \d+ tokens; .* 2"
+    ):
+        model.score(images[:2], ["a", "cat table window"], ["It"] * 2, reduction=short)
 
 
 def test_text_only_prompts(model: prumerge_jax.Llava, images: list[np.ndarray]) -> None:

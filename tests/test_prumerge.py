@@ -54,9 +54,9 @@ def test_golden_tower(golden: pathlib.Path) -> None:
     from safetensors.numpy import load_file
 
     from prumerge_jax.data.images import load_image, preprocess
-    from prumerge_jax.models.clip import ClipVision
     from prumerge_jax.models.config import VisionConfig
     from prumerge_jax.models.llava import encode_images, normalize_pixels
+    from prumerge_jax.models.vision_tower import VisionTower
 
     folder = golden / "prumerge" / "tower"
     hf = json.loads((folder / "config.json").read_text())
@@ -70,7 +70,7 @@ def test_golden_tower(golden: pathlib.Path) -> None:
         activation=hf["hidden_act"],
     )
     with nnx.use_eager_sharding(False):
-        tower = ClipVision(config, rngs=nnx.Rngs(0))
+        tower = VisionTower(config, rngs=nnx.Rngs(0))
     _load_tower(tower, load_file(folder / "model.safetensors"), config)
     outputs = np.load(folder / "outputs.npz")
     counts = {"extreme_ironing": (23, 93), "waterview": (99, 576)}
@@ -93,7 +93,7 @@ def test_golden_tower(golden: pathlib.Path) -> None:
 
 def _assert_tied_neighbours(features, patch: int, change: np.ndarray) -> None:
     """The change is the swap of two neighbours whose similarities differ by float32 rounding."""
-    attention = np.asarray(prumerge.cls_attention(features.query_cls, features.keys))[0]
+    attention = np.asarray(prumerge.cls_attention(features.queries[:, 0], features.keys))[0]
     values = attention[:, None] * np.asarray(features.hidden)[0, 1:]
     keys = np.asarray(features.keys, np.float64)[0, 1:]
     unit = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
@@ -154,7 +154,7 @@ def settings_and_images(draw: st.DrawFn):
         overrides["merge"] = draw(st.sampled_from(["sum", "mean", "none"]))
         overrides["extra_token"] = draw(st.booleans())
     if name != "prumerge+fixed" and name != "full":
-        added = st.sampled_from(["none", "raster", "uniform", "lattice"])
+        added = st.sampled_from(["none", "raster", "uniform", "lattice", "lattice_fixed"])
         overrides["added_patches"] = draw(added)
         overrides["min_tokens"] = draw(st.integers(0, 6))
         overrides["max_tokens"] = draw(st.sampled_from([None, 6]))

@@ -31,8 +31,10 @@ from prumerge_jax.aot.compile import (
 )
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
-from prumerge_jax.cost.roofline import Operation
+from prumerge_jax.cost.roofline import FRONT_TOKENS, Operation, Workload
+from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
+from prumerge_jax.engine.request import Opening
 from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit
 from prumerge_jax.models import attention
 from prumerge_jax.models.attention import KVPages, tokens_read
@@ -51,6 +53,8 @@ from prumerge_jax.sharding.mesh import (
 
 ASSUMED_TEXT_TOKENS, ASSUMED_NEW_TOKENS = 60, 64
 """Tokens of a question and of its answer, where the engine's lengths are left open."""
+ASSUMED_IMAGES = 8
+"""Images whose questions rows are made for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,7 @@ class InferencePlan:
       work: by program, what it computes on all chips together, by the cost model.
       resident: bytes per chip of weights, pages of keys and values, and four windows of visual
         tokens.
+      questions_per_image: assumed number of questions that share what is in front of them.
       rejected: why meshes that were tried before this one do not fit.
     """
 
@@ -80,6 +85,7 @@ class InferencePlan:
     programs: tuple[Program, ...]
     work: Mapping[str, Operation]
     resident: int
+    questions_per_image: int = 1
     rejected: tuple[str, ...] = ()
 
     @property
@@ -90,8 +96,12 @@ class InferencePlan:
     @property
     def prompts(self) -> float:
         """Number of prompts of the assumed length that full rows hold."""
-        length = self.visual_tokens.mean + ASSUMED_TEXT_TOKENS
-        return self.shapes.prefill_rows * self.shapes.row_length / length
+        workload = Workload(
+            self.visual_tokens.mean,
+            ASSUMED_TEXT_TOKENS,
+            questions_per_image=self.questions_per_image,
+        )
+        return self.shapes.prefill_rows * self.shapes.row_length / workload.computed
 
     def lines(self) -> list[str]:
         """The plan as lines of text."""
@@ -104,7 +114,8 @@ class InferencePlan:
             + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
             *(f"  rejected: {reason}" for reason in self.rejected),
             f"{self.reduction} in {self.dtype}, assumed {self.visual_tokens.mean:.4g} visual "
-            f"tokens per image ({self.visual_tokens.reason}) and {ASSUMED_TEXT_TOKENS} of text: "
+            f"tokens per image ({self.visual_tokens.reason}), {self.questions_per_image} "
+            f"question(s) about each and {ASSUMED_TEXT_TOKENS} tokens of text: "
             f"{self.prompts:.0f} prompts in the rows of a read or prefill",
             f"{self.shapes.batch_size} images, {self.shapes.prefill_rows} rows of "
             f"{self.shapes.row_length}, {self.shapes.slots} slots with "
@@ -131,6 +142,8 @@ def plan_inference(
     topology: Topology,
     mesh: Sizes,
     dtype: jnp.dtype = jnp.bfloat16,
+    *,
+    questions_per_image: int = 1,
 ) -> InferencePlan:
     """Compiles an engine's programs for a slice, on this mesh or the next larger that fits.
 
@@ -142,6 +155,7 @@ def plan_inference(
       topology: the slice.
       mesh: sizes of the mesh's axes; those that are tried next have more `tensor`.
       dtype: dtype of weights and computation.
+      questions_per_image: how many questions share the text and the image in front of them.
 
     Raises:
       ValueError: the mesh is larger than the slice, a shape does not divide over its shards, or
@@ -153,18 +167,31 @@ def plan_inference(
         dataclasses.replace(engine, page_size=page_size),
         parse(reduction),
         _resized(model, parse(reduction)).vision.num_patches,
-        np.array([ASSUMED_TEXT_TOKENS]),
+        _openings(questions_per_image),
         max_new_tokens=ASSUMED_NEW_TOKENS,
         max_positions=model.text.max_positions,
         shards=mesh["data"] * mesh["fsdp"],
     )
     plan, rejected = first_that_fits(
         _larger(mesh, model, len(topology.devices)),
-        functools.partial(_plan, model, shapes, reduction, topology, jnp.dtype(dtype)),
+        functools.partial(
+            _plan, model, shapes, reduction, topology, jnp.dtype(dtype), questions_per_image
+        ),
         topology,
         "has the memory; make the engine's shapes smaller or take a larger slice",
     )
     return dataclasses.replace(plan, rejected=rejected)
+
+
+def _openings(questions_per_image: int) -> list[Opening]:
+    """Questions about a few images, with text in front of the image as a chat template has it."""
+    openings = []
+    for number in range(ASSUMED_IMAGES * questions_per_image if questions_per_image > 1 else 1):
+        image = number // questions_per_image
+        behind = ASSUMED_TEXT_TOKENS - FRONT_TOKENS
+        token_ids = [*[1] * FRONT_TOKENS, IMAGE_TOKEN, *[2 + number] * behind]
+        openings.append(Opening(np.array(token_ids), (image,)))
+    return openings
 
 
 def _resized(model: LlavaConfig, reduction: Reduction) -> LlavaConfig:
@@ -191,6 +218,7 @@ def _plan(
     spelling: str,
     topology: Topology,
     dtype: jnp.dtype,
+    questions_per_image: int,
     sizes: Sizes,
 ) -> InferencePlan:
     mesh = mesh_on(topology.devices, **sizes)
@@ -201,11 +229,18 @@ def _plan(
     batch = NamedSharding(mesh, logical_spec("batch"))
     side, capacity = model.vision.image_size, reduction.capacity_for(model.vision.num_patches)
     pixels = jax.ShapeDtypeStruct((engine.batch_size, side, side, 3), jnp.uint8, sharding=batch)
+    asked = None
+    if reduction.question_tokens:
+        shape = (engine.batch_size, reduction.question_tokens)
+        asked = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch)
     pool = jax.ShapeDtypeStruct(
         (2 * engine.window_size, capacity, model.vision.width), dtype, sharding=batch
     )
     row = jax.ShapeDtypeStruct((engine.prefill_rows, engine.row_length), jnp.int32, sharding=batch)
+    shared = questions_per_image > 1 and engine.share_prefixes
     rows = programs.Rows(*[row] * 4)  # type: ignore[arg-type]  # shapes stand for arrays
+    if shared:
+        rows = rows._replace(branch_ids=row)  # type: ignore[arg-type]
     with use_mesh(mesh):
         slots, pages = _abstract_slots(engine, mesh), _abstract_pages(model, engine, mesh, dtype)
         places = jax.ShapeDtypeStruct(row.shape, jnp.int32, sharding=batch)
@@ -215,9 +250,13 @@ def _plan(
         pairs = splash_pairs(
             engine.row_length, causal=True, max_segment_length=engine.longest_prompt
         )
+        if shared:  # the kernel runs again, for what is in front of the branches
+            pairs += splash_pairs(engine.row_length, causal=True)
         of_tower = tower_kernel_flops(model.vision, engine.batch_size, dtype) / mesh.size
         of_rows = decoder_kernel_flops(model.text, engine.prefill_rows, pairs, dtype) / mesh.size
-        encode = programs.encode.lower(graphdef, state, pixels, reduction=reduction, dtype=dtype)
+        encode = programs.encode.lower(
+            graphdef, state, pixels, asked, reduction=reduction, dtype=dtype
+        )
         longest = engine.longest_prompt
         read = programs.hidden_before_last_mlp.lower(
             graphdef, state, pool, rows, max_segment_length=longest
@@ -250,6 +289,7 @@ def _plan(
         compiled,
         _work(model, engine, visual_tokens),
         resident=bytes_per_chip((state, pages, pool, pool)),
+        questions_per_image=questions_per_image if shared else 1,
     )
 
 

@@ -5,6 +5,7 @@ convert_weights.py --input llava-v1.5-7b --vision_tower clip-vit-large-patch14-3
     --allow_pickle --output llava-1.5-7b
 convert_weights.py --input vicuna-7b-v1.5 --adapter llava-v1.5-7b-lora-prunemerge
     --vision_tower clip-vit-large-patch14-336 --allow_pickle --merge --output prumerge-7b
+convert_weights.py --input llava-1.5-7b --push USER/llava-1.5-7b
 convert_weights.py --to hf --input llava-1.5-7b --output llava-1.5-7b-hf
 """
 
@@ -46,6 +47,7 @@ def _flags() -> flags.FlagValues:
         ("adapter_base", "name of the model that the adapter belongs on, as the adapter has it"),
         ("download", "Hugging Face repository to use as --input; needs --revision"),
         ("revision", "commit of --download, 40 digits"),
+        ("push", "Hugging Face repository, USER/NAME, to put --input into, one of our directories"),
     ):
         flags.DEFINE_string(name, None, help_text, flag_values=values)
     flags.DEFINE_enum(
@@ -75,6 +77,9 @@ def _flags() -> flags.FlagValues:
 def _main(argv: Sequence[str]) -> None:
     values = _flags()
     command_line.parse(argv, values, __doc__)
+    if values.push:
+        _push(values)
+        return
     _check(values)
     # These take seconds to import; a mistyped flag is answered before.
     import jax
@@ -113,6 +118,16 @@ def _check(values: flags.FlagValues) -> None:
     for name in ("merge", "adapter_base"):
         if values.to == "jax" and values[name].value and not values.adapter:
             raise ValueError(f"--{name} is about an adapter; give it as --adapter")
+
+
+def _push(values: flags.FlagValues) -> None:
+    """Puts one of our directories on the hub."""
+    others = [name for name in (*_READ_WITH, "output") if values[name].value]
+    if not values.input or others or values.to != "jax":
+        raise ValueError("--push takes --input alone: one of our directories")
+    from prumerge_jax.conversion import hub
+
+    print(f"pushed: {hub.push(pathlib.Path(values.input), values.push)}")
 
 
 def _import(folder: pathlib.Path, values: flags.FlagValues) -> None:

@@ -1,7 +1,7 @@
 """Draws what a reduction keeps of an image, and what it merges.
 
 prumerge-visualize --checkpoint miniature --image FILE --output kept.png
-    [--reduction prumerge:neighbours=8]
+    [--reduction prumerge:neighbours=8] [--question TEXT]
 """
 
 import pathlib
@@ -23,6 +23,7 @@ def _flags() -> flags.FlagValues:
         ("checkpoint", None, "model directory, or miniature for the shipped model"),
         ("image", None, "the image"),
         ("reduction", "prumerge", "name of a reduction, with parameters after a colon"),
+        ("question", None, "the question, for reductions that read it"),
         ("output", None, "the PNG file to write"),
     ):
         flags.DEFINE_string(name, default, help_text, flag_values=values)
@@ -53,7 +54,7 @@ def _main(argv: Sequence[str]) -> None:
     reduction = reductions.parse(values.reduction)
     image = load_image(values.image)
     model = prumerge_jax.Llava.load(model_directory(values.checkpoint))
-    explanation = model.explain(image, reduction=reduction)
+    explanation = model.explain(image, reduction=reduction, question=values.question)
     figure = overlay(explanation.pixels, explanation.patch_indices, explanation.assignment)
     figure.savefig(output, dpi=values.dpi)
 

@@ -101,7 +101,7 @@ def parse_hf(values: Any, where: str) -> LlavaConfig:
         image_token_id=image_token_id,
         pad_token_id=text_section.get("pad_token_id", int, None) if pad is None else pad,
         bos_token_id=text_section.get("bos_token_id", int, 1),
-        eos_token_id=text_section.get("eos_token_id", int, 2),
+        eos_token_ids=stop_ids(text_section, (2,)),
     )
     for name in ("image_token_id", "pad_token_id"):
         token = getattr(config, name)
@@ -144,9 +144,24 @@ def parse_llava(values: Any, where: str, vision: VisionConfig) -> LlavaConfig:
         image_token_id=None,
         pad_token_id=None,
         bos_token_id=top.get("bos_token_id", int, 1),
-        eos_token_id=top.get("eos_token_id", int, 2),
+        eos_token_ids=stop_ids(top, (2,)),
     )
     return _refusing(from_json, LlavaConfig, to_json(config), where)
+
+
+def stop_ids(section: Section, default: tuple[int, ...]) -> tuple[int, ...]:
+    """`eos_token_id`, which is one id or a list.
+
+    Raises:
+      ConversionError: it is neither.
+    """
+    value = section.values.get("eos_token_id", list(default))
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise ConversionError(
+            f"{section.where}: eos_token_id is {value!r:.80}, expected an id or a list of ids"
+        )
+    return tuple(dict.fromkeys(ids))
 
 
 def keeps_in_file_tower(values: Mapping[str, Any]) -> bool:

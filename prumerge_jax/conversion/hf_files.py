@@ -117,7 +117,7 @@ def llava_processor(vision: VisionConfig) -> dict[str, Any]:
 
 def tokenizer_config(config: LlavaConfig) -> dict[str, Any]:
     """`tokenizer_config.json` of LLaMA's tokenizer, with llava-hf's tokens where it has them."""
-    tokens = {0: "<unk>", config.bos_token_id: "<s>", config.eos_token_id: "</s>"}
+    tokens = {0: "<unk>", 1: "<s>", 2: "</s>"}
     fields: dict[str, Any] = {"pad_token": "<unk>", "padding_side": "right"}
     if config.image_token_id is not None:
         tokens[config.image_token_id] = "<image>"
@@ -175,8 +175,11 @@ def adapter_config(
     }
 
 
-def _ends(config: LlavaConfig) -> dict[str, int]:
-    return {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+def _ends(config: LlavaConfig) -> dict[str, Any]:
+    stops: int | list[int] = list(config.eos_token_ids)
+    if len(config.eos_token_ids) == 1:
+        (stops,) = config.eos_token_ids
+    return {"bos_token_id": config.bos_token_id, "eos_token_id": stops}
 
 
 def _text_fields(text: TextConfig) -> dict[str, Any]:

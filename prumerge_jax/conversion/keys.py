@@ -245,33 +245,53 @@ def _hf_index(original: str) -> int | str:
     return place // 2 + 1 if place % 2 == 0 else f"?{original}"
 
 
-def vision_weights(vision: VisionConfig) -> Iterator[Weight]:
-    """Weights of the tower that LLaVA uses; the rest are `unused_tower_tensors`."""
-    width, patch, root = vision.width, vision.patch_size, "vision_tower"
-    yield Weight("vision.class_embedding", f"{root}.embeddings.class_embedding", (width,))
+def vision_weights(
+    vision: VisionConfig, path: str = "vision", root: str = "vision_tower"
+) -> Iterator[Weight]:
+    """Weights of a tower that LLaVA uses; the rest are `unused_tower_tensors`.
+
+    Args:
+      vision: its sizes.
+      path: our name of the tower.
+      root: the canonical one.
+    """
+    width, patch, embeddings = vision.width, vision.patch_size, f"{root}.embeddings"
+    if vision.cls_token:
+        yield Weight(f"{path}.class_embedding", f"{embeddings}.class_embedding", (width,))
     yield Weight(
-        "vision.patch_embedding.kernel",
-        f"{root}.embeddings.patch_embedding.weight",
+        f"{path}.patch_embedding.kernel",
+        f"{embeddings}.patch_embedding.weight",
         (width, 3, patch, patch),
         Transform.CONVOLUTION,
     )
+    if vision.patch_bias:
+        bias = f"{embeddings}.patch_embedding.bias"
+        yield Weight(f"{path}.patch_embedding.bias", bias, (width,))
     yield Weight(
-        "vision.position_embedding",
-        f"{root}.embeddings.position_embedding.weight",
-        (vision.num_patches + 1, width),
+        f"{path}.position_embedding",
+        f"{embeddings}.position_embedding.weight",
+        (vision.num_patches + vision.num_prefix, width),
     )
-    yield from _norm("vision.pre_layernorm", f"{root}.pre_layrnorm", width)
-    stacked, layers = vision.num_layers - 1, f"{root}.encoder.layers"
+    if vision.pre_norm:
+        yield from _norm(f"{path}.pre_layernorm", f"{root}.pre_layrnorm", width)
+    stacked, layers = _whole_blocks(vision), f"{root}.encoder.layers"
     for name in ("layer_norm1", "layer_norm2"):
-        yield from _norm(f"vision.layers.{name}", f"{layers}.{{}}.{name}", width, stacked)
+        yield from _norm(f"{path}.layers.{name}", f"{layers}.{{}}.{name}", width, stacked)
     linears = {f"self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
     linears |= {"mlp.fc1": (vision.mlp_width, width), "mlp.fc2": (width, vision.mlp_width)}
     for name, shape in linears.items():
-        yield from _linear(f"vision.layers.{name}", f"{layers}.{{}}.{name}", shape, stacked)
-    yield from _norm("vision.last.layer_norm1", f"{layers}.{stacked}.layer_norm1", width)
+        yield from _linear(f"{path}.layers.{name}", f"{layers}.{{}}.{name}", shape, stacked)
+    if stacked == vision.num_layers:
+        return
+    yield from _norm(f"{path}.last.layer_norm1", f"{layers}.{stacked}.layer_norm1", width)
     for name in ("q_proj", "k_proj"):
         pattern = f"{layers}.{stacked}.self_attn.{name}"
-        yield from _linear(f"vision.last.{name}", pattern, (width, width))
+        yield from _linear(f"{path}.last.{name}", pattern, (width, width))
+
+
+def _whole_blocks(vision: VisionConfig) -> int:
+    """Blocks of a tower that run as a whole: all up to the features."""
+    return vision.num_layers + 1 + vision.feature_layer
 
 
 def projector_weights(config: LlavaConfig) -> Iterator[Weight]:
@@ -295,8 +315,13 @@ def decoder_weights(text: TextConfig) -> Iterator[Weight]:
         pattern = f"{root}.layers.{{}}.{name}.weight"
         path = f"decoder.layers.{name}.kernel"
         yield Weight(path, pattern, shape, Transform.TRANSPOSE, layers)
+    for name in ("q_proj", "k_proj", "v_proj") if text.qkv_bias else ():
+        pattern = f"{root}.layers.{{}}.self_attn.{name}.bias"
+        path, outputs = f"decoder.layers.self_attn.{name}.bias", decoder_linears(text)[name][1:]
+        yield Weight(path, pattern, outputs, num_layers=layers)
     yield Weight("decoder.norm.scale", f"{root}.norm.weight", (width,))
-    yield Weight("decoder.lm_head.kernel", "lm_head.weight", vocabulary, Transform.TRANSPOSE)
+    if not text.tied_head:
+        yield Weight("decoder.lm_head.kernel", "lm_head.weight", vocabulary, Transform.TRANSPOSE)
 
 
 def adapter_weights(text: TextConfig, rank: int) -> Iterator[Weight]:

@@ -14,18 +14,34 @@ OUTPUT_TOKENS = (1, 8, 32)
 PAGE_SIZE = 32
 
 
-def floor_lines(config: LlavaConfig, chip: Chip, text_tokens: int, weight_bits: int) -> list[str]:
-    """Roofline times per image, from the vision tower to the last output token."""
+def floor_lines(
+    config: LlavaConfig,
+    chip: Chip,
+    text_tokens: int,
+    weight_bits: int,
+    questions_per_image: int = 1,
+) -> list[str]:
+    """Roofline times per question, from the vision tower to the last output token."""
+    asked = ""
+    if questions_per_image > 1:
+        asked = f", {questions_per_image} questions share each image"
     lines = [
         f"{chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e12:.2f} TB/s, {text_tokens} text "
-        f"tokens, {weight_bits}-bit decoder weights; ms per image at 1 to 32 output tokens:",
+        f"tokens, {weight_bits}-bit decoder weights{asked}; "
+        "ms per question at 1 to 32 output tokens:",
         f"{'batch':>5}{'visual':>8}{'vision+merge':>14}{'prefill':>16}"
         + "".join(f"{f'{n} out':>11}" for n in OUTPUT_TOKENS)
-        + f"   images/s at {' / '.join(map(str, OUTPUT_TOKENS))} out",
+        + f"   questions/s at {' / '.join(map(str, OUTPUT_TOKENS))} out",
     ]
     for batch in BATCHES:
         for visual in VISUAL_TOKENS:
-            workload = Workload(visual, text_tokens, batch, weight_bits=weight_bits)
+            workload = Workload(
+                visual,
+                text_tokens,
+                batch,
+                weight_bits=weight_bits,
+                questions_per_image=questions_per_image,
+            )
             seconds = floor_seconds(config, workload, chip)
             bound = operations(config, workload)["prefill"][0].bound(chip)
             totals = []
@@ -40,9 +56,14 @@ def floor_lines(config: LlavaConfig, chip: Chip, text_tokens: int, weight_bits: 
                 + "   "
                 + " / ".join(f"{1 / total:.0f}" for total in totals)
             )
-    longest = max(OUTPUT_TOKENS)
+    return lines
+
+
+def page_lines(config: LlavaConfig, text_tokens: int) -> list[str]:
+    """What a sequence's keys and values take in pages, at its longest."""
+    lines = []
     for visual in VISUAL_TOKENS:
-        tokens = visual + text_tokens + longest
+        tokens = visual + text_tokens + max(OUTPUT_TOKENS)
         size = counts.kv_bytes(config.text, tokens, PAGE_SIZE) / 1e6
         lines.append(
             f"{visual} visual tokens: keys and values of {tokens} tokens in pages of {PAGE_SIZE}: "
@@ -58,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--chip", default="h100", choices=sorted(CHIPS))
     parser.add_argument("--text_tokens", type=int, default=60, help="prompt tokens per request")
     parser.add_argument("--weight_bits", type=int, default=16, choices=(16, 8, 4))
+    parser.add_argument(
+        "--questions_per_image", type=int, default=1, help="that share what is in front of them"
+    )
     parser.add_argument(
         "--compute_fraction",
         type=float,
@@ -76,7 +100,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.compute_fraction, arguments.bandwidth_fraction
     )
     print(f"Floors of {arguments.model} on one {arguments.chip}, assumed achievable:")
-    for line in floor_lines(config, chip, arguments.text_tokens, arguments.weight_bits):
+    for line in page_lines(config, arguments.text_tokens):
+        print(line)
+    for line in floor_lines(
+        config,
+        chip,
+        arguments.text_tokens,
+        arguments.weight_bits,
+        arguments.questions_per_image,
+    ):
         print(line)
 
 

@@ -5,9 +5,11 @@ Embedding lookups, norms, activation functions and softmax are not counted.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig, decoder_linears
 from prumerge_jax.models.llava import projector_depth
+from prumerge_jax.reductions import Stage
 
 ACTIVATION_BYTES = 2
 """Bytes per number, but for quantised weights: bfloat16 or float16."""
@@ -17,8 +19,8 @@ ACTIVATION_BYTES = 2
 class Parameters:
     """Numbers of weights; `total` is the complete checkpoint.
 
-    `vision_used` are those of `vision` that the penultimate features and the last block's keys and
-    CLS query depend on: all that PruMerge needs.
+    `head` is 0 where the embedding is the head too. `vision_used` are those of `vision` that the
+    penultimate features and the last block's keys and CLS query depend on: all that PruMerge needs.
     """
 
     vision: int
@@ -54,13 +56,15 @@ def parameters(config: LlavaConfig) -> Parameters:
         embedding=text.vocab_size * text.width,
         blocks=block_parameters(text),
         norms=(2 * text.num_layers + 1) * text.width,
-        head=text.width * text.vocab_size,
+        head=0 if text.tied_head else text.width * text.vocab_size,
     )
 
 
 def block_parameters(text: TextConfig) -> int:
-    """Number of weights in the linear layers of all decoder blocks."""
-    return text.num_layers * sum(i * o for i, o in decoder_linears(text).values())
+    """Number of weights in the linear layers of all decoder blocks, biases included."""
+    linears = decoder_linears(text)
+    biases = sum(linears[f"{name}_proj"][1] for name in "qkv") if text.qkv_bias else 0
+    return text.num_layers * (sum(i * o for i, o in linears.values()) + biases)
 
 
 def lora_parameters(text: TextConfig, rank: int) -> int:
@@ -68,9 +72,10 @@ def lora_parameters(text: TextConfig, rank: int) -> int:
     return rank * text.num_layers * sum(i + o for i, o in decoder_linears(text).values())
 
 
-def vision_block_flops(vision: VisionConfig) -> int:
-    """One block over the patches and CLS."""
-    tokens, width = vision.num_patches + 1, vision.width
+def vision_block_flops(vision: VisionConfig, patches: int | None = None) -> int:
+    """One block over CLS and the patches, by default all."""
+    width = vision.width
+    tokens = (vision.num_patches if patches is None else patches) + 1
     return tokens * 2 * (4 * width**2 + 2 * width * vision.mlp_width) + 4 * tokens**2 * width
 
 
@@ -85,6 +90,19 @@ def tower_flops(vision: VisionConfig) -> int:
     cls_attention = 2 * tokens * width**2 + 2 * width**2 + 2 * vision.num_patches * width
     blocks = (vision.num_layers - 1) * vision_block_flops(vision)
     return blocks + patch_embedding_flops(vision) + cls_attention
+
+
+def staged_tower_flops(vision: VisionConfig, stages: Sequence[Stage]) -> int:
+    """`tower_flops` with merges inside the tower, counted from the layer after each."""
+    patches, block = vision.num_patches, vision_block_flops(vision)
+    saved = 0
+    for number, stage in enumerate(stages):
+        following = stages[number + 1].layer if number + 1 < len(stages) else vision.num_layers - 2
+        fewer = block - vision_block_flops(vision, stage.tokens)
+        saved += (following - stage.layer) * fewer
+        patches = stage.tokens
+    last = 2 * (vision.num_patches - patches) * (vision.width**2 + vision.width)
+    return tower_flops(vision) - saved - last
 
 
 def tower_attention_flops(vision: VisionConfig, pairs: float) -> float:
@@ -143,14 +161,14 @@ def training_flops(
 ) -> dict[str, float]:
     """Model FLOPs of one sample: frozen tower and decoder, trained adapters and projector.
 
-    `base` follows the 4N convention, N = blocks + head: the frozen weights need a forward and an
-    activation gradient but no weight gradient. Recomputed activations do not count. MFU is the sum
-    of the components that a report names, over time and peak.
+    `base` follows the 4N convention, N = blocks + head (a tied one included): the frozen weights
+    need a forward and an activation gradient but no weight gradient. Recomputed activations do not
+    count. MFU is the sum of the components that a report names, over time and peak.
     """
     counts = parameters(config)
     sequence = visual_tokens + text_tokens
     return {
-        "base": 4 * (counts.blocks + counts.head) * sequence,
+        "base": 4 * (counts.blocks + config.text.width * config.text.vocab_size) * sequence,
         "vision": tower_flops(config.vision),
         "attention": 3 * attention_flops(config.text, sequence * sequence / 2),
         "adapters": 6 * lora_parameters(config.text, lora_rank) * sequence,

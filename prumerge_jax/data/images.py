@@ -5,12 +5,13 @@ level here and there, enough to change which tokens PruMerge keeps. Images are k
 `normalize`, so they travel and are stored at a quarter of the size.
 """
 
+import contextlib
 import dataclasses
 import io
 import os
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, Literal, get_args
 
 import numpy as np
@@ -27,20 +28,26 @@ MAX_SIDE = 16_384
 MAX_ASPECT_RATIO = 2_000
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneOfSeveral:
+    """An image that is not the only one of its prompt; some models cut it otherwise."""
+
+    source: ImageSource
+
+
 ImageMode = Literal["pad", "crop"]
 """`pad`: the image in the middle of a square of the mean colour. `crop`: its central square."""
-
-_EXPECTED = (
-    f"a complete {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of at most "
-    f"{MAX_PIXELS:,} pixels, {MAX_SIDE:,} on a side and {MAX_ASPECT_RATIO:,} : 1"
-)
 
 
 class ImageError(ValueError):
     """An image cannot be used; the message names it, the cause and what was expected."""
 
 
-def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
+def load_image(
+    source: ImageSource, name: str | None = None, *, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Decodes an image completely, or refuses it.
 
     The result is what `Image.open(source).convert("RGB")` gives: alpha is dropped, not blended; a
@@ -53,6 +60,7 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
     Args:
       source: a file's path or its bytes, a PIL image, or uint8 pixels [H, W, 3].
       name: what to call the image in an error; by default the path.
+      max_pixels: most pixels that are decoded.
 
     Returns:
       A new PIL image of mode RGB, without metadata.
@@ -61,24 +69,61 @@ def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
       ImageError: the image is missing, damaged, cut short, not an image, of another format, too
         large or too narrow.
     """
+    with _refusing(source, name, max_pixels):
+        return _decode(source, max_pixels)
+
+
+def image_size(
+    source: ImageSource, name: str | None = None, *, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
+    """Height and width of an image in pixels by its header; no pixel is decoded.
+
+    Arguments and errors as in `load_image`.
+    """
+    with _refusing(source, name, max_pixels):
+        if isinstance(source, np.ndarray):
+            height, width = source.shape[:2]
+            return height, width
+        if isinstance(source, Image.Image):
+            return source.height, source.width
+        if isinstance(source, bytes):
+            image = _open(io.BytesIO(source))
+            return image.height, image.width
+        with open(os.fspath(source), "rb", opener=_open_without_waiting) as file:
+            _check_regular(file)
+            image = _open(file)
+            return image.height, image.width
+
+
+@contextlib.contextmanager
+def _refusing(source: ImageSource, name: str | None, max_pixels: int) -> Iterator[None]:
+    """Turns whatever decoders raise into an `ImageError` that names the image."""
     if name is None:
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else "image"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # Palettes with alpha: dropping alpha is what this function promises.
+            # Palettes with alpha: dropping alpha is what `load_image` promises.
             warnings.filterwarnings("ignore", "Palette images with Transparency")
-            return _decode(source)
+            yield
     except Exception as error:  # decoders raise nearly anything on damaged bytes
         cause = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         if isinstance(error, OSError) and error.strerror:  # without the path, which is the name
             cause = f"{type(error).__name__}: {error.strerror}"
-        raise ImageError(f"{shortened(name)}: {cause}; expected {_EXPECTED}") from error
+        expected = _expected(max_pixels)
+        raise ImageError(f"{shortened(name)}: {cause}; expected {expected}") from error
 
 
-def _decode(source: ImageSource) -> Image.Image:
+def _expected(max_pixels: int) -> str:
+    return (
+        f"a complete {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of at most "
+        f"{max_pixels:,} pixels, {MAX_SIDE:,} on a side and {MAX_ASPECT_RATIO:,} : 1"
+    )
+
+
+def _decode(source: ImageSource, max_pixels: int) -> Image.Image:
     if isinstance(source, Image.Image):
-        _check_size(source)
+        _check_size(source, max_pixels)
         return _to_rgb(source)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[-1] != 3:
@@ -86,14 +131,13 @@ def _decode(source: ImageSource) -> Image.Image:
                 f"an array of {source.dtype} {list(source.shape)}; arrays must be uint8 [H, W, 3]"
             )
         image = Image.fromarray(source)
-        _check_size(image)
+        _check_size(image, max_pixels)
         return _to_rgb(image)
     if isinstance(source, bytes):
-        return _decode_file(io.BytesIO(source))
+        return _decode_file(io.BytesIO(source), max_pixels)
     with open(os.fspath(source), "rb", opener=_open_without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("not a regular file")  # reading a pipe or a device may never end
-        return _decode_file(file)
+        _check_regular(file)
+        return _decode_file(file, max_pixels)
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -101,7 +145,13 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _decode_file(file: BinaryIO) -> Image.Image:
+def _check_regular(file: BinaryIO) -> None:
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise ValueError("not a regular file")  # reading a pipe or a device may never end
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    """An image of which only the header has been read."""
     head = file.read(256)
     if not head:
         raise ValueError("the file is empty (0 bytes)")
@@ -110,10 +160,14 @@ def _decode_file(file: BinaryIO) -> Image.Image:
     file.seek(0)
     try:
         # The formats go by the content, not by the file's name.
-        image = Image.open(file, formats=FORMATS)
+        return Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError as error:
         raise ValueError("not a readable image of a known format") from error
-    _check_size(image)
+
+
+def _decode_file(file: BinaryIO, max_pixels: int) -> Image.Image:
+    image = _open(file)
+    _check_size(image, max_pixels)
     if image.format == "PNG":
         # Decoding skips the checksums of the pixel data; verify() reads them, and spends the image.
         image.verify()
@@ -122,11 +176,11 @@ def _decode_file(file: BinaryIO) -> Image.Image:
     return _to_rgb(image)
 
 
-def _check_size(image: Image.Image) -> None:
+def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if min(width, height) < 1:
         raise ValueError(f"{width} x {height} pixels")
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+    if width * height > max_pixels or max(width, height) > MAX_SIDE:
         raise ValueError(f"{width} x {height} pixels are too many")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(f"{width} x {height} pixels are too narrow")
@@ -193,6 +247,7 @@ class ImageProcessor:
       image_size: S, side of the pixels.
       pixel_mean: the tower's mean of each channel, 0 to 1; the colour of the padding.
       mode: what happens to an image that is not square.
+      max_pixels: most pixels of an image that is decoded.
 
     Raises:
       ValueError: no such mode.
@@ -201,13 +256,15 @@ class ImageProcessor:
     image_size: int
     pixel_mean: tuple[float, float, float]
     mode: ImageMode = "pad"
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         _check_mode(self.mode)
 
     def __call__(self, source: ImageSource, name: str | None = None) -> np.ndarray:
         """uint8 [S, S, 3] of an image; errors as in `load_image` and `preprocess`."""
-        return preprocess(load_image(source, name), self.image_size, self.mode, self.pixel_mean)
+        image = load_image(source, name, max_pixels=self.max_pixels)
+        return preprocess(image, self.image_size, self.mode, self.pixel_mean)
 
 
 def _check_mode(mode: str) -> None:

@@ -6,29 +6,34 @@ import contextlib
 import itertools
 import multiprocessing
 import queue
+import resource
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
+from typing import Any, TypeVar
 
-import numpy as np
-
-from prumerge_jax.data.images import ImageError, ImageProcessor, ImageSource
+from prumerge_jax.data.images import ImageError, ImageSource, OneOfSeveral
 from prumerge_jax.messages import shortened
 
 TIMEOUT_SECONDS = 120
 """Time after which a reader is taken to hang on its image."""
 
-Named = tuple[str, ImageSource]
+Named = tuple[str, ImageSource | OneOfSeveral]
 """What to call an image in an error, and where it is."""
+
+_Pixels = TypeVar("_Pixels")
+
+Processor = Callable[[Any, str], _Pixels]
+"""Makes pixels of an image; the name is for errors."""
 
 
 def stream_pixels(
     images: Iterable[Named | None],
-    processor: ImageProcessor,
+    processor: Processor[_Pixels],
     *,
     num_workers: int,
     ahead: int = 64,
-) -> Iterator[np.ndarray | ImageError | None]:
+) -> Iterator[_Pixels | ImageError | None]:
     """Yields the pixels of every image in turn, None where there is none.
 
     An image that is repeated within `ahead` is decoded once, without workers only if it is repeated
@@ -48,7 +53,7 @@ def stream_pixels(
     iterator = iter(images)
     waiting: collections.deque[tuple[str, concurrent.futures.Future] | None] = collections.deque()
     recent: dict[str, concurrent.futures.Future] = {}
-    with contextlib.closing(_ReaderPool(processor, num_workers)) as pool:
+    with contextlib.closing(ReaderPool(num_workers, TIMEOUT_SECONDS)) as pool:
 
         def submit(count: int) -> None:
             for named in itertools.islice(iterator, count):
@@ -57,7 +62,7 @@ def stream_pixels(
                     continue
                 name = named[0]
                 if name not in recent:
-                    recent[name] = pool.submit(named)
+                    recent[name] = pool.submit(named, processor)
                 waiting.append((name, recent[name]))
 
         submit(ahead)
@@ -73,19 +78,21 @@ def stream_pixels(
             yield future.result()
 
 
-def load_pixels(named: Named, processor: ImageProcessor) -> np.ndarray | ImageError:
-    """uint8 [S, S, 3], or the error that says why not."""
+def load_pixels(named: Named, processor: Processor[_Pixels]) -> _Pixels | ImageError:
+    """The pixels, or the error that says why not."""
     name, source = named
     try:
         return processor(source, name)
     except ImageError as error:
         return error
+    except MemoryError:
+        return ImageError(f"{shortened(name)}: decoding it takes more memory than is allowed")
 
 
 def _stream_here(
-    images: Iterable[Named | None], processor: ImageProcessor
-) -> Iterator[np.ndarray | ImageError | None]:
-    last: tuple[str, np.ndarray | ImageError] | None = None
+    images: Iterable[Named | None], processor: Processor[_Pixels]
+) -> Iterator[_Pixels | ImageError | None]:
+    last: tuple[str, _Pixels | ImageError] | None = None
     for named in images:
         if named is None:
             yield None
@@ -95,32 +102,42 @@ def _stream_here(
         yield last[1]
 
 
-def _load_in_thread(named: Named, processor: ImageProcessor) -> np.ndarray | ImageError:
+def _load_in_thread(named: Named, processor: Processor[_Pixels]) -> _Pixels | ImageError:
     """`load_pixels` in a thread that is left alone when it hangs."""
-    result: queue.SimpleQueue[np.ndarray | ImageError] = queue.SimpleQueue()
+    result: queue.SimpleQueue[_Pixels | ImageError] = queue.SimpleQueue()
     threading.Thread(target=lambda: result.put(load_pixels(named, processor)), daemon=True).start()
     try:
         return result.get(timeout=TIMEOUT_SECONDS)
     except queue.Empty:
-        return _timed_out(named[0])
+        return _timed_out(named[0], TIMEOUT_SECONDS)
 
 
-def _timed_out(name: str) -> ImageError:
-    return ImageError(f"{shortened(name)}: not decoded within {TIMEOUT_SECONDS} seconds")
+def _timed_out(name: str, seconds: float) -> ImageError:
+    return ImageError(f"{shortened(name)}: not decoded within {seconds:g} seconds")
 
 
-class _ReaderPool:
-    """Reader processes, each driven by a separate thread."""
+class ReaderPool:
+    """Reader processes, each driven by a separate thread.
 
-    def __init__(self, processor: ImageProcessor, size: int) -> None:
-        self._readers = [_Reader(processor) for _ in range(size)]
+    Args:
+      size: processes; they are started with their first image, afresh and not forked.
+      timeout_seconds: time after which a reader is taken to hang on its image, and replaced.
+      memory_bytes: most address space of a reader, above which its image is refused; None sets no
+        limit.
+    """
+
+    def __init__(self, size: int, timeout_seconds: float, memory_bytes: int | None = None) -> None:
+        self._readers = [_Reader(timeout_seconds, memory_bytes) for _ in range(size)]
         self._idle: queue.SimpleQueue[_Reader] = queue.SimpleQueue()
         for reader in self._readers:
             self._idle.put(reader)
         self._threads = concurrent.futures.ThreadPoolExecutor(size)
 
-    def submit(self, named: Named) -> concurrent.futures.Future:
-        return self._threads.submit(self._read, named)
+    def submit(
+        self, named: Named, processor: Processor[_Pixels]
+    ) -> concurrent.futures.Future[_Pixels | ImageError]:
+        """The pixels of an image, or the error that says why not, when a reader has made them."""
+        return self._threads.submit(self._read, named, processor)
 
     def close(self) -> None:
         """Ends all readers, whatever they do."""
@@ -128,10 +145,10 @@ class _ReaderPool:
         for reader in self._readers:
             reader.close()
 
-    def _read(self, named: Named) -> np.ndarray | ImageError:
+    def _read(self, named: Named, processor: Processor[_Pixels]) -> _Pixels | ImageError:
         reader = self._idle.get()
         try:
-            return reader.read(named)
+            return reader.read(named, processor)
         finally:
             self._idle.put(reader)
 
@@ -139,19 +156,19 @@ class _ReaderPool:
 class _Reader:
     """A process that decodes one image after the other; another one follows where it hangs."""
 
-    def __init__(self, processor: ImageProcessor) -> None:
-        self._processor = processor
+    def __init__(self, timeout_seconds: float, memory_bytes: int | None) -> None:
+        self._timeout, self._memory_bytes = timeout_seconds, memory_bytes
         self._lock = threading.Lock()
         self._running: tuple[multiprocessing.process.BaseProcess, Connection] | None = None
         self._is_closed = False
 
-    def read(self, named: Named) -> np.ndarray | ImageError:
+    def read(self, named: Named, processor: Processor[_Pixels]) -> _Pixels | ImageError:
         try:
             connection = self._connection()
-            connection.send(named)
-            if connection.poll(TIMEOUT_SECONDS):
+            connection.send((named, processor))
+            if connection.poll(self._timeout):
                 return connection.recv()
-            error = _timed_out(named[0])
+            error = _timed_out(named[0], self._timeout)
         except (EOFError, OSError):
             error = ImageError(f"{shortened(named[0])}: the process that decoded it ended")
         self._kill()
@@ -169,7 +186,7 @@ class _Reader:
                 context = multiprocessing.get_context("spawn")
                 ours, theirs = context.Pipe()
                 process = context.Process(
-                    target=_serve, args=(theirs, self._processor), daemon=True
+                    target=_serve, args=(theirs, self._memory_bytes), daemon=True
                 )
                 process.start()
                 theirs.close()  # so that the process's end is heard
@@ -183,8 +200,11 @@ class _Reader:
                 self._running = None
 
 
-def _serve(connection: Connection, processor: ImageProcessor) -> None:
+def _serve(connection: Connection, memory_bytes: int | None) -> None:
     """What a reader process does until its parent is gone."""
+    if memory_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
-            connection.send(load_pixels(connection.recv(), processor))
+            named, processor = connection.recv()
+            connection.send(load_pixels(named, processor))

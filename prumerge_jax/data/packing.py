@@ -2,20 +2,26 @@
 
 PruMerge leaves every image with a different number of visual tokens. Padding all sequences to the
 longest would compute several times the real tokens; packing them into rows of a fixed length (see
-`fill_rows`) computes hardly any more, at one compiled shape. The planner needs lengths and text
+`filling`) computes hardly any more, at one compiled shape. The planner needs lengths and text
 alone, never the visual tokens themselves, so it runs on the host (NumPy) while the device encodes.
+Which visual tokens take the place of an image is given to it as a `Run`, see `visual_layout`.
 
-Shapes: B images of the encoded batch, R capacity (visual token slots per image), N patches.
+Shapes: L row length. The pool is the array of the encoded visual tokens, its slots on one axis.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from prumerge_jax.data import filling
+from prumerge_jax.data.filling import Group, fill_rows_with_groups
+from prumerge_jax.data.prefixes import find_groups
+from prumerge_jax.data.runs import NO_SLOT, TAPS, Run, Taps
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.messages import quoted
+from prumerge_jax.models.config import NEWLINE
 
 PositionIds = Literal["compact", "original"]
 
@@ -28,19 +34,23 @@ def check_position_ids(position_ids: str) -> None:
         )
 
 
+_RowsOf = Callable[[np.ndarray], list[list[Group]]]
+"""(requests of a shard) -> the groups in each of its rows."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
     """One sequence of text with its images.
 
     Attributes:
       token_ids: int32 [T], one `IMAGE_TOKEN` per image at the place of its visual tokens.
-      image_rows: row b in the encoded batch for each image, in the order of the placeholders.
+      runs: what each placeholder stands for, in their order.
       labels: int32 [T], the token itself where it is to be predicted and `IGNORE` elsewhere; None
         predicts nothing.
     """
 
     token_ids: np.ndarray
-    image_rows: tuple[int, ...] = ()
+    runs: tuple[Run, ...] = ()
     labels: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -49,10 +59,10 @@ class Request:
                 f"token_ids has shape {self.token_ids.shape}; expected one dimension, not empty"
             )
         placeholders = int(np.count_nonzero(self.token_ids == IMAGE_TOKEN))
-        if placeholders != len(self.image_rows):
+        if placeholders != len(self.runs):
             raise ValueError(
                 f"token_ids holds {placeholders} image placeholders ({IMAGE_TOKEN}) for "
-                f"{len(self.image_rows)} images; each image needs exactly one"
+                f"{len(self.runs)} images; each image needs exactly one"
             )
         if self.labels is not None and self.labels.shape != self.token_ids.shape:
             raise ValueError(
@@ -62,53 +72,27 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class VisualLayout:
-    """What the planner knows of an encoded batch of images: counts and places, not values.
-
-    Attributes:
-      lengths: int32 [B], valid visual tokens per image, the extra token included.
-      patch_indices: int32 [B, R], the patch each visual token came from; -1 for the extra token.
-      num_patches: N, the patches of an unreduced image.
-    """
-
-    lengths: np.ndarray
-    patch_indices: np.ndarray
-    num_patches: int
-
-    def __post_init__(self) -> None:
-        if self.patch_indices.ndim != 2 or self.lengths.shape != self.patch_indices.shape[:1]:
-            raise ValueError(
-                f"lengths {self.lengths.shape} and patch_indices {self.patch_indices.shape} "
-                "do not fit; expected [B] and [B, R]"
-            )
-        outside = np.flatnonzero((self.lengths < 0) | (self.lengths > self.capacity))
-        if outside.size:
-            image = int(outside[0])
-            raise ValueError(
-                f"image row {image} has {self.lengths[image]} visual tokens; expected 0 to "
-                f"{self.capacity}, the capacity it was encoded with"
-            )
-
-    @property
-    def capacity(self) -> int:
-        """R, the visual token slots per image."""
-        return self.patch_indices.shape[1]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
     """A batch of filled rows, and where each request went.
 
     Attributes:
       ids: int32 [rows, L], text token ids; 0 at visual tokens and padding.
-      visual_index: int32 [rows, L], b * R + slot of the visual token; -1 at text and padding.
+      visual_index: int32 [rows, L], slot of the pool of the visual token, or `NEWLINE`; -1 at text
+        and padding.
       positions: int32 [rows, L], from 0 in every segment; 0 at padding.
-      segment_ids: int32 [rows, L], 1, 2, ... along each row; 0 at padding.
+      segment_ids: int32 [rows, L], 1, 2, ... along each row; 0 at padding. Requests that share a
+        prefix are one segment.
       targets: int32 [rows, L], the label of the next position of the same segment, or `IGNORE`.
       requests: int32 [n], the requests in these rows, ascending, as indices of the planner's input.
       row_of: int32 [n], the row of each of them.
-      start_of: int32 [n], the column of its first token.
-      length_of: int32 [n], its tokens, visual ones included.
+      start_of: int32 [n], the column of the first token that is its own.
+      length_of: int32 [n], its own tokens, visual ones included.
+      prefix_start_of: int32 [n], the column of the prefix in front of them.
+      prefix_length_of: int32 [n], tokens of that; 0 where all are its own.
+      branch_ids: int32 [rows, L], 0 at prefixes, 1, 2, ... along each segment at what follows them,
+        0 at everything else; None where nothing is shared.
+      taps: index and weight [rows, L, TAPS] of what visual tokens are interpolated from; None where
+        that was not asked for.
     """
 
     ids: np.ndarray
@@ -120,197 +104,183 @@ class Rows:
     row_of: np.ndarray
     start_of: np.ndarray
     length_of: np.ndarray
+    prefix_start_of: np.ndarray
+    prefix_length_of: np.ndarray
+    branch_ids: np.ndarray | None
+    taps: Taps | None = None
+
+    def prefix_of(self, place: int) -> tuple[int, int]:
+        """Row and column of the prefix of number `place` of the requests, or of its own tokens."""
+        shares = self.prefix_length_of[place] > 0
+        start = self.prefix_start_of[place] if shares else self.start_of[place]
+        return int(self.row_of[place]), int(start)
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens that are no padding."""
+        return int(np.count_nonzero(self.segment_ids))
+
+    def positions_of(self, place: int) -> np.ndarray:
+        """Places of all tokens of the request at `place` of `requests`, its prefix first, int [T]
+        into the flattened rows."""
+        begin = self.row_of[place] * self.segment_ids.shape[1]
+        prefix = self.prefix_start_of[place] + np.arange(self.prefix_length_of[place])
+        own = self.start_of[place] + np.arange(self.length_of[place])
+        return begin + np.concatenate([prefix, own])
+
+    @property
+    def request_tokens(self) -> int:
+        """Tokens of the requests, each with its prefix."""
+        return int(self.length_of.sum() + self.prefix_length_of.sum())
 
 
-def sequence_lengths(requests: Sequence[Request], layout: VisualLayout) -> np.ndarray:
-    """Tokens of each request once visual tokens have replaced the placeholders.
-
-    Returns:
-      int64 [len(requests)].
-
-    Raises:
-      ValueError: a request names an image row that the layout does not have.
-    """
-    images = _image_rows(requests, layout)
-    owner = np.repeat(np.arange(len(requests)), [len(r.image_rows) for r in requests])
-    lengths = np.array([r.token_ids.size - len(r.image_rows) for r in requests], np.int64)
-    np.add.at(lengths, owner, layout.lengths[images])
-    return lengths
-
-
-def fill_rows(
-    lengths: Sequence[int] | np.ndarray, row_length: int, *, carried_over: int = 0
-) -> list[list[int]]:
-    """Bin packing, row after row: the largest unplaced sequence and the subset that fills the row
-    best with it.
-
-    This is the minimum bin slack heuristic (Gupta and Ho 1999). First-fit-decreasing leaves half of
-    a short sequence over in every row, here 3 %; this one next to nothing before the last rows.
-    No unplaced sequence fits in what a row leaves over, so any two rows hold more than one has room
-    for. Deterministic: of equal lengths the first in the input comes first.
-
-    Args:
-      lengths: the lengths to be packed.
-      row_length: room in a row.
-      carried_over: this many of the first lengths are packed first-fit-decreasing before all
-        others, into the first rows.
-
-    Returns:
-      For each row the indices into `lengths`, in the order in which they are placed in the row.
-
-    Raises:
-      ValueError: a length is smaller than 1 or larger than `row_length`.
-    """
-    lengths = np.asarray(lengths, np.int64)
-    _check_fits(lengths, row_length)
-    size = lengths.tolist()
-    order = np.argsort(-lengths, kind="stable").tolist()
-    first = [index for index in order if index < carried_over]
-    waiting = [index for index in order if index >= carried_over]
-    rows: list[list[int]] = []
-    while first or waiting:
-        row: list[int] = []
-        free = row_length
-        for index in first:
-            if size[index] <= free:
-                row.append(index)
-                free -= size[index]
-        longest = next((index for index in waiting if size[index] <= free), None)
-        if longest is not None:
-            others = [index for index in waiting if index != longest]
-            chosen = _best_subset([size[index] for index in others], free - size[longest])
-            row += [longest, *(others[place] for place in chosen)]
-        rows.append(row)
-        first = [index for index in first if index not in row]
-        waiting = [index for index in waiting if index not in row]
-    return rows
-
-
-def _best_subset(lengths: Sequence[int], room: int) -> list[int]:
-    """The subset of the lengths with the largest sum up to `room`, with the first if possible.
-
-    Subset sum by dynamic programming. Bit s of `sums[i]` says that some of the first i add up to s.
-    """
-    sums = [1]
-    for length in lengths:
-        if sums[-1] >> room:
-            break
-        sums.append((sums[-1] | sums[-1] << length) & ((2 << room) - 1))
-    total = sums[-1].bit_length() - 1
-    chosen = []
-    for place in reversed(range(len(sums) - 1)):
-        if not sums[place] >> total & 1:
-            chosen.append(place)
-            total -= lengths[place]
-    return chosen[::-1]
+def sequence_lengths(requests: Sequence[Request]) -> np.ndarray:
+    """Tokens of each request once visual tokens have replaced the placeholders, int64 [n]."""
+    return np.array(
+        [r.token_ids.size - len(r.runs) + sum(len(run) for run in r.runs) for r in requests],
+        np.int64,
+    )
 
 
 def pack_window(
     requests: Sequence[Request],
-    layout: VisualLayout,
+    num_slots: int,
     row_length: int,
     num_rows: int,
     *,
     shards: int = 1,
     position_ids: PositionIds = "compact",
     carried_over: int = 0,
+    share_prefixes: bool = False,
+    with_taps: bool = False,
 ) -> list[Rows]:
     """Packs a window of requests into as many batches of `num_rows` rows as it takes.
 
     Args:
       requests: the window.
-      layout: the encoded images that the requests refer to.
+      num_slots: slots of the pool that the requests' runs refer to.
       row_length: L.
       num_rows: rows of every batch; where requests run out, rows are left as padding.
-      shards: the data shards over which both the encoded images and the rows are split into equal
-        contiguous blocks. A request goes to the shard of its images, so that gathering visual
-        tokens needs no communication; requests without an image fill the emptiest shards.
+      shards: the data shards over which both the pool and the rows are split into equal contiguous
+        blocks. A request goes to the shard of its visual tokens, so that gathering them needs no
+        communication; requests without any fill the emptiest shards.
       position_ids: `compact` numbers the tokens consecutively. `original` gives a visual token the
         position its patch has without reduction (the extra token that of the last patch) and lets
-        the text continue after all N patches.
+        the text continue after the whole image.
       carried_over: this many of the first requests get the first rows; the others fill up what is
         left.
+      share_prefixes: whether requests of a row with the same visual tokens and text at their
+        beginning have these once, see `prefixes`. What is predicted, and the position that predicts
+        it, stays each request's own.
+      with_taps: whether the rows have `taps`; without them no run may have any.
 
     Raises:
-      ValueError: a request is longer than a row, refers to an image that the layout lacks or to
-        images of two shards; `num_rows` or the images do not divide by `shards`.
+      ValueError: a request is longer than a row, refers to a slot that the pool lacks or to slots
+        of two shards; `num_rows` or the slots do not divide by `shards`.
     """
-    batches = _plan(requests, layout, row_length, num_rows, shards, carried_over)
-    tokens = _expand(requests, layout, position_ids)
-    return [_fill(tokens, batch, row_length) for batch in batches]
+    tokens = _expand(requests, position_ids)
+    taps = _expand_taps(requests, tokens) if with_taps else None
+    shard_of = _shard_of_requests(requests, num_slots, tokens.lengths, shards)
 
-
-def _check_fits(lengths: np.ndarray, row_length: int) -> None:
-    outside = np.flatnonzero((lengths < 1) | (lengths > row_length))
-    if outside.size:
-        worst = int(outside[0])
-        raise ValueError(
-            f"request {worst} has {lengths[worst]} tokens; expected 1 to {row_length}, the row "
-            "length. Nothing is truncated: shorten it or use longer rows"
+    def rows_of(members: np.ndarray) -> list[list[Group]]:
+        first, others = members[members < carried_over], members[members >= carried_over]
+        groups = _groups(tokens, first, share_prefixes)
+        return fill_rows_with_groups(
+            groups + _groups(tokens, others, share_prefixes),
+            tokens.lengths,
+            row_length,
+            carried_over=len(groups),
         )
 
-
-def _image_rows(requests: Sequence[Request], layout: VisualLayout) -> np.ndarray:
-    """The image rows of all requests, one after the other."""
-    rows = np.array([row for request in requests for row in request.image_rows], np.int64)
-    outside = np.flatnonzero((rows < 0) | (rows >= layout.lengths.size))
-    if outside.size:
-        owner = np.repeat(np.arange(len(requests)), [len(r.image_rows) for r in requests])
-        index = int(owner[outside[0]])
-        raise ValueError(
-            f"request {index} refers to image rows {requests[index].image_rows}; the encoded "
-            f"batch has {layout.lengths.size}"
-        )
-    return rows
+    filling.check_fits(tokens.lengths, row_length)
+    batches = _batches(shard_of, shards, num_rows, rows_of)
+    return [_fill(tokens, batch, row_length, taps) for batch in batches]
 
 
-def _plan(
-    requests: Sequence[Request],
-    layout: VisualLayout,
-    row_length: int,
+def pack_together(
+    versions: Sequence[Sequence[Request]],
+    num_slots: int,
+    row_lengths: Sequence[int],
     num_rows: int,
-    shards: int,
-    carried_over: int,
-) -> list[list[list[int]]]:
-    """Which requests are in which row of which batch: [batch][row] -> request indices."""
+    *,
+    shards: int = 1,
+    position_ids: PositionIds = "compact",
+) -> list[tuple[Rows, ...]]:
+    """Packs several versions of a window, each into the same rows in the same order.
+
+    Args:
+      versions: the same requests with other visual tokens.
+      row_lengths: L of each version.
+      num_slots, num_rows, shards, position_ids: as in `pack_window`, which says what is raised.
+    """
+    tokens = [_expand(requests, position_ids) for requests in versions]
+    # In units of the first row length; where these fit, all do.
+    lengths = np.max(
+        [-(-t.lengths * row_lengths[0] // n) for t, n in zip(tokens, row_lengths, strict=True)], 0
+    )
+    filling.check_fits(lengths, row_lengths[0])
+    shard_of = _shard_of_requests(versions[0], num_slots, lengths, shards)
+    batches = _batches(
+        shard_of,
+        shards,
+        num_rows,
+        lambda own: fill_rows_with_groups(_groups(tokens[0], own, False), lengths, row_lengths[0]),
+    )
+    fillings = list(zip(tokens, row_lengths, strict=True))
+    return [tuple(_fill(each, batch, n, None) for each, n in fillings) for batch in batches]
+
+
+def _groups(tokens: "_Tokens", members: np.ndarray, share_prefixes: bool) -> list[Group]:
+    """Groups of the requests members [n]."""
+    if not share_prefixes:
+        return [Group(0, (index,)) for index in members.tolist()]
+    groups = find_groups(*tokens.beginnings(members))
+    return [Group(g.prefix, tuple(members[list(g.members)].tolist())) for g in groups]
+
+
+def _batches(
+    shard_of: np.ndarray, shards: int, num_rows: int, rows_of: _RowsOf
+) -> list[list[list[Group]]]:
+    """Batches of rows, [batch][row] -> groups, those of each shard; the last are empty where shards
+    have fewer."""
     if num_rows < 1 or num_rows % shards:
         raise ValueError(f"num_rows {num_rows} is not a positive multiple of {shards} shards")
-    lengths = sequence_lengths(requests, layout)
-    _check_fits(lengths, row_length)
-    shard_of = _shard_of_requests(requests, layout, lengths, shards)
-    rows_of_shard = []
-    for shard in range(shards):
-        members = np.flatnonzero(shard_of == shard)
-        packed = fill_rows(
-            lengths[members], row_length, carried_over=int(np.count_nonzero(members < carried_over))
-        )
-        rows_of_shard.append([members[row].tolist() for row in packed])
+    rows_of_shard = [rows_of(np.flatnonzero(shard_of == shard)) for shard in range(shards)]
     block = num_rows // shards
     batches = -(-max(len(rows) for rows in rows_of_shard) // block)
-    for rows in rows_of_shard:
-        rows += [[] for _ in range(batches * block - len(rows))]
     return [
-        [row for rows in rows_of_shard for row in rows[batch * block : (batch + 1) * block]]
+        [
+            rows[at] if at < len(rows) else []
+            for rows in rows_of_shard
+            for at in range(batch * block, (batch + 1) * block)
+        ]
         for batch in range(batches)
     ]
 
 
 def _shard_of_requests(
-    requests: Sequence[Request], layout: VisualLayout, lengths: np.ndarray, shards: int
+    requests: Sequence[Request], num_slots: int, lengths: np.ndarray, shards: int
 ) -> np.ndarray:
-    images = layout.lengths.size
-    if images % shards:
-        raise ValueError(f"{images} encoded images do not divide into {shards} shards")
+    if num_slots % shards:
+        raise ValueError(f"{num_slots} visual token slots do not divide into {shards} shards")
     shard_of = np.full(len(requests), -1)
     for index, request in enumerate(requests):
-        homes = {row * shards // images for row in request.image_rows}
-        if len(homes) > 1:
+        slots = _concatenated([run.index for run in request.runs])
+        slots = slots[slots != NEWLINE]
+        if not slots.size:
+            continue
+        if slots.min() < 0 or slots.max() >= num_slots:
+            stray = int(slots[(slots < 0) | (slots >= num_slots)][0])
             raise ValueError(
-                f"request {index} has images {request.image_rows} on shards {sorted(homes)}; "
-                "all images of a request must be on one shard"
+                f"request {index} refers to visual token slot {stray}; there are {num_slots}"
             )
-        if homes:
-            shard_of[index] = homes.pop()
+        first, last = (int(slot) * shards // num_slots for slot in (slots.min(), slots.max()))
+        if first != last:
+            raise ValueError(
+                f"request {index} has visual tokens on shards {first} to {last}; all images of a "
+                "request must be on one shard"
+            )
+        shard_of[index] = first
     placed = shard_of >= 0
     load = np.bincount(shard_of[placed], weights=lengths[placed], minlength=shards)
     homeless = np.flatnonzero(~placed)
@@ -331,6 +301,30 @@ class _Tokens:
     starts: np.ndarray
     lengths: np.ndarray
 
+    def beginnings(self, requests: np.ndarray) -> tuple[list[np.ndarray], list[int]]:
+        """What `find_groups` compares of requests [n], and how much of each may be a prefix.
+
+        The last position, and those that predict something, are the request's own: what is read
+        there differs from request to request.
+        """
+        # One number says which token it is, text or visual, and at which position.
+        names = np.where(
+            self.visual_index == NO_SLOT, self.ids, NO_SLOT + NEWLINE - self.visual_index
+        )
+        names = names * (1 + self.positions.max(initial=0)) + self.positions
+        cuts = [slice(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
+        predicts = [np.flatnonzero(self.targets[cuts[index]] != IGNORE) for index in requests]
+        shareable = [
+            int(where[0]) if where.size else int(self.lengths[index]) - 1
+            for index, where in zip(requests, predicts, strict=True)
+        ]
+        return [names[cuts[index]] for index in requests], shareable
+
+
+def _concatenated(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Integer arrays on one axis, int64; none give an empty one."""
+    return np.concatenate([np.zeros(0, np.int64), *arrays])
+
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """starts[0], starts[0] + 1, ... (lengths[0] numbers), starts[1], ... on one axis."""
@@ -338,36 +332,33 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
 
 
-def _expand(
-    requests: Sequence[Request], layout: VisualLayout, position_ids: PositionIds
-) -> _Tokens:
-    """Replaces every placeholder by its image's visual tokens, for all requests at once."""
+def _expand(requests: Sequence[Request], position_ids: PositionIds) -> _Tokens:
+    """Puts every placeholder's run in its place, for all requests at once."""
     check_position_ids(position_ids)
     if not requests:
         none = np.zeros(0, np.int64)
         return _Tokens(none, none, none, none, none, none)
-    text = np.concatenate([r.token_ids for r in requests]).astype(np.int64)
+    text = _concatenated([r.token_ids for r in requests])
     labels = np.concatenate(
         [np.full(r.token_ids.size, IGNORE) if r.labels is None else r.labels for r in requests]
     )
     text_lengths = np.array([r.token_ids.size for r in requests])
     text_starts = np.cumsum(text_lengths) - text_lengths
     placeholder = text == IMAGE_TOKEN
-    image = np.full(text.size, -1)
-    image[placeholder] = _image_rows(requests, layout)
+    runs = [run for request in requests for run in request.runs]
     width = np.ones(text.size, np.int64)
-    width[placeholder] = layout.lengths[image[placeholder]]
+    width[placeholder] = [len(run) for run in runs]
 
     # From here on one entry per packed token: `origin` is the text position that it came from.
     origin = np.repeat(np.arange(text.size), width)
-    slot = _ranges(np.zeros_like(width), width)
     visual = placeholder[origin]
-    advance, offset = width, slot
+    visual_index = np.full(origin.size, NO_SLOT)
+    visual_index[visual] = _concatenated([run.index for run in runs])
+    advance, offset = width, _ranges(np.zeros_like(width), width)
     if position_ids == "original":
-        patch = layout.patch_indices[image[origin[visual]], slot[visual]]
-        offset = np.zeros_like(slot)
-        offset[visual] = np.where(patch < 0, layout.num_patches - 1, patch)
-        advance = np.where(placeholder, layout.num_patches, 1)
+        offset[visual] = _concatenated([run.offset for run in runs])
+        advance = np.ones_like(width)
+        advance[placeholder] = [run.span for run in runs]
     begin = np.cumsum(advance) - advance
     begin -= np.repeat(begin[text_starts], text_lengths)
 
@@ -378,7 +369,7 @@ def _expand(
     targets[starts + lengths - 1] = IGNORE
     return _Tokens(
         ids=np.where(visual, 0, text[origin]),
-        visual_index=np.where(visual, image[origin] * layout.capacity + slot, -1),
+        visual_index=visual_index,
         positions=begin[origin] + offset,
         targets=targets,
         starts=starts,
@@ -386,34 +377,84 @@ def _expand(
     )
 
 
-def _fill(tokens: _Tokens, rows: list[list[int]], row_length: int) -> Rows:
-    """Copies the tokens of the requests in `rows` to their places."""
-    counts = [len(row) for row in rows]
-    requests = np.array([index for row in rows for index in row], np.int64)
-    row_of = np.repeat(np.arange(len(rows)), counts)
-    segment_of = 1 + _ranges(np.zeros(len(rows), np.int64), np.array(counts))
-    length_of = tokens.lengths[requests]
-    ends = np.cumsum(length_of)
-    before_row = np.concatenate([[0], ends])[np.cumsum(counts) - counts]
-    start_of = ends - length_of - before_row[row_of]
+def _expand_taps(requests: Sequence[Request], tokens: _Tokens) -> Taps:
+    """Taps of all tokens of all requests, none at text."""
+    count = tokens.visual_index.size
+    index, weight = np.full((count, TAPS), NO_SLOT), np.zeros((count, TAPS), np.float32)
+    taps = [run.as_taps for request in requests for run in request.runs]
+    if taps:
+        visual = tokens.visual_index != NO_SLOT
+        index[visual] = np.concatenate([each.slots for each in taps])
+        weight[visual] = np.concatenate([each.weight for each in taps])
+    return Taps(index, weight)
 
-    source = _ranges(tokens.starts[requests], length_of)
-    destination = _ranges(row_of * row_length + start_of, length_of)
 
-    def place(values: np.ndarray, padding: int) -> np.ndarray:
-        flat = np.full(len(rows) * row_length, padding, np.int32)
+class _Pieces(NamedTuple):
+    """Stretches of requests' tokens in the order in which they fill the rows, each [pieces].
+
+    Attributes:
+      request: whose tokens they are; of a prefix, the first of those that share it.
+      begin, length: where among its tokens.
+      row, segment, branch: what they are part of.
+    """
+
+    request: np.ndarray
+    begin: np.ndarray
+    length: np.ndarray
+    row: np.ndarray
+    segment: np.ndarray
+    branch: np.ndarray
+
+
+def _pieces(lengths: np.ndarray, rows: Sequence[Sequence[Group]]) -> _Pieces:
+    """The pieces of groups in rows: each one's prefix, where it has one, and its members."""
+    pieces = []
+    for row, groups in enumerate(rows):
+        for segment, group in enumerate(groups, start=1):
+            prefix = group.prefix if len(group.members) > 1 else 0
+            if prefix:
+                pieces.append((group.members[0], 0, prefix, row, segment, 0))
+            for branch, member in enumerate(group.members, start=1):
+                own = lengths[member] - prefix
+                pieces.append((member, prefix, own, row, segment, branch if prefix else 0))
+    return _Pieces(*np.array(pieces, np.int64).reshape(-1, 6).T)
+
+
+def _fill(
+    tokens: _Tokens, rows: Sequence[Sequence[Group]], row_length: int, taps: Taps | None
+) -> Rows:
+    """Copies the tokens of the groups in `rows` to their places."""
+    pieces = _pieces(tokens.lengths, rows)
+    ends = np.cumsum(pieces.length)
+    before_row = np.concatenate([[0], ends])[np.searchsorted(pieces.row, pieces.row)]
+    start = ends - pieces.length - before_row
+    source = _ranges(tokens.starts[pieces.request] + pieces.begin, pieces.length)
+    destination = _ranges(pieces.row * row_length + start, pieces.length)
+
+    def place(values: np.ndarray, padding: int, dtype: type = np.int32) -> np.ndarray:
+        flat = np.full((len(rows) * row_length, *values.shape[1:]), padding, dtype)
         flat[destination] = values
-        return flat.reshape(len(rows), row_length)
+        return flat.reshape(len(rows), row_length, *values.shape[1:])
 
-    order = np.argsort(requests)
+    is_prefix = (pieces.branch == 0) & (pieces.length < tokens.lengths[pieces.request])
+    # Every prefix stands in front of its branches.
+    latest = np.maximum.accumulate(np.where(is_prefix, np.arange(len(start)), 0))
+    own = np.flatnonzero(~is_prefix)
+    own = own[np.argsort(pieces.request[own])]
     return Rows(
         ids=place(tokens.ids[source], 0),
-        visual_index=place(tokens.visual_index[source], -1),
+        visual_index=place(tokens.visual_index[source], NO_SLOT),
         positions=place(tokens.positions[source], 0),
-        segment_ids=place(np.repeat(segment_of, length_of), 0),
+        segment_ids=place(np.repeat(pieces.segment, pieces.length), 0),
         targets=place(tokens.targets[source], IGNORE),
-        requests=requests[order].astype(np.int32),
-        row_of=row_of[order].astype(np.int32),
-        start_of=start_of[order].astype(np.int32),
-        length_of=length_of[order].astype(np.int32),
+        requests=pieces.request[own].astype(np.int32),
+        row_of=pieces.row[own].astype(np.int32),
+        start_of=start[own].astype(np.int32),
+        length_of=pieces.length[own].astype(np.int32),
+        prefix_start_of=np.where(pieces.begin, start[latest], 0)[own].astype(np.int32),
+        prefix_length_of=pieces.begin[own].astype(np.int32),
+        branch_ids=place(np.repeat(pieces.branch, pieces.length), 0) if is_prefix.any() else None,
+        taps=None
+        if taps is None
+        else Taps(place(taps.slots[source], NO_SLOT), place(taps.weight[source], 0, np.float32)),
     )

@@ -19,12 +19,12 @@ from flax import nnx
 
 from prumerge_jax import prumerge
 from prumerge_jax.models import tuning
-from prumerge_jax.models.clip import ClipVision
 from prumerge_jax.models.config import TextConfig, VisionConfig
 from prumerge_jax.models.layers import Linear
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.llava import normalize_pixels
 from prumerge_jax.models.tuning import Tuning
+from prumerge_jax.models.vision_tower import VisionTower
 from prumerge_jax.training.weights import AbstractModule, Leaf, Weights
 
 _POSITIONS = "vision.position_embedding"
@@ -68,7 +68,7 @@ class ContrastiveModel(nnx.Module):
     """A vision tower, a text tower and what brings both into one space."""
 
     def __init__(self, vision: VisionConfig, config: ContrastiveConfig, *, rngs: nnx.Rngs) -> None:
-        self.vision = ClipVision(vision, rngs=rngs)
+        self.vision = VisionTower(vision, rngs=rngs)
         self.value = Linear(vision.width, vision.width, ("embed", None), bias=True, rngs=rngs)
         self.image_out = Linear(vision.width, config.width, ("embed", None), rngs=rngs)
         self.text = Llama(config.text, rngs=rngs)
@@ -78,7 +78,8 @@ class ContrastiveModel(nnx.Module):
     def embed_images(self, pixels: jax.Array) -> jax.Array:
         """Pixels [B, s, s, 3] uint8 -> unit vectors [B, E], pooled by the CLS attention."""
         features = self.vision(normalize_pixels(pixels, self.vision.config))
-        attention = prumerge.cls_attention(features.query_cls, features.keys)
+        attention = prumerge.cls_attention(features.queries[:, 0], features.keys)
+        assert self.vision.last is not None
         values = self.value(self.vision.last.layer_norm1(features.hidden[:, 1:]))
         return _unit(self.image_out(jnp.einsum("bn,bnd->bd", attention, values)))
 

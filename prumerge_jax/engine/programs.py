@@ -14,23 +14,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prumerge_jax.engine.request import MAX_STOP_IDS
 from prumerge_jax.models import attention
 from prumerge_jax.models.attention import KVPages
+from prumerge_jax.models.config import MAX_STOP_IDS
 from prumerge_jax.models.llama import PartialHidden
-from prumerge_jax.models.llava import encode_images
+from prumerge_jax.models.llava import embed_question, encode_images
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.reductions import Reduction
 from prumerge_jax.sharding.mesh import constrain
 
 
 class Rows(NamedTuple):
-    """The device's part of `data.packing.Rows`, each [rows, T] int32."""
+    """The device's part of `data.packing.Rows`, each [rows, T] int32.
+
+    Where visual tokens are interpolated, `visual_index` is [rows, T, K], see
+    `LlavaModel.embed_rows`, and `visual_weight` [rows, T, K] float32.
+    With `branch_ids` and without are two forms of the functions that take rows.
+    """
 
     ids: jax.Array
     visual_index: jax.Array
     positions: jax.Array
     segment_ids: jax.Array
+    visual_weight: jax.Array | None = None
+    branch_ids: jax.Array | None = None
 
 
 class Sampling(NamedTuple):
@@ -84,14 +91,16 @@ class Segments(NamedTuple):
     """Sequences in rows, and how each continues.
 
     Attributes:
-      row, start, length: [G] int32, place of the prompt in the rows. Length 0 means no segment.
+      row: [G] int32, the row of each.
+      last: [G] int32, the column of the last token of its prompt.
+      length: [G] int32, tokens of its prompt. 0 means no segment.
       position: [G] int32, rotary position of the token that follows it.
       max_new_tokens: [G] int32, most tokens to generate.
       sampling: how tokens are drawn.
     """
 
     row: jax.Array
-    start: jax.Array
+    last: jax.Array
     length: jax.Array
     position: jax.Array
     max_new_tokens: jax.Array
@@ -103,13 +112,27 @@ def encode(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     pixels: jax.Array,
+    question_ids: jax.Array | None = None,
+    present: jax.Array | None = None,
     *,
     reduction: Reduction,
     dtype: jnp.dtype,
 ) -> VisualTokens:
-    """[B, S, S, 3] uint8 -> reduced visual tokens of capacity R."""
+    """[B, S, S, 3] uint8, [B, M] int32, [B, N] bool -> reduced visual tokens of capacity R.
+
+    Question ids are -1 beyond the question; None where the reduction reads none. `present` are the
+    patches that the reduction may see; None for all.
+    """
     model = nnx.merge(graphdef, state)
-    return encode_images(model.vision, pixels, reduction, dtype=dtype, projector=model.projector)
+    return encode_images(
+        model.vision,
+        pixels,
+        reduction,
+        dtype=dtype,
+        projector=model.projector,
+        question=embed_question(model.decoder, question_ids, dtype),
+        present=present,
+    )
 
 
 @jax.jit
@@ -156,16 +179,27 @@ def prefill(
       Hidden states [rows, T, D], and the pool.
     """
     model = nnx.merge(graphdef, state)
-    x = constrain(model.embed_rows(rows.ids, visual_tokens, rows.visual_index), "batch", None, None)
+    x = model.embed_rows(rows.ids, visual_tokens, rows.visual_index, rows.visual_weight)
+    x = constrain(x, "batch", None, None)
     hidden, pages = model.decoder.prefill(
         x,
         rows.positions,
         rows.segment_ids,
         pages,
         places,
+        branch_ids=rows.branch_ids,
         max_segment_length=max_segment_length,
     )
     return hidden, attention.over_shards(pages)
+
+
+@functools.partial(jax.jit, static_argnames=("num_layers",), donate_argnames=("pages",))
+def copy_in_pages(
+    pages: KVPages, source: jax.Array, target: jax.Array, *, num_layers: int
+) -> KVPages:
+    """Copies keys and values from places to places; see `attention.copy_in_pages`."""
+    copied = attention.copy_in_pages(pages, source, target, num_layers)
+    return attention.over_shards(copied)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_segment_length"))
@@ -180,11 +214,13 @@ def hidden_before_last_mlp(
     """`prefill` for scoring: no keys and values are kept, and `log_likelihoods` finishes what it
     needs."""
     model = nnx.merge(graphdef, state)
-    x = constrain(model.embed_rows(rows.ids, visual_tokens, rows.visual_index), "batch", None, None)
+    x = model.embed_rows(rows.ids, visual_tokens, rows.visual_index, rows.visual_weight)
+    x = constrain(x, "batch", None, None)
     return model.decoder.hidden_before_last_mlp(
         x,
         rows.positions,
         rows.segment_ids,
+        branch_ids=rows.branch_ids,
         max_segment_length=max_segment_length,
     )
 
@@ -215,13 +251,24 @@ def log_likelihoods(
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))
+def logits_at(
+    graphdef: nnx.GraphDef, state: nnx.State, partial: PartialHidden, index: jax.Array
+) -> jax.Array:
+    """Next-token logits [M, V] float32 at M positions, index [M] int32 into the flattened rows.
+
+    `partial` is of rows from `hidden_before_last_mlp`.
+    """
+    decoder = nnx.merge(graphdef, state).decoder
+    return decoder.logits(decoder.last_mlp_at(partial, index))
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",))
 def first_tokens(
     graphdef: nnx.GraphDef, state: nnx.State, hidden: jax.Array, segments: Segments
 ) -> jax.Array:
     """The first generated token of every segment, [G] int32."""
     decoder = nnx.merge(graphdef, state).decoder
-    last = jnp.maximum(segments.start + segments.length - 1, 0)
-    logits = decoder.logits(hidden[segments.row, last])
+    logits = decoder.logits(hidden[segments.row, segments.last])
     return draw(logits, segments.sampling, jnp.zeros_like(segments.row))
 
 

@@ -14,19 +14,29 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from prumerge_jax import cost
-from prumerge_jax.data import conversation as conversations
 from prumerge_jax.data.packing import PositionIds
+from prumerge_jax.data.templates import TEMPLATES
 from prumerge_jax.engine.encoding import DTYPES
 from prumerge_jax.engine.request import MAX_SEED
 from prumerge_jax.engine.shapes import EVALUATION_SIZES, EngineConfig
 from prumerge_jax.evaluation.benchmarks.base import PROTOCOLS, Benchmark, TaskFiles
 from prumerge_jax.evaluation.benchmarks.registry import BENCHMARKS, benchmark, unnamed_benchmark
+from prumerge_jax.messages import quoted
 from prumerge_jax.options import unknown
-from prumerge_jax.reductions import parse_list
+from prumerge_jax.reductions import parse_list, with_budgets
 
 TASK_FIELDS = ("benchmark", "questions", "images", "annotations")
 FIELDS = (
-    *("checkpoint", *TASK_FIELDS, "tasks", "answers", "reduction", "baselines", "decoding"),
+    *(
+        "checkpoint",
+        *TASK_FIELDS,
+        "tasks",
+        "answers",
+        "reduction",
+        "tokens",
+        "baselines",
+        "decoding",
+    ),
     *("dtype", "mesh", "engine", "chip"),
 )
 
@@ -37,7 +47,7 @@ class Decoding:
 
     Attributes:
       protocol: whose image handling, see `benchmarks.base.PROTOCOLS`.
-      conversation: prompt template.
+      conversation: prompt template; None is the model's own.
       position_ids: see `packing.pack_window`.
       max_new_tokens: None takes the benchmark's limit.
       temperature: divides the logits; 0 is greedy.
@@ -50,7 +60,7 @@ class Decoding:
     """
 
     protocol: str = "llava-1.6"
-    conversation: str = "vicuna_v1"
+    conversation: str | None = None
     position_ids: PositionIds = "compact"
     max_new_tokens: int | None = None
     temperature: float = 0.0
@@ -61,10 +71,11 @@ class Decoding:
     def __post_init__(self) -> None:
         for name, known in (
             ("protocol", PROTOCOLS),
-            ("conversation", sorted(conversations.TEMPLATES)),
             ("position_ids", get_args(PositionIds)),
         ):
             _one_of(f"decoding.{name}", getattr(self, name), known)
+        if self.conversation is not None:
+            _one_of("decoding.conversation", self.conversation, sorted(TEMPLATES))
         for name, allowed, expected in (
             ("max_new_tokens", lambda n: n is None or n >= 1, "at least 1, or None"),
             ("temperature", lambda t: math.isfinite(t) and t >= 0, "a finite number from 0"),
@@ -155,11 +166,15 @@ def parse_config(config: ConfigDict) -> EvalConfig:
         if _typed(f"mesh.{axis}", size, int) < 1:
             raise ValueError(f"--config.mesh.{axis}={size}: expected at least 1")
     dtype, chip = _optional(fields, "dtype", str), _optional(fields, "chip", str)
+    tasks = _tasks(fields, options)
+    usual = tasks[0].benchmark.reductions if len(tasks) == 1 else Benchmark.reductions
     return EvalConfig(
-        tasks=_tasks(fields, options),
+        tasks=tasks,
         checkpoint=_optional(fields, "checkpoint", str) or "",
         answers=None if answers is None else pathlib.Path(answers),
-        reductions=tuple(parse_list(_typed("reduction", fields["reduction"], str))),
+        reductions=_reductions(
+            _optional(fields, "reduction", str) or usual, _typed("tokens", fields["tokens"], str)
+        ),
         baselines=_typed("baselines", fields["baselines"], bool),
         decoding=Decoding(**decoding),
         position_ids=decoding.get("position_ids"),
@@ -170,6 +185,22 @@ def parse_config(config: ConfigDict) -> EvalConfig:
     )
 
 
+def _reductions(names: str, tokens: str) -> tuple[str, ...]:
+    """The reductions to run, those of fixed count at every budget."""
+    spellings = list(parse_list(names))
+    if not (words := tokens.replace(",", " ").split()):
+        return tuple(spellings)
+    if not all(word.isascii() and word.isdigit() for word in words):
+        raise ValueError(f"--config.tokens={quoted(tokens)}: expected counts such as '128 64 32'")
+    expanded = [each for name in spellings for each in with_budgets(name, list(map(int, words)))]
+    if expanded == spellings:
+        raise ValueError(
+            f"--config.tokens={quoted(tokens)}: none of {quoted(names)} keeps a fixed count that "
+            "is not named; expected for example cover"
+        )
+    return tuple(dict.fromkeys(expanded))
+
+
 def engine_config(fields: Mapping[str, Any], mesh: Mapping[str, int]) -> EngineConfig:
     """The fixed shapes of the engine.
 
@@ -178,10 +209,11 @@ def engine_config(fields: Mapping[str, Any], mesh: Mapping[str, int]) -> EngineC
         allowed; the message names its flag.
     """
     given = {k: v for k, v in _mapping("engine", fields).items() if v is not None}
-    known = {field.name for field in dataclasses.fields(EngineConfig)} - {"defaults"}
-    _check_names("engine", given, sorted(known))
+    types = {field.name: field.type for field in dataclasses.fields(EngineConfig)}
+    del types["defaults"]
+    _check_names("engine", given, sorted(types))
     for name, value in given.items():
-        _typed(f"engine.{name}", value, int)
+        _typed(f"engine.{name}", value, bool if types[name] is bool else int)
     config = EngineConfig(**given, defaults=EVALUATION_SIZES)
     config.sizes(mesh.get("data", 1) * mesh.get("fsdp", 1))
     return config
@@ -260,7 +292,7 @@ def _check_names(where: str, values: Mapping[str, Any], known: Any) -> None:
 
 def _check_fields(where: str, values: Mapping[str, Any], kind: type) -> None:
     """Names and types of a section against a dataclass whose defaults show the types."""
-    types: dict[str, type] = {"max_new_tokens": int}
+    types: dict[str, type] = {"max_new_tokens": int, "conversation": str}
     types |= {f.name: type(f.default) for f in dataclasses.fields(kind) if f.default is not None}
     _check_names(where, values, types)
     for name, value in values.items():

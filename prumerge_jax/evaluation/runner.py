@@ -7,6 +7,7 @@ nothing twice. A row that cannot be scored becomes a line of `errors.jsonl` and 
 import collections
 import dataclasses
 import hashlib
+import itertools
 import math
 import pathlib
 import time
@@ -14,26 +15,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
+import jax
 import numpy as np
 import tqdm
 
-from prumerge_jax.data.conversation import chat_template
-from prumerge_jax.data.images import ImageProcessor
-from prumerge_jax.data.tokens import IMAGE_TOKEN
+from prumerge_jax.data.loading import Named
+from prumerge_jax.data.pictures import PictureMode, default_mode
 from prumerge_jax.engine.build import Draft, RequestBuilder
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import MAX_SEED, Answer, SamplingParams
-from prumerge_jax.evaluation import jsonfiles
+from prumerge_jax.evaluation import jsonfiles, shares
 from prumerge_jax.evaluation.answers import Answers, Fingerprint, complete_row
 from prumerge_jax.evaluation.benchmarks.base import Question
 from prumerge_jax.evaluation.config import Decoding
 from prumerge_jax.evaluation.journal import Journal, RowOutcome
+from prumerge_jax.evaluation.order import by_image
 from prumerge_jax.evaluation.questions import Task, TaskQuestions
 from prumerge_jax.llava import Llava
 from prumerge_jax.reductions import Reduction, spell
+from prumerge_jax.sharding.agreement import gather, is_leader
 
 RUN_FIGURES = frozenset(
     {"rows_failed", "images_per_second", "questions_per_second", "token_efficiency"}
+    | {"computed_over_request_tokens"}
     | {f"visual_tokens_{name}" for name in ("mean", "p50", "p95", "max")}
     | {"text_tokens_mean", "new_tokens_mean"}
 )
@@ -46,14 +50,16 @@ COMMIT_SECONDS = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """What `answer` did.
+    """What `answer` did, all processes together.
 
     Attributes:
       outcomes: one per row, in order; those of earlier runs too.
       questions: number of rows answered now.
       images: number of images encoded now. Rows of one image share its encoding.
-      seconds: wall time of that, compilation left out.
+      seconds: wall time of that, compilation left out; of the slowest process.
       token_efficiency: real tokens over computed ones; None where nothing was computed.
+      computed_over_request_tokens: real tokens of the rows over those of the questions' prompts,
+        below 1 where questions share what is in front of them; None where nothing was computed.
     """
 
     outcomes: Sequence[RowOutcome]
@@ -61,6 +67,7 @@ class Answered:
     images: int
     seconds: float
     token_efficiency: float | None
+    computed_over_request_tokens: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +103,8 @@ def run(
     """Answers all questions that `workdir` has no answer to yet, then scores.
 
     Writes `journal.jsonl`, `answers.jsonl`, `errors.jsonl`, `metrics.json`, and after them the
-    benchmark's upload files; a failure of these is one of the result's problems.
+    benchmark's upload files; a failure of these is one of the result's problems. Of several
+    processes each answers its share and writes its journal, process 0 everything else.
 
     Args:
       model: the model.
@@ -113,6 +121,8 @@ def run(
     """
     answered = answer(model, rows, reduction, decoding, fingerprint, workdir)
     scores = summarise(rows, answered, str(workdir / "answers.jsonl"))
+    if not is_leader():
+        return scores
     write_metrics(workdir / "metrics.json", scores.metrics)
     if not scores.failed:
         try:
@@ -131,12 +141,19 @@ def answer(
     fingerprint: Fingerprint,
     workdir: pathlib.Path,
 ) -> Answered:
-    """Answers all questions that the journal in `workdir` has no answer to yet.
+    """Answers all questions that the journals in `workdir` have no answer to yet.
 
     Arguments and errors as in `run`.
     """
-    with Journal(workdir / "journal.jsonl", fingerprint, len(rows.questions)) as journal:
-        refused = {index: rows.refusal(index) for index in journal.unanswered}
+    num_rows = len(rows.questions)
+    with shares.open_journal(workdir, fingerprint, num_rows) as journal:
+        shared = shares.share_out(
+            journal.unanswered,
+            [rows.questions[index].image for index in journal.unanswered],
+            jax.process_count(),
+        )
+        shares.check_agreed(journal.unanswered, workdir)
+        refused = {index: rows.refusal(index) for index in shared[jax.process_index()]}
         journal.append(
             [
                 RowOutcome(index, rows.questions[index].question_id, error=reason)
@@ -144,7 +161,8 @@ def answer(
                 if reason is not None
             ]
         )
-        todo = [index for index, reason in refused.items() if reason is None]
+        allowed = [index for index, reason in refused.items() if reason is None]
+        todo = by_image(allowed, rows.questions)
         answerer = _Answerer(model, rows, reduction, decoding, dict(fingerprint))
         engine = answerer.engine()
         with model.placed():
@@ -153,18 +171,29 @@ def answer(
             started = time.monotonic()
             _commit(journal, answerer.outcomes(engine, todo), len(todo), engine)
         seconds = time.monotonic() - started
-        journal.write_results(workdir)
-        outcomes = [journal.outcomes[index] for index in range(len(rows.questions))]
-    counters = engine.counters
-    efficiency = None
-    if counters.row_tokens:
-        efficiency = counters.real_tokens / counters.row_tokens
+        counters = engine.counters
+        figures = gather(
+            [
+                seconds,
+                counters.images,
+                counters.request_tokens,
+                counters.real_tokens,
+                counters.row_tokens,
+            ]
+        )
+        shares.collect(journal, workdir, fingerprint, num_rows, shared)
+        if is_leader():
+            journal.write_results(workdir)
+        outcomes = [journal.outcomes[index] for index in range(num_rows)]
+    taken, images, *tokens = zip(*figures, strict=True)
+    asked, real, computed = (sum(each) for each in tokens)
     return Answered(
         outcomes=outcomes,
-        questions=sum(outcomes[index].answer is not None for index in todo),
-        images=counters.images,
-        seconds=seconds,
-        token_efficiency=efficiency,
+        questions=sum(outcomes[index].answer is not None for index in itertools.chain(*shared)),
+        images=sum(images),
+        seconds=max(taken),
+        token_efficiency=real / computed if computed else None,
+        computed_over_request_tokens=real / asked if asked else None,
     )
 
 
@@ -200,7 +229,8 @@ def summarise(rows: TaskQuestions, answered: Answered, source: str) -> RunScores
     for name in ("text_tokens", "new_tokens"):
         values = [outcome.measured[name] for outcome in done]
         metrics[f"{name}_mean"] = float(np.mean(values)) if values else None
-    metrics["token_efficiency"] = answered.token_efficiency
+    for name in ("token_efficiency", "computed_over_request_tokens"):
+        metrics[name] = getattr(answered, name)
     return RunScores(metrics, per_question, counts, failed, answers)
 
 
@@ -223,27 +253,34 @@ class _Answerer:
         self.sampling = SamplingParams(
             decoding.temperature, decoding.top_p, limit, seed=decoding.seed
         )
-        vision = model.config.vision
-        mode = rows.task.benchmark.image_mode(decoding.protocol)
+        mode: PictureMode = rows.task.benchmark.image_mode(decoding.protocol)
+        if model.config.image_grid_pinpoints:  # the benchmarks' modes are LLaVA-1.5's
+            mode = default_mode(model.config)
         self.builder = RequestBuilder(
             model.tokenizer,
-            chat_template(decoding.conversation),
-            ImageProcessor(model.image_size(reduction), vision.pixel_mean, mode),
+            model.template(decoding.conversation),
+            model.processor(mode, reduction),
             decoding.num_workers,
         )
         self.prompts = [self._prompt(question) for question in rows.questions]
+        self.first_row: dict[bytes, int] = {}  # that has these bytes for an image
+        for index, question in enumerate(rows.questions):
+            if isinstance(question.image, bytes):
+                self.first_row.setdefault(question.image, index)
         self.refused: collections.deque[RowOutcome] = collections.deque()
 
     def engine(self) -> Engine:
         """An engine fitted to all questions, so that a run which resumes has the same shapes."""
-        lengths = [
-            int(np.count_nonzero(prompt != IMAGE_TOKEN))
-            for prompt in self.prompts
-            if isinstance(prompt, np.ndarray)
-        ]
+        drafts = []
+        for index in by_image(range(len(self.prompts)), self.rows.questions):
+            prompt = self.prompts[index]
+            if isinstance(prompt, np.ndarray):
+                images = self._images(index)
+                layouts = self.builder.images.layouts(images)
+                drafts.append(Draft(index, prompt, images, layouts=layouts))
         return self.model.engine(
             self.reduction,
-            lengths,
+            drafts,
             max_new_tokens=self.sampling.max_new_tokens,
             position_ids=self.decoding.position_ids,
         )
@@ -271,7 +308,8 @@ class _Answerer:
                 continue
             seed = (self.sampling.seed + index) % MAX_SEED
             sampling = dataclasses.replace(self.sampling, seed=seed)
-            yield Draft(index, prompt, self._image(index), sampling=sampling)
+            asked = self.builder.question_ids(self.rows.questions[index].text)
+            yield Draft(index, prompt, self._images(index), sampling=sampling, question_ids=asked)
 
     def _prompt(self, question: Question) -> np.ndarray | ValueError:
         """Token ids [T] int32, or why there are none."""
@@ -280,15 +318,15 @@ class _Answerer:
         except ValueError as error:
             return error
 
-    def _image(self, index: int) -> tuple[str, Any] | None:
+    def _images(self, index: int) -> tuple[Named, ...]:
         image = self.rows.questions[index].image
         if image is None:
-            return None
+            return ()
         if isinstance(image, bytes):
-            return f"image of row {index + 1}", image
+            return ((f"image of row {self.first_row[image] + 1}", image),)
         assert self.rows.task.images is not None  # Rows checked it
         path = self.rows.task.images / image
-        return str(path), path
+        return ((str(path), path),)
 
     def _outcome(self, result: Answer) -> RowOutcome:
         question: Question = self.rows.questions[result.key]
@@ -306,10 +344,11 @@ class _Answerer:
 
 
 def _commit(journal: Journal, outcomes: Iterator[RowOutcome], total: int, engine: Engine) -> None:
-    """Appends outcomes to the journal in batches, with a progress bar."""
+    """Appends outcomes to the journal in batches, with a progress bar in process 0."""
     batch: list[RowOutcome] = []
     last = time.monotonic()
-    with tqdm.tqdm(total=total, unit="question", disable=None) as bar:
+    hidden = None if is_leader() else True  # None: where nobody looks
+    with tqdm.tqdm(total=total, unit="question", disable=hidden) as bar:
         for outcome in outcomes:
             batch.append(outcome)
             if len(batch) >= COMMIT_ROWS or time.monotonic() - last > COMMIT_SECONDS:

@@ -58,10 +58,9 @@ def against_floor(entry: ScoredRun, model: Llava, chip: str) -> str:
     )
     sizes = dataclasses.replace(model.config, vision=vision)
     seconds = cost.floor_seconds(sizes, workload, cost.CHIPS[chip])
-    shared = (images or 0) / questions
-    floor = batch / sum(
-        time * (shared if component in _PER_IMAGE else 1) for component, time in seconds.items()
-    )
+    shares = dict.fromkeys(_PER_IMAGE, (images or 0) / questions)
+    shares["prefill"] = float(metrics["computed_over_request_tokens"] or 1)
+    floor = batch / sum(time * shares.get(component, 1) for component, time in seconds.items())
     return (
         f"{name}: {questions:.1f} questions/s about {images or 0:.1f} images/s, "
         f"{questions / floor:.1%} of the floor of one {chip}, {floor:.1f} questions/s"
@@ -115,6 +114,7 @@ def _row(entry: ScoredRun, full: RunScores | None) -> Row:
         images_per_second=scores.metrics["images_per_second"],
         speedup=speedup,
         difference=_difference(scores, full, benchmark.headline),
+        computed_share=scores.metrics["computed_over_request_tokens"],
     )
 
 
@@ -140,18 +140,20 @@ def _examples(plan: Plan, model: Llava, questions: TaskQuestions) -> list[Exampl
             break
     return [
         example
-        for image in first
+        for image, index in first.items()
         for run in runs
-        if (example := _example(model, run, image)) is not None
+        if (example := _example(model, run, image, questions.questions[index].text)) is not None
     ]
 
 
-def _example(model: Llava, run: Run, image: str) -> Example | None:
+def _example(model: Llava, run: Run, image: str, question: str) -> Example | None:
     task = run.questions.task
     assert task.images is not None  # TaskQuestions.check_images
     mode = task.benchmark.image_mode(run.decoding.protocol)
     try:
-        explained = model.explain(task.images / image, reduction=run.reduction, image_mode=mode)
+        explained = model.explain(
+            task.images / image, reduction=run.reduction, image_mode=mode, question=question
+        )
     except ValueError:  # a bad image is in errors.jsonl already
         return None
     drawing = io.BytesIO()
@@ -187,8 +189,9 @@ def _tokens_by_group(scored: Sequence[ScoredRun]) -> TokensByGroup | None:
 
 def _facts(plan: Plan, scored: Sequence[ScoredRun]) -> Mapping[str, str]:
     """What it takes to judge or repeat the run."""
-    devices = [jax.devices()[0]] if plan.mesh is None else plan.mesh.devices.flatten().tolist()
+    devices = jax.local_devices()[:1] if plan.mesh is None else plan.mesh.devices.flatten().tolist()
     versions = [f"{name} {metadata.version(name)}" for name in ("prumerge-jax", "jax", "flax")]
+    processes = f" in each of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     decodings: dict[str, dict[str, None]] = {}
     for entry in scored:
         for name, value in dataclasses.asdict(entry.run.decoding).items():
@@ -197,7 +200,7 @@ def _facts(plan: Plan, scored: Sequence[ScoredRun]) -> Mapping[str, str]:
     return {
         "checkpoint": f"{plan.checkpoint.name}, weights {plan.weights[:12]}",
         "computed in": str(plan.dtype),
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "devices": f"{len(devices)} x {devices[0].device_kind}" + processes,
         "versions": ", ".join(versions),
         **{name: ", ".join(values) for name, values in decodings.items()},
         **({"notes": "; ".join(notes)} if notes else {}),

@@ -30,10 +30,18 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "layer_norm_eps": (0, 1),
     "rms_norm_eps": (0, 1),
     "rope_theta": (1, 1e12),
+    "factor": (1e-3, 1e6),
+    "low_freq_factor": (1e-3, 1e6),
+    "high_freq_factor": (1e-3, 1e6),
+    "original_max_positions": (1, 1 << 24),
     "image_token_id": (0, 1 << 21),
     "pad_token_id": (0, 1 << 21),
     "bos_token_id": (0, 1 << 21),
-    "eos_token_id": (0, 1 << 21),
+    "eos_token_ids": (0, 1 << 21),
+    "video_token_id": (0, 1 << 21),
+    "feature_layer": (-2, -1),
+    "image_grid_pinpoints": (1, 1 << 19),
+    "anyres_max": (1, 64),
     "pixel_mean": (-1e3, 1e3),
     "pixel_std": (1e-6, 1e3),
     "rank": (1, 1 << 14),
@@ -41,6 +49,16 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "dropout": (0, 1),
 }
 _MAX_STRING = 64
+_MAX_ITEMS = 64
+# Fields that directories written before other model families lack; they take their defaults.
+_ADDED = frozenset(
+    {
+        *("qkv_bias", "tied_head", "rope_scaling"),
+        *("cls_token", "pre_norm", "patch_bias", "feature_layer", "attention", "pooling_head"),
+        *("family", "video_token_id", "image_newline", "video_tower", "image_grid_pinpoints"),
+        *("anyres_max", "anyres_source", "chat_template"),
+    }
+)
 
 Config = TypeVar("Config")
 
@@ -52,7 +70,11 @@ def read_config(directory: str | os.PathLike[str]) -> LlavaConfig:
       DirectoryError: no finished model directory, or its `config.json` was altered.
       ValueError: `config.json` is malformed or out of bounds.
     """
-    return from_json(LlavaConfig, read_sections(directory)["model"], f"{directory}/{CONFIG}: model")
+    values = read_sections(directory)["model"]
+    if isinstance(values, dict) and "eos_token_id" in values:  # one id, in older directories
+        values = values | {"eos_token_ids": [values["eos_token_id"]]}
+        del values["eos_token_id"]
+    return from_json(LlavaConfig, values, f"{directory}/{CONFIG}: model")
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> AdapterConfig | None:
@@ -72,7 +94,8 @@ def from_json(kind: type[Config], values: Any, where: str) -> Config:
 
     Args:
       kind: a frozen dataclass of numbers, strings, tuples of numbers and further dataclasses.
-      values: parsed JSON; every field must be there and nothing else.
+      values: parsed JSON; every field must be there, but for those added since the first release,
+        and nothing else.
       where: names the values in errors, for example `config.json: model`.
 
     Raises:
@@ -83,10 +106,16 @@ def from_json(kind: type[Config], values: Any, where: str) -> Config:
         raise ValueError(f"{where}: expected an object, got {type(values).__name__}")
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(f"{where}: unknown fields {unknown}; expected {sorted(fields)}")
-    if missing := sorted(set(fields) - set(values)):
+    if missing := sorted(set(fields) - set(values) - _ADDED):
         raise ValueError(f"{where}: missing fields {missing}")
     try:
-        return kind(**{n: _value(n, t, values[n], f"{where}.{n}") for n, t in fields.items()})
+        return kind(
+            **{
+                name: _value(name, annotation, values[name], f"{where}.{name}")
+                for name, annotation in fields.items()
+                if name in values
+            }
+        )
     except ValueError as error:
         message = str(error)
         raise ValueError(message if message.startswith(where) else f"{where}: {message}") from None
@@ -100,18 +129,31 @@ def _value(name: str, annotation: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(annotation):
         return from_json(typing.cast(type[Any], annotation), value, where)
     if typing.get_origin(annotation) is tuple:
-        items = typing.get_args(annotation)
-        if not isinstance(value, list) or len(value) != len(items):
-            raise ValueError(f"{where}: expected a list of {len(items)} numbers, got {value!r}")
-        return tuple(
-            _value(name, t, v, f"{where}[{i}]")
-            for i, (t, v) in enumerate(zip(items, value, strict=True))
-        )
+        return _items(name, typing.get_args(annotation), value, where)
+    if annotation is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{where}: expected true or false, got {value!r:.80}")
+        return value
     if annotation is str:
         if not isinstance(value, str) or len(value) > _MAX_STRING:
             raise ValueError(f"{where}: expected a string of at most {_MAX_STRING} characters")
         return value
     return _number(name, annotation, value, where)
+
+
+def _items(name: str, kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    """A tuple of fixed length, or of up to `_MAX_ITEMS` where `kinds` ends in an ellipsis."""
+    free = kinds[-1] is Ellipsis
+    length = f"at most {_MAX_ITEMS} entries" if free else f"{len(kinds)} numbers"
+    if not isinstance(value, list) or not (
+        len(value) <= _MAX_ITEMS if free else len(value) == len(kinds)
+    ):
+        raise ValueError(f"{where}: expected a list of {length}, got {value!r:.80}")
+    items = kinds[:1] * len(value) if free else kinds
+    return tuple(
+        _value(name, kind, item, f"{where}[{i}]")
+        for i, (kind, item) in enumerate(zip(items, value, strict=True))
+    )
 
 
 def _number(name: str, annotation: Any, value: Any, where: str) -> int | float:

@@ -29,11 +29,12 @@ class PackedRows:
     Attributes:
       rotation: rotary embedding of the positions.
       segment_ids: [B, T] int32; 0 is padding.
-      max_segment_length: see `attention.attend`.
+      branch_ids, max_segment_length: see `attention.attend`.
     """
 
     rotation: Rotation
     segment_ids: jax.Array
+    branch_ids: jax.Array | None = None
     max_segment_length: int | None = None
 
 
@@ -67,6 +68,7 @@ class DecoderLayer(nnx.Module):
             k,
             v,
             segment_ids=rows.segment_ids,
+            branch_ids=rows.branch_ids,
             causal=True,
             max_segment_length=rows.max_segment_length,
         )
@@ -96,7 +98,7 @@ class DecoderLayer(nnx.Module):
 
 
 class AttentionProjections(nnx.Module):
-    """The four projections of grouped-query attention, none with bias."""
+    """The four projections of grouped-query attention; the output's has no bias."""
 
     def __init__(
         self, config: TextConfig, *, adapter: AdapterConfig | None, rngs: nnx.Rngs
@@ -105,9 +107,10 @@ class AttentionProjections(nnx.Module):
         shared = config.num_kv_heads * config.head_dim
         into, out = ("embed", "heads"), ("heads", "embed")
         self.head_dim = config.head_dim
-        self.q_proj = Linear(width, inner, into, adapter=adapter, rngs=rngs)
-        self.k_proj = Linear(width, shared, into, adapter=adapter, rngs=rngs)
-        self.v_proj = Linear(width, shared, into, adapter=adapter, rngs=rngs)
+        bias = config.qkv_bias
+        self.q_proj = Linear(width, inner, into, bias=bias, adapter=adapter, rngs=rngs)
+        self.k_proj = Linear(width, shared, into, bias=bias, adapter=adapter, rngs=rngs)
+        self.v_proj = Linear(width, shared, into, bias=bias, adapter=adapter, rngs=rngs)
         self.o_proj = Linear(inner, width, out, adapter=adapter, rngs=rngs)
 
     def qkv(self, x: jax.Array, dropout_key: jax.Array | None) -> QKV:

@@ -1,4 +1,4 @@
-"""The LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""The decoder of LLaMA, Mistral and Qwen2: RMSNorm, rotary positions, grouped queries, SwiGLU.
 
 Two ways through the same layers:
 
@@ -21,7 +21,7 @@ from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.decoder_layer import QKV, DecoderLayer, PackedRows, split_key
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, rematerialise, stack
 from prumerge_jax.models.rotary import rotation
-from prumerge_jax.sharding.mesh import constrain
+from prumerge_jax.sharding.mesh import constrain, unshard_embed
 
 Index = jax.Array | int
 """Number of a layer."""
@@ -40,9 +40,10 @@ class PartialHidden(NamedTuple):
 
 
 class Llama(nnx.Module):
-    """A LLaMA language model (transformers `modeling_llama.py`).
+    """A LLaMA language model (transformers `modeling_llama.py`), or a relative by configuration.
 
     Attributes:
+      lm_head: None where the embedding is the head too.
       layers: one layer whose weights carry a leading axis L, or a list (`llava.inference_layout`).
     """
 
@@ -61,7 +62,11 @@ class Llama(nnx.Module):
             lambda rngs: DecoderLayer(config, adapter=adapter, rngs=rngs), config.num_layers, rngs
         )
         self.norm = RMSNorm(config.width, config.rms_norm_eps)
-        self.lm_head = Linear(config.width, config.vocab_size, ("embed", "vocab"), rngs=rngs)
+        self.lm_head = (
+            None
+            if config.tied_head
+            else Linear(config.width, config.vocab_size, ("embed", "vocab"), rngs=rngs)
+        )
 
     def embed(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Token ids [B, T] int32 -> embeddings [B, T, D] in the compute dtype."""
@@ -69,7 +74,10 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final hidden states [..., D] -> next-token logits [..., V] float32."""
-        return self.lm_head(hidden).astype(jnp.float32)
+        if self.lm_head is not None:
+            return self.lm_head(hidden).astype(jnp.float32)
+        embedding = unshard_embed(self.embed_tokens[...].astype(hidden.dtype), "vocab", "embed")
+        return (hidden @ embedding.T).astype(jnp.float32)
 
     def __call__(
         self,
@@ -103,6 +111,7 @@ class Llama(nnx.Module):
         pages: KVPages,
         places: jax.Array,
         *,
+        branch_ids: jax.Array | None = None,
         max_segment_length: int | None = None,
     ) -> tuple[jax.Array, KVPages]:
         """Final hidden states [B, T, D] of packed rows, whose keys and values go into pages.
@@ -113,7 +122,8 @@ class Llama(nnx.Module):
           places: [B, T] int32, see `attention.write_to_pages`.
           max_segment_length: see `attention.attend`.
         """
-        rows = PackedRows(rotation(positions, self.config), segment_ids, max_segment_length)
+        at = rotation(positions, self.config)
+        rows = PackedRows(at, segment_ids, branch_ids, max_segment_length)
 
         # The pool travels in the carry and is written in place.
         def body(
@@ -134,6 +144,7 @@ class Llama(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         *,
+        branch_ids: jax.Array | None = None,
         max_segment_length: int | None = None,
     ) -> PartialHidden:
         """Packed rows up to the last layer's attention; `last_mlp_at` computes the rest for some.
@@ -141,7 +152,8 @@ class Llama(nnx.Module):
         Most of the last layer is its MLP, and scoring asks for few positions. Arguments as in
         `prefill`.
         """
-        rows = PackedRows(rotation(positions, self.config), segment_ids, max_segment_length)
+        at = rotation(positions, self.config)
+        rows = PackedRows(at, segment_ids, branch_ids, max_segment_length)
         last = self.config.num_layers - 1
         x = self._rows(x, rows, num_layers=last)
         layer = self._layer(last)

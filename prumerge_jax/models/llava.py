@@ -4,6 +4,7 @@ The three stages are separate on purpose. Token reduction happens between the to
 projector, and packing between the projector and the decoder; both are outside the model.
 """
 
+import dataclasses
 import re
 from typing import Any
 
@@ -14,26 +15,49 @@ from flax import nnx
 
 from prumerge_jax import prumerge, reductions, sharding
 from prumerge_jax.models import tuning
-from prumerge_jax.models.clip import ClipVision, gelu, head_attention
-from prumerge_jax.models.config import LlavaConfig, VisionConfig
+from prumerge_jax.models.config import NEWLINE, LlavaConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear
 from prumerge_jax.models.llama import Llama
+from prumerge_jax.models.patch_attention import substitute_attention
+from prumerge_jax.models.tower_layers import head_attention
+from prumerge_jax.models.vision_tower import VisionFeatures, VisionTower, gelu
 
 
 class LlavaModel(nnx.Module):
-    """The weights of a LLaVA-1.5 (arXiv 2310.03744) and its stages."""
+    """The weights of a LLaVA (arXiv 2310.03744) or a relative, and its stages.
+
+    Attributes:
+      vision: the tower; of images where videos have another.
+      video_tower: the tower of videos, of the same shape (Video-LLaVA), or None.
+      image_newline: [D], what ends a row of an image's tokens, in the decoder's width, or None.
+    """
 
     def __init__(
         self, config: LlavaConfig, *, adapter: AdapterConfig | None = None, rngs: nnx.Rngs
     ) -> None:
-        self.vision = ClipVision(config.vision, rngs=rngs)
+        self.vision = VisionTower(config.vision, rngs=rngs)
+        self.video_tower = VisionTower(config.vision, rngs=rngs) if config.video_tower else None
         self.projector = Projector(
             config.projector, config.vision.width, config.text.width, rngs=rngs
         )
         self.decoder = Llama(config.text, adapter=adapter, rngs=rngs)
+        self.image_newline = (
+            nnx.Param(
+                nnx.initializers.normal(config.text.width**-0.5)(
+                    rngs.params(), (config.text.width,)
+                ),
+                out_sharding=(None,),
+            )
+            if config.image_newline
+            else None
+        )
 
     def embed_rows(
-        self, ids: jax.Array, visual_tokens: jax.Array, visual_index: jax.Array
+        self,
+        ids: jax.Array,
+        visual_tokens: jax.Array,
+        visual_index: jax.Array,
+        visual_weight: jax.Array | None = None,
     ) -> jax.Array:
         """The decoder's input: text embeddings with projected visual tokens put in their places.
 
@@ -41,7 +65,9 @@ class LlavaModel(nnx.Module):
           ids: [rows, T] int32, any value where a visual token goes.
           visual_tokens: [B, R, Dv], reduced and not yet projected; its dtype is the compute dtype.
           visual_index: [rows, T] int32, b * R + r of the visual token at this position, -1 for
-            text and padding.
+            text and padding, -2 for a newline, of models that have one. [rows, T, K] where a token
+            is interpolated from K projected ones; the first says what is at the position.
+          visual_weight: [rows, T, K] float32, their weights.
 
         Returns:
           [rows, T, D].
@@ -49,16 +75,25 @@ class LlavaModel(nnx.Module):
         text = self.decoder.embed(ids, visual_tokens.dtype)
         # Tokens are gathered before projection, so that slots no row uses cost nothing.
         visual = self.projector(gather_visual_tokens(visual_tokens, visual_index))
-        return jnp.where(visual_index[..., None] >= 0, visual, text)
+        if visual_weight is not None:
+            visual = (visual * visual_weight[..., None].astype(visual.dtype)).sum(axis=2)
+            visual_index = visual_index[..., 0]
+        x = jnp.where(visual_index[..., None] >= 0, visual, text)
+        if self.image_newline is None:
+            return x
+        newline = self.image_newline[...].astype(x.dtype)
+        return jnp.where(visual_index[..., None] == NEWLINE, newline, x)
 
 
 def encode_images(
-    vision: ClipVision,
+    vision: VisionTower,
     pixels: jax.Array,
     reduction: reductions.ReductionLike,
     *,
     dtype: jnp.dtype = jnp.float32,
     projector: "Projector | None" = None,
+    question: tuple[jax.Array, jax.Array] | None = None,
+    present: jax.Array | None = None,
 ) -> prumerge.VisualTokens:
     """Pixels to reduced visual tokens, one compiled step of fixed shape.
 
@@ -68,47 +103,104 @@ def encode_images(
       reduction: what happens to the patch features; static under `jax.jit`.
       dtype: compute dtype of the tower and dtype of the tokens.
       projector: for reductions that look at projected patches.
+      question: for reductions that read it, see `embed_question`.
+      present: [B, N] bool, patches that the reduction may see; None for all.
 
     Raises:
       ValueError: the reduction needs evidence that is not there.
     """
     reduction = reductions.as_reduction(reduction)
-    evidence = gather_evidence(vision, pixels, reduction.needs, dtype=dtype, projector=projector)
-    return reductions.reduce(evidence, reduction)
+    evidence = gather_evidence(
+        vision, pixels, reduction, dtype=dtype, projector=projector, question=question
+    )
+    return reductions.reduce(dataclasses.replace(evidence, present=present), reduction)
 
 
 def gather_evidence(
-    vision: ClipVision,
+    vision: VisionTower,
     pixels: jax.Array,
-    needs: frozenset[str] = frozenset(),
+    reduction: reductions.Reduction,
     *,
     dtype: jnp.dtype,
     projector: "Projector | None" = None,
+    question: tuple[jax.Array, jax.Array] | None = None,
 ) -> reductions.Evidence:
-    """What the tower shows of images [B, S, S, 3] uint8.
+    """What the tower shows of images [B, S, S, 3] uint8, as far as a reduction needs it.
 
-    Args:
-      vision, pixels, dtype, projector: as in `encode_images`.
-      needs: fields of `Evidence` that cost something more; see `Reduction.needs`.
+    Arguments as in `encode_images`.
     """
-    normalised = normalize_pixels(pixels, vision.config).astype(dtype)
-    of_layer = bool(needs & {"head_attention", "feature_keys"})
-    features = vision(normalised, feature_layer=of_layer)
-    hidden, heads, feature_keys = features.hidden[:, 1:], None, None
+    needs, config = reduction.needs, vision.config
+    of_cls = {"cls", "head_attention", "feature_attention", "last_head_attention", "groups"}
+    if without_cls := sorted(needs & of_cls if not config.cls_token else ()):
+        raise ValueError(
+            f"the reduction reads {without_cls[0]!r}, which a tower without CLS token does not "
+            f"have; its patches are weighed by {config.attention!r}"
+        )
+    features = vision(
+        normalize_pixels(pixels, config).astype(dtype),
+        feature_layer=bool(needs & {"head_attention", "feature_keys", "feature_attention"}),
+        watch=reduction.watch if "watched" in needs else None,
+        stages=_stages(config, reduction, pixels.shape[1]),
+    )
+    first, heads = config.num_prefix, config.num_heads
+    hidden = features.hidden[:, first:]
+    of_layer: dict[str, jax.Array] = {}
+    if features.feature_keys is not None:
+        of_layer["feature_keys"] = features.feature_keys[:, first:]
     if features.feature_query is not None and features.feature_keys is not None:
-        feature_keys = features.feature_keys[:, 1:]
-        heads = head_attention(
-            features.feature_query, features.feature_keys, vision.config.num_heads
+        query_and_keys = features.feature_query, features.feature_keys
+        of_layer["head_attention"] = head_attention(*query_and_keys, heads)
+        of_layer["feature_attention"] = prumerge.cls_attention(*query_and_keys)
+    if "last_head_attention" in needs:
+        of_layer["last_head_attention"] = head_attention(
+            features.queries[:, 0], features.keys, heads
         )
     return reductions.Evidence(
         hidden,
-        features.keys[:, 1:],
-        prumerge.cls_attention(features.query_cls, features.keys),
+        features.keys[:, first:],
+        patch_attention(vision, features),
         cls=features.hidden[:, 0] if "cls" in needs else None,
-        head_attention=heads,
-        feature_keys=feature_keys,
+        **of_layer,
+        watched=features.watched,
+        groups=features.groups,
         projected=None if projector is None or "projected" not in needs else projector(hidden),
+        question=question,
     )
+
+
+def _stages(
+    vision: VisionConfig, reduction: reductions.Reduction, side: int
+) -> tuple[reductions.Stage, ...] | None:
+    """The merges inside the tower on images of this side; None where nobody asks for any."""
+    if "groups" not in reduction.needs:
+        return None
+    return reduction.stages(vision.num_layers - 1, (side // vision.patch_size) ** 2)
+
+
+def embed_question(
+    decoder: Llama, ids: jax.Array | None, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array] | None:
+    """The question of every image as a reduction reads it: embeddings [B, M, D], which are real.
+
+    Args:
+      decoder: whose embedding is used.
+      ids: [B, M] int32, -1 beyond a question's tokens; None without questions.
+      dtype: compute dtype.
+    """
+    if ids is None:
+        return None
+    return decoder.embed(jnp.maximum(ids, 0), dtype), ids >= 0
+
+
+def patch_attention(vision: VisionTower, features: VisionFeatures) -> jax.Array:
+    """How important each patch is, [B, N] float32, by the tower's `config.attention`."""
+    config = vision.config
+    if config.attention == "cls":
+        return prumerge.cls_attention(features.queries[:, 0], features.keys)
+    if config.attention == "map":
+        assert vision.head is not None  # VisionConfig sees to it
+        return vision.head(features.hidden)
+    return substitute_attention(config.attention, features.queries, features.keys, config.num_heads)
 
 
 def gather_visual_tokens(visual_tokens: jax.Array, visual_index: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from prumerge_jax.models import tuning
 from prumerge_jax.models.config import TextConfig
@@ -23,7 +24,7 @@ class Rotation(NamedTuple):
 
 def rotation(positions: jax.Array, config: TextConfig) -> Rotation:
     """The rotation of positions [B, T]."""
-    angle = positions[..., None].astype(jnp.float32) * _frequencies(config)
+    angle = positions[..., None].astype(jnp.float32) * frequencies(config)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return Rotation(jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1))
 
@@ -46,7 +47,22 @@ def swap_halves(x: jax.Array, form: Literal["roll", "matmul"]) -> jax.Array:
     return jnp.einsum("bthd,de->bthe", x, order, precision="highest").astype(jnp.float32)
 
 
-def _frequencies(config: TextConfig) -> jax.Array:
-    """Radians per position of every pair of dimensions, [Dh / 2] float32."""
-    half = config.head_dim // 2
-    return config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+def frequencies(config: TextConfig) -> np.ndarray:
+    """Radians per position of every pair of dimensions, [Dh / 2] float32.
+
+    On the host in float32, as PyTorch has them: one unit in the last place of a frequency moves a
+    cosine at position 31,000 by 1e-3.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    plain = np.float32(1) / np.float32(config.rope_theta) ** exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain
+    slowed = plain / np.float32(scaling.factor)
+    if scaling.kind == "linear":
+        return slowed
+    # Turns within the length of pre-training: many keep their frequency, few are slowed.
+    turns = scaling.original_max_positions * plain / np.float32(2 * np.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = np.clip((turns - scaling.low_freq_factor) / span, 0, 1).astype(np.float32)
+    return (1 - kept) * slowed + kept * plain

@@ -8,9 +8,14 @@ A method is a frozen dataclass that derives from `Reduction`, in a separate file
 """
 
 from prumerge_jax.reductions import (  # noqa: F401  # they register themselves
+    crops,
     downsample,
+    evolution,
     grouping,
+    in_tower,
+    iterative,
     prumerge,
+    question,
     set_rules,
 )
 from prumerge_jax.reductions.apply import ReductionLike, as_reduction, explain, reduce
@@ -18,6 +23,7 @@ from prumerge_jax.reductions.base import Assignment, Evidence, Reduction, kept_r
 from prumerge_jax.reductions.baselines import Baseline
 from prumerge_jax.reductions.downsample import Downsample
 from prumerge_jax.reductions.prumerge import PruMerge
+from prumerge_jax.reductions.question import keywords
 from prumerge_jax.reductions.registry import (
     equal_count_baselines,
     names,
@@ -26,11 +32,15 @@ from prumerge_jax.reductions.registry import (
     parse_list,
     register,
     spell,
+    with_budgets,
     with_parameters,
 )
+from prumerge_jax.reductions.set_rules import SetRule
+from prumerge_jax.reductions.stages import Stage
 
 __all__ = [
     "Assignment", "Baseline", "Downsample", "Evidence", "PruMerge", "Reduction", "ReductionLike",
-    "as_reduction", "equal_count_baselines", "explain", "kept_rows", "names", "parameters", "parse",
-    "parse_list", "reduce", "register", "spell", "with_parameters",
+    "as_reduction", "equal_count_baselines", "explain", "kept_rows", "keywords", "names",
+    "parameters", "parse", "parse_list", "reduce", "register", "SetRule", "spell", "Stage",
+    "with_budgets", "with_parameters",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from prumerge_jax import selection
 from prumerge_jax.prumerge import VisualTokens
+from prumerge_jax.reductions.stages import Groups, Stage
 
 
 @jax.tree_util.register_dataclass
@@ -27,8 +28,14 @@ class Evidence:
       head_attention: [B, H, N] float32, per head the softmax of the CLS row in the layer that made
         `hidden`, over N+1 entries, its first dropped.
       feature_keys: [B, N, D], keys of that layer.
+      feature_attention: [B, N] float32, `attention` of that layer instead of the last one.
+      last_head_attention: [B, H, N] float32, `head_attention` of the last layer.
+      watched: [B, N] float32, the method's running score over the tower's layers, see
+        `Reduction.watch`.
       projected: [B, N, Dt], all patches through the projector.
       question: ([B, M, Dt], [B, M] bool), the question's embeddings and which of them are real.
+      groups: what the tokens stand for, where the tower merged some; `hidden`, `keys` and
+        `attention` then have as many as are left.
       present: [B, N] bool, False for patches of the padding around an image.
     """
 
@@ -39,8 +46,12 @@ class Evidence:
     cls: jax.Array | None = None
     head_attention: jax.Array | None = None
     feature_keys: jax.Array | None = None
+    feature_attention: jax.Array | None = None
+    last_head_attention: jax.Array | None = None
+    watched: jax.Array | None = None
     projected: jax.Array | None = None
     question: tuple[jax.Array, jax.Array] | None = None
+    groups: Groups | None = None
     present: jax.Array | None = None
 
 
@@ -90,6 +101,11 @@ class Reduction(Protocol):
         """Whether tokens come in the order of their patches."""
         return True
 
+    @property
+    def question_tokens(self) -> int:
+        """M: most tokens of a question; above 0 if `needs` has `question`."""
+        return 0
+
     def capacity_for(self, num_patches: int) -> int:
         """R: token slots per image of `num_patches` patches."""
         ...
@@ -109,6 +125,30 @@ class Reduction(Protocol):
           ValueError: the tower cannot provide it.
         """
         return image_size
+
+    def stages(self, depth: int, num_patches: int) -> tuple[Stage, ...]:
+        """Merges inside the tower, by ascending layer; called if `needs` has `groups`.
+
+        Args:
+          depth: layers of the tower that features come from.
+          num_patches: N.
+        """
+        return ()
+
+    def watch(
+        self, score: jax.Array, before: jax.Array, after: jax.Array, depth: jax.Array
+    ) -> jax.Array:
+        """The running score after one more layer of the tower; called if `needs` has `watched`.
+
+        Args:
+          score: [B, N] float32, 0 before the first layer.
+          before, after: [B, N, D], the patches before and after the layer.
+          depth: float32 [], the layer's number over that of all layers, from 0.
+
+        Returns:
+          [B, N] float32.
+        """
+        return score
 
     def reduce(self, evidence: Evidence) -> VisualTokens:
         """Tokens for every image; see `reductions.reduce`, which checks the evidence."""
@@ -147,6 +187,12 @@ def all_available(evidence: Evidence) -> jax.Array:
     if evidence.present is not None:
         return evidence.present
     return jnp.ones(evidence.hidden.shape[:2], bool)
+
+
+def finite_evidence(evidence: Evidence, *fields: str) -> jax.Array:
+    """Images of which `hidden` and these fields are finite, [B] bool."""
+    values = [getattr(evidence, field) for field in ("hidden", *sorted(fields))]
+    return finite_images(*jax.tree.leaves(values))
 
 
 def finite_images(*arrays: jax.Array) -> jax.Array:

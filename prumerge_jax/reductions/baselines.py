@@ -72,6 +72,11 @@ class Baseline(Reduction):
         """Whether tokens come in the order of their patches."""
         return self.counted.raster_order
 
+    @property
+    def question_tokens(self) -> int:
+        """M of the counted reduction."""
+        return self.counted.question_tokens
+
     def capacity_for(self, num_patches: int) -> int:
         """R of the counted reduction."""
         return self.counted.capacity_for(num_patches)
@@ -83,6 +88,12 @@ class Baseline(Reduction):
     def image_size(self, image_size: int, patch_size: int) -> int:
         """The counted reduction's."""
         return self.counted.image_size(image_size, patch_size)
+
+    def watch(
+        self, score: jax.Array, before: jax.Array, after: jax.Array, depth: jax.Array
+    ) -> jax.Array:
+        """What the counted reduction watches."""
+        return self.counted.watch(score, before, after, depth)
 
     def reduce(self, evidence: Evidence) -> VisualTokens:
         """Unmerged patches, as many as the counted reduction would give tokens."""

@@ -6,15 +6,48 @@ farthest points from patch 0, ten rounds.
 Axes: B batch, N patches, D width, M directions.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from prumerge_jax import selection
 from prumerge_jax.reductions import greedy
+from prumerge_jax.reductions.base import Evidence
+from prumerge_jax.reductions.registry import register
+from prumerge_jax.reductions.set_rules import Order, SetRule
 
 DIRECTIONS = 8
 ROUNDS = 10
 DECAY = 0.95
+FIRST_DEPTH = 0.5
+"""Share of the tower's layers before the first that counts: of 24 layers those from 12 on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvoCut(SetRule):
+    """The patches whose features change in directions of their own (arXiv 2606.01756).
+
+    The score runs through the upper half of the tower; no attention is read.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The running score."""
+        return frozenset({"watched"})
+
+    def watch(
+        self, score: jax.Array, before: jax.Array, after: jax.Array, depth: jax.Array
+    ) -> jax.Array:
+        """`update_score`, from the middle of the tower on."""
+        return jax.lax.cond(
+            depth >= FIRST_DEPTH, update_score, lambda score, *_: score, score, before, after
+        )
+
+    def order(self, evidence: Evidence, available: jax.Array, steps: int) -> Order:
+        """By descending score."""
+        assert evidence.watched is not None
+        return Order(greedy.top(evidence.watched, available, steps))
 
 
 def update_score(score: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
@@ -62,3 +95,6 @@ def mean_directions(updates: jax.Array) -> jax.Array:
         return jnp.where(member.sum(-1)[..., None] > 0, mean, centres)
 
     return jax.lax.fori_loop(0, ROUNDS, refine, centres)
+
+
+register("evocut", EvoCut)

@@ -1,7 +1,7 @@
 """PruMerge and its published settings, `full` among them, as reductions."""
 
 import dataclasses
-from typing import Self
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,34 @@ from prumerge_jax import prumerge, selection
 from prumerge_jax.reductions.base import Assignment, Evidence, Reduction
 from prumerge_jax.reductions.registry import register
 
+_ATTENTION = {
+    ("23", "wide"): "attention",
+    ("23", "mean"): "last_head_attention",
+    ("22", "wide"): "feature_attention",
+    ("22", "mean"): "head_attention",
+}
+"""Which field of the evidence has the attention of a layer and its heads."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PruMerge(prumerge.PruMergeConfig, Reduction):
-    """`prumerge.reduce_tokens` with these parameters."""
+    """`prumerge.reduce_tokens` with these parameters.
+
+    Attributes:
+      layer: whose attention decides, numbered as in a tower of 24 layers: `23` is the last one, as
+        in the reference code, `22` the one that made the features.
+      heads: `wide` is one head as wide as the tower, as in the reference code; `mean` the mean over
+        the tower's own heads.
+    """
+
+    layer: Literal["23", "22"] = "23"
+    heads: Literal["wide", "mean"] = "wide"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The attention, if it is another than the reference code's."""
+        field = _ATTENTION[self.layer, self.heads]
+        return frozenset() if field == "attention" else frozenset({field})
 
     @property
     def varying(self) -> bool:
@@ -30,17 +54,25 @@ class PruMerge(prumerge.PruMergeConfig, Reduction):
         """Whether tokens come in the order of their patches."""
         return self.order == "raster"
 
+    def attention(self, evidence: Evidence) -> jax.Array:
+        """The attention that decides, [B, N] float32."""
+        attention = getattr(evidence, _ATTENTION[self.layer, self.heads])
+        return attention.mean(1) if self.heads == "mean" else attention
+
     def uncapped(self) -> Self:
         """The same parameters without a capacity."""
         return dataclasses.replace(self, capacity=None)
 
     def reduce(self, evidence: Evidence) -> prumerge.VisualTokens:
         """Selects and merges the patches of every image."""
-        return prumerge.reduce_tokens(evidence.hidden, evidence.keys, evidence.attention, self)
+        attention = self.attention(evidence)
+        return prumerge.reduce_tokens(
+            evidence.hidden, evidence.keys, attention, self, evidence.present
+        )
 
     def explain(self, evidence: Evidence) -> Assignment:
         """Kept patches, and for the others the most similar token that takes them in."""
-        chosen = prumerge.select(evidence.attention, self)
+        chosen = prumerge.select(self.attention(evidence), self, evidence.present)
         targets = merge_targets(evidence.keys, chosen, self)
         return Assignment(chosen.patch_indices, targets, chosen.kept)
 

@@ -160,6 +160,23 @@ def with_parameters(spelling: str, **values: object) -> str:
     return _joined(spelling, [f"{name}={value}" for name, value in values.items()])
 
 
+def with_budgets(spelling: str, budgets: Sequence[int]) -> list[str]:
+    """A reduction of fixed count at several budgets; the spelling alone where it names its own.
+
+    Raises:
+      ValueError: the reduction or a budget is not valid.
+    """
+    reduction = parse(spelling)
+    counted = reduction.counted if isinstance(reduction, Baseline) else reduction
+    named = {part.partition("=")[0] for part in spelling.partition(":")[2].split(",")}
+    if counted.varying or "tokens" in named or "tokens" not in options.options(type(counted)):
+        return [spelling]
+    spellings = [with_parameters(spelling, tokens=budget) for budget in budgets]
+    for each in spellings:
+        parse(each)
+    return spellings
+
+
 def equal_count_baselines(spelling: str) -> list[str]:
     """The spellings of a reduction's baselines of equal counts; none where it selects nothing."""
     reduction = parse(spelling)

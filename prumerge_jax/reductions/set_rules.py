@@ -19,7 +19,7 @@ from prumerge_jax.reductions.base import (
     Evidence,
     Reduction,
     all_available,
-    finite_images,
+    finite_evidence,
     kept_rows,
     without_nan,
 )
@@ -40,6 +40,20 @@ class Order(NamedTuple):
 
     patches: jax.Array
     coverage: jax.Array | None = None
+
+
+class Ranking(NamedTuple):
+    """The order of choice of every image, whatever the budget.
+
+    Attributes:
+      order: the first K patches.
+      evidence: with zeros for images that are not finite.
+      available: [B] int32, patches that may be chosen; -1 where the evidence is not finite.
+    """
+
+    order: Order
+    evidence: Evidence
+    available: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,24 +114,28 @@ class SetRule(Reduction):
     def order(self, evidence: Evidence, available: jax.Array, steps: int) -> Order:
         """The first `steps` patches in the order of choice, among those available [B, N]."""
 
+    def rank(self, evidence: Evidence, steps: int) -> Ranking:
+        """The first `steps` patches in the order of choice, of which any budget is a prefix."""
+        finite = finite_evidence(
+            evidence, *self.needs, *(["attention"] if self.reads_attention else [])
+        )
+        evidence = without_nan(evidence, finite)
+        available = all_available(evidence)
+        count = jnp.where(finite, available.sum(-1), -1).astype(jnp.int32)
+        return Ranking(self.order(evidence, available, steps), evidence, count)
+
     def reduce(self, evidence: Evidence) -> VisualTokens:
         """The first patches of the order, in raster order."""
         num_patches = evidence.hidden.shape[1]
         steps = self.capacity_for(num_patches)
-        finite = finite_images(evidence.hidden)
-        if self.reads_attention:
-            finite &= finite_images(evidence.attention)
-        evidence = without_nan(evidence, finite)
-        available = all_available(evidence)
-        order = self.order(evidence, available, steps)
-        required = jnp.minimum(self.required(evidence, order), available.sum(-1))
+        order, evidence, available = self.rank(evidence, steps)
+        required = jnp.minimum(self.required(evidence, order), available)
         in_prefix = jnp.arange(steps) < required[:, None]
         chosen = selection.members(jnp.where(in_prefix, order.patches, -1), num_patches)
         patch_indices = selection.patch_in_slot(
             selection.in_slot(chosen, selection.count_before(chosen), steps)
         )
-        required = jnp.where(finite, required, -1).astype(jnp.int32)
-        return kept_rows(evidence.hidden, patch_indices, required)
+        return kept_rows(evidence.hidden, patch_indices, required.astype(jnp.int32))
 
     def required(self, evidence: Evidence, order: Order) -> jax.Array:
         """Number of tokens that every image needs, [B] int32; may be above the capacity."""
@@ -130,7 +148,7 @@ class SetRule(Reduction):
 
     def adaptive_count(self, evidence: Evidence, order: Order) -> jax.Array:
         """The count that the image itself asks for, [B] int32, without its bounds."""
-        outliers = prumerge.number_of_outliers(evidence.attention)
+        outliers = prumerge.number_of_outliers(evidence.attention, present=evidence.present)
         return jnp.floor(outliers * self.factor + 0.5).astype(jnp.int32)
 
 

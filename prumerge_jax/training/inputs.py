@@ -17,10 +17,10 @@ import grain
 import numpy as np
 
 from prumerge_jax.data import pipeline
-from prumerge_jax.data.conversation import chat_template
 from prumerge_jax.data.datasets import DataConfig, Dataset, exclusive, open_dataset
 from prumerge_jax.data.images import ImageProcessor
 from prumerge_jax.data.pipeline import Example, Preprocessor
+from prumerge_jax.data.templates import chat_template
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.messages import quoted
@@ -66,7 +66,15 @@ def open_conversations(
       config: configuration of the run, model sizes included.
       tokenizer: the model's.
       fewest_visual_tokens: lower bound of the tokens of an image.
+
+    Raises:
+      ValueError: the model cuts images into tiles.
     """
+    if config.sizes.image_grid_pinpoints:
+        raise ValueError(
+            f"training on images cut into tiles is not supported (family {config.sizes.family!r}); "
+            "expected a model whose images are one crop, as LLaVA-1.5"
+        )
     dataset = open_dataset(config.data)
     vision = config.sizes.vision
     preprocess = Preprocessor(

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import io
 import json
@@ -13,7 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from prumerge_jax.data import images
-from prumerge_jax.data.images import ImageError, load_image, normalize, preprocess
+from prumerge_jax.data.images import (
+    CLIP_MEAN,
+    ImageError,
+    ImageProcessor,
+    load_image,
+    normalize,
+    preprocess,
+)
 from prumerge_jax.messages import shortened
 
 MODES = ("crop", "pad")
@@ -312,6 +320,14 @@ def test_size_is_refused_before_any_pixel_is_decoded(monkeypatch, name):
     assert decoded == []
     load_image(BMP)
     assert decoded, "the check watches the wrong function"
+
+
+def test_a_lower_limit_of_pixels():
+    image = Image.new("RGB", (30, 40))
+    processor = ImageProcessor(8, CLIP_MEAN, max_pixels=1199)
+    with pytest.raises(ImageError, match="30 x 40 pixels are too many; .* at most 1,199 pixels"):
+        processor(image)
+    assert dataclasses.replace(processor, max_pixels=1200)(image).shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize(

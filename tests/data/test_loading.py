@@ -1,5 +1,6 @@
 """Worker processes give the same pixels, in order, and name what they cannot decode."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -11,7 +12,7 @@ from PIL import Image
 
 from prumerge_jax.data import loading
 from prumerge_jax.data.images import CLIP_MEAN, ImageError, ImageProcessor, ImageSource
-from prumerge_jax.data.loading import Named, stream_pixels
+from prumerge_jax.data.loading import Named, ReaderPool, stream_pixels
 
 
 @pytest.fixture
@@ -108,3 +109,16 @@ def test_an_end_does_not_wait_for_a_reader_that_hangs(tmp_path: pathlib.Path) ->
     started = time.monotonic()
     stream.close()
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.slow
+def test_readers_have_a_limit_of_memory() -> None:
+    processor = ImageProcessor(8, CLIP_MEAN)
+    with contextlib.closing(ReaderPool(1, 60, memory_bytes=400 << 20)) as pool:
+        wide = Image.new("RGB", (16_000, 10))  # its square is 768 MB
+        error = pool.submit(("wide", wide), processor).result()
+        assert str(error) == "wide: decoding it takes more memory than is allowed"
+        small = Image.new("RGB", (16, 10))
+        pixels = pool.submit(("small", small), processor).result()
+        assert isinstance(pixels, np.ndarray)
+        assert pixels.shape == (8, 8, 3)

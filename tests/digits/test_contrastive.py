@@ -114,7 +114,7 @@ def test_image_embedding_is_pooled_by_prumerges_attention(weights) -> None:
     def run(weights, pixels):
         model = contrastive_module(VISION, CONFIG).merge(weights)
         features = model.vision(normalize_pixels(pixels, VISION))
-        attention = prumerge.cls_attention(features.query_cls, features.keys)[0]
+        attention = prumerge.cls_attention(features.queries[:, 0], features.keys)[0]
         values = model.value(model.vision.last.layer_norm1(features.hidden[:, 1:]))[0]
         pooled = model.image_out((attention[:, None] * values).sum(0))
         return model.embed_images(pixels)[0], pooled / jnp.linalg.norm(pooled)
@@ -129,7 +129,7 @@ def test_a_sharpened_tower_attends_as_a_power_and_sees_the_same(weights) -> None
     def run(weights, pixels):
         model = contrastive_module(VISION, CONFIG).merge(weights)
         features = model.vision(normalize_pixels(pixels, VISION))
-        return features.hidden, prumerge.cls_attention(features.query_cls, features.keys)
+        return features.hidden, prumerge.cls_attention(features.queries[:, 0], features.keys)
 
     hidden, attention = map(np.asarray, run(weights, pixels))
     changed = scale_cls_queries(weights, 3.0)

@@ -182,7 +182,7 @@ def test_generation_equals_one_at_a_time_recomputation(model: LlavaModel) -> Non
         tokens, reason = request.token_ids, "length"
         for _ in range(9):
             token = int(naive_logits(model, request, tokens, "prumerge")[-1].argmax())
-            if token == CONFIG.eos_token_id:
+            if token in CONFIG.eos_token_ids:
                 reason = "stop"
                 break
             tokens = np.append(tokens, token)

@@ -2,7 +2,7 @@
 
 import collections
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prumerge_jax import reductions
-from prumerge_jax.data import packing
-from prumerge_jax.data.conversation import TEMPLATES, evaluation_prompt
-from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.data import filling
+from prumerge_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from prumerge_jax.data.templates import TEMPLATES
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.digits import questions as digits_questions
 from prumerge_jax.digits import tokenizer as digits_tokenizer
 from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding, PlacedModel
 from prumerge_jax.engine.engine import Engine
-from prumerge_jax.engine.request import Answer, ImageInput, Request, SamplingParams
+from prumerge_jax.engine.request import Answer, ImageInput, Opening, Request, SamplingParams
 from prumerge_jax.engine.shapes import (
     EVALUATION_SIZES,
     EngineConfig,
@@ -30,6 +30,7 @@ from prumerge_jax.engine.shapes import (
     row_length_for_fixed_counts,
 )
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
+from tests.prompts import evaluation_prompt
 from tests.tiny_llava import random_llava
 
 IMAGES = 2000
@@ -40,12 +41,23 @@ STAGES = {
 }
 
 
+def openings(text_tokens: Iterable[int], images: Iterable[int] | None = None) -> list[Opening]:
+    """Requests of so many text tokens, the image in front; by default they share nothing."""
+    texts = list(text_tokens)
+    names = range(len(texts)) if images is None else images
+    rng = np.random.default_rng(0)
+    return [
+        Opening(np.append(IMAGE_TOKEN, rng.integers(1, 30_000, count)), (name,))
+        for count, name in zip(texts, names, strict=True)
+    ]
+
+
 def fitted(reduction: str, patches: int, text_tokens: np.ndarray, **fields: int) -> EngineShapes:
     return fit(
         EngineConfig(**fields),
         reductions.parse(reduction),
         patches,
-        text_tokens,
+        openings(text_tokens),
         max_new_tokens=2,
         max_positions=4096,
     )
@@ -62,6 +74,33 @@ def test_lengths_fit_the_published_model() -> None:
     assert (given_length.row_length, given_length.cache_length) == (2000, 640)
     assert fitted("full", LLAVA_PATCHES, np.full(1, 9000)).cache_length == 4096
     assert fitted("full", LLAVA_PATCHES, np.zeros(0, np.int64)).row_length == 640
+
+
+def test_rows_hold_the_questions_about_an_image() -> None:
+    text, images = np.full(360, 60), np.arange(360) // 18
+    rows = {}
+    for name in ("full", "prumerge+", "prumerge"):
+        for share in (True, False):
+            rows[name, share] = fit(
+                EngineConfig(share_prefixes=share),
+                reductions.parse(name),
+                LLAVA_PATCHES,
+                openings(text, images),
+                max_positions=4096,
+            )
+    # 576 + 18 * 60 tokens: one image with all its questions in a row, or the next row takes more.
+    assert rows["full", True].row_length >= 1664
+    assert rows["prumerge", True].row_length == rows["prumerge+", True].row_length == 2048
+    assert rows["full", False].row_length == 640
+    assert {shapes.prefill_rows for shapes in rows.values()} == {4}
+    few = fit(
+        EngineConfig(),
+        reductions.parse("prumerge"),
+        LLAVA_PATCHES,
+        openings(np.full(6, 20), [0] * 6),
+        max_positions=4096,
+    )
+    assert (few.row_length, few.prefill_rows) == (384, 1)
 
 
 def test_sizes_nobody_set_fit_the_mesh() -> None:
@@ -112,13 +151,15 @@ def test_every_sequence_has_room_and_no_length_of_the_choice_pads_less(
     for name in ("full", "prumerge", "prumerge+"):
         reduction = reductions.parse(f"{name}:capacity={capacity}")
         most = reductions.parse(name).capacity_for(DIGITS_PATCHES)
-        shapes = fit(EngineConfig(), reduction, DIGITS_PATCHES, text, max_positions=4096)
+        shapes = fit(
+            EngineConfig(), reduction, DIGITS_PATCHES, openings(lengths), max_positions=4096
+        )
         assert text.max() + most <= shapes.longest_prompt <= shapes.row_length
         assert text.max() + most <= shapes.cache_length
         assert shapes.row_length % 128 == 0
 
     def computed(row_length: int) -> int:
-        return row_length * len(packing.fill_rows(lengths, row_length))
+        return row_length * len(filling.fill_rows(lengths, row_length))
 
     chosen = row_length_for_fixed_counts(text)
     for row_length in range(-(-text.max() // 128) * 128, 2 * text.max(), 128):
@@ -134,7 +175,7 @@ def digits_text(tmp_path: pathlib.Path) -> np.ndarray:
     """Tokens of the prompts of `digits_vqa`, without the image."""
     path = tmp_path / "tokenizer.model"
     path.write_bytes(digits_tokenizer.build_for_digits())
-    tokenizer = Tokenizer(path)
+    tokenizer = SentencePieceTokenizer(path)
     lengths = []
     for index in range(100):
         _, questions = digits_questions.draw_with_questions("test", index, seed=0)
@@ -157,7 +198,7 @@ class DrawnCounts(Encoder):
     def measure(self, encoding: Encoding) -> EncodedImages:
         images = super().measure(encoding)
         lengths = images.lengths.copy()
-        for number, request in enumerate(encoding.requests):
+        for number, request in enumerate(encoding.places.requests):
             lengths[number % len(lengths), number // len(lengths)] = self.counts[request.key]
         return images._replace(lengths=lengths)
 
@@ -172,7 +213,7 @@ def tiny_config(width: int) -> LlavaConfig:
             vocab_size=32, width=8, mlp_width=8, num_layers=1, num_heads=1, num_kv_heads=1,
             head_dim=8,
         ),
-        eos_token_id=-1,
+        eos_token_ids=(),
     )  # fmt: skip
 
 

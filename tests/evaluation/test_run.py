@@ -94,6 +94,12 @@ def pope_config(files: pathlib.Path, **changes: Any) -> ConfigDict:
         ({"decoding__temperatur": 0.0}, "no field 'temperatur'; did you mean 'temperature'"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
         ({"reduction": "full prumerg"}, "unknown reduction 'prumerg'"),
+        (
+            {"reduction": "full prumerge", "tokens": "64 32"},
+            "none of 'full prumerge' keeps a fixed",
+        ),
+        ({"reduction": "cover", "tokens": "64 many"}, "config.tokens='64 many': expected counts"),
+        ({"reduction": "cover", "tokens": "0"}, "tokens is 0; expected"),
         ({"reduction": ""}, "no reduction is named"),
         ({"reduction": "full downsample:9"}, "downsample"),
         ({"reductions": "full"}, "no field 'reductions'; did you mean 'reduction'"),

@@ -38,7 +38,32 @@ def short_segments(length: int, longest: int) -> jax.Array:
     return jnp.asarray(ids)
 
 
-def naive(q, k, v, segment_ids, causal: bool) -> np.ndarray:
+def branched_row(length: int, longest: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Segments and branches [T] of one row: prefixes with branches, none of them together longer
+    than `longest`, sequences that share nothing, and padding."""
+    rng = np.random.default_rng(seed)
+    segment_ids, branch_ids = np.zeros((2, length), np.int32)
+    at, segment = 0, 0
+    while at < length - longest:
+        segment += 1
+        sizes = [rng.integers(1, longest)]
+        sizes += [rng.integers(1, longest - sizes[0] + 1) for _ in range(rng.integers(0, 6))]
+        for branch, size in enumerate(sizes):
+            segment_ids[at : at + size], branch_ids[at : at + size] = segment, branch
+            at += size
+    padding = slice(length - length // 9, None)
+    segment_ids[padding] = branch_ids[padding] = 0
+    return segment_ids, branch_ids
+
+
+def branched_rows(length: int, longest: int) -> tuple[jax.Array, jax.Array]:
+    """Two of them, [2, T] each."""
+    rows = [branched_row(length, longest, seed) for seed in (3, 4)]
+    segment_ids, branch_ids = (jnp.asarray(np.stack(ids)) for ids in zip(*rows, strict=True))
+    return segment_ids, branch_ids
+
+
+def naive(q, k, v, segment_ids, causal: bool, branch_ids=None) -> np.ndarray:
     """Loops over rows, heads and queries, float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
@@ -47,6 +72,8 @@ def naive(q, k, v, segment_ids, causal: bool) -> np.ndarray:
         seen = np.ones(q.shape[1], bool)
         if segment_ids is not None:
             seen = np.asarray(segment_ids[b] == segment_ids[b, t])
+        if branch_ids is not None:
+            seen = seen & np.isin(branch_ids[b], [0, branch_ids[b, t]])
         if causal:
             seen = seen & (np.arange(q.shape[1]) <= t)
         logits = k[b, seen, h // group] @ q[b, t, h] / np.sqrt(q.shape[-1])
@@ -65,6 +92,57 @@ def test_equals_loops(implementation: str, length: int, causal: bool, segmented:
     ids = segments(length) if segmented else None
     got = attend(q, k, v, segment_ids=ids, causal=causal, implementation=implementation)
     np.testing.assert_allclose(got, naive(q, k, v, ids, causal), atol=2e-6)
+
+
+@pytest.mark.parametrize("longest", [60, 190])
+@pytest.mark.parametrize("implementation", ["xla", "blocks", "splash"])
+def test_branches_see_their_prefix_and_themselves(
+    monkeypatch: pytest.MonkeyPatch, implementation: str, longest: int
+) -> None:
+    """Against loops; sequences of up to `longest` tokens, wherever their prefix is."""
+    monkeypatch.setattr(splash, "MAX_BLOCK", 128)
+    segment_ids, branch_ids = branched_rows(450, longest)
+    assert branch_ids.max() > 2
+    q, k, v = random_qkv(length=450)
+    got = attend(
+        q,
+        k,
+        v,
+        segment_ids=segment_ids,
+        branch_ids=branch_ids,
+        causal=True,
+        max_segment_length=longest,
+        implementation=implementation,
+    )
+    np.testing.assert_allclose(got, naive(q, k, v, segment_ids, True, branch_ids), atol=2e-6)
+
+
+def test_the_kernel_for_branches_lowers_for_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No TPU here: the function lowered for one must contain the kernel twice."""
+    monkeypatch.setattr(splash, "platform", lambda: "tpu")
+    q, k, v = (x.astype(jnp.bfloat16) for x in random_qkv(length=256, width=128))
+    segment_ids, branch_ids = branched_rows(256, 60)
+    ids = {"segment_ids": segment_ids, "branch_ids": branch_ids}
+    run = jax.jit(
+        lambda q, k, v: attend(
+            q, k, v, **ids, causal=True, max_segment_length=60, implementation="splash"
+        )
+    )
+    text = run.trace(q, k, v).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 2
+
+
+def test_tiles_between_a_branch_and_its_prefix_are_not_read() -> None:
+    length = 4 * QUERY_BLOCK
+    branch_ids = np.repeat(np.arange(8), QUERY_BLOCK // 2)[None].repeat(2, axis=0)
+    segment_ids = np.ones_like(branch_ids)
+    q, k, v = random_qkv(length=length)
+    expected = naive(q, k, v, segment_ids, True, branch_ids)
+    # Read and masked, it would be zero times NaN.
+    v = v.at[:, QUERY_BLOCK : 3 * QUERY_BLOCK].set(jnp.nan)
+    ids = {"segment_ids": jnp.asarray(segment_ids), "branch_ids": jnp.asarray(branch_ids)}
+    got = attend(q, k, v, **ids, causal=True, implementation="blocks")
+    np.testing.assert_allclose(got[:, 3 * QUERY_BLOCK :], expected[:, 3 * QUERY_BLOCK :], atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
@@ -178,24 +256,42 @@ def test_shards_of_a_mesh(implementation: str, heads: int, axes: Axes) -> None:
     np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("segmented", [True, False])
-def test_cudnn_lowers_for_gpus(segmented: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("implementation", ["xla", "splash", "blocks"])
+def test_branches_on_shards_of_a_mesh(implementation: str) -> None:
+    require_eight_devices()
+    q, k, v = random_qkv(heads=4, kv_heads=4, length=150)
+    segment_ids, branch_ids = branched_rows(150, 40)
+    expected = naive(q, k, v, segment_ids, True, branch_ids)
+    with sharding.use_mesh(sharding.make_mesh(1, 2, 2)):
+        run = functools.partial(attend, causal=True, implementation=implementation)
+        got = jax.jit(run)(q, k, v, segment_ids=segment_ids, branch_ids=branch_ids)
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["one", "segments", "branches"])
+def test_cudnn_lowers_for_gpus(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU here: the function lowered for one must contain cuDNN's fused attention."""
     # JAX asks the machine for its cuDNN before it builds the program for another one.
     module = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{module}.check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(f"{module}.check_compute_capability", lambda _: True)
     q, k, v = (x.astype(jnp.bfloat16) for x in random_qkv(length=128, width=64))
-    ids = segments(128) if segmented else None
-    run = jax.jit(
-        lambda q, k, v: attend(q, k, v, segment_ids=ids, causal=True, implementation="cudnn")
-    )
+    of_kind: dict[str, tuple[jax.Array | None, jax.Array | None]] = {
+        "one": (None, None),
+        "segments": (segments(128), None),
+        "branches": branched_rows(128, 40),
+    }
+    segment_ids, branch_ids = of_kind[kind]
+    ids = {"segment_ids": segment_ids, "branch_ids": branch_ids}
+    run = jax.jit(lambda q, k, v: attend(q, k, v, **ids, causal=True, implementation="cudnn"))
     text = run.trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
     assert "cudnn$fmha" in text
 
 
 def test_wrong_requests_are_refused() -> None:
     q, k, v = random_qkv(length=100)
+    with pytest.raises(ValueError, match="branch_ids need segment_ids and causal=True"):
+        attend(q, k, v, branch_ids=jnp.zeros((2, 100), jnp.int32), causal=True)
     with pytest.raises(ValueError, match="unknown attention 'flash'"):
         attend(q, k, v, implementation="flash")
 

@@ -66,7 +66,7 @@ def test_vision_tower(pair: tuple[torch.nn.Module, LlavaModel]) -> None:
     got = ours.vision(jnp.asarray(pixels))
     np.testing.assert_allclose(got.hidden, hidden.hidden_states[-2], atol=1e-5)
     np.testing.assert_allclose(got.keys, seen["k_proj"], atol=1e-5)
-    np.testing.assert_allclose(got.query_cls, seen["q_proj"][:, 0], atol=1e-5)
+    np.testing.assert_allclose(got.queries[:, 0], seen["q_proj"][:, 0], atol=1e-5)
 
 
 def test_projector(pair: tuple[torch.nn.Module, LlavaModel]) -> None:
@@ -113,8 +113,8 @@ def test_cls_attention_matches_wide_head(pair: tuple[torch.nn.Module, LlavaModel
     """Attention from our features equals the softmax over one head as wide as the tower."""
     _, ours = pair
     features = ours.vision(jnp.asarray(image_batch(ours, 3)))
-    got = prumerge.cls_attention(features.query_cls, features.keys)
-    q, k = (torch.tensor(np.array(x)) for x in (features.query_cls, features.keys))
+    got = prumerge.cls_attention(features.queries[:, 0], features.keys)
+    q, k = (torch.tensor(np.array(x)) for x in (features.queries[:, 0], features.keys))
     logits = torch.einsum("bd,bnd->bn", q, k) * q.shape[-1] ** -0.5
     np.testing.assert_allclose(got, torch.softmax(logits, -1)[:, 1:].numpy(), atol=1e-6)
     assert got.dtype == jnp.float32
@@ -132,7 +132,9 @@ def test_gradients_reach_every_weight(pair: tuple[torch.nn.Module, LlavaModel]) 
         features = model.vision(jnp.asarray(image_batch(ours, 1)))
         x = model.embed_rows(ids, features.hidden[:, 1:2], jnp.array([[-1, -1, 0, -1]]))
         hidden = model.decoder(x, jnp.arange(4)[None], jnp.ones((1, 4), jnp.int32), remat="full")
-        return model.decoder.logits(hidden).std() + features.keys.std() + features.query_cls.std()
+        return (
+            model.decoder.logits(hidden).std() + features.keys.std() + features.queries[:, 0].std()
+        )
 
     gradient = jax.jit(jax.grad(loss))(state)
     for path, leaf in nnx.to_flat_state(gradient):

@@ -126,7 +126,7 @@ def test_tower_and_decoder_choose_by_their_own_heads(
     used: dict[int, set[str]] = {}
     for name in ("xla", "splash"):
 
-        def spy(q, k, v, segment_ids, name=name, **_):
+        def spy(q, k, v, *ids, name=name, **_):
             used.setdefault(q.shape[-1], set()).add(name)
             return q
 

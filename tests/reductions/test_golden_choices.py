@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prumerge_jax.reductions import clustering, evolution, greedy
+from prumerge_jax import reductions
+from prumerge_jax.reductions import clustering, crops, evolution, greedy
 
 TIED = 1e-12
 """Relative gap below which two gains of the float64 loops are the same number, rounded."""
@@ -27,6 +28,10 @@ class Image:
         projected = self.hidden.astype(np.float64) @ inputs["projector"].astype(np.float64)
         self.projected = projected.astype(np.float32)
         self.everywhere = np.ones(self.attention.shape, bool)
+        self.name = name
+
+    def evidence(self, **more) -> reductions.Evidence:
+        return reductions.Evidence(self.hidden, self.keys, self.attention, **more)
 
 
 @pytest.fixture(scope="module")
@@ -158,23 +163,21 @@ def test_coverage_of_texts_and_patches_is_mmtoks(data):
     pattern = r"(\d+_\d)_k(\d+)_alpha([\d.]+)_tv([\d.]+)_vv([\d.]+)_excluded(\d)_indices"
     words = data["inputs"]["llm_text"][None]
     for image, (count, alpha, text, vision, excluded), expected in cases(data, "mmtok", pattern):
-        rows = clustering.text_and_patch_rows(
-            image.projected,
-            image.hidden,
-            words,
-            np.ones(words.shape[:2], bool),
-            alpha=float(alpha),
-            text_temperature=float(text),
-            vision_temperature=float(vision),
-        )
-        available = image.everywhere.copy()
+        present = image.everywhere.copy()
         if excluded == "5":
-            available[0, [0, 1, 2, 3, 130]] = False
-        order, _ = greedy.coverage(rows, np.ones_like(image.attention), available, int(count))
-        np.testing.assert_array_equal(np.sort(order[0]), expected)
+            present[0, [0, 1, 2, 3, 130]] = False
+        evidence = image.evidence(
+            projected=image.projected,
+            question=(words, np.ones(words.shape[:2], bool)),
+            present=present,
+        )
+        temperatures = f"text_temperature={text},vision_temperature={vision}"
+        spelling = f"mmtok:tokens={count},alpha={alpha},{temperatures}"
+        visual = reductions.reduce(evidence, spelling)
+        np.testing.assert_array_equal(visual.patch_indices[0], expected)
 
 
-def test_evolution_score_is_that_of_the_loop(data):
+def test_evolution_score_and_order_are_those_of_the_loop(data):
     rotation = data["independent"]["evocut_144_0_rotation"]
     for image, _, expected in cases(data, "independent", r"evocut_(\d+_\d)_score"):
         states = [image.hidden, image.keys, image.keys @ rotation, image.hidden @ rotation]
@@ -182,3 +185,20 @@ def test_evolution_score_is_that_of_the_loop(data):
         for before, after in zip(states, states[1:], strict=False):
             score = evolution.update_score(score, before, after)
         np.testing.assert_allclose(score[0], expected, atol=1e-6)
+        order = data["independent"][f"evocut_{image.name}_order64"]
+        visual = reductions.reduce(image.evidence(watched=score), "evocut")
+        np.testing.assert_array_equal(visual.patch_indices[0], np.sort(order))
+
+
+def test_crop_budgets_and_choices_are_hireds(data):
+    hired = data["hired"]
+    first, late = (hired[name][:, :, 1:].sum(1) for name in ("first_layer", "late_layer"))
+    names = [name for name in hired.files if name.endswith("_mask")]
+    assert names
+    for name in names:
+        rate, alpha = map(float, re.fullmatch(r"rate([\d.]+)_alpha([\d.]+)_mask", name).groups())
+        budgets = crops.crop_budgets(
+            first[:1], (2, 2), total=int(late.size * rate), alpha=alpha, pieces="raster"
+        )
+        kept = crops.most_attended(late[None], budgets)[0]
+        np.testing.assert_array_equal(kept, hired[name])

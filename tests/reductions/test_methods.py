@@ -1,11 +1,14 @@
 """What every registered reduction promises, whatever its method."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from prumerge_jax import reductions
+from prumerge_jax.reductions import stages
 
 BATCH, PATCHES, WIDTH, HEADS = 5, 36, 16, 4
 SPELLINGS = [
@@ -17,8 +20,13 @@ SPELLINGS = [
     "idselection:tokens=5,gamma=3",
     "visionzip:dominant=6,contextual=4,cls_token=False",
     "pact:cutoff=0.6",
+    "prumerge:layer=22,heads=mean",
+    "prumerge:layer=22",
+    "prumerge:heads=mean,neighbours=5",
+    "prumerge+:added_patches=lattice_fixed,neighbours=5",
+    "prumerge-iterative:tokens=5,neighbours=3",
 ]
-ORDERED = ["cover", "divprune", "dpp", "idselection", "top"]
+ORDERED = ["cover", "divprune", "dpp", "evocut", "hired", "idselection", "mmtok", "top"]
 
 
 def evidence_of(rng: np.random.Generator, batch: int = BATCH) -> reductions.Evidence:
@@ -32,13 +40,24 @@ def evidence_of(rng: np.random.Generator, batch: int = BATCH) -> reductions.Evid
         jax.nn.softmax(normal(PATCHES + 1) * 2, axis=-1)[:, 1:],
         cls=normal(WIDTH),
         head_attention=heads,
+        last_head_attention=heads[::-1],
+        feature_attention=jax.nn.softmax(normal(PATCHES + 1) * 2, axis=-1)[:, 1:],
         feature_keys=normal(PATCHES, WIDTH),
+        watched=jax.nn.sigmoid(normal(PATCHES)),
         projected=normal(PATCHES, WIDTH),
+        groups=stages.every_token(batch, PATCHES + 1),
+        question=(normal(6, WIDTH), jnp.arange(6) < jnp.asarray(rng.integers(0, 7, (batch, 1)))),
     )
 
 
 def rows(evidence: reductions.Evidence, index) -> reductions.Evidence:
     return jax.tree.map(lambda x: x[index], evidence)
+
+
+def poison(evidence: reductions.Evidence, image: int) -> reductions.Evidence:
+    return jax.tree.map(
+        lambda x: x.at[image].set(jnp.nan) if x.dtype == jnp.float32 else x, evidence
+    )
 
 
 reduce = jax.jit(reductions.reduce, static_argnames="reduction")
@@ -51,7 +70,7 @@ def test_batch_mates_order_and_nan_change_no_bit(spelling: str) -> None:
     expected = reduce(evidence, reduction)
     order = np.array([3, 0, 4, 1, 2])
     mixed = rows(evidence, order)
-    poisoned = jax.tree.map(lambda x: x.at[2].set(jnp.nan), mixed)
+    poisoned = poison(mixed, 2)
     got = reduce(poisoned, reduction)
     for place in (0, 1, 3, 4):
         for ours, theirs in zip(got, expected, strict=True):
@@ -61,7 +80,7 @@ def test_batch_mates_order_and_nan_change_no_bit(spelling: str) -> None:
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_tokens_beyond_the_length_are_zero_and_an_image_of_nan_has_none(spelling: str) -> None:
     reduction = reductions.parse(spelling)
-    evidence = jax.tree.map(lambda x: x.at[1].set(jnp.nan), evidence_of(np.random.default_rng(4)))
+    evidence = poison(evidence_of(np.random.default_rng(4)), 1)
     visual = reduce(evidence, reduction)
     assert visual.tokens.shape[1] == reduction.capacity_for(PATCHES)
     beyond = np.arange(visual.tokens.shape[1]) >= np.asarray(visual.lengths)[:, None]
@@ -119,10 +138,7 @@ def test_coverage_threshold_is_the_first_count_that_reaches_it() -> None:
 def test_padding_is_never_kept() -> None:
     evidence = evidence_of(np.random.default_rng(8))
     present = jnp.asarray(np.random.default_rng(9).random((BATCH, PATCHES)) < 0.5)
-    padded = reductions.Evidence(
-        evidence.hidden, evidence.keys, evidence.attention,
-        head_attention=evidence.head_attention, projected=evidence.projected, present=present,
-    )  # fmt: skip
+    padded = dataclasses.replace(evidence, present=present)
     for name in ORDERED:
         visual = reduce(padded, reductions.parse(f"{name}:tokens={PATCHES}"))
         for image in range(BATCH):
@@ -133,7 +149,7 @@ def test_padding_is_never_kept() -> None:
             )
 
 
-@pytest.mark.parametrize("spelling", ["cover", "visionzip", "holov", "pact"])
+@pytest.mark.parametrize("spelling", ["cover", "mmtok", "visionzip", "holov", "pact"])
 def test_one_compilation_serves_every_batch_of_a_size(spelling: str) -> None:
     before = reduce._cache_size()
     for seed in range(3):

@@ -23,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prumerge_jax.models import config_json
-from prumerge_jax.models.config import LlavaConfig, published
+from prumerge_jax.models.config import LlavaConfig, RopeScaling, published
 from prumerge_jax.models.layers import AdapterConfig
 from prumerge_jax.store import array_files, strict_json
 from prumerge_jax.store import manifest as manifests
@@ -375,6 +375,30 @@ def test_configs_are_parsed_by_whitelist(change: dict[str, object], message: str
             values[key] = part
     with pytest.raises(ValueError, match=message):
         config_json.from_json(LlavaConfig, json.loads(json.dumps(values)), "config.json")
+
+
+def test_directories_from_before_other_decoders_are_read(tmp_path: pathlib.Path) -> None:
+    """One stop id, and none of the decoder's later options."""
+    values = strict_json.to_json(TINY)
+    for name in ("qkv_bias", "tied_head", "rope_scaling"):
+        del values["text"][name]
+    values["eos_token_id"] = values.pop("eos_token_ids")[0]
+    old = dataclasses.make_dataclass("Old", values)(**values)
+    with DirectoryWriter(tmp_path / "m", old) as writer:
+        writer.write_array("a", np.zeros(1, np.float32))
+    assert config_json.read_config(tmp_path / "m") == TINY
+
+
+def test_decoder_options_round_trip() -> None:
+    text = dataclasses.replace(
+        TINY.text, qkv_bias=True, tied_head=True, rope_scaling=RopeScaling("llama3", 8.0)
+    )
+    config = dataclasses.replace(TINY, text=text, bos_token_id=None, eos_token_ids=(5, 7))
+    values = json.loads(json.dumps(strict_json.to_json(config)))
+    assert config_json.from_json(LlavaConfig, values, "x") == config
+    values["text"]["rope_scaling"]["kind"] = "yarn"
+    with pytest.raises(ValueError, match=r"x\.text\.rope_scaling: .*'yarn'; expected 'linear'"):
+        config_json.from_json(LlavaConfig, values, "x")
 
 
 @settings(max_examples=50)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prumerge_jax.data.pipeline import Example
+from prumerge_jax.data.runs import Run
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.sharding.mesh import make_mesh
@@ -56,12 +57,13 @@ def test_a_sample_is_cut_where_its_tokens_exceed_the_row(
     example = Example("x", np.zeros((1, 1, 3), np.uint8), True, ids, labels, False)
     if before == 0 and visual > length:
         return  # nothing fits at all; the objective refuses such a row length
-    request = fit_request(example, 7, visual, length)
+    run = Run(np.arange(visual), np.arange(visual), visual)
+    request = fit_request(example, run, length)
     kept = request.token_ids.size
     np.testing.assert_array_equal(request.token_ids, ids[:kept])
     np.testing.assert_array_equal(request.labels, labels[:kept])
     has_image = kept > before
-    assert request.image_rows == ((7,) if has_image else ())
+    assert request.runs == ((run,) if has_image else ())
     used = kept - has_image + has_image * visual
     assert used <= length
     following = visual if kept == before else 1

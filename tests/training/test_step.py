@@ -10,6 +10,7 @@ import pytest
 
 from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IGNORE
+from prumerge_jax.data.visual_layout import CropTokens, runs
 from prumerge_jax.sharding.mesh import use_mesh
 from prumerge_jax.sharding.processes import to_global_array
 from prumerge_jax.training.batches import RowBatch
@@ -30,28 +31,28 @@ def sums_of(bench: Bench, batch: RowBatch) -> Sums:
         return bench.step.accumulate(zeros, bench.trained, bench.frozen, batch, when)
 
 
-def one_per_row(
-    requests: list[packing.Request], layout: packing.VisualLayout, row_length: int
-) -> packing.Rows:
+def one_per_row(requests: list[packing.Request], num_slots: int, row_length: int) -> packing.Rows:
     """Request i alone in row i."""
-    alone = [packing.pack_window([r], layout, row_length, 1)[0] for r in requests]
+    alone = [packing.pack_window([r], num_slots, row_length, 1)[0] for r in requests]
     fields = [field.name for field in dataclasses.fields(packing.Rows)]
-    return packing.Rows(*(np.concatenate([getattr(r, f) for r in alone]) for f in fields))
+    fields.remove("branch_ids")  # nothing is shared
+    joined = {name: np.concatenate([getattr(rows, name) for rows in alone]) for name in fields}
+    return packing.Rows(**joined, branch_ids=None)
 
 
 def test_packed_rows_have_the_loss_of_one_sample_per_row(bench: Bench) -> None:
     with use_mesh(bench.mesh):
         encode = ImageEncoder(bench.config, bench.frozen, bench.mesh)
         visual = encode(to_global_array(np.stack([e.pixels for e in EXAMPLES]), bench.mesh))
-        layout = packing.VisualLayout(
+        crops = CropTokens(
             np.asarray(visual.lengths), np.asarray(visual.patch_indices), MODEL.vision.num_patches
         )
         requests = [
-            packing.Request(e.token_ids, (row,) * e.has_image, e.labels)
-            for row, e in enumerate(EXAMPLES)
+            packing.Request(e.token_ids, (run,) * e.has_image, e.labels)
+            for run, e in zip(runs(crops, range(len(EXAMPLES))), EXAMPLES, strict=True)
         ]
-    (packed,) = packing.pack_window(requests, layout, 48, 8)
-    alone = one_per_row(requests, layout, 48)
+    (packed,) = packing.pack_window(requests, crops.num_slots, 48, 8)
+    alone = one_per_row(requests, crops.num_slots, 48)
     assert packed.segment_ids.max() > alone.segment_ids.max() == 1
     sums = []
     for rows in (packed, alone):

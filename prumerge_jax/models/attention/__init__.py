@@ -3,7 +3,7 @@
 Backends, one file each:
 
 * `xla`: plain XLA; every platform, the reference for the others.
-* `blocks`: plain XLA in blocks of queries, for CPUs.
+* `blocks`: plain XLA in blocks of queries, for CPUs; `tiles` for rows with branches.
 * `cudnn`: the fused kernel of NVIDIA GPUs; float16 or bfloat16.
 * `splash`: the Pallas kernel of TPUs.
 
@@ -15,9 +15,11 @@ import jax.numpy as jnp
 
 from prumerge_jax.models import tuning
 from prumerge_jax.models.attention import blocks, cudnn, splash, xla
+from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.attention.pages import (
     KVPages,
     attend_to_pages,
+    copy_in_pages,
     empty_pages,
     over_shards,
     pages_spec,
@@ -31,6 +33,7 @@ __all__ = [
     "KVPages",
     "attend",
     "attend_to_pages",
+    "copy_in_pages",
     "backend_for",
     "empty_pages",
     "over_shards",
@@ -54,6 +57,8 @@ def attend(
     v: jax.Array,
     *,
     segment_ids: jax.Array | None = None,
+    key_bias: jax.Array | None = None,
+    branch_ids: jax.Array | None = None,
     causal: bool = False,
     max_segment_length: int | None = None,
     axes: Axes = HEADS,
@@ -65,9 +70,15 @@ def attend(
       q: [B, T, H, D].
       k, v: [B, T, K, D]; K divides H (grouped-query attention).
       segment_ids: [B, T] int32; a query sees only keys of its own segment.
+      key_bias: [B, T] float32, added to the logits of a key for every query. Heads are then wider,
+        see `key_bias.py`; a preferred backend that does not take them gives way to `xla`.
+      branch_ids: [B, T] int32, for segments whose sequences share a prefix: it is branch 0, and
+        each sequence goes on in a branch 1, 2, ... of its own. A query sees only keys of the prefix
+        and of its own branch. Needs `segment_ids` and `causal`; `blocks` has no gradient then.
       causal: a query sees only keys at its own index or before.
       max_segment_length: the promise that no segment has more tokens and that each is in one
-        piece. `blocks` and `splash` then leave out keys that are too far away to be seen; the
+        piece; with branches, that each is in one piece and the prefix with any of them has no more.
+        `blocks` and `splash` then leave out keys that are too far away to be seen; the
         others ignore it.
       axes: logical names of the axes of `q`, `k` and `v`, which say how a mesh splits them.
       implementation: a backend; by default `backend_for` these heads.
@@ -76,14 +87,27 @@ def attend(
       [B, T, H, D] in the dtype of `q`.
 
     Raises:
-      ValueError: an unknown implementation.
+      ValueError: an unknown implementation, or branches without segments or causality.
     """
+    if branch_ids is not None and (segment_ids is None or not causal):
+        raise ValueError("branch_ids need segment_ids and causal=True")
+    head_dim = q.shape[-1]
+    if key_bias is not None:
+        q, k, v = with_columns(q, k, v, key_bias)
     name = implementation or backend_for(q.dtype, q.shape[-1])
     if name not in _BACKENDS:
         raise ValueError(f"unknown attention {name!r:.80}; expected one of {sorted(_BACKENDS)}")
-    return _BACKENDS[name](
-        q, k, v, segment_ids, causal=causal, max_segment_length=max_segment_length, axes=axes
+    attended = _BACKENDS[name](
+        q,
+        k,
+        v,
+        segment_ids,
+        branch_ids,
+        causal=causal,
+        max_segment_length=max_segment_length,
+        axes=axes,
     )
+    return attended[..., :head_dim]
 
 
 def backend_for(dtype: jnp.dtype, head_dim: int) -> str:

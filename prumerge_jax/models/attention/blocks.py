@@ -3,7 +3,7 @@
 The scores of one block are kept in the processor's cache, forward and (computed again) backward.
 Keys that no query of a block sees are not even multiplied: those out of reach by
 `max_segment_length`, and in a causal row those that `_far_keys` finds to belong to earlier
-segments.
+segments. Rows with branches go to `tiles`.
 """
 
 import functools
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from prumerge_jax.models.attention import tiles
 from prumerge_jax.models.attention.shards import on_shards
 from prumerge_jax.sharding.mesh import Axes
 
@@ -25,12 +26,15 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array | None,
+    branch_ids: jax.Array | None,
     *,
     causal: bool,
     max_segment_length: int | None,
     axes: Axes,
 ) -> jax.Array:
     """`attention.attend`; on a mesh every device takes its own rows and heads."""
+    if segment_ids is not None and branch_ids is not None:
+        return tiles.attend(q, k, v, segment_ids, branch_ids, axes=axes)
     run = functools.partial(_on_device, causal=causal, max_segment_length=max_segment_length)
     return on_shards(run, (q, k, v, segment_ids), (axes, axes, axes, axes[:2]))
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from prumerge_jax.models.attention.xla import segment_mask
+from prumerge_jax.models.attention.masks import segment_mask
 from prumerge_jax.sharding.mesh import Axes
 
 
@@ -17,6 +17,7 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array | None,
+    branch_ids: jax.Array | None,
     *,
     causal: bool,
     max_segment_length: int | None,
@@ -24,6 +25,7 @@ def attend(
 ) -> jax.Array:
     """`attention.attend`; asked for by name, because `None` means XLA to JAX."""
     del max_segment_length, axes
+    mask = segment_mask(segment_ids, branch_ids)
     return jax.nn.dot_product_attention(
-        q, k, v, mask=segment_mask(segment_ids), is_causal=causal, implementation="cudnn"
+        q, k, v, mask=mask, is_causal=causal, implementation="cudnn"
     )

@@ -147,12 +147,8 @@ def write_to_pages(
         new = new.reshape(-1, *new.shape[2:]).astype(pool.dtype)
         new = jnp.where(jnp.isfinite(new), new, 0)
         if form.heads_first:
-            # Row by row: for a scatter behind the heads XLA lays out the pool anew, on TPUs at
-            # every layer.
-            head = jnp.arange(pool.shape[0])
-            row = (head * count + page[:, None]) * pool.shape[2] + offset[:, None]
-            row = jnp.where(places[:, None] >= 0, row, pool.size // pool.shape[-1])
-            rows = pool.reshape(-1, pool.shape[-1]).at[row].set(new, mode="drop")
+            rows = pool.reshape(-1, pool.shape[-1])
+            rows = rows.at[_rows_of(pool, page, offset)].set(new, mode="drop")
             return rows.reshape(pool.shape)
         return pool.at[page, :, offset].set(new, mode="drop")
 
@@ -164,6 +160,62 @@ def write_to_pages(
             for pool, new in zip(pages, (k, v), strict=True)
         )
     )
+
+
+def _rows_of(pool: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
+    """Rows [N, K] of a pool [K, pages, page, Dh] of rows Dh; beyond the last one for other pages.
+
+    What is scattered behind the heads makes XLA lay out all of the pool anew, on TPUs.
+    """
+    heads, count, size = pool.shape[:3]
+    row = (jnp.arange(heads) * count + page[:, None]) * size + offset[:, None]
+    return jnp.where((page < count)[:, None], row, heads * count * size)
+
+
+def copy_in_pages(
+    pages: KVPages,
+    source: jax.Array,
+    target: jax.Array,
+    num_layers: int,
+    *,
+    implementation: str | None = None,
+) -> KVPages:
+    """Copies keys and values of all layers, token by token.
+
+    Args:
+      pages: the pool.
+      source, target: [shards, N] int32, places of each data shard as in `write_to_pages`; a target
+        of -1 copies nothing. No place is both.
+      num_layers: L.
+    """
+    form = _form(pages.k.dtype, pages.k.shape[-1], implementation)
+    axes = _axes(form)
+
+    def copy(pool: jax.Array, _: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
+        count = pool.shape[1 if form.heads_first else 0]
+        (page, offset), (to_page, to_offset) = (
+            jnp.divmod(places.reshape(-1), pool.shape[2]) for places in (source, target)
+        )
+
+        def of_layer(layer: jax.Array, pool: jax.Array) -> jax.Array:
+            first = layer * (count // num_layers)
+            # Beyond the last page, where writes are dropped.
+            at = jnp.where(target.reshape(-1) >= 0, to_page + first, count)
+            if form.heads_first:
+                rows = pool.reshape(-1, pool.shape[-1])
+                tokens = rows[_rows_of(pool, page + first, offset)]
+                rows = rows.at[_rows_of(pool, at, to_offset)].set(tokens, mode="drop")
+                return rows.reshape(pool.shape)
+            return pool.at[at, :, to_offset].set(pool[page + first, :, offset], mode="drop")
+
+        return jax.lax.fori_loop(0, num_layers, of_layer, pool)
+
+    # The second argument is what `on_shards` reads the split from.
+    all_axes = (axes, axes, HEADS[:2], HEADS[:2])
+    copied = (
+        on_shards(copy, (pool, pool, source, target), all_axes, check_vma=False) for pool in pages
+    )
+    return KVPages(*copied)
 
 
 def attend_to_pages(

@@ -1,6 +1,8 @@
 """Attention by the Pallas kernel of TPUs (splash attention), padded to full blocks."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array | None,
+    branch_ids: jax.Array | None,
     *,
     causal: bool,
     max_segment_length: int | None,
@@ -34,8 +37,9 @@ def attend(
 ) -> jax.Array:
     """`attention.attend`; on a mesh every device runs the kernel on its own rows and heads."""
     run = functools.partial(_on_device, causal=causal, max_segment_length=max_segment_length)
+    arrays = (q, k, v, segment_ids, branch_ids)
     # The kernel does not declare its varying axes.
-    return on_shards(run, (q, k, v, segment_ids), (axes, axes, axes, axes[:2]), check_vma=False)
+    return on_shards(run, arrays, (axes, axes, axes, axes[:2], axes[:2]), check_vma=False)
 
 
 def splash_pairs(length: int, *, causal: bool, max_segment_length: int | None = None) -> int:
@@ -66,6 +70,7 @@ def _on_device(
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array | None,
+    branch_ids: jax.Array | None,
     *,
     causal: bool,
     max_segment_length: int | None,
@@ -82,19 +87,75 @@ def _on_device(
         k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
     # The kernel takes heads first.
     q, k, v = (jnp.pad(x, (*at_the_end, (0, 0), (0, 0))).swapaxes(1, 2) for x in (q, k, v))
+    heads_first = (q * head_dim**-0.5, k, v)
+    near = _mask(padded, causal, max_segment_length)
+    if branch_ids is None:
+        ids = splash.SegmentIds(segments, segments)
+        attended = _kernel(near, heads, head_dim, block)(*heads_first, ids)
+    else:
+        attended = _with_prefixes(
+            heads_first, near, segments, jnp.pad(branch_ids, at_the_end), block
+        )
+    return attended.swapaxes(1, 2)[:, :length]
+
+
+def _with_prefixes(
+    heads_first: tuple[jax.Array, jax.Array, jax.Array],
+    near: splash_mask.Mask,
+    segments: jax.Array,
+    branches: jax.Array,
+    block: int,
+) -> jax.Array:
+    """Two softmaxes, joined by the logarithms of their sums: over a query's own branch, and over
+    the prefix, which may be out of reach of `near`.
+
+    Args:
+      heads_first: queries, scaled, keys and values [B, H, T, D].
+      near: who may see whom of one branch.
+      segments, branches: [B, T] int32.
+      block: queries, and keys, per block.
+
+    Returns:
+      [B, H, T, D].
+    """
+    heads, length, head_dim = heads_first[0].shape[1:]
+    own = segments * (length + 1) + branches
+    # Numbers apart are those that see no prefix, and those that are in none.
+    to_prefix = splash.SegmentIds(
+        jnp.where(branches > 0, segments, -1), jnp.where(branches == 0, segments, -2)
+    )
+    parts = []
+    for mask, ids in (
+        (near, splash.SegmentIds(own, own)),
+        (splash_mask.CausalMask((length, length)), to_prefix),
+    ):
+        kernel = _kernel(mask, heads, head_dim, block, save_residuals=True)
+        attended, (log_sum,) = kernel(*heads_first, ids)
+        parts.append((attended.astype(jnp.float32), log_sum[..., None]))
+    (attended, log_sum), (to_prefix_attended, prefix_log_sum) = parts
+    # Where there is no prefix its logarithm is the kernel's most negative number, and this zero.
+    share = jax.nn.sigmoid(prefix_log_sum - log_sum)
+    joined = attended * (1 - share) + to_prefix_attended * share
+    return joined.astype(heads_first[0].dtype)
+
+
+def _kernel(
+    mask: splash_mask.Mask, heads: int, head_dim: int, block: int, *, save_residuals: bool = False
+) -> Callable[..., Any]:
+    """The kernel over a batch: queries, keys and values [B, H, T, D] and segment ids [B, T]."""
     kernel = splash.make_splash_mha(
-        splash_mask.MultiHeadMask([_mask(padded, causal, max_segment_length)] * heads),
+        splash_mask.MultiHeadMask([mask] * heads),
         block_sizes=_blocks(block, head_dim),
         head_shards=1,
         q_seq_shards=1,
+        save_residuals=save_residuals,
         interpret=platform() != "tpu",
     )
 
-    def one(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-        return kernel(q, k, v, segment_ids=splash.SegmentIds(segments, segments))
+    def one(q: jax.Array, k: jax.Array, v: jax.Array, ids: splash.SegmentIds) -> Any:
+        return kernel(q, k, v, segment_ids=ids)
 
-    attended = jax.vmap(one)(q * head_dim**-0.5, k, v, segments)
-    return attended.swapaxes(1, 2)[:, :length]
+    return jax.vmap(one)
 
 
 def _blocks(block: int, head_dim: int) -> splash.BlockSizes:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from prumerge_jax.models.attention.masks import segment_mask
 from prumerge_jax.sharding.mesh import Axes, platform
 
 
@@ -11,6 +12,7 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array | None,
+    branch_ids: jax.Array | None,
     *,
     causal: bool,
     max_segment_length: int | None,
@@ -18,14 +20,7 @@ def attend(
 ) -> jax.Array:
     """`attention.attend`; a mesh splits it as its arguments are split."""
     del max_segment_length, axes
-    return dot_product(q, k, v, segment_mask(segment_ids), causal=causal)
-
-
-def segment_mask(segment_ids: jax.Array | None) -> jax.Array | None:
-    """Which key is of a query's segment, bool [B, 1, T, T]; None without segments."""
-    if segment_ids is None:
-        return None
-    return (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    return dot_product(q, k, v, segment_mask(segment_ids, branch_ids), causal=causal)
 
 
 def dot_product(

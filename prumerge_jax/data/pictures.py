@@ -1,0 +1,172 @@
+"""From an image to its crops: one of the tower's size, or the tiles of dynamic resolution.
+
+Shapes: C crops, S side of a crop in pixels.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from PIL import Image
+
+from prumerge_jax.data.anyres import Size, resized_inside
+from prumerge_jax.data.images import (
+    MAX_PIXELS,
+    ImageError,
+    ImageMode,
+    ImageSource,
+    OneOfSeveral,
+    image_size,
+    load_image,
+    preprocess,
+)
+from prumerge_jax.data.layout import Layout, anyres_layout
+from prumerge_jax.data.loading import Named
+from prumerge_jax.messages import quoted
+from prumerge_jax.models.config import LlavaConfig
+
+PictureMode = ImageMode | Literal["anyres"]
+"""`anyres`: the whole image, then the tiles of the best of the model's resolutions."""
+
+PICTURE_MODES: tuple[str, ...] = (*get_args(ImageMode), "anyres")
+
+
+class Picture(NamedTuple):
+    """An image as the vision tower takes it.
+
+    Attributes:
+      crops: uint8 [C, S, S, 3].
+      layout: what the crops are.
+    """
+
+    crops: np.ndarray
+    layout: Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureProcessor:
+    """From any image to its crops, as a model of these sizes takes them.
+
+    Attributes:
+      config: the model's sizes.
+      crop_size: S, side of a crop in pixels; the tower's, unless a reduction wants others.
+      mode: `anyres`, or what happens to an image that is not square.
+      max_pixels: most pixels of an image that is decoded.
+
+    Raises:
+      ValueError: no such mode, or one that the model does not support.
+    """
+
+    config: LlavaConfig
+    crop_size: int
+    mode: PictureMode
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.mode not in PICTURE_MODES:
+            raise ValueError(
+                f"unknown image mode {quoted(self.mode)}; expected one of {PICTURE_MODES}"
+            )
+        if self.mode == "anyres" and not self.config.image_grid_pinpoints:
+            raise ValueError(
+                "image mode 'anyres' is for models with image_grid_pinpoints, this one has none; "
+                f"expected one of {get_args(ImageMode)}"
+            )
+        if self.mode == "anyres" and self.crop_size != self.config.vision.image_size:
+            raise ValueError(
+                f"image mode 'anyres' cuts tiles of {self.config.vision.image_size} pixels, the "
+                f"reduction wants images of {self.crop_size}; choose another"
+            )
+
+    def __call__(self, source: ImageSource | OneOfSeveral, name: str | None = None) -> Picture:
+        """The crops of an image; errors as in `load_image`."""
+        source, mode = self._source_and_mode(source)
+        image = load_image(source, name, max_pixels=self.max_pixels)
+        layout = self._layout((image.height, image.width), mode)
+        if mode != "anyres":
+            mean = self.config.vision.pixel_mean
+            return Picture(preprocess(image, self.crop_size, mode, mean)[None], layout)
+        return Picture(tiles_of(image, layout, self.crop_size), layout)
+
+    def layout(self, size: Size) -> Layout:
+        """The layout of an image of this height and width in pixels that is alone in its prompt."""
+        return self._layout(size, self.mode)
+
+    def _source_and_mode(
+        self, source: ImageSource | OneOfSeveral
+    ) -> tuple[ImageSource, PictureMode]:
+        """LLaVA-OneVision does not cut several images into tiles."""
+        if not isinstance(source, OneOfSeveral):
+            return source, self.mode
+        is_cut = self.mode == "anyres" and self.config.anyres_max is None
+        return source.source, "anyres" if is_cut else "pad" if self.mode == "anyres" else self.mode
+
+    def _layout(self, size: Size, mode: PictureMode) -> Layout:
+        grid = self.crop_size // self.config.vision.patch_size
+        if mode != "anyres":
+            return Layout(grid, newline=self.config.image_newline)
+        return anyres_layout(
+            size,
+            self.config.image_grid_pinpoints,
+            self.crop_size,
+            grid,
+            most_tiles=self.config.anyres_max,
+            source=self.config.anyres_source,
+        )
+
+    def check_number(self, images: int, name: str) -> None:
+        """Raises ValueError for more images in a prompt than the model takes; `name` says whose.
+
+        LLaVA-NeXT takes several, but has not been trained on them: a warning says so.
+        """
+        if images > 1 and not self.config.image_grid_pinpoints:
+            raise ValueError(f"{name} has {images} images; the model takes one image per prompt")
+        if images > 1 and self.config.anyres_max is None:
+            warnings.warn(
+                f"{name} has {images} images; LLaVA-NeXT has been trained on one per prompt",
+                stacklevel=2,
+            )
+
+    def layouts(self, images: Iterable[Named]) -> tuple[Layout, ...]:
+        """The layouts of images by their headers alone; none where all are one crop as it is.
+
+        An image whose header cannot be read gets any layout.
+        """
+        if not self.config.image_newline:
+            return ()
+        return tuple(self._expected_layout(source) for _, source in images)
+
+    def _expected_layout(self, source: ImageSource | OneOfSeveral) -> Layout:
+        source, mode = self._source_and_mode(source)
+        if mode != "anyres":
+            return self._layout((1, 1), mode)
+        try:
+            return self._layout(image_size(source), mode)
+        except ImageError:
+            return self._layout((1, 1), mode)
+
+
+def default_mode(config: LlavaConfig) -> PictureMode:
+    """What a model does with images unless told otherwise."""
+    return "anyres" if config.image_grid_pinpoints else "pad"
+
+
+def tiles_of(image: Image.Image, layout: Layout, tile_size: int) -> np.ndarray:
+    """The whole image squeezed to S x S, then its tiles, uint8 [C, S, S, 3].
+
+    The image is resized into the resolution with its aspect kept (bicubic on uint8) and put in the
+    middle of a black canvas; an odd pixel of the edge goes to the bottom and to the right.
+    """
+    rows, columns = layout.tiles
+    high, wide = rows * tile_size, columns * tile_size
+    height, width = resized_inside((image.height, image.width), (high, wide))
+    canvas = Image.new("RGB", (wide, high))
+    canvas.paste(
+        image.resize((width, height), Image.Resampling.BICUBIC),
+        ((wide - width) // 2, (high - height) // 2),
+    )
+    tiles = np.asarray(canvas).reshape(rows, tile_size, columns, tile_size, 3)
+    whole = np.asarray(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
+    return np.concatenate([whole[None], tiles.swapaxes(1, 2).reshape(-1, *whole.shape)])
