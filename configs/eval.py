@@ -44,6 +44,8 @@ def get_config() -> ConfigDict:
             "row_length": placeholder(int),  # tokens per packed row
             "prefill_rows": placeholder(int),  # packed rows per prefill
             "slots": placeholder(int),  # sequences decoded at once
+            "page_size": placeholder(int),  # tokens per page of keys and values
+            "pages": placeholder(int),  # pages in the pool; default: what the device holds
             "cache_length": placeholder(int),  # tokens of the longest sequence
             "decode_steps_per_call": placeholder(int),
             "share_prefixes": True,  # whether questions about one image have it computed once

@@ -238,6 +238,8 @@ def test_command_prints_the_floors(capsys):
     command.main([])
     output = capsys.readouterr().out
     assert re.search(r" 8 +40 +0.47 +1.64 compute +2.11 +6.09 +19.81 +474 / 164 / 50", output)
+    # 40 + 60 + 32 tokens take five pages of 32, at half a mebibyte a token.
+    assert "of 132 tokens in pages of 32: 84 MB a sequence" in output
 
 
 def test_command_takes_model_and_chip(capsys):

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
+from prumerge_jax.cost import counts
 from prumerge_jax.cost.roofline import CHIPS, Chip, Workload, floor_seconds, operations
 from prumerge_jax.families import published
 from prumerge_jax.models.config import LlavaConfig
@@ -11,6 +12,7 @@ from prumerge_jax.models.config import LlavaConfig
 VISUAL_TOKENS = (576, 144, 40)
 BATCHES = (1, 8, 32)
 OUTPUT_TOKENS = (1, 8, 32)
+PAGE_SIZE = 32
 
 
 def floor_lines(
@@ -58,6 +60,19 @@ def floor_lines(
     return lines
 
 
+def page_lines(config: LlavaConfig, text_tokens: int) -> list[str]:
+    """What a sequence's keys and values take in pages, at its longest."""
+    lines = []
+    for visual in VISUAL_TOKENS:
+        tokens = visual + text_tokens + max(OUTPUT_TOKENS)
+        size = counts.kv_bytes(config.text, tokens, PAGE_SIZE) / 1e6
+        lines.append(
+            f"{visual} visual tokens: keys and values of {tokens} tokens in pages of {PAGE_SIZE}: "
+            f"{size:.0f} MB a sequence"
+        )
+    return lines
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table of floors."""
     parser = argparse.ArgumentParser(prog="python -m prumerge_jax.cost", description=__doc__)
@@ -86,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.compute_fraction, arguments.bandwidth_fraction
     )
     print(f"Floors of {arguments.model} on one {arguments.chip}, assumed achievable:")
+    for line in page_lines(config, arguments.text_tokens):
+        print(line)
     for line in floor_lines(
         config,
         chip,

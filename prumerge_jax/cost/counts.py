@@ -159,6 +159,11 @@ def kv_bytes_per_token(text: TextConfig) -> int:
     return 2 * text.num_layers * text.num_kv_heads * text.head_dim * ACTIVATION_BYTES
 
 
+def kv_bytes(text: TextConfig, tokens: int, page_size: int = 1) -> int:
+    """Keys and values of a sequence of so many tokens, in pages of so many."""
+    return -(-tokens // page_size) * page_size * kv_bytes_per_token(text)
+
+
 def weight_bytes(config: LlavaConfig, weight_bits: int = 16) -> float:
     """Resident weights: the tower as PruMerge needs it, projector, embedding, decoder."""
     counts = parameters(config)

@@ -147,7 +147,9 @@ def write_to_pages(
         new = new.reshape(-1, *new.shape[2:]).astype(pool.dtype)
         new = jnp.where(jnp.isfinite(new), new, 0)
         if form.heads_first:
-            return pool.at[:, page, offset].set(new.swapaxes(0, 1), mode="drop")
+            rows = pool.reshape(-1, pool.shape[-1])
+            rows = rows.at[_rows_of(pool, page, offset)].set(new, mode="drop")
+            return rows.reshape(pool.shape)
         return pool.at[page, :, offset].set(new, mode="drop")
 
     all_axes = (axes, HEADS, HEADS[:2], ())
@@ -158,6 +160,16 @@ def write_to_pages(
             for pool, new in zip(pages, (k, v), strict=True)
         )
     )
+
+
+def _rows_of(pool: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
+    """Rows [N, K] of a pool [K, pages, page, Dh] of rows Dh; beyond the last one for other pages.
+
+    What is scattered behind the heads makes XLA lay out all of the pool anew, on TPUs.
+    """
+    heads, count, size = pool.shape[:3]
+    row = (jnp.arange(heads) * count + page[:, None]) * size + offset[:, None]
+    return jnp.where((page < count)[:, None], row, heads * count * size)
 
 
 def copy_in_pages(
@@ -190,8 +202,10 @@ def copy_in_pages(
             # Beyond the last page, where writes are dropped.
             at = jnp.where(target.reshape(-1) >= 0, to_page + first, count)
             if form.heads_first:
-                tokens = pool[:, page + first, offset]
-                return pool.at[:, at, to_offset].set(tokens, mode="drop")
+                rows = pool.reshape(-1, pool.shape[-1])
+                tokens = rows[_rows_of(pool, page + first, offset)]
+                rows = rows.at[_rows_of(pool, at, to_offset)].set(tokens, mode="drop")
+                return rows.reshape(pool.shape)
             return pool.at[at, :, to_offset].set(pool[page + first, :, offset], mode="drop")
 
         return jax.lax.fori_loop(0, num_layers, of_layer, pool)
