@@ -183,6 +183,23 @@ def test_drawn_counts_reach_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.counters.real_tokens == counts.sum() + 6 * (4 + 1)
 
 
+def test_scoring_compares_questions_that_share_with_questions_apart(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    arguments = (
+        "--geometry=tiny --questions_per_image=4 --text_tokens=40 --means 20 --requests=8 "
+        "--full_requests=4 --apart_requests=2 --row_length=64 --full_row_length=128 --repeats=1"
+    )
+    path = tmp_path / "report.json"
+    importlib.import_module("scoring").main([*arguments.split(), f"--json={path}"])
+    results = json.loads(path.read_text())["results"]
+    arms = [(row["arm"], row["shared"]) for row in results]
+    assert arms == [(name, shared) for name in ("full", "prumerge+") for shared in (True, False)]
+    assert all(row["questions_per_s"] > 0 for row in results)
+    assert all(row["sharing_speedup"] == 1 for row in results if not row["shared"])
+
+
 def test_counts_have_the_mean_and_spread_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     scoring = importlib.import_module("scoring")
