@@ -162,7 +162,8 @@ def refusal(errors: Sequence[Any], body: Any) -> ApiError:
       errors: pydantic's.
       body: what was sent, parsed.
     """
-    error = max(errors, key=lambda each: len(each["loc"]))  # of a union, the member that was meant
+    # Of a union, the member that was meant.
+    error = max(errors, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
     kind = error["type"]
     if kind in ("json_invalid", "json_type"):
         reason = error.get("ctx", {}).get("error", error["msg"])
@@ -187,16 +188,24 @@ def refusal(errors: Sequence[Any], body: Any) -> ApiError:
 def _field(location: Sequence[str | int], body: Any) -> tuple[str, Any]:
     """Path and value of a field: the parts of a location that the body has.
 
-    The others are the names of a union's members.
+    The others are the names of a union's members, some of which are fields' names too.
     """
-    path, value = [], body
-    for part in location:
-        is_item = isinstance(part, int) and isinstance(value, list) and part < len(value)
-        if is_item or (isinstance(value, dict) and part in value):
-            value = value[part]
-        elif part == location[-1] and isinstance(value, dict) and re.fullmatch(r"\w+", str(part)):
-            value = None
-        else:
-            continue
-        path.append(str(part))
-    return ".".join(path), value
+    _, path, value = _resolved(tuple(location), body)
+    return ".".join(map(str, path)), value
+
+
+def _resolved(location: tuple[str | int, ...], value: Any) -> tuple[bool, list[str | int], Any]:
+    """Whether the last part was found, the parts that were, and the value there."""
+    if not location:
+        return True, [], value
+    part, rest = location[0], location[1:]
+    found = _resolved(rest, value) if rest else (False, [], value)
+    is_item = isinstance(part, int) and isinstance(value, list) and part < len(value)
+    if is_item or (isinstance(value, dict) and part in value):
+        is_last, path, inner = _resolved(rest, value[part])
+        deeper = (is_last, [part, *path], inner)
+    elif not rest and isinstance(value, dict) and re.fullmatch(r"\w+", str(part)):
+        deeper = (True, [part], None)  # the field that is missing
+    else:
+        return found
+    return max(deeper, found, key=lambda each: (each[0], len(each[1])))
