@@ -197,11 +197,13 @@ def _plan(
         shape = (engine.batch_size, reduction.question_tokens)
         asked = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch)
     pool = jax.ShapeDtypeStruct(
-        (2 * engine.window_size, capacity, model.vision.width), dtype, sharding=batch
+        (2 * engine.window_size, capacity, model.vision.width + reduction.weighs_tokens),
+        dtype,
+        sharding=batch,
     )
     row = jax.ShapeDtypeStruct((engine.prefill_rows, engine.row_length), jnp.int32, sharding=batch)
     rows = programs.Rows(*[row] * 4)  # type: ignore[arg-type]  # shapes stand for arrays
-    slots = _abstract_slots(graphdef, state, engine, mesh, dtype)
+    slots = _abstract_slots(graphdef, state, engine, mesh, dtype, key_bias=reduction.weighs_tokens)
     with use_mesh(mesh):
         pairs = splash_pairs(
             engine.row_length, causal=True, max_segment_length=engine.longest_prompt
@@ -258,12 +260,23 @@ def _abstract_state(
 
 
 def _abstract_slots(
-    graphdef: nnx.GraphDef, state: nnx.State, engine: EngineShapes, mesh: Mesh, dtype: jnp.dtype
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    engine: EngineShapes,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    *,
+    key_bias: bool,
 ) -> programs.Slots:
     """The slots as shapes with shardings."""
     shapes = jax.eval_shape(
         lambda: programs.empty_slots(
-            graphdef, state, slots=engine.slots, length=engine.cache_length, dtype=dtype
+            graphdef,
+            state,
+            slots=engine.slots,
+            length=engine.cache_length,
+            dtype=dtype,
+            key_bias=key_bias,
         )
     )
     cache = NamedSharding(mesh, PartitionSpec(*logical_spec(None, "batch", None, "heads", None)))

@@ -23,7 +23,7 @@ from prumerge_jax.models.llama import KVCache
 class SlotDecoder:
     """The slots of one run, and which request is in which."""
 
-    def __init__(self, model: PlacedModel, shapes: EngineShapes) -> None:
+    def __init__(self, model: PlacedModel, shapes: EngineShapes, *, key_bias: bool = False) -> None:
         self.model, self.shapes = model, shapes
         empty = programs.empty_slots(
             model.graphdef,
@@ -31,6 +31,7 @@ class SlotDecoder:
             slots=shapes.slots,
             length=shapes.cache_length,
             dtype=model.dtype,
+            key_bias=key_bias,
         )
         self.slots = model.commit(empty)
         self.occupant: list[_Sequence | None] = [None] * shapes.slots

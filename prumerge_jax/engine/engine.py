@@ -72,7 +72,7 @@ class Engine:
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Delta | Answer]:
         """`generate` with every request's tokens as they come, before its answer."""
-        decoder = SlotDecoder(self.model, self.shapes)
+        decoder = SlotDecoder(self.model, self.shapes, key_bias=self.reduction.weighs_tokens)
         for window in self._windows(requests):
             yield from self._counted(window.failed)
             for rows in window.batches:

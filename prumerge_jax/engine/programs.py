@@ -155,6 +155,7 @@ def prefill(
         rows.positions,
         rows.segment_ids,
         branch_ids=rows.branch_ids,
+        key_bias=model.key_bias(visual_tokens, rows.visual_index),
         max_segment_length=max_segment_length,
     )
 
@@ -176,6 +177,7 @@ def hidden_before_last_mlp(
         rows.positions,
         rows.segment_ids,
         branch_ids=rows.branch_ids,
+        key_bias=model.key_bias(visual_tokens, rows.visual_index),
         max_segment_length=max_segment_length,
     )
 
@@ -263,15 +265,21 @@ def is_stop(tokens: jax.Array, sampling: Sampling) -> jax.Array:
     return (tokens[:, None] == sampling.stop_ids).any(axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "slots", "length", "dtype"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "slots", "length", "dtype", "key_bias"))
 def empty_slots(
-    graphdef: nnx.GraphDef, state: nnx.State, *, slots: int, length: int, dtype: jnp.dtype
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    *,
+    slots: int,
+    length: int,
+    dtype: jnp.dtype,
+    key_bias: bool = False,
 ) -> Slots:
     """Idle slots; the cache is created in its shards."""
     config = nnx.merge(graphdef, state).decoder.config
     zeros = jnp.zeros((slots,), jnp.int32)
     idle = Slots(
-        cache=empty_cache(config, slots, length, dtype),
+        cache=empty_cache(config, slots, length, dtype, key_bias=key_bias),
         lengths=zeros,
         positions=zeros,
         token=zeros,

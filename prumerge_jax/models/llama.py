@@ -17,6 +17,7 @@ from flax import nnx
 
 from prumerge_jax.models import tuning
 from prumerge_jax.models.attention import attend_to_cache
+from prumerge_jax.models.attention.key_bias import widened, with_columns
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.decoder_layer import QKV, DecoderLayer, PackedRows, split_key
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, rematerialise, stack
@@ -28,7 +29,10 @@ Index = jax.Array | int
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, each [L, B, S, K, D]; keys are rotated already."""
+    """Keys and values of every layer, each [L, B, S, K, D]; keys are rotated already.
+
+    D is the heads' width, or wider where keys have a bias, see `attention.key_bias`.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -46,9 +50,12 @@ class PartialHidden(NamedTuple):
     attended: jax.Array
 
 
-def empty_cache(config: TextConfig, slots: int, length: int, dtype: jnp.dtype) -> KVCache:
-    """A cache of zeros: `slots` sequences of up to `length` tokens."""
-    shape = (config.num_layers, slots, length, config.num_kv_heads, config.head_dim)
+def empty_cache(
+    config: TextConfig, slots: int, length: int, dtype: jnp.dtype, *, key_bias: bool = False
+) -> KVCache:
+    """A cache of zeros: `slots` sequences of up to `length` tokens, whose keys may have a bias."""
+    head_dim = widened(config.head_dim) if key_bias else config.head_dim
+    shape = (config.num_layers, slots, length, config.num_kv_heads, head_dim)
     axes = (None, "batch", None, "heads", None)
     return KVCache(
         constrain(jnp.zeros(shape, dtype), *axes), constrain(jnp.zeros(shape, dtype), *axes)
@@ -101,6 +108,7 @@ class Llama(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         *,
+        key_bias: jax.Array | None = None,
         remat: str = "none",
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
@@ -110,13 +118,15 @@ class Llama(nnx.Module):
           x: [B, T, D] embeddings in the compute dtype.
           positions: [B, T] int32, rotary positions.
           segment_ids: [B, T] int32; 0 is padding.
+          key_bias: see `attention.attend`.
           remat: see `layers.rematerialise`; takes effect on stacked layers.
           dropout_key: where given, adapters drop their inputs (training).
 
         Returns:
           [B, T, D].
         """
-        rows = PackedRows(rotation(positions, self.config), segment_ids)
+        at = rotation(positions, self.config)
+        rows = PackedRows(at, segment_ids, key_bias=key_bias)
         x, _ = self._rows(x, rows, remat=remat, dropout_key=dropout_key)
         return self.norm(x)
 
@@ -127,6 +137,7 @@ class Llama(nnx.Module):
         segment_ids: jax.Array,
         *,
         branch_ids: jax.Array | None = None,
+        key_bias: jax.Array | None = None,
         max_segment_length: int | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Final hidden states [B, T, D] of packed rows, and their keys and values [L, B, T, K, D].
@@ -134,7 +145,7 @@ class Llama(nnx.Module):
         Arguments as in `__call__` and `attention.attend`.
         """
         at = rotation(positions, self.config)
-        rows = PackedRows(at, segment_ids, branch_ids, max_segment_length)
+        rows = PackedRows(at, segment_ids, branch_ids, max_segment_length, key_bias)
         x, cache = self._rows(x, rows, keep_cache=True)
         assert cache is not None
         return self.norm(x), cache
@@ -146,6 +157,7 @@ class Llama(nnx.Module):
         segment_ids: jax.Array,
         *,
         branch_ids: jax.Array | None = None,
+        key_bias: jax.Array | None = None,
         max_segment_length: int | None = None,
     ) -> PartialHidden:
         """Packed rows up to the last layer's attention; `last_mlp_at` computes the rest for some.
@@ -154,7 +166,7 @@ class Llama(nnx.Module):
         `prefill`.
         """
         at = rotation(positions, self.config)
-        rows = PackedRows(at, segment_ids, branch_ids, max_segment_length)
+        rows = PackedRows(at, segment_ids, branch_ids, max_segment_length, key_bias)
         last = self.config.num_layers - 1
         x, _ = self._rows(x, rows, num_layers=last)
         layer = self._layer(last)
@@ -183,6 +195,7 @@ class Llama(nnx.Module):
         """
         at = rotation(positions[:, None], self.config)
         slots = jnp.arange(len(lengths))
+        has_bias = cache.k.shape[-1] > self.config.head_dim
 
         # The cache travels in the carry and is written in place; as a scanned input and output
         # all of it would be copied at every step.
@@ -193,10 +206,14 @@ class Llama(nnx.Module):
             _: None,
         ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
             x, cache_k, cache_v = carry
-            q, k, v = layer.split_and_rotate(_projection_barrier(layer.qkv_projections(x)), at)
+            heads = layer.split_and_rotate(_projection_barrier(layer.qkv_projections(x)), at)
+            if has_bias:
+                heads = QKV(*with_columns(*heads, jnp.zeros(x.shape[:2])))
+            q, k, v = heads
             cache_k = cache_k.at[index, slots, lengths].set(k[:, 0].astype(cache_k.dtype))
             cache_v = cache_v.at[index, slots, lengths].set(v[:, 0].astype(cache_v.dtype))
             attended = attend_to_cache(q, cache_k, cache_v, index, lengths + 1)
+            attended = attended[..., : self.config.head_dim]
             x = layer.feed_forward(layer.add_attention_output(x, attended))
             return (x, cache_k, cache_v), None
 
