@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.decoding = ConfigDict(
         {
             "protocol": "llava-1.6",
-            "conversation": "vicuna_v1",
+            "conversation": placeholder(str),  # None: the model's own template
             # None: the benchmark's default, which is compact but for the digits.
             "position_ids": placeholder(str),
             "max_new_tokens": placeholder(int),  # None: the benchmark's limit

@@ -16,17 +16,25 @@ from jax.sharding import Mesh
 
 from prumerge_jax import reductions, sharding
 from prumerge_jax.conversion.miniature import model_directory
-from prumerge_jax.data.conversation import chat_template
 from prumerge_jax.data.images import ImageMode, ImageProcessor, ImageSource
 from prumerge_jax.data.packing import PositionIds
-from prumerge_jax.data.tokenizer import TextStream, Tokenizer
+from prumerge_jax.data.templates import TEMPLATES, Template, chat_template
+from prumerge_jax.data.tokenizer import (
+    BPE_FILE,
+    SENTENCEPIECE_FILE,
+    TextStream,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_file,
+)
 from prumerge_jax.engine.build import Draft, Images, RequestBuilder, check_list, named_image
 from prumerge_jax.engine.encoding import PlacedModel, compute_dtype, data_shards
 from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.pages import pages_that_fit
 from prumerge_jax.engine.request import Answer, Delta, SamplingParams
 from prumerge_jax.engine.shapes import EngineConfig, EngineSizes, fit
 from prumerge_jax.messages import quoted
-from prumerge_jax.models import config_json
+from prumerge_jax.models import config_json, tuning
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import (
     abstract_model,
@@ -37,8 +45,6 @@ from prumerge_jax.models.llava import (
 from prumerge_jax.reductions import Reduction, ReductionLike, as_reduction
 from prumerge_jax.store import model_directory as directories
 from prumerge_jax.store.manifest import MANIFEST
-
-TOKENIZER = "tokenizer.model"
 
 
 class Explanation(NamedTuple):
@@ -60,7 +66,7 @@ class Llava:
     """A LLaVA on the current devices.
 
     Attributes:
-      tokenizer: its SentencePiece tokenizer.
+      tokenizer: its tokenizer.
       engine_config: fixed shapes of the jitted functions.
     """
 
@@ -105,13 +111,14 @@ class Llava:
         chosen = None if dtype is None else compute_dtype(dtype)
         (engine or EngineConfig()).sizes(data_shards(mesh))
         root = model_directory(directory)
-        if (root / MANIFEST).is_file() and not (root / TOKENIZER).is_file():
+        if (root / MANIFEST).is_file() and not tokenizer_file(root).is_file():
             raise directories.DirectoryError(
-                f"{root}: no {TOKENIZER}; copy there the one of the LLaVA that it was trained from"
+                f"{root}: no {SENTENCEPIECE_FILE}; copy there the one of the LLaVA that it was "
+                f"trained from, or the {BPE_FILE} of a Qwen or Llama-3"
             )
         directories.verify(root)
         config = config_json.read_config(root)
-        tokenizer = Tokenizer(root / TOKENIZER)
+        tokenizer = load_tokenizer(tokenizer_file(root))
         _check_vocabulary(tokenizer, config)
         model = _read_weights(root, config, chosen, mesh)
         return cls(model, tokenizer, engine=engine)
@@ -139,7 +146,7 @@ class Llava:
         reduction: ReductionLike = "prumerge",
         max_new_tokens: int = 64,
         image_mode: ImageMode = "pad",
-        conversation: str = "vicuna_v1",
+        conversation: str | None = None,
         position_ids: PositionIds = "compact",
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -153,7 +160,7 @@ class Llava:
           reduction: its spelling, as `prumerge:neighbours=8`; see `reductions.parse`.
           max_new_tokens: most tokens per answer.
           image_mode: `pad` to a square or `crop` the central one.
-          conversation: name of a template, see `data.conversation.TEMPLATES`.
+          conversation: name of a template, see `data.templates.TEMPLATES`; None is the model's.
           position_ids: `compact` (the reference) or `original`, see `packing.pack_window`.
           temperature: 0 is greedy.
           top_p: smallest probability mass to draw from.
@@ -183,7 +190,7 @@ class Llava:
         reduction: ReductionLike = "prumerge",
         max_new_tokens: int = 64,
         image_mode: ImageMode = "pad",
-        conversation: str = "vicuna_v1",
+        conversation: str | None = None,
         position_ids: PositionIds = "compact",
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -213,7 +220,7 @@ class Llava:
         *,
         reduction: ReductionLike = ...,
         image_mode: ImageMode = ...,
-        conversation: str = ...,
+        conversation: str | None = ...,
         position_ids: PositionIds = ...,
     ) -> list[float]: ...
 
@@ -226,7 +233,7 @@ class Llava:
         *,
         reduction: ReductionLike = ...,
         image_mode: ImageMode = ...,
-        conversation: str = ...,
+        conversation: str | None = ...,
         position_ids: PositionIds = ...,
     ) -> list[list[float]]: ...
 
@@ -238,7 +245,7 @@ class Llava:
         *,
         reduction: ReductionLike = "prumerge",
         image_mode: ImageMode = "pad",
-        conversation: str = "vicuna_v1",
+        conversation: str | None = None,
         position_ids: PositionIds = "compact",
     ) -> list[float] | list[list[float]]:
         """The log-likelihood of each continuation as the answer to its prompt.
@@ -331,15 +338,18 @@ class Llava:
         vision = dataclasses.replace(self.config.vision, image_size=self.image_size(reduction))
         config = dataclasses.replace(self.config, vision=vision)
         model = dataclasses.replace(self._model, config=config)
-        shapes = fit(
-            self.engine_config,
-            reduction,
-            model.config.vision.num_patches,
-            np.array(text_tokens, np.int64),
-            max_new_tokens=max_new_tokens,
-            max_positions=model.config.text.max_positions,
-            shards=model.shards,
-        )
+        with self.placed():
+            page_size = self.engine_config.page_size or tuning.current().page_size
+            shapes = fit(
+                self.engine_config,
+                reduction,
+                model.config.vision.num_patches,
+                np.array(text_tokens, np.int64),
+                max_new_tokens=max_new_tokens,
+                max_positions=model.config.text.max_positions,
+                shards=model.shards,
+                pages_that_fit=pages_that_fit(model, page_size),
+            )
         if model.mesh is None:
             shapes = shapes.limited_to(len(text_tokens))
         return Engine(model, reduction, shapes, position_ids=position_ids)
@@ -352,6 +362,20 @@ class Llava:
         """
         vision = self.config.vision
         return as_reduction(reduction).image_size(vision.image_size, vision.patch_size)
+
+    def template(self, name: str | None = None) -> Template:
+        """A chat template by name; by default the one that the model was trained with.
+
+        Raises:
+          ValueError: no such template, or the model's is not known.
+        """
+        name = name or self.config.chat_template
+        if name is None:
+            raise ValueError(
+                "the model's chat template is not known; expected a conversation, one of "
+                f"{sorted(TEMPLATES)}"
+            )
+        return chat_template(name)
 
     def placed(self) -> contextlib.AbstractContextManager[None]:
         """The context in which an engine of this model runs: its mesh, if it has one."""
@@ -374,10 +398,10 @@ class Llava:
         return ImageProcessor(self.image_size(reduction), self.config.vision.pixel_mean, mode)
 
     def _builder(
-        self, mode: ImageMode, conversation: str, reduction: ReductionLike
+        self, mode: ImageMode, conversation: str | None, reduction: ReductionLike
     ) -> RequestBuilder:
         processor = self._processor(mode, reduction)
-        return RequestBuilder(self.tokenizer, chat_template(conversation), processor)
+        return RequestBuilder(self.tokenizer, self.template(conversation), processor)
 
     def _engine_for(
         self,

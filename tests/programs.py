@@ -3,6 +3,9 @@
 import contextlib
 import io
 import subprocess
+from unittest import mock
+
+import jax
 
 from prumerge_jax.cli import convert, evaluate, train
 
@@ -13,7 +16,13 @@ def run_program(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
     """Exit status and output of a program, as a separate process would have them."""
     stdout, stderr = io.StringIO(), io.StringIO()
     status: int | str | None = 0
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+    # JAX refuses to look for other processes once it has run anything; here there are none.
+    alone = ValueError("coordinator_address should be defined")
+    with (
+        mock.patch.object(jax.distributed, "initialize", side_effect=alone),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
         try:
             MAINS[script]([script, *flags])
         except SystemExit as end:

@@ -80,7 +80,8 @@ def test_a_score_is_the_sum_over_its_tokens(
     model: prumerge_jax.Llava, images: list[np.ndarray]
 ) -> None:
     """log p(a b) = log p(a) + log p(b | a), the second through a longer prompt."""
-    from prumerge_jax.data.conversation import TEMPLATES, evaluation_prompt
+    from prumerge_jax.data.templates import TEMPLATES
+    from tests.prompts import evaluation_prompt
 
     text = "It is a cat"
     whole = model.score([None], [PROMPTS[0]], [text])[0]

@@ -203,7 +203,7 @@ def _plan(
     )
     row = jax.ShapeDtypeStruct((engine.prefill_rows, engine.row_length), jnp.int32, sharding=batch)
     rows = programs.Rows(*[row] * 4)  # type: ignore[arg-type]  # shapes stand for arrays
-    slots = _abstract_slots(graphdef, state, engine, mesh, dtype, key_bias=reduction.weighs_tokens)
+    slots = _abstract_slots(graphdef, state, engine, mesh, dtype)
     with use_mesh(mesh):
         pairs = splash_pairs(
             engine.row_length, causal=True, max_segment_length=engine.longest_prompt
@@ -260,23 +260,12 @@ def _abstract_state(
 
 
 def _abstract_slots(
-    graphdef: nnx.GraphDef,
-    state: nnx.State,
-    engine: EngineShapes,
-    mesh: Mesh,
-    dtype: jnp.dtype,
-    *,
-    key_bias: bool,
+    graphdef: nnx.GraphDef, state: nnx.State, engine: EngineShapes, mesh: Mesh, dtype: jnp.dtype
 ) -> programs.Slots:
     """The slots as shapes with shardings."""
     shapes = jax.eval_shape(
         lambda: programs.empty_slots(
-            graphdef,
-            state,
-            slots=engine.slots,
-            length=engine.cache_length,
-            dtype=dtype,
-            key_bias=key_bias,
+            graphdef, state, slots=engine.slots, length=engine.cache_length, dtype=dtype
         )
     )
     cache = NamedSharding(mesh, PartitionSpec(*logical_spec(None, "batch", None, "heads", None)))

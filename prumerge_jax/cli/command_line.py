@@ -8,7 +8,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import absl.logging
 from absl import flags
@@ -81,6 +81,41 @@ def workdir_or_aot(example: str, planned: str) -> flags.FlagValues:
         flag_values=values,
     )
     return values
+
+
+def define_processes(values: flags.FlagValues) -> None:
+    """Adds the flags of a program that several processes run together."""
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of process 0; found on TPU pods, by SLURM and by Open MPI",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "num_processes", None, "number of processes, with --coordinator", 1, flag_values=values
+    )
+    flags.DEFINE_integer(
+        "process_id", None, "index of this process, with --coordinator", 0, flag_values=values
+    )
+    flags.DEFINE_integer(
+        "heartbeat_seconds",
+        60,
+        "a process silent for longer counts as dead, and all end",
+        1,
+        flag_values=values,
+    )
+
+
+def session(values: flags.FlagValues) -> AbstractContextManager[None]:
+    """What `define_processes` describes: joins the others, and leaves together with them."""
+    from prumerge_jax.sharding.startup import distributed_session  # takes seconds
+
+    return distributed_session(
+        values.coordinator,
+        values.num_processes,
+        values.process_id,
+        heartbeat_seconds=values.heartbeat_seconds,
+    )
 
 
 def check_workdir_or_aot(values: flags.FlagValues) -> None:

@@ -31,11 +31,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: Sequence[str]) -> int:
     values = command_line.workdir_or_aot("v5e:2x4", "the engine")
+    command_line.define_processes(values)
     config = command_line.parse_with_config(argv, values, __doc__, default="eval")
     command_line.check_workdir_or_aot(values)
     if values.aot:
         return _plan(config, values.aot)
-    return _evaluate(config, pathlib.Path(values.workdir))
+    workdir = pathlib.Path(values.workdir)
+    if config.answers:
+        if values.coordinator:
+            raise ValueError("--config.answers needs no model, and one process: no --coordinator")
+        return _evaluate(config, workdir)
+    with command_line.session(values), command_line.mistakes_in_one_line(argv):
+        return _evaluate(config, workdir)
 
 
 def _evaluate(config: ConfigDict, workdir: pathlib.Path) -> int:

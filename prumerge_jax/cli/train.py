@@ -25,32 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     command_line.run(_main, argv)
 
 
-def _flags() -> flags.FlagValues:
-    values = command_line.workdir_or_aot("v5e:8x8", "a step")
-    flags.DEFINE_string(
-        "coordinator",
-        None,
-        "HOST:PORT of process 0; found on TPU pods, by SLURM and by Open MPI",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "num_processes", None, "number of processes, with --coordinator", 1, flag_values=values
-    )
-    flags.DEFINE_integer(
-        "process_id", None, "index of this process, with --coordinator", 0, flag_values=values
-    )
-    flags.DEFINE_integer(
-        "heartbeat_seconds",
-        60,
-        "a process silent for longer counts as dead, and all end",
-        1,
-        flag_values=values,
-    )
-    return values
-
-
 def _main(argv: Sequence[str]) -> None:
-    values = _flags()
+    values = command_line.workdir_or_aot("v5e:8x8", "a step")
+    command_line.define_processes(values)
     config = command_line.parse_with_config(argv, values, __doc__)
     command_line.check_workdir_or_aot(values)
     if values.aot:
@@ -63,20 +40,17 @@ def _train(argv: Sequence[str], config: ConfigDict, values: flags.FlagValues) ->
     import jax
 
     import prumerge_jax.digits.training  # noqa: F401, registers what its recipes name
-    from prumerge_jax.sharding.startup import distributed_session
     from prumerge_jax.training.loop import TrainingError
     from prumerge_jax.training.run import run
     from prumerge_jax.training.workdir import stop_on_signals
 
     absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax logs every file
-    processes = distributed_session(
-        values.coordinator,
-        values.num_processes,
-        values.process_id,
-        heartbeat_seconds=values.heartbeat_seconds,
-    )
     # Mistakes become one line inside the session, which prints what else a process dies of.
-    with processes, command_line.mistakes_in_one_line(argv), stop_on_signals() as stop:
+    with (
+        command_line.session(values),
+        command_line.mistakes_in_one_line(argv),
+        stop_on_signals() as stop,
+    ):
         level = logging.INFO if jax.process_index() == 0 else logging.WARNING
         logging.getLogger("prumerge_jax").setLevel(level)
         try:

@@ -1,20 +1,19 @@
-"""LLaVA's conversation templates and the labels of its training samples.
+"""The training samples of LLaVA's data files: their turns, token ids and labels.
 
-The templates and the label rules are those of LLaVA's `conversation.py` and `train.py`, and of the
-PruMerge repository, which is a fork of LLaVA 1.1.3; `LabelProtocol` names where the two differ.
+The label rules are those of LLaVA's `train.py`, of LLaVA-NeXT's, and of the PruMerge repository,
+which is a fork of LLaVA 1.1.3; `LabelProtocol` names where that differs.
 A sample is one entry of LLaVA's data file: `{"id", "image" (optional), "conversations": [{"from":
 "human" or "gpt", "value"}, ...]}`.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from prumerge_jax.data.templates import Template, prompt_parts, training_prompt, turn_parts
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE, IMAGE_PLACEHOLDER, IMAGE_TOKEN
-from prumerge_jax.messages import quoted
 
 LabelProtocol = Literal["prumerge", "llava-1.2"]
 """Whose label lengths to use for the rounds after the first.
@@ -29,155 +28,6 @@ _ROLES = ("human", "gpt")
 
 class SampleError(ValueError):
     """A training sample breaks LLaVA's format; the message names its id."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """How the turns of a conversation become one string.
-
-    A turn is its role, `gap`, its text and its end; a turn without text is its role alone.
-
-    Attributes:
-      name: the name LLaVA gives it.
-      opening: what comes before the first turn, separator included.
-      human: role of the human; None throws the human's text away and keeps the image alone.
-      gap: between a role and its text.
-      human_end: after the human's text.
-      assistant: role of the assistant.
-      assistant_end: after the assistant's text; None if the template is for evaluation only.
-    """
-
-    name: str
-    opening: str
-    human: str | None
-    gap: str
-    human_end: str
-    assistant: str
-    assistant_end: str | None
-
-
-_VICUNA_V1 = Template(
-    name="vicuna_v1",
-    opening=(
-        "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-    ),
-    human="USER:",
-    gap=" ",
-    human_end=" ",
-    assistant="ASSISTANT:",
-    assistant_end="</s>",
-)
-_LLAVA_V1 = dataclasses.replace(
-    _VICUNA_V1,
-    name="llava_v1",
-    opening=_VICUNA_V1.opening.replace("curious user", "curious human").replace(
-        "the user's", "the human's"
-    ),
-)
-_PLAIN = Template(
-    name="plain", opening="", human=None, gap="", human_end="", assistant="", assistant_end="\n"
-)
-_MISTRAL_INSTRUCT = Template(
-    name="mistral_instruct",
-    opening="",
-    human="[INST]",
-    gap=" ",
-    human_end=" [/INST]",
-    assistant="",
-    assistant_end=None,
-)
-_CHATML_DIRECT = Template(
-    name="chatml_direct",
-    opening="<|im_start|>system\nAnswer the questions.<|im_end|>",
-    human="<|im_start|>user\n",
-    gap="",
-    human_end="<|im_end|>",
-    assistant="<|im_start|>assistant\n",
-    assistant_end=None,
-)
-TEMPLATES: Mapping[str, Template] = {
-    "vicuna_v1": _VICUNA_V1,
-    "v1": _VICUNA_V1,
-    "llava_v1": _LLAVA_V1,
-    "plain": _PLAIN,
-    "mistral_instruct": _MISTRAL_INSTRUCT,
-    "chatml_direct": _CHATML_DIRECT,
-}
-
-
-def chat_template(name: str) -> Template:
-    """The template of this name.
-
-    Raises:
-      ValueError: there is none; the message lists the names.
-    """
-    if name not in TEMPLATES:
-        raise ValueError(
-            f"unknown conversation {quoted(name)}; expected one of {sorted(TEMPLATES)}"
-        )
-    return TEMPLATES[name]
-
-
-def evaluation_prompt(template: Template, text: str, has_image: bool = True) -> str:
-    """The prompt that asks `text`, ending where the answer begins; `<image>` comes first.
-
-    Raises:
-      ValueError: the text holds a literal `<image>`, or the template has no evaluation form.
-    """
-    if template.human is None:
-        raise ValueError(
-            f"template {template.name!r} is for pre-training only; expected one that asks a "
-            "question, such as 'vicuna_v1'"
-        )
-    if IMAGE_PLACEHOLDER in text:
-        raise ValueError(
-            f"the text holds a literal {IMAGE_PLACEHOLDER!r} at character "
-            f"{text.index(IMAGE_PLACEHOLDER)}, which would be taken for an image; expected the "
-            "user's words alone: the placeholder is added here"
-        )
-    if has_image:
-        text = f"{IMAGE_PLACEHOLDER}\n{text}"
-    question = _turn(template.human, template.gap, text, template.human_end)
-    return template.opening + question + template.assistant
-
-
-def training_prompt(template: Template, turns: Sequence[str]) -> str:
-    """The complete conversation as one string.
-
-    Args:
-      template: one with a training form.
-      turns: texts of the human and the assistant in turn, the human first; exactly one pair for
-        `plain`.
-
-    Raises:
-      ValueError: the template has no training form, or `plain` gets other than one pair.
-    """
-    if template.assistant_end is None:
-        raise ValueError(
-            f"template {template.name!r} is for evaluation only; expected 'vicuna_v1', 'llava_v1' "
-            "or 'plain' for training"
-        )
-    if template.human is None:
-        if len(turns) != 2:
-            raise ValueError(
-                f"template {template.name!r} got {len(turns)} turns; expected one human turn and "
-                "one caption"
-            )
-        return IMAGE_PLACEHOLDER + turns[1] + template.assistant_end
-    sides = (
-        (template.human, template.human_end),
-        (template.assistant, template.assistant_end),
-    )
-    text = template.opening
-    for number, turn in enumerate(turns):
-        role, end = sides[number % 2]
-        text += _turn(role, template.gap, turn, end)
-    return text
-
-
-def _turn(role: str, gap: str, text: str, end: str) -> str:
-    return role + gap + text + end if text else role
 
 
 def sample_turns(sample: Mapping[str, Any]) -> list[str]:
@@ -249,13 +99,14 @@ def label_mask(
 ) -> LabelledText:
     """Token ids and labels of a sample of LLaVA's data file.
 
-    Supervised are the answers and the `</s>` after each; for `plain` the caption and its newline.
+    Supervised are the answers and the token that ends each; for `plain` the caption and its
+    newline; for the templates of Qwen and Llama-3 what LLaVA-NeXT learns, see `label_turns`.
     Nothing is truncated here.
 
     Args:
       tokenizer: its style says how `</s>` inside the text is read.
       sample: see the module's documentation.
-      template: `vicuna_v1`, `llava_v1` or `plain`.
+      template: one with a training form.
       protocol: whose label lengths.
       max_length: tokens that a sample is later cut to; a longer one is not checked for mismatch.
 
@@ -264,9 +115,12 @@ def label_mask(
       ValueError: the template has no training form, or no such protocol.
     """
     turns = sample_turns(sample)
-    if template.human is not None:
+    if template.human is not None and template.labels == "rounds":
         text = training_prompt(template, turns)
         return label_rounds(tokenizer, template, text, "image" in sample, protocol, max_length)
+    if template.human is not None:
+        label = label_turns if template.labels == "turns" else label_answers
+        return label(tokenizer, template, turns, "image" in sample)
     if len(turns) != 2 or IMAGE_PLACEHOLDER not in turns[0]:
         raise SampleError(
             f"sample {sample.get('id', '(no id)')!r}: {len(turns)} turns, image: "
@@ -331,6 +185,69 @@ def label_rounds(
     return LabelledText(ids, labels, mismatch)
 
 
+def label_turns(
+    tokenizer: Tokenizer, template: Template, turns: Sequence[str], has_image: bool
+) -> LabelledText:
+    """Labels of a conversation between control tokens (LLaVA-NeXT's `preprocess_qwen` and
+    `preprocess_llama3`).
+
+    Supervised are the assistant's turns, role and end included, and the template's
+    `always_learnt` tokens wherever they stand, in the user's turns too. Turns begin or end with
+    control tokens, across which nothing is merged: their ids add up.
+
+    Args:
+      tokenizer: one that has the template's control tokens.
+      template: one whose `labels` is `turns`.
+      turns: texts of the human and the assistant in turn.
+      has_image: whether `<image>` in the turns is an image or ordinary characters.
+
+    Raises:
+      ValueError: the tokenizer lacks a control token of the template.
+    """
+    places = (IMAGE_PLACEHOLDER,) if has_image else ()
+    start = len(tokenizer.encode_prompt([]))  # BOS, if there is one
+    ids = tokenizer.encode_prompt(prompt_parts(template, []))
+    learnt = len(ids) * [False]
+    for number in range(len(turns)):
+        turn = tokenizer.encode_prompt(turn_parts(template, turns, number, places))[start:]
+        ids += turn
+        learnt += len(turn) * [number % 2 == 1]
+    always = [tokenizer.encode_markup(text) for text in template.always_learnt]
+    if split := [template.always_learnt[n] for n, own in enumerate(always) if len(own) != 1]:
+        raise ValueError(
+            f"template {template.name!r} learns {split[0]!r} as one token, which the tokenizer "
+            "does not have; expected the tokenizer of its model"
+        )
+    of_text = np.array(ids, np.int32)
+    keep = np.array(learnt) | np.isin(of_text, [own[0] for own in always])
+    labels = np.where(keep & (of_text != IMAGE_TOKEN), of_text, IGNORE).astype(np.int32)
+    return LabelledText(of_text, labels, mismatch=False)
+
+
+def label_answers(
+    tokenizer: Tokenizer, template: Template, turns: Sequence[str], has_image: bool
+) -> LabelledText:
+    """Labels of a conversation without roles (LLaVA's `preprocess_llama_2`): the answers and the
+    token that ends each.
+
+    An answer begins where the ids of the conversation before it end. Where those are not the
+    beginning of the whole's ids, the sample is left without any label, and `mismatch` is set.
+    Arguments as in `label_turns`.
+    """
+    places = (IMAGE_PLACEHOLDER,) if has_image else ()
+    ids = tokenizer.encode_prompt(prompt_parts(template, turns, places))
+    labels = np.full(len(ids), IGNORE, np.int32)
+    mismatch = len(turns) % 2 == 1
+    for number in range(1, len(turns), 2):
+        before = tokenizer.encode_prompt(prompt_parts(template, turns[:number], places))
+        through = tokenizer.encode_prompt(prompt_parts(template, turns[: number + 1], places))
+        mismatch |= ids[: len(before)] != before or ids[: len(through)] != through
+        labels[len(before) : len(through)] = ids[len(before) : len(through)]
+    of_text = np.array(ids, np.int32)
+    labels[(of_text == IMAGE_TOKEN) | mismatch] = IGNORE
+    return LabelledText(of_text, labels, mismatch)
+
+
 def label_caption(tokenizer: Tokenizer, text: str) -> LabelledText:
     """Labels of a pre-training text `<image>caption\\n` (LLaVA's `preprocess_plain`).
 
@@ -345,4 +262,5 @@ def label_caption(tokenizer: Tokenizer, text: str) -> LabelledText:
 def _encoder(tokenizer: Tokenizer, has_image: bool) -> Callable[[str], list[int]]:
     if has_image:
         return tokenizer.encode_prompt
-    return lambda text: [tokenizer.bos_id, *tokenizer.encode(text)]
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return lambda text: [*start, *tokenizer.encode_markup(text)]

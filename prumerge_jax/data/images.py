@@ -5,12 +5,13 @@ level here and there, enough to change which tokens PruMerge keeps. Images are k
 `normalize`, so they travel and are stored at a quarter of the size.
 """
 
+import contextlib
 import dataclasses
 import io
 import os
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, Literal, get_args
 
 import numpy as np
@@ -59,14 +60,43 @@ def load_image(
       ImageError: the image is missing, damaged, cut short, not an image, of another format, too
         large or too narrow.
     """
+    with _refusing(source, name, max_pixels):
+        return _decode(source, max_pixels)
+
+
+def image_size(
+    source: ImageSource, name: str | None = None, *, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
+    """Height and width of an image in pixels by its header; no pixel is decoded.
+
+    Arguments and errors as in `load_image`.
+    """
+    with _refusing(source, name, max_pixels):
+        if isinstance(source, np.ndarray):
+            height, width = source.shape[:2]
+            return height, width
+        if isinstance(source, Image.Image):
+            return source.height, source.width
+        if isinstance(source, bytes):
+            image = _open(io.BytesIO(source))
+            return image.height, image.width
+        with open(os.fspath(source), "rb", opener=_open_without_waiting) as file:
+            _check_regular(file)
+            image = _open(file)
+            return image.height, image.width
+
+
+@contextlib.contextmanager
+def _refusing(source: ImageSource, name: str | None, max_pixels: int) -> Iterator[None]:
+    """Turns whatever decoders raise into an `ImageError` that names the image."""
     if name is None:
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else "image"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # Palettes with alpha: dropping alpha is what this function promises.
+            # Palettes with alpha: dropping alpha is what `load_image` promises.
             warnings.filterwarnings("ignore", "Palette images with Transparency")
-            return _decode(source, max_pixels)
+            yield
     except Exception as error:  # decoders raise nearly anything on damaged bytes
         cause = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         if isinstance(error, OSError) and error.strerror:  # without the path, which is the name
@@ -97,8 +127,7 @@ def _decode(source: ImageSource, max_pixels: int) -> Image.Image:
     if isinstance(source, bytes):
         return _decode_file(io.BytesIO(source), max_pixels)
     with open(os.fspath(source), "rb", opener=_open_without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("not a regular file")  # reading a pipe or a device may never end
+        _check_regular(file)
         return _decode_file(file, max_pixels)
 
 
@@ -107,7 +136,13 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _decode_file(file: BinaryIO, max_pixels: int) -> Image.Image:
+def _check_regular(file: BinaryIO) -> None:
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise ValueError("not a regular file")  # reading a pipe or a device may never end
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    """An image of which only the header has been read."""
     head = file.read(256)
     if not head:
         raise ValueError("the file is empty (0 bytes)")
@@ -116,9 +151,13 @@ def _decode_file(file: BinaryIO, max_pixels: int) -> Image.Image:
     file.seek(0)
     try:
         # The formats go by the content, not by the file's name.
-        image = Image.open(file, formats=FORMATS)
+        return Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError as error:
         raise ValueError("not a readable image of a known format") from error
+
+
+def _decode_file(file: BinaryIO, max_pixels: int) -> Image.Image:
+    image = _open(file)
     _check_size(image, max_pixels)
     if image.format == "PNG":
         # Decoding skips the checksums of the pixel data; verify() reads them, and spends the image.

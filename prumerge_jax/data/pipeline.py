@@ -19,9 +19,10 @@ import grain
 import numpy as np
 
 from prumerge_jax.data import samples
-from prumerge_jax.data.conversation import LabelledText, LabelProtocol, Template, label_mask
+from prumerge_jax.data.conversation import LabelledText, LabelProtocol, label_mask
 from prumerge_jax.data.images import ImageProcessor
 from prumerge_jax.data.samples import Sample
+from prumerge_jax.data.templates import Template
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.messages import quoted
 

@@ -2,7 +2,9 @@
 
 IMAGE_PLACEHOLDER = "<image>"
 """Placeholder of an image in a text."""
+VIDEO_PLACEHOLDER = "<video>"
+"""Placeholder of a video in a text."""
 IMAGE_TOKEN = -200
-"""Placeholder of an image's visual tokens in token ids (LLaVA's convention)."""
+"""Placeholder of the visual tokens of an image or video in token ids (LLaVA's convention)."""
 IGNORE = -100
 """Label of a position that takes no part in a loss or a score (PyTorch's convention)."""

@@ -65,9 +65,12 @@ class Digits(Benchmark[Annotations]):
         if options["scenes"] < 1:
             raise ValueError(f"digits.scenes is {options['scenes']}; expected at least 1")
 
-    def write_default_files(self, folder: pathlib.Path, options: Mapping[str, Any]) -> TaskFiles:
+    def write_default_files(self, folder: pathlib.Path, options: Mapping[str, Any]) -> None:
         """Draws scenes and questions, see `write_files`."""
         write_files(folder, split=options["split"], scenes=options["scenes"])
+
+    def default_files(self, folder: pathlib.Path) -> TaskFiles:
+        """The three that `write_files` makes."""
         return TaskFiles(folder / QUESTIONS_FILE, folder / IMAGE_FOLDER, folder / ANNOTATIONS_FILE)
 
     def group_of(self, question: Question, annotations: Annotations | None) -> int:

@@ -112,7 +112,7 @@ def _caption_ids(
 ) -> NDArray[np.int32]:
     """The caption from BOS to EOS, [T]."""
     ids = tokenizer.encode(digits_questions.caption_of(places, shown))
-    return np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
+    return np.array([tokenizer.bos_id, *ids, *tokenizer.encode_markup("</s>")], np.int32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-from prumerge_jax.data.conversation import TEMPLATES, training_prompt
+from prumerge_jax.data.templates import TEMPLATES, training_prompt
 from prumerge_jax.digits import questions as digits_questions
 
 _model_pb: Any = sentencepiece_model_pb2  # makes its classes on import, out of a checker's sight

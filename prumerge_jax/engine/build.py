@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from prumerge_jax.data.conversation import Template, evaluation_prompt
 from prumerge_jax.data.images import ImageError, ImageProcessor, ImageSource, load_image
 from prumerge_jax.data.loading import Named, stream_pixels
+from prumerge_jax.data.templates import Template, evaluation_parts
 from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER
 from prumerge_jax.engine.request import (
     MAX_SEED,
     ImageInput,
@@ -88,8 +89,8 @@ class RequestBuilder:
             template that asks nothing.
         """
         check_image_count(num_images, "the prompt")
-        prompt = evaluation_prompt(self.template, text, has_image=num_images > 0)
-        return np.array(self.tokenizer.encode_prompt(prompt), np.int32)
+        parts = evaluation_parts(self.template, text, [IMAGE_PLACEHOLDER] * num_images)
+        return np.array(self.tokenizer.encode_prompt(parts), np.int32)
 
     def question_ids(self, text: str) -> np.ndarray:
         """Ids int32 [M] of the keywords of a question, for reductions that read them."""

@@ -1,9 +1,13 @@
-"""Continuous-batching decode: sequences move from packed rows into slots, and free slots are
-refilled while the others continue."""
+"""Continuous-batching decode: prompts go from packed rows into pages, sequences get slots, and free
+slots are refilled while the others continue.
+
+Pages are given out before every call of `programs.decode`, as many as its steps may fill, and come
+back when a sequence has ended.
+"""
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,115 +17,257 @@ import numpy as np
 from prumerge_jax.data import packing
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.encoding import PlacedModel
+from prumerge_jax.engine.pages import Claim, PagePool, can_finish
 from prumerge_jax.engine.request import Answer, Delta, FinishReason, Request
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.engine.windows import Window
 from prumerge_jax.models.config import MAX_STOP_IDS
-from prumerge_jax.models.llama import KVCache
 
 
 class SlotDecoder:
-    """The slots of one run, and which request is in which."""
+    """Slots and pages, and which request is in which.
+
+    Attributes:
+      pools: the pages of each data shard.
+    """
 
     def __init__(self, model: PlacedModel, shapes: EngineShapes, *, key_bias: bool = False) -> None:
         self.model, self.shapes = model, shapes
-        empty = programs.empty_slots(
+        self.slots = model.commit(programs.empty_slots(slots=shapes.slots))
+        pages = programs.empty_pages(
             model.graphdef,
             model.state,
-            slots=shapes.slots,
-            length=shapes.cache_length,
+            pages=shapes.pool_pages,
+            page_size=shapes.page_size,
             dtype=model.dtype,
             key_bias=key_bias,
         )
-        self.slots = model.commit(empty)
-        self.occupant: list[_Sequence | None] = [None] * shapes.slots
-        self.unread: collections.deque[_Chunk] = collections.deque()
+        self.pages = model.commit(pages)
+        self.pools = [PagePool(shapes.pool_pages // model.shards) for _ in range(model.shards)]
+        self._occupant: list[_Sequence | None] = [None] * shapes.slots
+        self._in_rows: _InRows | None = None
+        self._unseated: collections.deque[_Unseated] = collections.deque()
+        self._unread: collections.deque[_Chunk] = collections.deque()
 
-    def run(self, window: Window, rows: packing.Rows) -> Iterator[Delta | Answer]:
-        """Prefills rows and decodes until the last of their sequences has a slot."""
-        model = self.model
-        placed = model.put_rows(rows)
-        hidden, cache = programs.prefill(
-            model.graphdef,
-            model.state,
-            window.pool,
-            placed,
-            max_segment_length=self.shapes.longest_prompt,
-        )
-        for segments, sequences in self._segments(window, rows):
-            first = programs.first_tokens(model.graphdef, model.state, hidden, segments)
-            yield from self._run_segments(cache, placed, segments, first, sequences)
+    @property
+    def wants_rows(self) -> bool:
+        """Whether every sequence that was taken has a slot or has ended."""
+        return self._in_rows is None and not self._unseated
 
-    def drain(self) -> Iterator[Delta | Answer]:
-        """Decodes until every slot is free."""
-        while any(self.occupant) or self.unread:
-            yield from self._step()
+    @property
+    def valid_tokens(self) -> int:
+        """Tokens in pages, those of the calls that are under way included."""
+        return sum(sequence.length for sequence in self._sequences() if sequence.pages)
 
-    def _segments(
-        self, window: Window, rows: packing.Rows
-    ) -> Iterator[tuple[programs.Segments, list["_Sequence"]]]:
-        """The sequences of a batch of rows, in groups as large as there are slots."""
-        size = self.shapes.slots
-        for begin in range(0, len(rows.requests), size):
-            part = slice(begin, begin + size)
-            sequences = [
-                _Sequence(window, index, self._stop_ids(window.requests[index]))
-                for index in rows.requests[part].tolist()
-            ]
-            place = (rows.row_of[part], rows.start_of[part], rows.length_of[part])
-            yield _device_segments(place, sequences, size), sequences
+    @property
+    def taken_pages(self) -> int:
+        """Pages that are not free."""
+        return sum(pool.size - pool.free for pool in self.pools)
+
+    def take(self, window: Window, rows: packing.Rows, dropped: Container[int] = ()) -> None:
+        """Takes the sequences of a batch of rows, but for those of the dropped keys.
+
+        To be called where `wants_rows`.
+        """
+        rows_per_shard = len(rows.ids) // self.model.shards
+        sequences = []
+        for place, index in enumerate(rows.requests.tolist()):
+            request = window.requests[index]
+            if request.key not in dropped:
+                sequences.append(
+                    _Sequence(
+                        window,
+                        index,
+                        place,
+                        self._stop_ids(request),
+                        shard=int(rows.row_of[place]) // rows_per_shard,
+                        length=int(rows.length_of[place]),
+                    )
+                )
+        self._in_rows = _InRows(window, rows, sequences) if sequences else None
+
+    def step(self) -> list[Delta | Answer]:
+        """Prefills and seats what there is room for, dispatches one call of `decode`, and reads the
+        results of the one before."""
+        self._prefill()
+        self._seat()
+        return list(self._read(unread=1 if self._decode() else 0))
+
+    def cancel(self, key: int) -> Answer | None:
+        """Ends the request of this key and frees its pages; None if it is not here."""
+        for sequence in self._sequences():
+            if sequence.request.key == key:
+                self._cancel(sequence)
+                return sequence.answer()
+        return None
+
+    def cancel_all(self) -> None:
+        """Ends all requests."""
+        for sequence in list(self._sequences()):
+            self._cancel(sequence)
+
+    def _cancel(self, sequence: "_Sequence") -> None:
+        sequence.cancelled = True
+        self._leave(sequence)
+
+    def _sequences(self) -> Iterator["_Sequence"]:
+        """All that have not ended."""
+        in_rows = self._in_rows.sequences if self._in_rows else []
+        unseated = [each for group in self._unseated for each in group.sequences]
+        chunks = [each for chunk in self._unread for each in chunk.sequences]
+        everywhere = [*self._occupant, *in_rows, *unseated, *chunks]
+        yield from dict.fromkeys(each for each in everywhere if each and not each.done)
 
     def _stop_ids(self, request: Request) -> tuple[int, ...]:
         chosen = request.sampling.stop_ids
         return self.model.config.eos_token_ids if chosen is None else chosen
 
-    def _run_segments(
-        self,
-        cache: KVCache,
-        rows: programs.Rows,
-        segments: programs.Segments,
-        first: jax.Array,
-        sequences: list["_Sequence"],
-    ) -> Iterator[Delta | Answer]:
-        # A sequence of one token is complete with its first token and needs no slot.
-        waiting = [i for i, sequence in enumerate(sequences) if sequence.limit > 1]
-        self.unread.append(_Chunk(first[None], list(sequences)))
-        while waiting:
-            free = [slot for slot, occupant in enumerate(self.occupant) if occupant is None]
-            if free:
-                slot_of = np.full(len(self.occupant), -1, np.int32)
-                for slot, index in zip(free, waiting, strict=False):
-                    slot_of[index] = slot
-                    self.occupant[slot] = sequences[index]
-                waiting = waiting[len(free) :]
-                self.slots = programs.insert(
-                    self.slots, cache, rows, segments, first, jnp.asarray(slot_of)
-                )
-            if waiting:
-                yield from self._step()
-                # A first token that was read in the meantime may have been the last one too.
-                waiting = [i for i in waiting if not sequences[i].done]
-        yield from self._read(unread=1)
+    def _prefill(self) -> None:
+        """Prefills the rows as soon as the prompts of all of their sequences find pages.
 
-    def _step(self) -> Iterator[Delta | Answer]:
-        """Dispatches one chunk, then reads the results of the one before."""
-        if any(self.occupant):
-            model = self.model
-            self.slots, emitted = programs.decode(
-                model.graphdef,
-                model.state,
-                self.slots,
-                steps=self.shapes.decode_steps_per_call,
-            )
-            self.unread.append(_Chunk(emitted, list(self.occupant)))
-            yield from self._read(unread=1)
-        else:
-            yield from self._read(unread=0)
+        Where nothing runs that could give back any, those whose prompts do are prefilled, and the
+        rows again later for the others.
+        """
+        if self._in_rows is None or self._unseated:
+            return
+        window, rows, sequences = self._in_rows
+        sequences = [sequence for sequence in sequences if not sequence.done]
+        admitted = self._admitted(sequences)
+        if len(admitted) < len(sequences) and (any(self._occupant) or self._unread):
+            return
+        left = [sequence for sequence in sequences if sequence not in admitted]
+        self._in_rows = _InRows(window, rows, left) if left else None
+        if not admitted:
+            return
+        size = self.shapes.page_size
+        places = np.full(rows.ids.shape, -1, np.int32)
+        for sequence in admitted:
+            if sequence.limit > 1:
+                sequence.pages = self.pools[sequence.shard].take(-(-sequence.length // size))
+                begin = rows.start_of[sequence.place]
+                at = np.arange(sequence.length)
+                places[rows.row_of[sequence.place], begin : begin + sequence.length] = (
+                    np.array(sequence.pages)[at // size] * size + at % size
+                )
+        model = self.model
+        hidden, self.pages = programs.prefill(
+            model.graphdef,
+            model.state,
+            self.pages,
+            window.pool,
+            model.put_rows(rows),
+            model.put(places),
+            max_segment_length=self.shapes.longest_prompt,
+        )
+        for begin in range(0, len(admitted), self.shapes.slots):
+            group = admitted[begin : begin + self.shapes.slots]
+            segments = _device_segments(rows, group, self.shapes.slots)
+            first = programs.first_tokens(model.graphdef, model.state, hidden, segments)
+            self._unread.append(_Chunk(first[None], list(group)))
+            # A sequence of one token is complete with its first token and needs no slot.
+            waiting = {i: each for i, each in enumerate(group) if each.limit > 1}
+            self._unseated.append(_Unseated(segments, first, waiting))
+
+    def _admitted(self, sequences: list["_Sequence"]) -> list["_Sequence"]:
+        """The first sequences of each shard that can have pages for their prompts now."""
+        admitted = []
+        for shard, pool in enumerate(self.pools):
+            running = [self._claim(each) for each in self._occupant if each and each.shard == shard]
+            waiting: list[Claim] = []
+            free = pool.free
+            for sequence in sequences:
+                if sequence.shard != shard:
+                    continue
+                now, later = self._pages(sequence.length), self._pages(sequence.final_length)
+                waiting.append(Claim(now, later - now) if sequence.limit > 1 else Claim(0, 0))
+                free -= waiting[-1].held
+                if free < 0 or not can_finish(free, running, waiting):
+                    break
+                admitted.append(sequence)
+        return sorted(admitted, key=lambda sequence: sequence.place)
+
+    def _seat(self) -> None:
+        """Gives free slots to sequences that have been prefilled."""
+        per_shard = self.shapes.slots // self.model.shards
+        while self._unseated:
+            group = self._unseated[0]
+            slot_of = np.full(self.shapes.slots, -1, np.int32)
+            for index, sequence in list(group.waiting.items()):
+                slots = range(sequence.shard * per_shard, (sequence.shard + 1) * per_shard)
+                slot = next((slot for slot in slots if self._occupant[slot] is None), None)
+                # A first token that was read in the meantime may have been the last one too.
+                if sequence.done or slot is not None:
+                    del group.waiting[index]
+                if not sequence.done and slot is not None:
+                    slot_of[index] = slot
+                    self._occupant[slot] = sequence
+            if (slot_of >= 0).any():
+                self.slots = programs.seat(
+                    self.slots, group.segments, group.first, jnp.asarray(slot_of)
+                )
+            if group.waiting:
+                return
+            self._unseated.popleft()
+
+    def _decode(self) -> bool:
+        """Dispatches one call of `decode`, unless no slot has steps left."""
+        active = np.zeros(self.shapes.slots, bool)
+        tables = np.zeros((self.shapes.slots, self.shapes.table_width), np.int32)
+        for slot, sequence in enumerate(self._occupant):
+            if sequence is not None and sequence.length < sequence.final_length:
+                active[slot] = self._grow(sequence)
+                tables[slot, : len(sequence.pages)] = sequence.pages
+        if not active.any():
+            return False
+        model = self.model
+        self.slots, self.pages, emitted = programs.decode(
+            model.graphdef,
+            model.state,
+            self.slots,
+            self.pages,
+            model.put(tables),
+            model.put(active),
+            steps=self.shapes.decode_steps_per_call,
+        )
+        sequences = [each if active[slot] else None for slot, each in enumerate(self._occupant)]
+        self._unread.append(_Chunk(emitted, sequences))
+        return True
+
+    def _grow(self, sequence: "_Sequence") -> bool:
+        """Gives a sequence the pages of its next steps; False if it has to wait for them."""
+        target = min(sequence.length + self.shapes.decode_steps_per_call, sequence.final_length)
+        more = self._pages(target) - len(sequence.pages)
+        if more > 0:
+            pool, shard = self.pools[sequence.shard], sequence.shard
+            if more > pool.free:
+                return False
+            others = [each for each in self._occupant if each and each is not sequence]
+            held, needed = self._claim(sequence)
+            running = [self._claim(each) for each in others if each.shard == shard]
+            waiting = [
+                self._claim(each)
+                for group in self._unseated
+                for each in group.sequences
+                if each.shard == shard
+            ]
+            running.append(Claim(held + more, needed - more))
+            if not can_finish(pool.free - more, running, waiting):
+                return False
+            sequence.pages += pool.take(more)
+        sequence.length = target
+        return True
+
+    def _claim(self, sequence: "_Sequence") -> Claim:
+        held = self.pools[sequence.shard].only_reader(sequence.pages)
+        return Claim(held, self._pages(sequence.final_length) - len(sequence.pages))
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self.shapes.page_size)
 
     def _read(self, unread: int) -> Iterator[Delta | Answer]:
-        """Reads chunks until only `unread` are left."""
-        while len(self.unread) > unread:
-            chunk = self.unread.popleft()
+        """Reads calls until only `unread` are left."""
+        while len(self._unread) > unread:
+            chunk = self._unread.popleft()
             for column, sequence in zip(np.asarray(chunk.tokens).T, chunk.sequences, strict=False):
                 if sequence is None or sequence.done:
                     continue
@@ -129,19 +275,45 @@ class SlotDecoder:
                 if delta.token_ids:
                     yield delta
                 if sequence.done:
-                    if sequence in self.occupant:
-                        self.occupant[self.occupant.index(sequence)] = None
+                    self._leave(sequence)
                     yield sequence.answer()
+
+    def _leave(self, sequence: "_Sequence") -> None:
+        """Frees what a sequence has had."""
+        if sequence in self._occupant:
+            self._occupant[self._occupant.index(sequence)] = None
+        self.pools[sequence.shard].release(sequence.pages)
+        sequence.pages = []
 
 
 @dataclasses.dataclass(eq=False)
 class _Sequence:
-    """A request being decoded: its place in its window, and the tokens read so far."""
+    """A request being decoded.
+
+    Attributes:
+      window, index: the request's place in its window.
+      place: its number in its batch of rows.
+      stop_ids: tokens that end it.
+      shard: the data shard of its row, and so of its pages and its slot.
+      length: tokens in pages when everything dispatched has run, unless it ends before.
+      pages: its pages in order; none before the prefill.
+      tokens: generated tokens that have been read.
+      cancelled: whether nobody waits for it any more.
+    """
 
     window: Window
     index: int
+    place: int
     stop_ids: tuple[int, ...]
+    shard: int
+    length: int
+    pages: list[int] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)
+    cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        # The last token is never put into a page.
+        self.final_length = self.length + self.limit - 1
 
     @property
     def request(self) -> Request:
@@ -157,7 +329,7 @@ class _Sequence:
 
     @property
     def done(self) -> bool:
-        return self.stopped or len(self.tokens) >= self.limit
+        return self.cancelled or self.stopped or len(self.tokens) >= self.limit
 
     def extend(self, tokens: list[int]) -> Delta:
         """Appends tokens; the delta has them without the stop id."""
@@ -168,27 +340,51 @@ class _Sequence:
         tokens = tuple(self.tokens[:-1] if self.stopped else self.tokens)
         usage = self.window.usage(self.index, len(tokens))
         reason: FinishReason = "stop" if self.stopped else "length"
+        if self.cancelled:
+            reason = "cancelled"
         return Answer(self.request.key, tokens, float("nan"), reason, usage)
 
 
+class _InRows(NamedTuple):
+    """A batch of rows, and those of its sequences that have not been prefilled."""
+
+    window: Window
+    rows: packing.Rows
+    sequences: list[_Sequence]
+
+
+class _Unseated(NamedTuple):
+    """Segments that have been prefilled, their first tokens, and by their number the sequences
+    that wait for a slot."""
+
+    segments: programs.Segments
+    first: jax.Array
+    waiting: dict[int, _Sequence]
+
+    @property
+    def sequences(self) -> Iterable[_Sequence]:
+        return self.waiting.values()
+
+
 class _Chunk(NamedTuple):
-    """Tokens [steps, S] on the device, and whose they are; a column without a sequence is idle."""
+    """Tokens [steps, columns] on the device, and whose each column is."""
 
     tokens: jax.Array
     sequences: list[_Sequence | None]
 
 
 def _device_segments(
-    place: tuple[np.ndarray, np.ndarray, np.ndarray], sequences: Sequence[_Sequence], size: int
+    rows: packing.Rows, sequences: Sequence[_Sequence], size: int
 ) -> programs.Segments:
-    """Sequences as arrays of `size`; `place` has rows, starts and lengths [sequences]."""
+    """Sequences of these rows, padded to `size`."""
 
-    def padded(values: Sequence[float] | np.ndarray, dtype: type[np.generic]) -> jax.Array:
+    def padded(values: Sequence[float] | np.ndarray, dtype: np.typing.DTypeLike) -> jax.Array:
         column = np.zeros(size, dtype)
         column[: len(values)] = values
         return jnp.asarray(column)
 
-    row, start, length = (padded(column, np.int32) for column in place)
+    at = [sequence.place for sequence in sequences]
+    row, start, length = rows.row_of[at], rows.start_of[at], rows.length_of[at]
     params = [sequence.request.sampling for sequence in sequences]
     stop_ids = np.full((size, MAX_STOP_IDS), -1, np.int32)
     for ids, sequence in zip(stop_ids, sequences, strict=False):
@@ -199,5 +395,11 @@ def _device_segments(
         seed=padded([each.seed for each in params], np.uint32),
         stop_ids=jnp.asarray(stop_ids),
     )
-    limits = padded([each.max_new_tokens for each in params], np.int32)
-    return programs.Segments(row, start, length, limits, sampling)
+    return programs.Segments(
+        padded(row, np.int32),
+        padded(start, np.int32),
+        padded(length, np.int32),
+        padded(rows.positions[row, start + length - 1] + 1, np.int32),
+        padded([each.max_new_tokens for each in params], np.int32),
+        sampling,
+    )

@@ -1,10 +1,11 @@
 """The batch engine: many (image, text) requests through few jitted functions of fixed shape.
 
-A window of requests goes through four stages:
+Requests are submitted, and every step returns what has come of those under way (`core.py`). A
+window of them goes through four stages:
 
 1. encode: images, in batches of one shape, to visual tokens of per-image length (`encoding.py`).
 2. plan: the lengths come to the host, which packs all sequences into rows (`windows.py`).
-3. prefill: rows of one shape through the decoder.
+3. prefill: rows of one shape through the decoder, keys and values into pages (`pages.py`).
 4. read off log-likelihoods (`scoring.py`); or decode the sequences in slots (`decoding.py`).
 
 Work is dispatched ahead: while the host plans one window, the device already encodes the next, and
@@ -13,28 +14,28 @@ results are fetched only after the work that follows them has been queued.
 
 import collections
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 import numpy as np
 
 from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IMAGE_TOKEN
-from prumerge_jax.engine.decoding import SlotDecoder
+from prumerge_jax.engine.core import Core
 from prumerge_jax.engine.encoding import Encoder, PlacedModel
 from prumerge_jax.engine.request import Answer, Delta, ImageInput, Request, SamplingParams
-from prumerge_jax.engine.scoring import Scores, dispatch_scores
 from prumerge_jax.engine.shapes import EngineShapes
-from prumerge_jax.engine.windows import Counters, Window, WindowPlanner
+from prumerge_jax.engine.windows import Counters, WindowPlanner
 from prumerge_jax.reductions import Reduction
-
-_Event = TypeVar("_Event", bound=Delta | Answer)
 
 
 class Engine:
     """Runs requests on one model with one reduction.
 
+    A server calls `submit`, `step` and `cancel`; `generate`, `stream` and `score` do so for many
+    requests at once.
+
     Attributes:
       counters: what has been computed so far.
+      core: the requests under way.
     """
 
     def __init__(
@@ -63,6 +64,35 @@ class Engine:
         self.position_ids = position_ids
         self.encoder = Encoder(model, shapes)
         self.counters = Counters()
+        self.core = Core(
+            model, shapes, self._planner, self.counters, key_bias=reduction.weighs_tokens
+        )
+
+    def submit(self, request: Request) -> None:
+        """Takes a request: to score if it has a continuation, else to generate from.
+
+        Raises:
+          ValueError: a request of the same key is being answered.
+        """
+        self.core.submit(request)
+
+    def step(self) -> list[Delta | Answer]:
+        """Dispatches more work, and returns what has come of earlier one: new tokens of answers
+        that are being generated, and answers. Empty where there is nothing new.
+
+        Work of two steps overlaps, so an answer is returned by the step after the one that
+        dispatched the last of it.
+        """
+        return self.core.step()
+
+    def cancel(self, key: int) -> None:
+        """Ends a request. Its slot and pages are free at once; its answer, with the tokens so far
+        and `cancelled` as the reason, is among those of the next step.
+
+        Raises:
+          ValueError: no request of this key is being answered.
+        """
+        self.core.cancel(key)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """Generates an answer to every request. Answers come in any order."""
@@ -71,27 +101,22 @@ class Engine:
                 yield event
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Delta | Answer]:
-        """`generate` with every request's tokens as they come, before its answer."""
-        decoder = SlotDecoder(self.model, self.shapes, key_bias=self.reduction.weighs_tokens)
-        for window in self._windows(requests):
-            yield from self._counted(window.failed)
-            for rows in window.batches:
-                yield from self._counted(decoder.run(window, rows))
-        yield from self._counted(decoder.drain())
+        """`generate` with every request's tokens as they come, before its answer.
+
+        Raises:
+          ValueError: a request has a continuation, or another run on this engine is not finished.
+        """
+        return self._run(requests, to_score=False)
 
     def score(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """The log-likelihood of every request's continuation. Answers come in any order."""
-        unread: collections.deque[Scores] = collections.deque()
-        longest_prompt = self.shapes.longest_prompt
-        for window in self._windows(requests):
-            yield from window.failed
-            for rows in window.batches:
-                scores = dispatch_scores(self.model, window, rows, longest_prompt=longest_prompt)
-                unread.append(scores)
-                if len(unread) > 1:
-                    yield from self._counted(unread.popleft().answers())
-        for scores in unread:
-            yield from self._counted(scores.answers())
+        """The log-likelihood of every request's continuation. Answers come in any order.
+
+        Raises:
+          ValueError: a request has no continuation, or another run on this engine is not finished.
+        """
+        for event in self._run(requests, to_score=True):
+            if isinstance(event, Answer):
+                yield event
 
     def warm_up(self) -> None:
         """Compiles all jitted functions of `generate` by running a meaningless request.
@@ -109,11 +134,23 @@ class Engine:
                 same = Engine(self.model, reduction, self.shapes, position_ids=self.position_ids)
                 collections.deque(same.generate([request]), maxlen=0)
 
-    def _windows(self, requests: Iterable[Request]) -> Iterator[Window]:
-        planner = WindowPlanner(self.encoder, self.reduction, self.position_ids, self.counters)
-        return planner.windows(requests)
+    def _planner(self) -> WindowPlanner:
+        return WindowPlanner(self.encoder, self.reduction, self.position_ids, self.counters)
 
-    def _counted(self, events: Iterable[_Event]) -> Iterator[_Event]:
-        for event in events:
-            self.counters.requests += isinstance(event, Answer) and event.error is None
-            yield event
+    def _run(self, requests: Iterable[Request], *, to_score: bool) -> Iterator[Delta | Answer]:
+        """Drives the core until every request has been answered."""
+        core, source = self.core, iter(requests)
+        if core.is_busy:
+            raise ValueError("the engine is busy with other requests; let their run end first")
+        request = next(source, None)
+        try:
+            while request is not None or core.is_busy:
+                while request is not None and core.has_room:
+                    if to_score != bool(len(request.continuation)):
+                        expected = "a continuation to score" if to_score else "no continuation"
+                        raise ValueError(f"request {request.key}: expected {expected}")
+                    core.submit(request)
+                    request = next(source, None)
+                yield from core.step()
+        finally:
+            core.reset()

@@ -3,7 +3,7 @@
 The host decides what goes where (`windows.py`, `decoding.py`); nothing here reads a value on the
 host.
 
-Axes: B images, R capacity, T row length, S slots, C cache length, G segments, E stop ids, M
+Axes: B images, R capacity, T row length, S slots, M pages of a sequence, G segments, E stop ids, N
 positions of the head.
 """
 
@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prumerge_jax.models import attention
+from prumerge_jax.models.attention import KVPages
 from prumerge_jax.models.config import MAX_STOP_IDS
-from prumerge_jax.models.llama import KVCache, PartialHidden, empty_cache
+from prumerge_jax.models.llama import PartialHidden
 from prumerge_jax.models.llava import embed_question, encode_images
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.reductions import Reduction
@@ -52,16 +54,14 @@ class Slots(NamedTuple):
     """Sequences being decoded, one per slot.
 
     Attributes:
-      cache: keys and values, [L, S, C, K, Dh] each.
-      lengths: [S] int32, valid entries of the cache.
+      lengths: [S] int32, tokens whose keys and values are in pages.
       positions: [S] int32, rotary position of `token`.
-      token: [S] int32, the newest token, not yet in the cache.
+      token: [S] int32, the newest token, not yet in a page.
       remaining: [S] int32, tokens that may still follow; 0 means an idle slot.
       drawn: [S] int32, tokens drawn so far.
       sampling: how each sequence's tokens are drawn, and which end it.
     """
 
-    cache: KVCache
     lengths: jax.Array
     positions: jax.Array
     token: jax.Array
@@ -76,13 +76,9 @@ def over_data_shards(slots: Slots) -> Slots:
     All functions that return slots do so, so that each takes what another returned without being
     compiled again.
     """
-    cache = KVCache(*(constrain(x, None, "batch", None, "heads", None) for x in slots.cache))
-    lengths, positions, token, remaining, drawn = (
-        constrain(x, "batch")
-        for x in (slots.lengths, slots.positions, slots.token, slots.remaining, slots.drawn)
-    )
+    lengths, positions, token, remaining, drawn = (constrain(x, "batch") for x in slots[:5])
     sampling = Sampling(*(constrain(x, "batch", *[None] * (x.ndim - 1)) for x in slots.sampling))
-    return Slots(cache, lengths, positions, token, remaining, drawn, sampling)
+    return Slots(lengths, positions, token, remaining, drawn, sampling)
 
 
 class Segments(NamedTuple):
@@ -90,6 +86,7 @@ class Segments(NamedTuple):
 
     Attributes:
       row, start, length: [G] int32, place of the prompt in the rows. Length 0 means no segment.
+      position: [G] int32, rotary position of the token that follows it.
       max_new_tokens: [G] int32, most tokens to generate.
       sampling: how tokens are drawn.
     """
@@ -97,6 +94,7 @@ class Segments(NamedTuple):
     row: jax.Array
     start: jax.Array
     length: jax.Array
+    position: jax.Array
     max_new_tokens: jax.Array
     sampling: Sampling
 
@@ -134,30 +132,60 @@ def join(batches: list[jax.Array]) -> jax.Array:
     return constrain(stacked.reshape(-1, *stacked.shape[2:]), "batch", None, None)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_segment_length"))
+@functools.partial(jax.jit, static_argnames=("pages", "page_size", "graphdef", "dtype", "key_bias"))
+def empty_pages(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    *,
+    pages: int,
+    page_size: int,
+    dtype: jnp.dtype,
+    key_bias: bool = False,
+) -> KVPages:
+    """A pool of `pages` pages per layer, created in its shards."""
+    config = nnx.merge(graphdef, state).decoder.config
+    return attention.empty_pages(config, pages, page_size, dtype, key_bias=key_bias)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "max_segment_length"), donate_argnames=("pages",)
+)
 def prefill(
     graphdef: nnx.GraphDef,
     state: nnx.State,
+    pages: KVPages,
     visual_tokens: jax.Array,
     rows: Rows,
+    places: jax.Array,
     *,
     max_segment_length: int,
-) -> tuple[jax.Array, KVCache]:
+) -> tuple[jax.Array, KVPages]:
     """Runs packed rows, whose segments have at most `max_segment_length` tokens.
 
+    Args:
+      graphdef, state: the model.
+      pages: donated.
+      visual_tokens: [B, R, Dv].
+      rows: the plan.
+      places: [rows, T] int32, where each token's keys and values go (`attention.write_to_pages`).
+      max_segment_length: see `attention.attend`.
+
     Returns:
-      Hidden states [rows, T, D] and the rows' keys and values.
+      Hidden states [rows, T, D], and the pool.
     """
     model = nnx.merge(graphdef, state)
     x = constrain(model.embed_rows(rows.ids, visual_tokens, rows.visual_index), "batch", None, None)
-    return model.decoder.prefill(
+    hidden, pages = model.decoder.prefill(
         x,
         rows.positions,
         rows.segment_ids,
+        pages,
+        places,
         branch_ids=rows.branch_ids,
         key_bias=model.key_bias(visual_tokens, rows.visual_index),
         max_segment_length=max_segment_length,
     )
+    return hidden, attention.over_shards(pages)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_segment_length"))
@@ -169,7 +197,8 @@ def hidden_before_last_mlp(
     *,
     max_segment_length: int,
 ) -> PartialHidden:
-    """`prefill` for scoring: no cache is kept, and `log_likelihoods` finishes what it needs."""
+    """`prefill` for scoring: no keys and values are kept, and `log_likelihoods` finishes what it
+    needs."""
     model = nnx.merge(graphdef, state)
     x = constrain(model.embed_rows(rows.ids, visual_tokens, rows.visual_index), "batch", None, None)
     return model.decoder.hidden_before_last_mlp(
@@ -190,16 +219,16 @@ def log_likelihoods(
     index: jax.Array,
     targets: jax.Array,
 ) -> jax.Array:
-    """log p(target) at M positions.
+    """log p(target) at N positions.
 
     Args:
       graphdef, state: the model.
       partial: rows from `hidden_before_last_mlp`.
-      index: [M] int32 into the flattened rows.
-      targets: [M] int32 token ids.
+      index: [N] int32 into the flattened rows.
+      targets: [N] int32 token ids.
 
     Returns:
-      [M] float32, natural logarithm.
+      [N] float32, natural logarithm.
     """
     decoder = nnx.merge(graphdef, state).decoder
     logits = decoder.logits(decoder.last_mlp_at(partial, index))
@@ -265,21 +294,11 @@ def is_stop(tokens: jax.Array, sampling: Sampling) -> jax.Array:
     return (tokens[:, None] == sampling.stop_ids).any(axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "slots", "length", "dtype", "key_bias"))
-def empty_slots(
-    graphdef: nnx.GraphDef,
-    state: nnx.State,
-    *,
-    slots: int,
-    length: int,
-    dtype: jnp.dtype,
-    key_bias: bool = False,
-) -> Slots:
-    """Idle slots; the cache is created in its shards."""
-    config = nnx.merge(graphdef, state).decoder.config
+@functools.partial(jax.jit, static_argnames=("slots",))
+def empty_slots(*, slots: int) -> Slots:
+    """Idle slots."""
     zeros = jnp.zeros((slots,), jnp.int32)
     idle = Slots(
-        cache=empty_cache(config, slots, length, dtype, key_bias=key_bias),
         lengths=zeros,
         positions=zeros,
         token=zeros,
@@ -296,110 +315,100 @@ def empty_slots(
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
-def insert(
-    slots: Slots,
-    rows_cache: KVCache,
-    rows: Rows,
-    segments: Segments,
-    first: jax.Array,
-    slot_of: jax.Array,
-) -> Slots:
-    """Moves segments from packed rows into slots. One whose first token ends it leaves its slot
-    idle.
+def seat(slots: Slots, segments: Segments, first: jax.Array, slot_of: jax.Array) -> Slots:
+    """Gives segments slots. One whose first token ends it leaves its slot idle.
 
     Args:
       slots: donated.
-      rows_cache: [L, rows, T, K, Dh] each, from `prefill`.
-      rows: the plan, for the positions.
-      segments: G segments of these rows.
+      segments: G segments.
       first: [G] int32 from `first_tokens`.
       slot_of: [G] int32, the slot a segment goes to; -1 means none.
     """
-    capacity = slots.cache.k.shape[2]
-    offsets = jnp.arange(capacity)
+    # Beyond the last slot, where writes are dropped.
+    at = jnp.where(slot_of >= 0, slot_of, len(slots.lengths))
     follow = jnp.where(is_stop(first, segments.sampling), 0, segments.max_new_tokens - 1)
 
-    def move(g: jax.Array, slots: Slots) -> Slots:
-        row, start, length = segments.row[g], segments.start[g], segments.length[g]
-        source = jnp.minimum(start + offsets, rows.ids.shape[1] - 1)
-        inside = (offsets < length)[:, None, None]
-        # A segment without a slot goes beyond the last one, where writes are dropped. A
-        # `jax.lax.cond` in its place makes XLA copy the cache, on GPUs for every segment.
-        at = jnp.where(slot_of[g] >= 0, slot_of[g], len(slots.lengths))
+    def put(ours: jax.Array, theirs: jax.Array) -> jax.Array:
+        return ours.at[at].set(theirs, mode="drop")
 
-        def place(cache: jax.Array, packed: jax.Array) -> jax.Array:
-            # Zero beyond the prompt: the slot may have held NaN, and 0 * NaN is NaN.
-            segment = jnp.where(inside, packed[:, row][:, source], 0).astype(cache.dtype)
-            return cache.at[:, at].set(segment)
-
-        position = rows.positions[row, start + length - 1] + 1
-        return Slots(
-            cache=KVCache(place(slots.cache.k, rows_cache.k), place(slots.cache.v, rows_cache.v)),
-            lengths=slots.lengths.at[at].set(length),
-            positions=slots.positions.at[at].set(position),
-            token=slots.token.at[at].set(first[g]),
-            remaining=slots.remaining.at[at].set(follow[g]),
-            drawn=slots.drawn.at[at].set(1),
-            sampling=Sampling(
-                *(
-                    ours.at[at].set(theirs[g])
-                    for ours, theirs in zip(slots.sampling, segments.sampling, strict=True)
-                )
-            ),
-        )
-
-    return over_data_shards(jax.lax.fori_loop(0, len(slot_of), move, slots))
+    seated = Slots(
+        lengths=put(slots.lengths, segments.length),
+        positions=put(slots.positions, segments.position),
+        token=put(slots.token, first),
+        remaining=put(slots.remaining, follow),
+        drawn=put(slots.drawn, jnp.ones_like(first)),
+        sampling=Sampling(*map(put, slots.sampling, segments.sampling)),
+    )
+    return over_data_shards(seated)
 
 
 @functools.partial(
     jax.jit,
     static_argnames=("graphdef", "steps"),
-    donate_argnames=("slots",),
+    donate_argnames=("slots", "pages"),
 )
 def decode(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     slots: Slots,
+    pages: KVPages,
+    tables: jax.Array,
+    active: jax.Array,
     *,
     steps: int,
-) -> tuple[Slots, jax.Array]:
+) -> tuple[Slots, KVPages, jax.Array]:
     """Up to `steps` tokens for every busy slot; stops early when all are idle.
 
+    Args:
+      graphdef, state: the model.
+      slots: donated.
+      pages: donated.
+      tables: [S, M] int32, the pages of each slot's sequence, with room for `steps` tokens more.
+      active: [S] bool; other slots wait.
+      steps: most steps.
+
     Returns:
-      The slots and the tokens [steps, S] int32, -1 where a slot was idle.
+      The slots, the pool, and the tokens [steps, S] int32, -1 where a slot was idle.
     """
     model = nnx.merge(graphdef, state)
-    dtype = slots.cache.k.dtype
+    dtype, size = pages.k.dtype, pages.k.shape[2]
 
-    def running(carry: tuple[jax.Array, Slots, jax.Array]) -> jax.Array:
-        step, slots, _ = carry
-        return (step < steps) & (slots.remaining > 0).any()
+    def running(carry: tuple[jax.Array, Slots, KVPages, jax.Array]) -> jax.Array:
+        step, slots, _, _ = carry
+        return (step < steps) & ((slots.remaining > 0) & active).any()
 
     def advance(
-        carry: tuple[jax.Array, Slots, jax.Array],
-    ) -> tuple[jax.Array, Slots, jax.Array]:
-        step, slots, emitted = carry
-        busy = slots.remaining > 0
+        carry: tuple[jax.Array, Slots, KVPages, jax.Array],
+    ) -> tuple[jax.Array, Slots, KVPages, jax.Array]:
+        step, slots, pages, emitted = carry
+        busy = (slots.remaining > 0) & active
         x = model.decoder.embed(slots.token[:, None], dtype)
-        # An idle slot writes beyond the end of its cache, which drops the write.
-        at = jnp.where(busy, slots.lengths, slots.cache.k.shape[2])
-        hidden, cache = model.decoder.decode(x, slots.positions, slots.cache, at)
+        nth, offset = jnp.divmod(slots.lengths, size)
+        page = jnp.take_along_axis(tables, nth[:, None], axis=1, mode="clip")[:, 0]
+        hidden, pages = model.decoder.decode(
+            x,
+            slots.positions,
+            pages,
+            tables,
+            jnp.where(busy, page * size + offset, -1),
+            jnp.where(busy, slots.lengths + 1, 0),
+        )
         logits = model.decoder.logits(hidden[:, 0])
         # Stale temperatures of idle slots must not make the others pay for sampling.
         temperature = jnp.where(busy, slots.sampling.temperature, 0)
         token = draw(logits, slots.sampling._replace(temperature=temperature), slots.drawn)
         left = jnp.where(is_stop(token, slots.sampling), 0, slots.remaining - 1)
         slots = Slots(
-            cache=cache,
             lengths=slots.lengths + busy,
             positions=slots.positions + busy,
             token=jnp.where(busy, token, slots.token),
-            remaining=jnp.where(busy, left, 0),
+            remaining=jnp.where(busy, left, slots.remaining),
             drawn=slots.drawn + busy,
             sampling=slots.sampling,
         )
-        return step + 1, slots, emitted.at[step].set(jnp.where(busy, token, -1))
+        return step + 1, slots, pages, emitted.at[step].set(jnp.where(busy, token, -1))
 
     emitted = jnp.full((steps, len(slots.remaining)), -1, jnp.int32)
-    _, slots, emitted = jax.lax.while_loop(running, advance, (jnp.int32(0), slots, emitted))
-    return over_data_shards(slots), emitted
+    carry = (jnp.int32(0), slots, pages, emitted)
+    _, slots, pages, emitted = jax.lax.while_loop(running, advance, carry)
+    return over_data_shards(slots), attention.over_shards(pages), emitted

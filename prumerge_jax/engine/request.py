@@ -16,9 +16,9 @@ from prumerge_jax.models.config import MAX_STOP_IDS
 MAX_SEED = 2**32
 """Seeds are smaller; the jitted functions take them as uint32."""
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 """`stop`: a stop id was generated, or the continuation was scored. `length`: `max_new_tokens` were
-generated. `error`: the request could not run."""
+generated. `cancelled`: by `Engine.cancel`. `error`: the request could not run."""
 
 
 def _is_integer(value: object) -> bool:

@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 
 from prumerge_jax.data import filling
+from prumerge_jax.models import tuning
+from prumerge_jax.models.attention.paged_kernels import TABLE_MULTIPLE
 from prumerge_jax.reductions import Reduction
 
 MULTIPLE = 128
@@ -47,6 +49,11 @@ class EngineConfig:
         lets `fit` choose it for the requests.
       cache_length: the longest sequence, generated tokens included, that can be decoded. None lets
         `fit` choose it.
+      page_size: tokens per page of keys and values; None takes the platform's
+        (`models.tuning.Tuning.page_size`).
+      pages: pages in the pool, over all data shards. None lets `fit` choose: as many as the slots
+        need if all sequences are of the longest kind, half of it where a reduction's token counts
+        vary, and no more than the devices' memory holds. Too few pages cost waiting, nothing else.
       defaults: the sizes where the fields above are None.
 
     Raises:
@@ -59,6 +66,8 @@ class EngineConfig:
     prefill_rows: int | None = None
     slots: int | None = None
     cache_length: int | None = None
+    page_size: int | None = None
+    pages: int | None = None
     decode_steps_per_call: int | None = None
     defaults: EngineSizes = EngineSizes()
 
@@ -81,7 +90,7 @@ class EngineConfig:
         Raises:
           ValueError: a size that was set does not divide over the shards; the message names it.
         """
-        for name in ("batch_size", "window_size", "prefill_rows", "slots"):
+        for name in ("batch_size", "window_size", "prefill_rows", "slots", "pages"):
             value = getattr(self, name)
             if value is not None and value % shards:
                 raise ValueError(
@@ -114,6 +123,8 @@ class EngineShapes(EngineSizes):
       longest_prompt: the longest prompt, visual tokens included, that can run. Attention in long
         rows of short prompts costs as little as this is small.
       cache_length: the longest sequence, generated tokens included, that can be decoded.
+      page_size: tokens per page of keys and values.
+      pages: pages in the pool, over all data shards; by default what all slots need at the longest.
 
     Raises:
       ValueError: the window is not a multiple of the batch size.
@@ -122,6 +133,23 @@ class EngineShapes(EngineSizes):
     row_length: int
     longest_prompt: int
     cache_length: int
+    page_size: int = 16
+    pages: int | None = None
+
+    @property
+    def pages_per_sequence(self) -> int:
+        """Pages of the longest sequence."""
+        return -(-self.cache_length // self.page_size)
+
+    @property
+    def table_width(self) -> int:
+        """Width of the page table: `pages_per_sequence` and what the kernels want."""
+        return _next_multiple(self.pages_per_sequence, TABLE_MULTIPLE)
+
+    @property
+    def pool_pages(self) -> int:
+        """Pages in the pool, over all data shards."""
+        return self.slots * self.pages_per_sequence if self.pages is None else self.pages
 
     def __post_init__(self) -> None:
         if self.window_size % self.batch_size:
@@ -130,13 +158,20 @@ class EngineShapes(EngineSizes):
             )
 
     def check_shards(self, shards: int) -> None:
-        """Raises ValueError if images, rows or slots do not divide over the data shards."""
-        for name in ("batch_size", "prefill_rows", "slots"):
+        """Raises ValueError if images, rows, slots or pages do not divide over the data shards, or
+        the pages of a shard do not hold the longest sequence."""
+        for name in ("batch_size", "prefill_rows", "slots", "pool_pages"):
             if getattr(self, name) % shards:
                 raise ValueError(
                     f"{name} {getattr(self, name)} does not divide over the {shards} data shards "
                     "of the mesh"
                 )
+        if self.pool_pages // shards < self.pages_per_sequence:
+            raise ValueError(
+                f"{self.pool_pages // shards} pages of {self.page_size} tokens do not hold the "
+                f"longest sequence, {self.cache_length} tokens; set --config.engine.pages to at "
+                f"least {shards * self.pages_per_sequence}, or cache_length to less"
+            )
 
     def limited_to(self, requests: int) -> "EngineShapes":
         """Shapes no larger than so few requests can fill."""
@@ -149,6 +184,7 @@ class EngineShapes(EngineSizes):
             window_size=enough,
             prefill_rows=min(self.prefill_rows, enough),
             slots=min(self.slots, enough),
+            pages=min(self.pool_pages, enough * self.pages_per_sequence),
         )
 
 
@@ -161,6 +197,7 @@ def fit(
     max_new_tokens: int = 0,
     max_positions: int,
     shards: int = 1,
+    pages_that_fit: int | None = None,
 ) -> EngineShapes:
     """The configuration with everything that it leaves open chosen for these requests.
 
@@ -175,6 +212,7 @@ def fit(
       max_new_tokens: most tokens to generate.
       max_positions: the longest sequence that the model can take.
       shards: data shards of the mesh.
+      pages_that_fit: pages that the devices' memory holds, None if unknown.
 
     Raises:
       ValueError: a size that was set does not divide over the shards.
@@ -194,12 +232,21 @@ def fit(
         cache_length = _next_multiple(
             min(int(lengths.max()) + max_new_tokens, max_positions), MULTIPLE
         )
-    return EngineShapes(
+    shapes = EngineShapes(
         **vars(config.sizes(shards)),
         row_length=row_length,
         longest_prompt=min(_next_multiple(int(lengths.max()), MULTIPLE), row_length),
         cache_length=cache_length,
+        page_size=config.page_size or tuning.current().page_size,
+        pages=config.pages,
     )
+    if config.pages is not None:
+        return shapes
+    pages = shapes.pool_pages // 2 if reduction.varying else shapes.pool_pages
+    if pages_that_fit is not None:
+        pages = min(pages, pages_that_fit // shards * shards)
+    least = shards * shapes.pages_per_sequence
+    return dataclasses.replace(shapes, pages=max(_next_multiple(pages, shards), least))
 
 
 def row_length_for_variable_counts(longest: np.ndarray) -> int:

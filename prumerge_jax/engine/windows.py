@@ -5,7 +5,6 @@ carried over to the next window, where they come first and others fill up their 
 """
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -90,25 +89,29 @@ class WindowPlanner:
         self.encoder, self.model, self.shapes = encoder, encoder.model, encoder.shapes
         self.reduction, self.position_ids, self.counters = reduction, position_ids, counters
 
-    def windows(self, requests: Iterable[Request]) -> Iterator[Window]:
-        """Encoded windows; the next one is encoded while one is handed out.
+    def windows(self, batches: Iterable[list[Request]]) -> Iterator[Window]:
+        """Encoded windows of up to `window_size` requests each; the next one is encoded while one
+        is handed out.
 
         Requests whose image needs more tokens than the capacity come last, encoded again at the
         largest capacity an image can need.
         """
         overflow: list[Request] = []
-        yield from self._windows(requests, self.reduction, overflow)
-        if overflow:
-            yield from self._windows(overflow, self.reduction.uncapped(), [])
+        yield from self._windows(batches, self.reduction, overflow)
+        size = self.shapes.window_size
+        again = [overflow[start : start + size] for start in range(0, len(overflow), size)]
+        if again:
+            yield from self._windows(again, self.reduction.uncapped(), [])
 
     def _windows(
         self,
-        requests: Iterable[Request],
+        batches: Iterable[list[Request]],
         reduction: Reduction,
         overflow: list[Request],
     ) -> Iterator[Window]:
         carried = _CarriedOver([], self.encoder.measure(self.encoder.encode([], reduction)))
-        for encoding, is_last in _one_ahead(self._encodings(requests, reduction)):
+        encodings = (self.encoder.encode(batch, reduction) for batch in batches)
+        for encoding, is_last in _one_ahead(encodings):
             images = self.encoder.measure(encoding)
             admitted, failed = self._admit(encoding, images, overflow)
             window = self._pack(carried, admitted, images, failed)
@@ -117,11 +120,6 @@ class WindowPlanner:
             carried = _CarriedOver([both[index] for index in waiting], images)
             self._count(encoding, images, window)
             yield window
-
-    def _encodings(self, requests: Iterable[Request], reduction: Reduction) -> Iterator[Encoding]:
-        iterator = iter(requests)
-        while batch := list(itertools.islice(iterator, self.shapes.window_size)):
-            yield self.encoder.encode(batch, reduction)
 
     def _admit(
         self, encoding: Encoding, images: EncodedImages, overflow: list[Request]

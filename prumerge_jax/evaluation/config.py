@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from prumerge_jax import cost
-from prumerge_jax.data import conversation as conversations
 from prumerge_jax.data.packing import PositionIds
+from prumerge_jax.data.templates import TEMPLATES
 from prumerge_jax.engine.encoding import DTYPES
 from prumerge_jax.engine.request import MAX_SEED
 from prumerge_jax.engine.shapes import EVALUATION_SIZES, EngineConfig
@@ -47,7 +47,7 @@ class Decoding:
 
     Attributes:
       protocol: whose image handling, see `benchmarks.base.PROTOCOLS`.
-      conversation: prompt template.
+      conversation: prompt template; None is the model's own.
       position_ids: see `packing.pack_window`.
       max_new_tokens: None takes the benchmark's limit.
       temperature: divides the logits; 0 is greedy.
@@ -60,7 +60,7 @@ class Decoding:
     """
 
     protocol: str = "llava-1.6"
-    conversation: str = "vicuna_v1"
+    conversation: str | None = None
     position_ids: PositionIds = "compact"
     max_new_tokens: int | None = None
     temperature: float = 0.0
@@ -71,10 +71,11 @@ class Decoding:
     def __post_init__(self) -> None:
         for name, known in (
             ("protocol", PROTOCOLS),
-            ("conversation", sorted(conversations.TEMPLATES)),
             ("position_ids", get_args(PositionIds)),
         ):
             _one_of(f"decoding.{name}", getattr(self, name), known)
+        if self.conversation is not None:
+            _one_of("decoding.conversation", self.conversation, sorted(TEMPLATES))
         for name, allowed, expected in (
             ("max_new_tokens", lambda n: n is None or n >= 1, "at least 1, or None"),
             ("temperature", lambda t: math.isfinite(t) and t >= 0, "a finite number from 0"),
@@ -288,7 +289,7 @@ def _check_names(where: str, values: Mapping[str, Any], known: Any) -> None:
 
 def _check_fields(where: str, values: Mapping[str, Any], kind: type) -> None:
     """Names and types of a section against a dataclass whose defaults show the types."""
-    types: dict[str, type] = {"max_new_tokens": int}
+    types: dict[str, type] = {"max_new_tokens": int, "conversation": str}
     types |= {f.name: type(f.default) for f in dataclasses.fields(kind) if f.default is not None}
     _check_names(where, values, types)
     for name, value in values.items():

@@ -6,6 +6,9 @@ row continued from the fingerprint's. So a line that was damaged or edited, or b
 run, is noticed and reported, and its row is scored again. Opening the journal locks it, cuts off a
 line that a crash left incomplete and refuses another run's fingerprint. The answers file is written
 from it at the end, in input order, by rename: the same bytes whether or not a run was interrupted.
+
+Of several processes each writes a journal of its own and includes what the others' hold, see
+`shares`.
 """
 
 import dataclasses
@@ -18,7 +21,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from prumerge_jax.evaluation import jsonfiles
 from prumerge_jax.evaluation.answers import Fingerprint, write_answers
@@ -88,12 +91,11 @@ class Journal:
         """
         self.path = path
         self._num_rows = num_rows
-        self._header = _line({"fingerprint": dict(fingerprint)}, 0)
-        self._seed = zlib.crc32(self._header)
+        self._seed = zlib.crc32(_header(dict(fingerprint)))
         self._outcomes: dict[int, RowOutcome] = {}
         self._file = path.open("a+b", buffering=0)
         try:
-            self._lock()
+            _lock(self._file, path)
             self._recover(dict(fingerprint))
         except BaseException:
             self._file.close()
@@ -123,6 +125,16 @@ class Journal:
             if index not in self._outcomes or self._outcomes[index].answer is None
         ]
 
+    def include(self, outcomes: Mapping[int, RowOutcome]) -> None:
+        """Takes over what another journal of this run holds; nothing is written.
+
+        An answer that is known stays, an error does not.
+        """
+        for index, outcome in outcomes.items():
+            known = self._outcomes.get(index)
+            if known is None or known.answer is None:
+                self._outcomes[index] = outcome
+
     def append(self, outcomes: Sequence[RowOutcome]) -> None:
         """Makes a batch durable: when this returns, a crash no longer loses it.
 
@@ -132,7 +144,7 @@ class Journal:
         """
         batch: dict[int, RowOutcome] = {}
         for outcome in outcomes:
-            self._check(outcome)
+            _check(outcome, self._outcomes, self._num_rows)
             if outcome.index in batch:
                 raise ValueError(f"row {outcome.index + 1} is twice in one batch")
             batch[outcome.index] = outcome
@@ -167,65 +179,17 @@ class Journal:
         lines = "".join(map(jsonfiles.dump_line, errors))
         jsonfiles.replace_file(folder / "errors.jsonl", lines)
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(
-                f"{self.path} is being written by another run; wait for it or use another workdir"
-            ) from None
-
     def _recover(self, fingerprint: dict[str, Any]) -> None:
         data = self.path.read_bytes()
-        complete = data[: data.rfind(b"\n") + 1]
-        if complete:
-            self._read(complete, fingerprint)
-        elif not data.startswith(_START) and not _START.startswith(data):
-            raise _foreign(self.path)
+        found = _read(self.path, data, fingerprint, self._num_rows)
         # Only now that the file is known to be this run's journal may it be changed.
-        if len(complete) < len(data):
-            self._say(complete.count(b"\n") + 1, "is cut short")
-            self._truncate(len(complete))
-        if not complete:
-            self._write(self._header)
+        found.say(self.path)
+        if found.end < len(data):
+            self._truncate(found.end)
+        if not found.end:
+            self._write(_header(fingerprint))
             sync_folder(self.path.parent)
-
-    def _read(self, data: bytes, fingerprint: dict[str, Any]) -> None:
-        """Takes over every line that is intact, in order."""
-        header, *lines = data.removesuffix(b"\n").split(b"\n")
-        _check_header(self.path, header, fingerprint)
-        problems = {1: "is damaged"} if header + b"\n" != self._header else {}
-        for number, line in enumerate(lines, start=2):
-            if not line.strip():
-                continue
-            content = _content(line, self._seed)
-            if content is None:
-                problems[number] = "is damaged, or was edited"
-                continue
-            try:
-                outcome = RowOutcome(**parse_json(content, f"{self.path} line {number}"))
-                self._check(outcome)
-            except (TypeError, ValueError) as error:
-                problems[number] = f"is not used: {error}"
-                continue
-            self._outcomes[outcome.index] = outcome
-        if 1 in problems and not self._outcomes:
-            raise _foreign(self.path)
-        for number, problem in problems.items():
-            self._say(number, problem)
-
-    def _say(self, number: int, problem: str) -> None:
-        print(
-            f"{self.path} line {number} {problem}; a row without an intact line is scored again",
-            file=sys.stderr,
-        )
-
-    def _check(self, outcome: RowOutcome) -> None:
-        if not 0 <= outcome.index < self._num_rows:
-            raise ValueError(f"row index {outcome.index} of {self._num_rows} rows")
-        known = self._outcomes.get(outcome.index)
-        if known is not None and known.answer is not None:
-            raise ValueError(f"row {outcome.index + 1} has an answer already")
+        self._outcomes |= found.outcomes
 
     def _write(self, data: bytes) -> None:
         end = os.fstat(self._file.fileno()).st_size
@@ -244,6 +208,28 @@ class Journal:
         os.fsync(self._file.fileno())
 
 
+def read_outcomes(
+    path: pathlib.Path, fingerprint: Fingerprint, num_rows: int, *, is_idle: bool
+) -> dict[int, RowOutcome]:
+    """What a journal holds that another process writes or wrote, by row index.
+
+    Damaged lines are left out; whoever opens the journal to write says which.
+
+    Args:
+      path, fingerprint, num_rows: as for `Journal`.
+      is_idle: whether no process of this run writes it.
+
+    Raises:
+      RuntimeError: it is idle, and yet a process writes it.
+      ValueError: as for `Journal`.
+      OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        if is_idle:
+            _lock(file, path, fcntl.LOCK_SH)
+        return _read(path, file.read(), dict(fingerprint), num_rows).outcomes
+
+
 def check_same_run(path: pathlib.Path, fingerprint: Fingerprint) -> None:
     """Whether a journal can be resumed, as far as its first line tells; a missing one can.
 
@@ -253,6 +239,86 @@ def check_same_run(path: pathlib.Path, fingerprint: Fingerprint) -> None:
     if path.exists():
         with path.open("rb") as file:
             _check_header(path, file.readline().removesuffix(b"\n"), dict(fingerprint))
+
+
+@dataclasses.dataclass
+class _Lines:
+    """The complete lines of a journal.
+
+    Attributes:
+      outcomes: by row index; for a row tried again the latest.
+      problems: what is wrong with a line, by its number from 1.
+      end: bytes of all complete lines.
+    """
+
+    outcomes: dict[int, RowOutcome]
+    problems: dict[int, str]
+    end: int
+
+    def say(self, path: pathlib.Path) -> None:
+        for number, problem in self.problems.items():
+            print(
+                f"{path} line {number} {problem}; a row without an intact line is scored again",
+                file=sys.stderr,
+            )
+
+
+def _read(path: pathlib.Path, data: bytes, fingerprint: dict[str, Any], num_rows: int) -> _Lines:
+    """Takes over every line that is intact, in order."""
+    found = _Lines({}, {}, data.rfind(b"\n") + 1)
+    header, *lines = data[: found.end].removesuffix(b"\n").split(b"\n")
+    if found.end:
+        _check_header(path, header, fingerprint)
+        _read_rows(path, lines, zlib.crc32(_header(fingerprint)), num_rows, found)
+        if header + b"\n" != _header(fingerprint):
+            found.problems = {1: "is damaged", **found.problems}
+    elif not data.startswith(_START) and not _START.startswith(data):
+        raise _foreign(path)
+    if 1 in found.problems and not found.outcomes:
+        raise _foreign(path)
+    if found.end < len(data):
+        found.problems[data.count(b"\n") + 1] = "is cut short"
+    return found
+
+
+def _read_rows(
+    path: pathlib.Path, lines: list[bytes], seed: int, num_rows: int, found: _Lines
+) -> None:
+    for number, line in enumerate(lines, start=2):
+        if not line.strip():
+            continue
+        content = _content(line, seed)
+        if content is None:
+            found.problems[number] = "is damaged, or was edited"
+            continue
+        try:
+            outcome = RowOutcome(**parse_json(content, f"{path} line {number}"))
+            _check(outcome, found.outcomes, num_rows)
+        except (TypeError, ValueError) as error:
+            found.problems[number] = f"is not used: {error}"
+            continue
+        found.outcomes[outcome.index] = outcome
+
+
+def _check(outcome: RowOutcome, known: Mapping[int, RowOutcome], num_rows: int) -> None:
+    if not 0 <= outcome.index < num_rows:
+        raise ValueError(f"row index {outcome.index} of {num_rows} rows")
+    before = known.get(outcome.index)
+    if before is not None and before.answer is not None:
+        raise ValueError(f"row {outcome.index + 1} has an answer already")
+
+
+def _lock(file: IO[bytes], path: pathlib.Path, kind: int = fcntl.LOCK_EX) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(
+            f"{path} is being written by another run; wait for it or use another workdir"
+        ) from None
+
+
+def _header(fingerprint: dict[str, Any]) -> bytes:
+    return _line({"fingerprint": fingerprint}, 0)
 
 
 def _line(content: dict[str, Any], seed: int) -> bytes:

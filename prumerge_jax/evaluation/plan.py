@@ -4,13 +4,15 @@ import dataclasses
 import math
 import pathlib
 import re
+from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from prumerge_jax import reductions, sharding
 from prumerge_jax.conversion.miniature import model_directory
-from prumerge_jax.evaluation import runner
+from prumerge_jax.evaluation import runner, shares
 from prumerge_jax.evaluation.answers import Fingerprint
 from prumerge_jax.evaluation.config import Decoding, EvalConfig, TaskConfig
 from prumerge_jax.evaluation.journal import check_same_run
@@ -18,6 +20,7 @@ from prumerge_jax.evaluation.questions import Task, TaskQuestions
 from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.reductions import Reduction
+from prumerge_jax.sharding.agreement import is_leader
 from prumerge_jax.store.manifest import read_manifest, weights_identity
 
 
@@ -52,7 +55,7 @@ class Plan:
       checkpoint: the model's directory.
       model: its sizes.
       dtype: compute dtype.
-      mesh: its devices; None is the first one.
+      mesh: its devices, all of this process; None is the first one.
       weights: hash of its weights.
       questions: one entry per benchmark.
       runs: by benchmark, then by reduction. Baselines join when their token counts are known.
@@ -108,9 +111,7 @@ def plan_runs(config: EvalConfig, workdir: pathlib.Path) -> Plan:
         reductions.parse(name).image_size(vision.image_size, vision.patch_size)
     for task in config.tasks:
         _check_limit(config.decoding_for(task.benchmark), task, model)
-    mesh = None
-    if math.prod(config.mesh.values()) > 1:
-        mesh = sharding.make_mesh(**config.mesh)
+    mesh = _own_mesh(config.mesh)
     dtype = config.dtype or read_manifest(checkpoint).arrays["decoder.embed_tokens"].dtype
     workdir.mkdir(parents=True, exist_ok=True)
     plan = Plan(
@@ -127,7 +128,8 @@ def plan_runs(config: EvalConfig, workdir: pathlib.Path) -> Plan:
     )
     runs = [plan.run(task, name) for task in plan.questions for name in config.reductions]
     for run in runs:
-        check_same_run(run.folder / "journal.jsonl", run.fingerprint)
+        for path in shares.journals(run.folder).values():
+            check_same_run(path, run.fingerprint)
     return dataclasses.replace(plan, runs=tuple(runs))
 
 
@@ -141,10 +143,24 @@ def read_questions(config: TaskConfig, *, with_images: bool) -> TaskQuestions:
 
 
 def _own_questions(config: TaskConfig, workdir: pathlib.Path) -> TaskQuestions:
-    """The questions that a benchmark makes itself."""
-    benchmark = config.benchmark
-    files = benchmark.write_default_files(workdir / f"{benchmark.name}_questions", config.options)
-    return TaskQuestions(Task(benchmark, *files))
+    """The questions that a benchmark makes itself; of several processes the first one writes."""
+    benchmark, folder = config.benchmark, workdir / f"{config.benchmark.name}_questions"
+    if is_leader():
+        benchmark.write_default_files(folder, config.options)
+    return TaskQuestions(Task(benchmark, *benchmark.default_files(folder)))
+
+
+def _own_mesh(sizes: Mapping[str, int]) -> Mesh | None:
+    """The mesh on devices of this process alone; None for one device."""
+    needed, devices = math.prod(sizes.values()), jax.local_devices()
+    if needed == 1:
+        return None
+    if needed > len(devices) and jax.process_count() > 1:
+        raise ValueError(
+            f"--config.mesh needs {needed} devices, and each process has {len(devices)}: every "
+            "process lays the whole model out on devices of its own"
+        )
+    return sharding.mesh_on(devices, **sizes)
 
 
 def _check_limit(decoding: Decoding, config: TaskConfig, model: LlavaConfig) -> None:

@@ -6,6 +6,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+import jax
 import ml_collections
 
 from prumerge_jax import reductions
@@ -16,6 +17,7 @@ from prumerge_jax.evaluation.plan import Plan, Run, plan_runs, read_questions
 from prumerge_jax.evaluation.questions import TaskQuestions
 from prumerge_jax.evaluation.summary import ScoredRun
 from prumerge_jax.llava import Llava
+from prumerge_jax.sharding.agreement import is_leader, leader_first, require_same
 
 ALL_ANSWERED, NOT_WRITTEN, SOME_FAILED = 0, 1, 3
 """Exit statuses."""
@@ -28,6 +30,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
     `report.html`. With one benchmark and one reduction everything is stored in `workdir` itself,
     otherwise in `workdir/BENCHMARK/REDUCTION`.
 
+    Several processes (`jax.distributed`) share the questions, each with the model on devices of
+    its own; they must call it with the same arguments. Process 0 writes and prints the results.
+
     Returns:
       0 if every row was scored, 3 if some failed, 1 if a file that was due could not be written.
 
@@ -35,15 +40,31 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
       ValueError: the configuration, or a file it names, is wrong; the message says where.
       OSError: a file cannot be read, or an answer cannot be stored.
     """
+    _require_same_flags(config)
     settings = parse_config(config)
     if settings.answers is not None:
         return _score_answers(settings, settings.answers, workdir)
-    plan = plan_runs(settings, workdir)
+    plan = leader_first(lambda: plan_runs(settings, workdir))
+    _require_same_files(plan)
     _say_notes(plan.questions)
     model = Llava.load(
         plan.checkpoint, dtype=settings.dtype, engine=settings.engine, mesh=plan.mesh
     )
     return _report(plan, model, _score_runs(plan, model))
+
+
+def _require_same_flags(config: ml_collections.ConfigDict) -> None:
+    leaves = jax.tree.leaves_with_path(json.loads(config.to_json()), is_leaf=lambda x: x is None)
+    flags = {
+        f"--config.{jax.tree_util.keystr(path, simple=True, separator='.')}": value
+        for path, value in leaves
+    }
+    require_same(flags, "start all processes with the same flags")
+
+
+def _require_same_files(plan: Plan) -> None:
+    for run in plan.runs:
+        require_same(run.fingerprint, "give all processes the same checkpoint, questions and code")
 
 
 def _score_runs(plan: Plan, model: Llava) -> list[ScoredRun]:
@@ -62,7 +83,8 @@ def _score_runs(plan: Plan, model: Llava) -> list[ScoredRun]:
 
 
 def _score(run: Run, model: Llava) -> ScoredRun:
-    print(f"{run.questions.task.benchmark.name}, {run.name}", flush=True)
+    if is_leader():
+        print(f"{run.questions.task.benchmark.name}, {run.name}", flush=True)
     run.folder.mkdir(parents=True, exist_ok=True)
     scores = runner.run(
         model, run.questions, run.reduction, run.decoding, run.fingerprint, run.folder
@@ -82,6 +104,9 @@ def _baselines(scored: ScoredRun, model: Llava) -> list[str]:
 
 def _report(plan: Plan, model: Llava, scored: list[ScoredRun]) -> int:
     """Prints the table, writes the report; returns the exit status."""
+    failed = sum(entry.scores.failed for entry in scored)
+    if not is_leader():
+        return SOME_FAILED if failed else ALL_ANSWERED
     print(summary.format_scores(scored))
     _say_notes(plan.questions)
     if plan.config.chip is not None:
@@ -97,7 +122,6 @@ def _report(plan: Plan, model: Llava, scored: list[ScoredRun]) -> int:
         problems.append(f"{path} was not written: {type(error).__name__}: {error}")
     for problem in problems:
         print(problem, file=sys.stderr)
-    failed = sum(entry.scores.failed for entry in scored)
     if failed:
         print(f"{failed} rows failed; see errors.jsonl under {plan.workdir}", file=sys.stderr)
         return SOME_FAILED
@@ -131,6 +155,6 @@ def _score_answers(settings: EvalConfig, path: pathlib.Path, workdir: pathlib.Pa
 
 
 def _say_notes(questions: Sequence[TaskQuestions]) -> None:
-    for entry in questions:
+    for entry in questions if is_leader() else ():
         for note in entry.notes:
             print(note, flush=True)

@@ -7,6 +7,7 @@ nothing twice. A row that cannot be scored becomes a line of `errors.jsonl` and 
 import collections
 import dataclasses
 import hashlib
+import itertools
 import math
 import pathlib
 import time
@@ -14,16 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
+import jax
 import numpy as np
 import tqdm
 
-from prumerge_jax.data.conversation import chat_template
 from prumerge_jax.data.images import ImageProcessor
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.build import Draft, RequestBuilder
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import MAX_SEED, Answer, SamplingParams
-from prumerge_jax.evaluation import jsonfiles
+from prumerge_jax.evaluation import jsonfiles, shares
 from prumerge_jax.evaluation.answers import Answers, Fingerprint, complete_row
 from prumerge_jax.evaluation.benchmarks.base import Question
 from prumerge_jax.evaluation.config import Decoding
@@ -31,10 +32,11 @@ from prumerge_jax.evaluation.journal import Journal, RowOutcome
 from prumerge_jax.evaluation.questions import Task, TaskQuestions
 from prumerge_jax.llava import Llava
 from prumerge_jax.reductions import Reduction, spell
+from prumerge_jax.sharding.agreement import gather, is_leader
 
 RUN_FIGURES = frozenset(
     {"rows_failed", "images_per_second", "questions_per_second", "token_efficiency"}
-    | {f"visual_tokens_{name}" for name in ("mean", "p50", "p95", "max")}
+    | {f"visual_tokens_{name}" for name in ("mean", "p50", "p95", "max", "cv", "below_16")}
     | {"text_tokens_mean", "new_tokens_mean"}
 )
 """Metrics that describe the run and not the answers."""
@@ -46,13 +48,13 @@ COMMIT_SECONDS = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """What `answer` did.
+    """What `answer` did, all processes together.
 
     Attributes:
       outcomes: one per row, in order; those of earlier runs too.
       questions: number of rows answered now.
       images: number of images encoded now. Rows of one image share its encoding.
-      seconds: wall time of that, compilation left out.
+      seconds: wall time of that, compilation left out; of the slowest process.
       token_efficiency: real tokens over computed ones; None where nothing was computed.
     """
 
@@ -96,7 +98,8 @@ def run(
     """Answers all questions that `workdir` has no answer to yet, then scores.
 
     Writes `journal.jsonl`, `answers.jsonl`, `errors.jsonl`, `metrics.json`, and after them the
-    benchmark's upload files; a failure of these is one of the result's problems.
+    benchmark's upload files; a failure of these is one of the result's problems. Of several
+    processes each answers its share and writes its journal, process 0 everything else.
 
     Args:
       model: the model.
@@ -113,6 +116,8 @@ def run(
     """
     answered = answer(model, rows, reduction, decoding, fingerprint, workdir)
     scores = summarise(rows, answered, str(workdir / "answers.jsonl"))
+    if not is_leader():
+        return scores
     write_metrics(workdir / "metrics.json", scores.metrics)
     if not scores.failed:
         try:
@@ -131,12 +136,19 @@ def answer(
     fingerprint: Fingerprint,
     workdir: pathlib.Path,
 ) -> Answered:
-    """Answers all questions that the journal in `workdir` has no answer to yet.
+    """Answers all questions that the journals in `workdir` have no answer to yet.
 
     Arguments and errors as in `run`.
     """
-    with Journal(workdir / "journal.jsonl", fingerprint, len(rows.questions)) as journal:
-        refused = {index: rows.refusal(index) for index in journal.unanswered}
+    num_rows = len(rows.questions)
+    with shares.open_journal(workdir, fingerprint, num_rows) as journal:
+        shared = shares.share_out(
+            journal.unanswered,
+            [rows.questions[index].image for index in journal.unanswered],
+            jax.process_count(),
+        )
+        shares.check_agreed(journal.unanswered, workdir)
+        refused = {index: rows.refusal(index) for index in shared[jax.process_index()]}
         journal.append(
             [
                 RowOutcome(index, rows.questions[index].question_id, error=reason)
@@ -153,18 +165,19 @@ def answer(
             started = time.monotonic()
             _commit(journal, answerer.outcomes(engine, todo), len(todo), engine)
         seconds = time.monotonic() - started
-        journal.write_results(workdir)
-        outcomes = [journal.outcomes[index] for index in range(len(rows.questions))]
-    counters = engine.counters
-    efficiency = None
-    if counters.row_tokens:
-        efficiency = counters.real_tokens / counters.row_tokens
+        counters = engine.counters
+        figures = gather([seconds, counters.images, counters.real_tokens, counters.row_tokens])
+        shares.collect(journal, workdir, fingerprint, num_rows, shared)
+        if is_leader():
+            journal.write_results(workdir)
+        outcomes = [journal.outcomes[index] for index in range(num_rows)]
+    taken, images, real_tokens, row_tokens = zip(*figures, strict=True)
     return Answered(
         outcomes=outcomes,
-        questions=sum(outcomes[index].answer is not None for index in todo),
-        images=counters.images,
-        seconds=seconds,
-        token_efficiency=efficiency,
+        questions=sum(outcomes[index].answer is not None for index in itertools.chain(*shared)),
+        images=sum(images),
+        seconds=max(taken),
+        token_efficiency=sum(real_tokens) / sum(row_tokens) if any(row_tokens) else None,
     )
 
 
@@ -227,7 +240,7 @@ class _Answerer:
         mode = rows.task.benchmark.image_mode(decoding.protocol)
         self.builder = RequestBuilder(
             model.tokenizer,
-            chat_template(decoding.conversation),
+            model.template(decoding.conversation),
             ImageProcessor(model.image_size(reduction), vision.pixel_mean, mode),
             decoding.num_workers,
         )
@@ -307,10 +320,11 @@ class _Answerer:
 
 
 def _commit(journal: Journal, outcomes: Iterator[RowOutcome], total: int, engine: Engine) -> None:
-    """Appends outcomes to the journal in batches, with a progress bar."""
+    """Appends outcomes to the journal in batches, with a progress bar in process 0."""
     batch: list[RowOutcome] = []
     last = time.monotonic()
-    with tqdm.tqdm(total=total, unit="question", disable=None) as bar:
+    hidden = None if is_leader() else True  # None: where nobody looks
+    with tqdm.tqdm(total=total, unit="question", disable=hidden) as bar:
         for outcome in outcomes:
             batch.append(outcome)
             if len(batch) >= COMMIT_ROWS or time.monotonic() - last > COMMIT_SECONDS:
@@ -352,11 +366,15 @@ def fingerprint(
 
 
 def _count_figures(counts: np.ndarray) -> dict[str, float | None]:
-    """Mean and percentiles of the visual tokens per image."""
-    names = ("mean", "p50", "p95", "max")
+    """Mean, percentiles, coefficient of variation and share below 16 of the visual tokens per
+    image."""
+    names = ("mean", "p50", "p95", "max", "cv", "below_16")
     if not len(counts):
         return {f"visual_tokens_{name}": None for name in names}
-    figures = (counts.mean(), *np.percentile(counts, [50, 95]), counts.max())
+    mean = counts.mean()
+    spread = counts.std() / mean if mean else 0
+    percentiles = np.percentile(counts, [50, 95])
+    figures = (mean, *percentiles, counts.max(), spread, (counts < 16).mean())
     return {
         f"visual_tokens_{name}": float(value) for name, value in zip(names, figures, strict=True)
     }

@@ -189,8 +189,9 @@ def _tokens_by_group(scored: Sequence[ScoredRun]) -> TokensByGroup | None:
 
 def _facts(plan: Plan, scored: Sequence[ScoredRun]) -> Mapping[str, str]:
     """What it takes to judge or repeat the run."""
-    devices = [jax.devices()[0]] if plan.mesh is None else plan.mesh.devices.flatten().tolist()
+    devices = jax.local_devices()[:1] if plan.mesh is None else plan.mesh.devices.flatten().tolist()
     versions = [f"{name} {metadata.version(name)}" for name in ("prumerge-jax", "jax", "flax")]
+    processes = f" in each of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     decodings: dict[str, dict[str, None]] = {}
     for entry in scored:
         for name, value in dataclasses.asdict(entry.run.decoding).items():
@@ -199,7 +200,7 @@ def _facts(plan: Plan, scored: Sequence[ScoredRun]) -> Mapping[str, str]:
     return {
         "checkpoint": f"{plan.checkpoint.name}, weights {plan.weights[:12]}",
         "computed in": str(plan.dtype),
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "devices": f"{len(devices)} x {devices[0].device_kind}" + processes,
         "versions": ", ".join(versions),
         **{name: ", ".join(values) for name, values in decodings.items()},
         **({"notes": "; ".join(notes)} if notes else {}),

@@ -181,7 +181,7 @@ class LlavaConfig:
         (OneVision's `anyres_max_N`); None for never.
       anyres_source: whose arithmetic decides how many rows and columns of tokens remain, `hf`
         (transformers) or `original`.
-      chat_template: the conversation's default, a name of `data.conversation.TEMPLATES`; None
+      chat_template: the conversation's default, a name of `data.templates.TEMPLATES`; None
         where it is not known.
     """
 

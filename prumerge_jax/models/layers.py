@@ -17,6 +17,9 @@ from prumerge_jax.sharding.mesh import Axes, unshard_embed
 
 # Scaled by the fan-in: the usual 0.02 at LLaMA's widths, with which a small model hardly trains.
 _fan_in = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
+FEW_ROWS = 64
+"""Products of fewer rows than this with a weight [d_out, d_in] are sums over its last axis; XLA's
+matrix product on CPUs rearranges the weight for as many rows as it may get."""
 # PEFT's default for A: Kaiming uniform with a = sqrt(5), that is uniform within 1/sqrt(fan_in).
 _kaiming = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -53,7 +56,8 @@ class Linear(nnx.Module):
     """`x W + b`, plus a low-rank adapter where one is configured.
 
     Attributes:
-      kernel: [d_in, d_out], the transpose of PyTorch's weight.
+      kernel: [d_in, d_out], the transpose of PyTorch's weight; [d_out, d_in] with `out_first`.
+      out_first: whether the kernel is kept the other way round, see `put_out_first`.
       bias: [d_out] or None.
       lora_a, lora_b: [d_in, rank] and [rank, d_out]; absent without an adapter.
     """
@@ -71,6 +75,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(_fan_in(rngs.params(), (d_in, d_out)), out_sharding=axes)
         self.bias = nnx.Param(jnp.zeros((d_out,)), out_sharding=axes[1:]) if bias else None
         self.axes = axes
+        self.out_first = False
         self.adapter = adapter
         if adapter is not None:
             a = _kaiming(rngs.params(), (d_in, adapter.rank))
@@ -80,7 +85,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """[..., d_in] -> [..., d_out] in the dtype of `x`."""
-        y = x @ unshard_embed(self.kernel[...].astype(x.dtype), *self.axes)
+        y = self._product(x)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.adapter is None:
@@ -91,6 +96,26 @@ class Linear(nnx.Module):
         a = unshard_embed(self.lora_a[...].astype(x.dtype), self.axes[0], None)
         b = unshard_embed(self.lora_b[...].astype(x.dtype), None, self.axes[1])
         return y + self.adapter.scale * (x @ a @ b)
+
+    def put_out_first(self) -> None:
+        """Keeps the kernel as [d_out, d_in] from now on; what it was before is deleted."""
+        kernel = self.kernel[...]
+        with nnx.use_eager_sharding(False):
+            self.kernel = nnx.Param(jnp.matrix_transpose(kernel), out_sharding=self.axes[::-1])
+        jax.block_until_ready(self.kernel[...])
+        kernel.delete()
+        self.out_first = True
+
+    def _product(self, x: jax.Array) -> jax.Array:
+        """`x W`."""
+        if not self.out_first:
+            return x @ unshard_embed(self.kernel[...].astype(x.dtype), *self.axes)
+        kernel = unshard_embed(self.kernel[...].astype(x.dtype), *self.axes[::-1])
+        rows = x.reshape(-1, x.shape[-1])
+        if 1 < len(rows) < FEW_ROWS and x.dtype == jnp.float32:
+            y = (rows[:, None] * kernel).sum(-1)
+            return y.reshape(*x.shape[:-1], -1)
+        return jnp.einsum("...i,oi->...o", x, kernel)
 
 
 class RMSNorm(nnx.Module):

@@ -5,7 +5,7 @@ Two ways through the same layers:
 * Packed rows hold one or several segments each, and a position sees the earlier ones of its own
   segment. One pass (`Llama._rows`) serves training (`__call__`), scoring (`hidden_before_last_mlp`
   and `last_mlp_at`) and the prompts of generation (`prefill`).
-* Slots (`decode`) hold one growing sequence each, whose keys and values are kept in a `KVCache`.
+* Slots (`decode`) hold one growing sequence each, whose keys and values are in pages.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prumerge_jax.models import tuning
-from prumerge_jax.models.attention import attend_to_cache
-from prumerge_jax.models.attention.key_bias import widened, with_columns
+from prumerge_jax.models.attention import KVPages, attend_to_pages, write_to_pages
+from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.decoder_layer import QKV, DecoderLayer, PackedRows, split_key
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, rematerialise, stack
@@ -26,16 +26,6 @@ from prumerge_jax.sharding.mesh import constrain, unshard_embed
 
 Index = jax.Array | int
 """Number of a layer."""
-
-
-class KVCache(NamedTuple):
-    """Keys and values of every layer, each [L, B, S, K, D]; keys are rotated already.
-
-    D is the heads' width, or wider where keys have a bias, see `attention.key_bias`.
-    """
-
-    k: jax.Array
-    v: jax.Array
 
 
 class PartialHidden(NamedTuple):
@@ -48,18 +38,6 @@ class PartialHidden(NamedTuple):
 
     x: jax.Array
     attended: jax.Array
-
-
-def empty_cache(
-    config: TextConfig, slots: int, length: int, dtype: jnp.dtype, *, key_bias: bool = False
-) -> KVCache:
-    """A cache of zeros: `slots` sequences of up to `length` tokens, whose keys may have a bias."""
-    head_dim = widened(config.head_dim) if key_bias else config.head_dim
-    shape = (config.num_layers, slots, length, config.num_kv_heads, head_dim)
-    axes = (None, "batch", None, "heads", None)
-    return KVCache(
-        constrain(jnp.zeros(shape, dtype), *axes), constrain(jnp.zeros(shape, dtype), *axes)
-    )
 
 
 class Llama(nnx.Module):
@@ -125,30 +103,44 @@ class Llama(nnx.Module):
         Returns:
           [B, T, D].
         """
-        at = rotation(positions, self.config)
-        rows = PackedRows(at, segment_ids, key_bias=key_bias)
-        x, _ = self._rows(x, rows, remat=remat, dropout_key=dropout_key)
-        return self.norm(x)
+        rows = PackedRows(rotation(positions, self.config), segment_ids, key_bias=key_bias)
+        return self.norm(self._rows(x, rows, remat=remat, dropout_key=dropout_key))
 
     def prefill(
         self,
         x: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array,
+        pages: KVPages,
+        places: jax.Array,
         *,
         branch_ids: jax.Array | None = None,
         key_bias: jax.Array | None = None,
         max_segment_length: int | None = None,
-    ) -> tuple[jax.Array, KVCache]:
-        """Final hidden states [B, T, D] of packed rows, and their keys and values [L, B, T, K, D].
+    ) -> tuple[jax.Array, KVPages]:
+        """Final hidden states [B, T, D] of packed rows, whose keys and values go into pages.
 
-        Arguments as in `__call__` and `attention.attend`.
+        Args:
+          x, positions, segment_ids: as in `__call__`.
+          pages: the pool.
+          places: [B, T] int32, see `attention.write_to_pages`.
+          branch_ids, key_bias, max_segment_length: see `attention.attend`.
         """
         at = rotation(positions, self.config)
         rows = PackedRows(at, segment_ids, branch_ids, max_segment_length, key_bias)
-        x, cache = self._rows(x, rows, keep_cache=True)
-        assert cache is not None
-        return self.norm(x), cache
+
+        # The pool travels in the carry and is written in place.
+        def body(
+            carry: tuple[jax.Array, KVPages], layer: DecoderLayer, index: Index, _: None
+        ) -> tuple[tuple[jax.Array, KVPages], None]:
+            x, pages = carry
+            attended, heads = layer.attend(_projection_barrier(layer.qkv_projections(x)), rows)
+            pages = write_to_pages(pages, heads.k, heads.v, index, self.config.num_layers, places)
+            return (layer.after_attention(x, attended), pages), None
+
+        carry = (without_padding(x, segment_ids), pages)
+        (x, pages), _ = self._through_layers(body, carry, self.config.num_layers)
+        return self.norm(x), pages
 
     def hidden_before_last_mlp(
         self,
@@ -168,7 +160,7 @@ class Llama(nnx.Module):
         at = rotation(positions, self.config)
         rows = PackedRows(at, segment_ids, branch_ids, max_segment_length, key_bias)
         last = self.config.num_layers - 1
-        x, _ = self._rows(x, rows, num_layers=last)
+        x = self._rows(x, rows, num_layers=last)
         layer = self._layer(last)
         attended, _ = layer.attend(_projection_barrier(layer.qkv_projections(x)), rows)
         return PartialHidden(x, attended)
@@ -180,46 +172,48 @@ class Llama(nnx.Module):
         return self.norm(layer.feed_forward(layer.add_attention_output(x, attended))[0])
 
     def decode(
-        self, x: jax.Array, positions: jax.Array, cache: KVCache, lengths: jax.Array
-    ) -> tuple[jax.Array, KVCache]:
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        pages: KVPages,
+        tables: jax.Array,
+        places: jax.Array,
+        lengths: jax.Array,
+    ) -> tuple[jax.Array, KVPages]:
         """One new token per slot.
 
         Args:
           x: [B, 1, D] embeddings of the new tokens.
           positions: [B] int32, their rotary positions.
-          cache: [L, B, S, K, D]; the new entries are written at index `lengths`.
-          lengths: [B] int32, valid entries before this token; at S the write is dropped.
+          pages: the pool.
+          tables: [B, M] int32, the pages of every slot.
+          places: [B] int32, where the new keys and values go; see `attention.write_to_pages`.
+          lengths: [B] int32, valid tokens with this one; 0 for a slot that takes no part.
 
         Returns:
-          [B, 1, D] after the final norm, and the cache with one entry more per slot.
+          [B, 1, D] after the final norm, and the pool with one token more per slot.
         """
         at = rotation(positions[:, None], self.config)
-        slots = jnp.arange(len(lengths))
-        has_bias = cache.k.shape[-1] > self.config.head_dim
+        count = self.config.num_layers
+        has_bias = pages.k.shape[-1] > self.config.head_dim
 
-        # The cache travels in the carry and is written in place; as a scanned input and output
+        # The pool travels in the carry and is written in place; as a scanned input and output
         # all of it would be copied at every step.
         def body(
-            carry: tuple[jax.Array, jax.Array, jax.Array],
-            layer: DecoderLayer,
-            index: Index,
-            _: None,
-        ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
-            x, cache_k, cache_v = carry
+            carry: tuple[jax.Array, KVPages], layer: DecoderLayer, index: Index, _: None
+        ) -> tuple[tuple[jax.Array, KVPages], None]:
+            x, pages = carry
             heads = layer.split_and_rotate(_projection_barrier(layer.qkv_projections(x)), at)
             if has_bias:
                 heads = QKV(*with_columns(*heads, jnp.zeros(x.shape[:2])))
-            q, k, v = heads
-            cache_k = cache_k.at[index, slots, lengths].set(k[:, 0].astype(cache_k.dtype))
-            cache_v = cache_v.at[index, slots, lengths].set(v[:, 0].astype(cache_v.dtype))
-            attended = attend_to_cache(q, cache_k, cache_v, index, lengths + 1)
+            pages = write_to_pages(pages, heads.k, heads.v, index, count, places[:, None])
+            attended = attend_to_pages(heads.q, pages, index, count, tables, lengths)
             attended = attended[..., : self.config.head_dim]
             x = layer.feed_forward(layer.add_attention_output(x, attended))
-            return (x, cache_k, cache_v), None
+            return (x, pages), None
 
-        carry = (x, cache.k, cache.v)
-        (x, k, v), _ = self._through_layers(body, carry, self.config.num_layers)
-        return self.norm(x), KVCache(k, v)
+        (x, pages), _ = self._through_layers(body, (x, pages), count)
+        return self.norm(x), pages
 
     def _rows(
         self,
@@ -227,39 +221,37 @@ class Llama(nnx.Module):
         rows: PackedRows,
         *,
         num_layers: int | None = None,
-        keep_cache: bool = False,
         remat: str | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Packed rows through layers: the one pass of training, scoring and prefill.
+    ) -> jax.Array:
+        """Packed rows through layers: the one pass of training and scoring.
 
         Args:
           x: [B, T, D].
           rows: what attention needs.
           num_layers: how many of the first layers; by default all.
-          keep_cache: whether keys and values are returned too.
           remat: see `layers.rematerialise`; None is inference, of which no gradient is taken.
           dropout_key: where given, adapters drop their inputs.
 
         Returns:
-          [B, T, D], before the final norm, and the rows' cache or None.
+          [B, T, D], before the final norm.
         """
         count = self.config.num_layers if num_layers is None else num_layers
         keys = None if dropout_key is None else jax.random.split(dropout_key, count)
 
         def body(
             x: jax.Array, layer: DecoderLayer, _: Index, key: jax.Array | None
-        ) -> tuple[jax.Array, KVCache | None]:
+        ) -> tuple[jax.Array, None]:
             drop = split_key(key, 3)
             projected = layer.qkv_projections(x, drop[0])
             if remat is None:
                 projected = _projection_barrier(projected)
-            attended, heads = layer.attend(projected, rows)
-            x = layer.after_attention(x, attended, drop[1], drop[2])
-            return x, KVCache(heads.k, heads.v) if keep_cache else None
+            attended = layer.attend(projected, rows)[0]
+            return layer.after_attention(x, attended, drop[1], drop[2]), None
 
         x = without_padding(x, rows.segment_ids)
-        return self._through_layers(body, x, count, keys=keys, remat=remat)
+        x, _ = self._through_layers(body, x, count, keys=keys, remat=remat)
+        return x
 
     def _through_layers(
         self,

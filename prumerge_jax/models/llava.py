@@ -299,20 +299,31 @@ def abstract_model(
 
 
 def inference_layout(graphdef: nnx.GraphDef, state: nnx.State) -> tuple[nnx.GraphDef, nnx.State]:
-    """The same model with the decoder's layers as `tuning.Tuning.layers` says.
+    """The same model with the decoder's weights as `tuning.Tuning.layers` and `kernels` say.
 
-    Where XLA copies a layer's weights out of a stack, it does so at every step of decoding, which
-    does little else than read weights.
+    Where XLA copies a layer's weights out of a stack, or rearranges them, it does so at every step
+    of decoding, which does little else than read weights.
 
     Args:
-      graphdef, state: a split `LlavaModel`; stacked weights that are taken apart are deleted, one
-        after the other.
+      graphdef, state: a split `LlavaModel`; weights that are laid out anew are deleted, one after
+        the other.
     """
-    if tuning.current().layers == "stack":
+    preferred = tuning.current()
+    if preferred.layers == "stack":
         return graphdef, state
     model = nnx.merge(graphdef, state)
-    layer, stacked = nnx.split(model.decoder.layers)
-    apart: list[dict[Any, Any]] = [{} for _ in range(model.decoder.config.num_layers)]
+    _take_apart(model.decoder)
+    if preferred.kernels == "out_first":
+        for _, module in nnx.iter_modules(model.decoder):
+            if isinstance(module, Linear):
+                module.put_out_first()
+    return nnx.split(model)
+
+
+def _take_apart(decoder: Llama) -> None:
+    """Makes a list of the decoder's stacked layers."""
+    layer, stacked = nnx.split(decoder.layers)
+    apart: list[dict[Any, Any]] = [{} for _ in range(decoder.config.num_layers)]
     for path, weight in nnx.to_flat_state(stacked):
         for index, weights in enumerate(apart):
             weights[path] = weight.replace(weight[...][index])
@@ -320,8 +331,7 @@ def inference_layout(graphdef: nnx.GraphDef, state: nnx.State) -> tuple[nnx.Grap
         weight[...].delete()
     with nnx.use_eager_sharding(False):
         merged = [nnx.merge(layer, nnx.from_flat_state(weights)) for weights in apart]
-        model.decoder.layers = nnx.List(merged)
-        return nnx.split(model)
+        decoder.layers = nnx.List(merged)
 
 
 def random_model(

@@ -29,9 +29,13 @@ class Tuning:
     Attributes:
       attention: backend of `attention.attend`, for the heads whose width and dtype it takes; the
         others get `xla`.
-      cache_attention: form of `attention.attend_to_cache`.
+      cache_attention: form of `attention.attend_to_pages`, for the heads whose width and dtype it
+        takes; the others get `xla`.
       layers: how inference holds the decoder's layers, stacked on a leading axis or one by one
         (`llava.inference_layout`). Training needs them stacked.
+      kernels: how inference keeps the decoder's linear layers where its layers are a list, as
+        [d_in, d_out] or [d_out, d_in] (`layers.Linear`).
+      page_size: tokens per page of keys and values, where the configuration leaves it open.
       rotary: how the two halves of a head are swapped.
       projection_barrier: whether inference keeps the query, key and value products apart from the
         split into heads (`jax.lax.optimization_barrier`). Training does without: its weights are
@@ -39,8 +43,10 @@ class Tuning:
     """
 
     attention: Literal["xla", "blocks", "cudnn", "splash"] = "xla"
-    cache_attention: Literal["xla", "products"] = "xla"
+    cache_attention: Literal["xla", "paged_tpu", "paged_gpu"] = "xla"
     layers: Literal["stack", "list"] = "stack"
+    kernels: Literal["in_first", "out_first"] = "in_first"
+    page_size: int = 16
     rotary: Literal["roll", "matmul"] = "roll"
     projection_barrier: bool = False
 
@@ -58,6 +64,11 @@ BY_PLATFORM = {
         # XLA's CPU products take no slices: a decoding step of one slot took 610 ms with the layers
         # in a stack and 236 in a list; one of eight slots 1033 and 717.
         layers="list",
+        # A product of 1024 x 2816 with 8, 16, 32 rows took 1.1, 1.5, 3.2 ms of one core (AVX2),
+        # as a matrix product with [d_in, d_out] 2.0, 2.7, 4.8.
+        kernels="out_first",
+        # Attention of 32 sequences of 203 tokens to one layer: 9.7 ms of one core; 12 at 16.
+        page_size=32,
         # No separate figure: everything in docs/performance.md was measured with it.
         projection_barrier=True,
     ),
@@ -65,6 +76,8 @@ BY_PLATFORM = {
     "gpu": Tuning(
         # No figure: a fused kernel keeps the scores out of memory.
         attention="cudnn",
+        # No figure: it reads the valid pages alone.
+        cache_attention="paged_gpu",
         # A loop over a stack copies a layer's weights out of it before they are multiplied: three
         # times the traffic of decoding, which is bound by it. With a list nothing is copied.
         layers="list",
@@ -75,8 +88,8 @@ BY_PLATFORM = {
     "tpu": Tuning(
         # v5e, by the kernel's schedule: an image in the tower 0.7 ms, with `xla` 2 ms.
         attention="splash",
-        # v5e: a layer of 64 slots 0.35 ms, with `xla` 1.2 ms; the cache's bytes take 0.25.
-        cache_attention="products",
+        # No figure of time: XLA estimates nothing for a kernel. It reads the valid pages alone.
+        cache_attention="paged_tpu",
         # A layer's weights are read in place in the stack; a list saves nothing.
         layers="stack",
         # `accumulate` on 64 chips of v5e 667 ms, with `roll` 694; v5p 322 and 331, v6e 206 and 235.

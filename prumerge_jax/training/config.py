@@ -11,11 +11,12 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import ml_collections
 
 from prumerge_jax import reductions
-from prumerge_jax.data.conversation import TEMPLATES, LabelProtocol
+from prumerge_jax.data.conversation import LabelProtocol
 from prumerge_jax.data.datasets import DataConfig, known_options
 from prumerge_jax.data.images import ImageMode
 from prumerge_jax.data.packing import PositionIds
-from prumerge_jax.data.tokenizer import Style
+from prumerge_jax.data.sentencepiece_tokenizer import Style
+from prumerge_jax.data.templates import trainable
 from prumerge_jax.messages import did_you_mean, quoted
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.layers import AdapterConfig
@@ -149,13 +150,10 @@ class TrainConfig:
                 raise ValueError(
                     f"learning_rates: {quoted(pattern)} has the rate {rate}; expected 0 or more"
                 )
-        trainable = sorted(
-            name for name, template in TEMPLATES.items() if template.assistant_end is not None
-        )
-        if self.conversation not in trainable:
+        if self.conversation not in (known := trainable()):
             raise ValueError(
-                f"conversation is {quoted(self.conversation)}; expected one of {trainable}"
-                + did_you_mean(self.conversation, trainable)
+                f"conversation is {quoted(self.conversation)}; expected one of {known}"
+                + did_you_mean(self.conversation, known)
             )
 
     @property

@@ -17,10 +17,10 @@ import grain
 import numpy as np
 
 from prumerge_jax.data import pipeline
-from prumerge_jax.data.conversation import chat_template
 from prumerge_jax.data.datasets import DataConfig, Dataset, exclusive, open_dataset
 from prumerge_jax.data.images import ImageProcessor
 from prumerge_jax.data.pipeline import Example, Preprocessor
+from prumerge_jax.data.templates import chat_template
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.messages import quoted

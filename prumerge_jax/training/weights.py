@@ -22,7 +22,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from prumerge_jax.conversion.convert import REPORT
 from prumerge_jax.conversion.miniature import model_directory
-from prumerge_jax.data.tokenizer import Style, Tokenizer
+from prumerge_jax.data.sentencepiece_tokenizer import Style
+from prumerge_jax.data.tokenizer import (
+    SENTENCEPIECE_FILE,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_file,
+)
 from prumerge_jax.messages import quoted
 from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig
@@ -36,7 +42,6 @@ from prumerge_jax.training.config import RANDOM, ConfigError, TrainConfig
 
 _logger = logging.getLogger(__name__)
 
-TOKENIZER = "tokenizer.model"
 
 Weights = dict[str, jax.Array]
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -189,16 +194,16 @@ class Pretrained:
 
         Raises:
           DirectoryError: it is missing, or has more pieces than the model's embedding has rows.
-          ValueError: it is not a SentencePiece model of LLaMA's kind.
+          ValueError: it is not a tokenizer of the expected kind.
         """
         source = self._tokenizer_source()
         if isinstance(source, bytes):
             with tempfile.TemporaryDirectory() as folder:
-                file = pathlib.Path(folder) / TOKENIZER
+                file = pathlib.Path(folder) / SENTENCEPIECE_FILE
                 file.write_bytes(source)
-                tokenizer = Tokenizer(file, style)
+                tokenizer = load_tokenizer(file, style)
         else:
-            tokenizer = Tokenizer(source, style)
+            tokenizer = load_tokenizer(source, style)
         if tokenizer.vocab_size > self.model.text.vocab_size:
             raise directories.DirectoryError(
                 f"the tokenizer of {self.directory or quoted(self.random_tokenizer)} has "
@@ -297,7 +302,9 @@ class Pretrained:
     def _files(self) -> dict[str, bytes | pathlib.Path]:
         """Tokenizer and processor files, passed through; a report tells of other weights."""
         if self.directory is None:
-            return {TOKENIZER: self._tokenizer_source()}
+            source = self._tokenizer_source()
+            name = SENTENCEPIECE_FILE if isinstance(source, bytes) else source.name
+            return {name: source}
         own = (directories.CONFIG, MANIFEST, REPORT)
         plain = (file for file in self.directory.iterdir() if file.is_file())
         return {file.name: file for file in plain if file.name not in own}
@@ -308,7 +315,7 @@ class Pretrained:
         if self.directory is None:
             file = pathlib.Path(self.random_tokenizer or "").expanduser()
         else:
-            file = self.directory / TOKENIZER
+            file = tokenizer_file(self.directory)
         if not file.is_file():
             raise directories.DirectoryError(f"{file}: no such file, or not a regular file")
         return file

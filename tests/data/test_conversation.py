@@ -4,23 +4,18 @@ import json
 import pathlib
 import shutil
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prumerge_jax.data.conversation import (
-    TEMPLATES,
-    SampleError,
-    evaluation_prompt,
-    label_mask,
-    label_rounds,
-    sample_turns,
-    training_prompt,
-)
-from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.data.conversation import SampleError, label_mask, label_rounds, sample_turns
+from prumerge_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from prumerge_jax.data.templates import TEMPLATES, training_prompt
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
+from tests.prompts import evaluation_prompt
 
 VICUNA = TEMPLATES["vicuna_v1"]
 PLAIN = TEMPLATES["plain"]
@@ -45,7 +40,8 @@ def conversation(*turns: str, image: bool = True, **fields) -> dict:
 
 
 def test_evaluation_prompts():
-    prompts = {name: evaluation_prompt(t, "Why?") for name, t in TEMPLATES.items() if t.human}
+    names = ("vicuna_v1", "v1", "llava_v1", "mistral_instruct", "chatml_direct")
+    prompts = {name: evaluation_prompt(TEMPLATES[name], "Why?") for name in names}
     human_system = SYSTEM.replace("curious user", "curious human").replace("user's", "human's")
     assert prompts == {
         "vicuna_v1": f"{SYSTEM} USER: <image>\nWhy? ASSISTANT:",
@@ -72,8 +68,8 @@ def test_training_prompts():
 def test_templates_refuse_what_they_have_no_form_for():
     with pytest.raises(ValueError, match="'plain' is for pre-training only"):
         evaluation_prompt(PLAIN, "Why?")
-    with pytest.raises(ValueError, match="'mistral_instruct' is for evaluation only"):
-        training_prompt(TEMPLATES["mistral_instruct"], ["Why?", "So."])
+    with pytest.raises(ValueError, match="'chatml_direct' is for evaluation only"):
+        training_prompt(TEMPLATES["chatml_direct"], ["Why?", "So."])
     with pytest.raises(ValueError, match="4 turns"):
         training_prompt(PLAIN, ["<image>", "a", "b", "c"])
 
@@ -134,7 +130,7 @@ def test_image_in_two_turns_is_refused():
 def test_answer_and_end_are_supervised(small_model, question, answer, image):
     sample = conversation(("<image>\n" if image else "") + question, answer, image=image)
     for style, protocol in PUBLISHED_PAIRS:
-        tokenizer = Tokenizer(small_model, style)
+        tokenizer = SentencePieceTokenizer(small_model, style)
         ids, labels, mismatch = label_mask(tokenizer, sample, VICUNA, protocol)
         assert not mismatch
         supervised = labels[labels != IGNORE]
@@ -151,7 +147,7 @@ def test_every_answer_of_a_long_conversation_is_supervised(golden, rounds):
     turns = [text for pair in rounds for text in pair]
     turns[0] = f"<image>\n{turns[0]}"
     for style, protocol in PUBLISHED_PAIRS:
-        tokenizer = Tokenizer(golden / "tokenizer/tokenizer.model", style)
+        tokenizer = SentencePieceTokenizer(golden / "tokenizer/tokenizer.model", style)
         _, labels, mismatch = label_mask(tokenizer, conversation(*turns), VICUNA, protocol)
         assert not mismatch
         expected = [
@@ -161,7 +157,7 @@ def test_every_answer_of_a_long_conversation_is_supervised(golden, rounds):
 
 
 def test_caption_and_newline_are_supervised(small_model):
-    tokenizer = Tokenizer(small_model)
+    tokenizer = SentencePieceTokenizer(small_model)
     ids, labels, mismatch = label_mask(tokenizer, conversation("Go\n<image>", "A cat."), PLAIN)
     assert ids.tolist() == [tokenizer.bos_id, IMAGE_TOKEN, *tokenizer.encode("A cat.\n")]
     assert labels.tolist() == [IGNORE] * 2 + tokenizer.encode("A cat.\n")
@@ -180,7 +176,7 @@ def test_caption_and_newline_are_supervised(small_model):
     ids=str,
 )
 def test_mismatch_leaves_no_label_and_is_reported(small_model, turns):
-    tokenizer = Tokenizer(small_model, "4.37")
+    tokenizer = SentencePieceTokenizer(small_model, "4.37")
     ids, labels, mismatch = label_mask(tokenizer, conversation(*turns), VICUNA, "llava-1.2")
     assert mismatch
     assert np.all(labels == IGNORE)
@@ -188,7 +184,7 @@ def test_mismatch_leaves_no_label_and_is_reported(small_model, turns):
 
 
 def test_an_image_position_is_never_a_label(small_model):
-    tokenizer = Tokenizer(small_model, "4.37")
+    tokenizer = SentencePieceTokenizer(small_model, "4.37")
     labelled = label_mask(tokenizer, conversation("Draw a cat.", "<image>\nHere."), VICUNA)
     assert IMAGE_TOKEN in labelled.ids
     assert IMAGE_TOKEN not in labelled.labels
@@ -198,7 +194,7 @@ def test_an_image_position_is_never_a_label(small_model):
 
 def test_a_sample_beyond_the_limit_is_not_checked(small_model):
     """The reference compares lengths only where nothing will be cut off."""
-    tokenizer = Tokenizer(small_model, "4.37")
+    tokenizer = SentencePieceTokenizer(small_model, "4.37")
     sample = conversation("<image>Q", "A", "Q2")
     assert label_mask(tokenizer, sample, VICUNA, max_length=2048).mismatch
     labelled = label_mask(tokenizer, sample, VICUNA, max_length=10)
@@ -208,7 +204,7 @@ def test_a_sample_beyond_the_limit_is_not_checked(small_model):
 
 
 def test_label_mask_refuses_what_it_cannot_do(small_model):
-    tokenizer = Tokenizer(small_model)
+    tokenizer = SentencePieceTokenizer(small_model)
     sample = conversation("<image>Q", "A")
     with pytest.raises(ValueError, match="unknown protocol 'llava-2'"):
         label_mask(tokenizer, sample, VICUNA, "llava-2")
@@ -223,19 +219,19 @@ def test_label_mask_refuses_what_it_cannot_do(small_model):
 # ---- the reference's labels and prompts ----
 
 
-class TransformersTokenizer(Tokenizer):
+class TransformersTokenizer(SentencePieceTokenizer):
     """Ids from transformers 5, whose double spaces and leading spaces differ."""
 
     def __init__(self, path: pathlib.Path, theirs) -> None:
         super().__init__(path, "4.37")
         self._theirs = theirs
 
-    def encode(self, text: str) -> list[int]:
-        return self._theirs(text, add_special_tokens=False).input_ids
+    def _encode_segments(self, segments: Sequence[str]) -> list[int]:
+        return self._theirs("".join(segments), add_special_tokens=False).input_ids
 
 
 @pytest.fixture(scope="module")
-def golden_tokenizers(golden, tmp_path_factory) -> dict[str, Tokenizer]:
+def golden_tokenizers(golden, tmp_path_factory) -> dict[str, SentencePieceTokenizer]:
     """One per environment of the golden label masks."""
     transformers = pytest.importorskip("transformers", "5.0")
     path = golden / "tokenizer/tokenizer.model"
@@ -243,8 +239,8 @@ def golden_tokenizers(golden, tmp_path_factory) -> dict[str, Tokenizer]:
     shutil.copy(path, folder)
     theirs = transformers.LlamaTokenizer.from_pretrained(folder, legacy=False)
     return {
-        "4.31.0": Tokenizer(path, "4.31"),
-        "4.37.2": Tokenizer(path, "4.37"),
+        "4.31.0": SentencePieceTokenizer(path, "4.31"),
+        "4.37.2": SentencePieceTokenizer(path, "4.37"),
         "5.23.0": TransformersTokenizer(path, theirs),
     }
 
@@ -272,7 +268,7 @@ def test_golden_label_masks(golden, golden_tokenizers):
     ],
 )
 def test_two_rounds_with_an_image(golden, style, protocol, length, supervised):
-    tokenizer = Tokenizer(golden / "tokenizer/tokenizer.model", style)
+    tokenizer = SentencePieceTokenizer(golden / "tokenizer/tokenizer.model", style)
     sample = conversation("What is this?\n<image>", "A cat.", "What color?", "Black.")
     ids, labels, mismatch = label_mask(tokenizer, sample, VICUNA, protocol)
     assert len(ids) == length
@@ -312,7 +308,7 @@ def test_prompt_ids_of_a_benchmark(golden, name, file, read):
     if not (golden / file).is_file():
         pytest.skip(f"the golden data has no {file}")
     expected = json.loads((golden / "tokenizer/prompt_checksums.json").read_text())["sets"][name]
-    tokenizer = Tokenizer(golden / "tokenizer/tokenizer.model")
+    tokenizer = SentencePieceTokenizer(golden / "tokenizer/tokenizer.model")
     rows = [tokenizer.encode_prompt(prompt) for prompt in read(golden / file)]
     assert len(rows) == expected["rows"]
     assert sum(map(len, rows)) == expected["ids_total"]

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from prumerge_jax.data import pipeline, samples
-from prumerge_jax.data.conversation import TEMPLATES, SampleError
+from prumerge_jax.data.conversation import SampleError
 from prumerge_jax.data.images import ImageError, ImageProcessor
+from prumerge_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from prumerge_jax.data.templates import TEMPLATES
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.digits import dataset as digits_vqa
@@ -29,7 +31,7 @@ PROCESSOR = ImageProcessor(96, CLIP_MEAN)
 def tokenizer(tmp_path_factory) -> Tokenizer:
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     file.write_bytes(digits_tokenizer.build_for_digits())
-    return Tokenizer(file)
+    return SentencePieceTokenizer(file)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prumerge_jax.data.tokenizer import TextStream, Tokenizer
+from prumerge_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from prumerge_jax.data.tokenizer import TextStream
 from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER, IMAGE_TOKEN
 from tests.data.conftest import train_model
 
@@ -18,13 +19,16 @@ ordinary_text = st.text(max_size=30).filter(lambda text: not any(s in text for s
 
 
 @pytest.fixture(scope="module")
-def llama(golden: pathlib.Path) -> dict[str, Tokenizer]:
-    return {style: Tokenizer(golden / "tokenizer/tokenizer.model", style) for style in STYLES}
+def llama(golden: pathlib.Path) -> dict[str, SentencePieceTokenizer]:
+    return {
+        style: SentencePieceTokenizer(golden / "tokenizer/tokenizer.model", style)
+        for style in STYLES
+    }
 
 
 @pytest.fixture(scope="module")
-def small(small_model: pathlib.Path) -> dict[str, Tokenizer]:
-    return {style: Tokenizer(small_model, style) for style in STYLES}
+def small(small_model: pathlib.Path) -> dict[str, SentencePieceTokenizer]:
+    return {style: SentencePieceTokenizer(small_model, style) for style in STYLES}
 
 
 # ---- the reference's ids ----
@@ -53,8 +57,8 @@ def test_golden_ids(golden, llama, style):
     ],
 )  # fmt: skip
 def test_literal_specials(llama, text, ids_4_31, ids_4_37):
-    assert llama["4.31"].encode(text) == ids_4_31
-    assert llama["4.37"].encode(text) == ids_4_37
+    assert llama["4.31"].encode_markup(text) == ids_4_31
+    assert llama["4.37"].encode_markup(text) == ids_4_37
 
 
 def encode_prompt_hf(tokenizer, prompt, image_tokens=1):
@@ -64,10 +68,12 @@ def encode_prompt_hf(tokenizer, prompt, image_tokens=1):
     neither trained nor published with these ids: this documents the difference.
     """
     first, *rest = prompt.split(IMAGE_PLACEHOLDER)
-    ids = [tokenizer.bos_id, *tokenizer.encode(first)]
+    ids = [tokenizer.bos_id, *tokenizer.encode_markup(first)]
     for chunk in rest:
         ids += [IMAGE_TOKEN] * image_tokens
-        ids += tokenizer.encode("\n" + chunk)[2:]  # the word-start mark and the newline's byte
+        ids += tokenizer.encode_markup("\n" + chunk)[
+            2:
+        ]  # the word-start mark and the newline's byte
     return ids
 
 
@@ -128,7 +134,7 @@ def test_a_special_splits_the_text(small, first, special, second):
         "<s>": tokenizer.bos_id, "</s>": tokenizer.eos_id, "<unk>": tokenizer.unk_id,
     }[special]  # fmt: skip
     head = [*tokenizer.encode(first), special_id]
-    ids = tokenizer.encode(first + special + second)
+    ids = tokenizer.encode_markup(first + special + second)
     assert ids[: len(head)] == head
     # Without a word-start mark the second text comes back as it is, not shortened by one space.
     tail = tokenizer.decode([*tokenizer.encode("."), *ids[len(head) :]])
@@ -172,11 +178,11 @@ def test_wrong_files_are_refused_by_name(tmp_path, small_model):
     for name, (content, cause) in cases.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}: .*{cause}"):
-            Tokenizer(tmp_path / name)
+            SentencePieceTokenizer(tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"missing\.model: no such file"):
-        Tokenizer(tmp_path / "missing.model")
+        SentencePieceTokenizer(tmp_path / "missing.model")
     with pytest.raises(FileNotFoundError, match="no such file"):
-        Tokenizer(tmp_path)
+        SentencePieceTokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -192,12 +198,12 @@ def test_wrong_files_are_refused_by_name(tmp_path, small_model):
 def test_models_of_another_kind_are_refused(tmp_path, options, cause):
     path = train_model(tmp_path / "other", **options)
     with pytest.raises(ValueError, match=f"other.model: .*{cause}"):
-        Tokenizer(path)
+        SentencePieceTokenizer(path)
 
 
 def test_unknown_style_is_refused(small_model):
     with pytest.raises(ValueError, match="unknown style '5.0'"):
-        Tokenizer(small_model, "5.0")
+        SentencePieceTokenizer(small_model, "5.0")
 
 
 @settings(max_examples=300)
@@ -231,4 +237,4 @@ def test_a_stream_writes_words_as_they_come(small):
 def test_only_a_regular_file_is_a_model(tmp_path):
     os.mkfifo(tmp_path / "tokenizer.model")
     with pytest.raises(FileNotFoundError, match="no such file"):
-        Tokenizer(tmp_path / "tokenizer.model")
+        SentencePieceTokenizer(tmp_path / "tokenizer.model")

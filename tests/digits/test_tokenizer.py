@@ -6,13 +6,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from prumerge_jax.data.conversation import TEMPLATES, evaluation_prompt, label_mask
+from prumerge_jax.data.conversation import label_mask
+from prumerge_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from prumerge_jax.data.templates import TEMPLATES
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.digits import questions as digits_questions
 from prumerge_jax.digits import scenes as digits
 from prumerge_jax.digits import tokenizer as digits_tokenizer
 from prumerge_jax.digits.benchmark import Digits
+from tests.prompts import evaluation_prompt
 
 BYTE_PIECES = range(3, 3 + 256)
 NEWLINE = BYTE_PIECES[ord("\n")]
@@ -27,7 +30,7 @@ def tokenizer_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_file) -> Tokenizer:
-    return Tokenizer(tokenizer_file)
+    return SentencePieceTokenizer(tokenizer_file)
 
 
 def test_the_model_is_small_always_the_same_and_numbered_like_llamas(tokenizer) -> None:
@@ -77,7 +80,7 @@ def test_any_text_survives(tokenizer, text: str) -> None:
 
 @pytest.mark.parametrize("style", ["4.31", "4.37"])
 def test_rounds_are_labelled_in_either_tokenizer_style(tokenizer_file, style) -> None:
-    tokenizer = Tokenizer(tokenizer_file, style)
+    tokenizer = SentencePieceTokenizer(tokenizer_file, style)
     turns = ["<image>\nIs there a 3?", "yes", "How many digits are there?", "2"]
     roles = ["human", "gpt"] * 2
     sample = {

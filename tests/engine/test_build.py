@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prumerge_jax.data.conversation import chat_template, label_mask
+from prumerge_jax.data.conversation import label_mask
 from prumerge_jax.data.images import ImageError, ImageMode, ImageProcessor
 from prumerge_jax.data.pipeline import Preprocessor
+from prumerge_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from prumerge_jax.data.templates import chat_template
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.engine.build import Draft, RequestBuilder, named_image
@@ -27,7 +29,7 @@ def tokenizer(
 ) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(tokenizer_model())
-    return Tokenizer(path, request.param)
+    return SentencePieceTokenizer(path, request.param)
 
 
 def builder_for(tokenizer: Tokenizer, conversation: str = "vicuna_v1", mode: ImageMode = "pad"):
@@ -88,7 +90,9 @@ def test_pixels_are_those_of_training(
     np.testing.assert_array_equal(example.token_ids[: len(prompt)], prompt)
 
 
-def test_several_images_and_literal_placeholders_are_refused(tokenizer: Tokenizer) -> None:
+def test_several_images_and_literal_placeholders_are_refused(
+    tokenizer: SentencePieceTokenizer,
+) -> None:
     builder = builder_for(tokenizer)
     with pytest.raises(ValueError, match="has 2 images; the model takes one image per prompt"):
         builder.token_ids("What?", 2)

@@ -26,7 +26,6 @@ from prumerge_jax.engine.request import (
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.models import tuning
 from prumerge_jax.models.config import TextConfig, published
-from prumerge_jax.models.llama import KVCache
 from prumerge_jax.models.llava import LlavaModel, abstract_model, inference_layout
 from prumerge_jax.models.tuning import Tuning
 from tests.conftest import require_eight_devices
@@ -40,6 +39,7 @@ SMALL = EngineShapes(
     prefill_rows=2,
     slots=2,
     cache_length=64,
+    page_size=16,
     decode_steps_per_call=3,
 )
 CONFIG = dataclasses.replace(
@@ -232,25 +232,6 @@ def test_layers_apart_compute_what_a_stack_does(model: LlavaModel) -> None:
     for key in expected:
         assert scores[key].log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-5)
         assert answers[key].token_ids == others[key].token_ids
-
-
-def test_segments_move_into_the_cache_where_it_lies(model: LlavaModel) -> None:
-    graphdef, state = nnx.split(model)
-    shapes = {"slots": 64, "length": 64, "dtype": jnp.dtype(jnp.float32)}
-    slots = programs.empty_slots(graphdef, state, **shapes)
-    row, each = jnp.zeros((2, 64), jnp.int32), jnp.zeros((2,), jnp.int32)
-    sampling = programs.Sampling(
-        jnp.zeros(2), jnp.ones(2), each.astype(jnp.uint32), jnp.full((2, MAX_STOP_IDS), -1)
-    )
-    segments = programs.Segments(each, each, each, each, sampling)
-    packed = KVCache(*(part[:, :2] for part in slots.cache))
-    insert = programs.insert.lower(
-        slots, packed, programs.Rows(row, row, row, row), segments, each, each
-    )
-    memory = insert.compile().memory_analysis()
-    both = slots.cache.k.nbytes + slots.cache.v.nbytes
-    assert memory.alias_size_in_bytes >= both
-    assert memory.temp_size_in_bytes < both / 8
 
 
 def test_sampling_depends_on_the_request_alone(model: LlavaModel) -> None:

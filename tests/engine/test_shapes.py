@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from prumerge_jax import reductions
 from prumerge_jax.data import filling
-from prumerge_jax.data.conversation import TEMPLATES, evaluation_prompt
-from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from prumerge_jax.data.templates import TEMPLATES
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.digits import questions as digits_questions
 from prumerge_jax.digits import tokenizer as digits_tokenizer
@@ -30,6 +30,7 @@ from prumerge_jax.engine.shapes import (
     row_length_for_fixed_counts,
 )
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
+from tests.prompts import evaluation_prompt
 from tests.tiny_llava import random_llava
 
 IMAGES = 2000
@@ -134,7 +135,7 @@ def digits_text(tmp_path: pathlib.Path) -> np.ndarray:
     """Tokens of the prompts of `digits_vqa`, without the image."""
     path = tmp_path / "tokenizer.model"
     path.write_bytes(digits_tokenizer.build_for_digits())
-    tokenizer = Tokenizer(path)
+    tokenizer = SentencePieceTokenizer(path)
     lengths = []
     for index in range(100):
         _, questions = digits_questions.draw_with_questions("test", index, seed=0)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prumerge_jax.models.attention import attend, attend_to_cache
+from prumerge_jax.models.attention import attend, attend_to_pages, empty_pages, write_to_pages
 from prumerge_jax.models.attention.key_bias import widened, with_columns
-from prumerge_jax.models.llama import Llama, empty_cache
+from prumerge_jax.models.llama import Llama
 from tests.tiny_llava import CONFIG, random_llava
 
 WIDTH = 61
@@ -57,16 +57,16 @@ def test_every_backend_adds_it(backend: str, causal: bool) -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("form", ["xla", "products"])
-def test_the_cache_keeps_it(form: str) -> None:
-    q, k, v, bias, _ = random_case(16)
+def test_pages_keep_it() -> None:
+    q, k, v, bias, _ = random_case(12)
     _, wide_k, wide_v = with_columns(q, k, v, jnp.asarray(bias))
     wide_q, _, _ = with_columns(q[:, -1:], k[:, -1:], v[:, -1:], jnp.zeros((2, 1)))
-    got = attend_to_cache(
-        wide_q, wide_k[None], wide_v[None], 0, jnp.array([40, 40]), implementation=form
-    )
+    pages = empty_pages(CONFIG.text, 12, 8, jnp.float32, key_bias=True)
+    places = jnp.arange(80).reshape(2, 40)
+    pages = write_to_pages(pages, wide_k, wide_v, 1, 2, places)
+    got = attend_to_pages(wide_q, pages, 1, 2, places[:, ::8] // 8, jnp.array([40, 40]))
     expected = by_torch(q[:, -1:], k, v, bias, causal=False)
-    np.testing.assert_allclose(got[..., :16], expected, atol=1e-4)
+    np.testing.assert_allclose(got[..., :12], expected, atol=1e-4)
 
 
 def test_a_merged_token_attends_like_its_copies() -> None:
@@ -115,8 +115,13 @@ def test_decoding_goes_on_from_a_prompt_with_a_bias() -> None:
     at, ones = jnp.arange(9)[None], jnp.ones((1, 9), jnp.int32)
     whole = decoder(x, at, ones, key_bias=bias)
     assert float(jnp.abs(whole - decoder(x, at, ones)).max()) > 1e-3
-    _, rows = decoder.prefill(x[:, :8], at[:, :8], ones[:, :8], key_bias=bias[:, :8])
-    cache = empty_cache(CONFIG.text, 1, 12, jnp.float32, key_bias=True)
-    cache = jax.tree.map(lambda empty, row: empty.at[:, :, :8].set(row), cache, rows)
-    last, _ = decoder.decode(x[:, 8:], jnp.array([8]), cache, jnp.array([8]))
+    pages = empty_pages(CONFIG.text, 4, 4, jnp.float32, key_bias=True)
+    places = jnp.arange(9)[None]
+    _, pages = decoder.prefill(
+        x[:, :8], at[:, :8], ones[:, :8], pages, places[:, :8], key_bias=bias[:, :8]
+    )
+    tables = jnp.arange(4)[None]
+    last, _ = decoder.decode(
+        x[:, 8:], jnp.array([8]), pages, tables, jnp.array([8]), jnp.array([9])
+    )
     np.testing.assert_allclose(last, whole[:, 8:], atol=1e-4)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from prumerge_jax.data.pipeline import Example
+from prumerge_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.digits import tokenizer as digits_tokenizer
@@ -13,7 +14,7 @@ from prumerge_jax.digits import tokenizer as digits_tokenizer
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     file.write_bytes(digits_tokenizer.build_for_digits())
-    return Tokenizer(file)
+    return SentencePieceTokenizer(file)
 
 
 def make_examples(

@@ -1,16 +1,12 @@
 """Runs of two processes: the losses of one process, one end for both, and restarts."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 
 import ml_collections
 import numpy as np
@@ -21,12 +17,11 @@ from prumerge_jax.store import model_directory as directories
 from prumerge_jax.training.checkpoint import verify
 from prumerge_jax.training.run import run
 from prumerge_jax.training.workdir import StopFlag
+from tests.several_processes import PATIENCE, assert_end_well, launch, log_of, program
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-STEPS, DEVICES, HEARTBEAT = 10, 2, 10
-PATIENCE = 600  # seconds; far beyond what a slow machine takes to compile, save and end
+STEPS, HEARTBEAT = 10, 10
 CONFIG_FILE = """
 import ml_collections
 
@@ -80,39 +75,6 @@ with distributed_session(sys.argv[1], 2, int(sys.argv[2]), heartbeat_seconds={HE
 """
 
 
-@contextmanager
-def launch(
-    command: Callable[[str, int], list[str]], logs: pathlib.Path
-) -> Iterator[list[subprocess.Popen]]:
-    """Two processes on two devices each, killed at the end; process i writes to `logs.i`.
-
-    `command` gives the arguments of Python, from the coordinator's address and i.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        # The last one counts; the others round this process and those alike.
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES}",
-    }
-    processes: list[subprocess.Popen] = []
-    try:
-        for index in range(2):
-            with open(f"{logs}.{index}", "w") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *command(coordinator, index)], cwd=ROOT, env=environment,
-                        stdout=log, stderr=subprocess.STDOUT,
-                    )
-                )  # fmt: skip
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
 def train(
     config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> AbstractContextManager[list[subprocess.Popen]]:
@@ -127,14 +89,6 @@ def train(
         ]  # fmt: skip
 
     return launch(command, workdir)
-
-
-def program(text: str, *arguments: str) -> Callable[[str, int], list[str]]:
-    return lambda coordinator, index: ["-c", text, coordinator, str(index), *arguments]
-
-
-def log_of(workdir: pathlib.Path, index: int) -> str:
-    return pathlib.Path(f"{workdir}.{index}").read_text()
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
@@ -198,11 +152,6 @@ def terminated(
         processes[1].send_signal(signal.SIGTERM)
         assert_end_well(processes, workdir)
     return workdir
-
-
-def assert_end_well(processes: list[subprocess.Popen], logs: pathlib.Path) -> None:
-    statuses = [process.wait(PATIENCE) for process in processes]
-    assert statuses == [0, 0], log_of(logs, 0) + log_of(logs, 1)
 
 
 def copy(workdir: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:

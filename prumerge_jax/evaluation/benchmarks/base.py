@@ -253,12 +253,16 @@ class Benchmark(abc.ABC, Generic[Annotations]):
             paths.append(path)
         return paths
 
-    def write_default_files(self, folder: pathlib.Path, options: Mapping[str, Any]) -> TaskFiles:
+    def write_default_files(self, folder: pathlib.Path, options: Mapping[str, Any]) -> None:
         """Makes the benchmark's files below `folder`; needs `default_options`.
 
         Raises:
           ValueError: An option is not allowed. Nothing is written.
         """
+        raise NotImplementedError
+
+    def default_files(self, folder: pathlib.Path) -> TaskFiles:
+        """Where `write_default_files` puts them."""
         raise NotImplementedError
 
     def check_default_options(self, options: Mapping[str, Any]) -> None:

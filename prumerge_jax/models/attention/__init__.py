@@ -7,19 +7,34 @@ Backends, one file each:
 * `cudnn`: the fused kernel of NVIDIA GPUs; float16 or bfloat16.
 * `splash`: the Pallas kernel of TPUs.
 
-`cache` is the attention of one new token to the cache.
+`pages` has the keys and values of growing sequences, and the attention of one new token to them.
 """
 
 import jax
 import jax.numpy as jnp
 
 from prumerge_jax.models import tuning
-from prumerge_jax.models.attention import blocks, cache, cudnn, splash, xla
+from prumerge_jax.models.attention import blocks, cudnn, splash, xla
 from prumerge_jax.models.attention.key_bias import with_columns
+from prumerge_jax.models.attention.pages import (
+    KVPages,
+    attend_to_pages,
+    empty_pages,
+    over_shards,
+    write_to_pages,
+)
 from prumerge_jax.models.attention.shards import HEADS
 from prumerge_jax.sharding.mesh import Axes
 
-__all__ = ["attend", "attend_to_cache", "backend_for"]
+__all__ = [
+    "KVPages",
+    "attend",
+    "attend_to_pages",
+    "backend_for",
+    "empty_pages",
+    "over_shards",
+    "write_to_pages",
+]
 
 _BACKENDS = {
     "xla": xla.attend,
@@ -28,7 +43,6 @@ _BACKENDS = {
     "splash": splash.attend,
 }
 _TAKES = {"cudnn": cudnn.takes, "splash": splash.takes}
-_CACHE_FORMS = {"xla": cache.attend_by_xla, "products": cache.attend_by_products}
 
 
 def attend(
@@ -88,39 +102,6 @@ def attend(
         axes=axes,
     )
     return attended[..., :head_dim]
-
-
-def attend_to_cache(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    layer: jax.Array | int,
-    lengths: jax.Array,
-    *,
-    implementation: str | None = None,
-) -> jax.Array:
-    """Attention of one new token per sequence to its cache.
-
-    Args:
-      q: [B, 1, H, D].
-      k, v: [L, B, S, K, D], the cache with the new token's entries already written.
-      layer: int32 [], the one whose entries are seen.
-      lengths: [B] int32, the number of valid entries. Entries beyond it are never seen, but must
-        be finite: masking here would read the complete cache once more at every step.
-      implementation: `xla` or `products`; by default `tuning.current().cache_attention`.
-
-    Returns:
-      [B, 1, H, D].
-
-    Raises:
-      ValueError: an unknown implementation.
-    """
-    name = implementation or tuning.current().cache_attention
-    if name not in _CACHE_FORMS:
-        raise ValueError(
-            f"unknown cache attention {name!r:.80}; expected one of {sorted(_CACHE_FORMS)}"
-        )
-    return _CACHE_FORMS[name](q, k, v, layer, jnp.arange(k.shape[2]) < lengths[:, None])
 
 
 def backend_for(dtype: jnp.dtype, head_dim: int) -> str:

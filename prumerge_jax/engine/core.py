@@ -1,0 +1,174 @@
+"""The core of the engine: requests are submitted at any time, and every step answers some.
+
+Requests wait in a queue until a window is formed of them. A window is closed when it is full, or
+with what there is as soon as a slot would stay free without it: a lone request is never held back.
+"""
+
+import collections
+from collections.abc import Callable, Iterable, Iterator
+
+from prumerge_jax.data import packing
+from prumerge_jax.engine.decoding import SlotDecoder
+from prumerge_jax.engine.encoding import PlacedModel
+from prumerge_jax.engine.request import Answer, Delta, Request, Usage
+from prumerge_jax.engine.scoring import Scores, dispatch_scores
+from prumerge_jax.engine.shapes import EngineShapes
+from prumerge_jax.engine.windows import Counters, Window, WindowPlanner
+
+_MakePlanner = Callable[[], WindowPlanner]
+
+
+class Core:
+    """Requests on their way through one engine.
+
+    Attributes:
+      decoder: slots and pages; created with the first request that generates.
+    """
+
+    def __init__(
+        self,
+        model: PlacedModel,
+        shapes: EngineShapes,
+        make_planner: _MakePlanner,
+        counters: Counters,
+        *,
+        key_bias: bool = False,
+    ) -> None:
+        self.model, self.shapes, self.counters = model, shapes, counters
+        self.decoder: SlotDecoder | None = None
+        self._make_planner, self._key_bias = make_planner, key_bias
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every request, without answers."""
+        if self.decoder is not None:
+            self.decoder.cancel_all()
+        self._to_generate = _Lane(self._make_planner, self.shapes.window_size)
+        self._to_score = _Lane(self._make_planner, self.shapes.window_size)
+        self._scores: collections.deque[Scores] = collections.deque()
+        self._text_tokens: dict[int, int] = {}
+        self._dropped: set[int] = set()
+        self._ready: list[Delta | Answer] = []
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._text_tokens or self._ready or self._dropped)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another request helps to fill the next windows."""
+        return self._to_generate.has_room and self._to_score.has_room
+
+    def submit(self, request: Request) -> None:
+        """Takes a request: to score if it has a continuation, else to generate from.
+
+        Raises:
+          ValueError: a request of the same key has not left yet.
+        """
+        if request.key in self._text_tokens or request.key in self._dropped:
+            raise ValueError(f"a request with key {request.key} is being answered already")
+        self._text_tokens[request.key] = request.text_tokens
+        lane = self._to_score if len(request.continuation) else self._to_generate
+        lane.queue.append(request)
+
+    def cancel(self, key: int) -> None:
+        """Ends a request; what it held is free at once, and its answer is among the next ones.
+
+        Raises:
+          ValueError: no request of this key waits for its answer.
+        """
+        if key not in self._text_tokens:
+            raise ValueError(f"no request with key {key} is being answered")
+        answer = self.decoder.cancel(key) if self.decoder is not None else None
+        if answer is None:
+            usage = Usage(0, self._text_tokens[key], 0)
+            answer = Answer(key, (), float("nan"), "cancelled", usage)
+            if not (self._to_generate.remove(key) or self._to_score.remove(key)):
+                self._dropped.add(key)  # it is in a window, and comes out of it later
+        del self._text_tokens[key]
+        self._ready.append(answer)
+
+    def step(self) -> list[Delta | Answer]:
+        """Dispatches the next piece of work of each kind, and returns what an earlier one gave."""
+        self._score()
+        self._generate()
+        events, self._ready = self._ready, []
+        return events
+
+    def _generate(self) -> None:
+        while self.decoder is None or self.decoder.wants_rows:
+            failed, rows = self._to_generate.next_rows()
+            self._hand_out(failed)
+            if rows is None:
+                break
+            if self.decoder is None:
+                self.decoder = SlotDecoder(self.model, self.shapes, key_bias=self._key_bias)
+            self.decoder.take(*rows, dropped=self._dropped)
+            self._dropped -= {rows[0].requests[index].key for index in rows[1].requests}
+        if self.decoder is not None:
+            self._hand_out(self.decoder.step())
+
+    def _score(self) -> None:
+        failed, rows = self._to_score.next_rows()
+        self._hand_out(failed)
+        if rows is not None:
+            longest = self.shapes.longest_prompt
+            self._scores.append(dispatch_scores(self.model, *rows, longest_prompt=longest))
+        if len(self._scores) > (rows is not None):
+            self._hand_out(self._scores.popleft().answers())
+
+    def _hand_out(self, events: Iterable[Delta | Answer]) -> None:
+        for event in events:
+            if event.key in self._dropped:
+                self._dropped.discard(event.key)
+                continue
+            if isinstance(event, Answer):
+                del self._text_tokens[event.key]
+                self.counters.requests += event.error is None
+            self._ready.append(event)
+
+
+class _Lane:
+    """Requests of one kind, from their queue to packed rows."""
+
+    def __init__(self, make_planner: _MakePlanner, window_size: int) -> None:
+        self.queue: collections.deque[Request] = collections.deque()
+        self._make_planner, self._window_size = make_planner, window_size
+        self._windows: Iterator[Window] | None = None
+        self._rows: collections.deque[tuple[Window, packing.Rows]] = collections.deque()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the queue holds less than will be taken next: a window, or two to begin with,
+        since the planner encodes one ahead."""
+        return len(self.queue) < self._window_size * (2 if self._windows is None else 1)
+
+    def remove(self, key: int) -> bool:
+        """Takes a request out of the queue; False if it is not there."""
+        for request in self.queue:
+            if request.key == key:
+                self.queue.remove(request)
+                return True
+        return False
+
+    def next_rows(self) -> tuple[list[Answer], tuple[Window, packing.Rows] | None]:
+        """The next batch of rows with its window, if there are any, and answers of requests that
+        cannot run."""
+        failed: list[Answer] = []
+        while not self._rows and (self._windows is not None or self.queue):
+            if self._windows is None:
+                self._windows = self._make_planner().windows(self._batches())
+            window = next(self._windows, None)
+            if window is None:
+                self._windows = None
+                continue
+            failed += window.failed
+            self._rows.extend((window, rows) for rows in window.batches)
+        return failed, self._rows.popleft() if self._rows else None
+
+    def _batches(self) -> Iterator[list[Request]]:
+        """The requests of one window after the other, until the queue is empty."""
+        while self.queue:
+            size = min(self._window_size, len(self.queue))
+            yield [self.queue.popleft() for _ in range(size)]

@@ -1,0 +1,203 @@
+"""Keys and values in pages, and the attention of one new token per sequence to its own.
+
+A sequence has a page for every `page_size` tokens, wherever there was a free one; its row of the
+page table lists them in order. A pool holds the pages of all layers: page p of layer l is page
+`l * P + p` of the arrays, P being the pages of one layer, so that a layer's are read where they
+lie. On a mesh every data shard has a pool of its own and numbers its pages from 0; a sequence's
+pages are on its own shard, so that no page travels.
+
+Forms of attention, one file each: `paged_xla` for every platform, `paged_kernels` for TPUs and
+GPUs. Each stores pages as it reads them best.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from prumerge_jax.models import tuning
+from prumerge_jax.models.attention import paged_kernels, paged_xla
+from prumerge_jax.models.attention.key_bias import widened
+from prumerge_jax.models.attention.shards import HEADS, on_shards
+from prumerge_jax.models.config import TextConfig
+from prumerge_jax.sharding.mesh import Axes, divisible_spec
+
+
+class KVPages(NamedTuple):
+    """Keys and values of all layers in pages; keys are rotated already.
+
+    Every number is finite: `write_to_pages` sees to it, since a kernel multiplies what it masks by
+    zero, and 0 * NaN is NaN.
+
+    Attributes:
+      k, v: [L * P, K, page, Dh], or [K, L * P, page, Dh] where a kernel reads them (`heads_first`).
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+
+class _Form(NamedTuple):
+    """A form of attention to pages.
+
+    Attributes:
+      attend: (queries [B, H, Dh], keys, values, first page of the layer, table, lengths) -> [B, H,
+        Dh], on one device.
+      heads_first: whether pages are stored as [K, L * P, page, Dh].
+      takes: whether it takes heads of this dtype and width.
+    """
+
+    attend: Callable[..., jax.Array]
+    heads_first: bool
+    takes: Callable[[jnp.dtype, int], bool]
+
+
+_FORMS = {
+    "xla": _Form(paged_xla.attend, False, lambda dtype, head_dim: True),
+    "paged_tpu": _Form(paged_kernels.attend_on_tpu, True, paged_kernels.tpu_takes),
+    "paged_gpu": _Form(paged_kernels.attend_on_gpu, True, paged_kernels.gpu_takes),
+}
+_PAGES_FIRST: Axes = ("batch", "heads", None, None)
+_HEADS_FIRST: Axes = ("heads", "batch", None, None)
+
+
+def form_for(dtype: jnp.dtype, head_dim: int) -> str:
+    """The form for heads of this dtype and width: the tuning's if it takes them, else `xla`."""
+    preferred = tuning.current().cache_attention
+    return preferred if _FORMS[preferred].takes(dtype, head_dim) else "xla"
+
+
+def empty_pages(
+    config: TextConfig,
+    pages: int,
+    page_size: int,
+    dtype: jnp.dtype,
+    *,
+    key_bias: bool = False,
+    implementation: str | None = None,
+) -> KVPages:
+    """A pool of zeros: `pages` pages in every layer, on a mesh over all its data shards; with room
+    for a bias of every key (`key_bias.py`)."""
+    head_dim = widened(config.head_dim) if key_bias else config.head_dim
+    form = _form(dtype, head_dim, implementation)
+    count, heads = config.num_layers * pages, config.num_kv_heads
+    leading = (heads, count) if form.heads_first else (count, heads)
+    zeros = jnp.zeros((*leading, page_size, head_dim), dtype)
+    return over_shards(KVPages(zeros, zeros), implementation=implementation)
+
+
+def over_shards(pages: KVPages, *, implementation: str | None = None) -> KVPages:
+    """The pool laid out over the current mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return pages
+    axes = _axes(_form(pages.k.dtype, pages.k.shape[-1], implementation))
+    spec = divisible_spec(pages.k.shape, *axes)
+    return KVPages(*(jax.lax.with_sharding_constraint(x, spec) for x in pages))
+
+
+def write_to_pages(
+    pages: KVPages,
+    k: jax.Array,
+    v: jax.Array,
+    layer: jax.Array | int,
+    num_layers: int,
+    places: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> KVPages:
+    """Writes new keys and values, token by token.
+
+    Args:
+      pages: the pool.
+      k, v: [B, T, K, Dh], rotated keys, and values.
+      layer: int32 [], whose they are.
+      num_layers: L.
+      places: [B, T] int32, `page * page_size + offset` of every token in the pool of its own data
+        shard; -1 writes nothing.
+    """
+    form = _form(k.dtype, k.shape[-1], implementation)
+    axes = _axes(form)
+
+    def write(pool: jax.Array, new: jax.Array, places: jax.Array, layer: jax.Array) -> jax.Array:
+        count = pool.shape[1 if form.heads_first else 0]
+        places = places.reshape(-1)
+        page, offset = jnp.divmod(places, pool.shape[2])
+        # Beyond the last page, where writes are dropped.
+        page = jnp.where(places >= 0, page + layer * (count // num_layers), count)
+        new = new.reshape(-1, *new.shape[2:]).astype(pool.dtype)
+        new = jnp.where(jnp.isfinite(new), new, 0)
+        if form.heads_first:
+            return pool.at[:, page, offset].set(new.swapaxes(0, 1), mode="drop")
+        return pool.at[page, :, offset].set(new, mode="drop")
+
+    all_axes = (axes, HEADS, HEADS[:2], ())
+    index = jnp.asarray(layer)
+    return KVPages(
+        *(
+            on_shards(write, (pool, new, places, index), all_axes, check_vma=False)
+            for pool, new in zip(pages, (k, v), strict=True)
+        )
+    )
+
+
+def attend_to_pages(
+    q: jax.Array,
+    pages: KVPages,
+    layer: jax.Array | int,
+    num_layers: int,
+    tables: jax.Array,
+    lengths: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Attention of one new token per sequence to its keys and values.
+
+    Args:
+      q: [B, 1, H, Dh].
+      pages: the pool, with the new token's keys and values already written.
+      layer: int32 [], the one whose pages are seen.
+      num_layers: L.
+      tables: [B, M] int32, the pages of each sequence in order; any page beyond its length.
+      lengths: [B] int32, valid tokens of each sequence; 0 sees nothing, and what comes out there
+        is of no meaning.
+      implementation: `xla`, `paged_tpu` or `paged_gpu`; by default `form_for` these heads.
+
+    Returns:
+      [B, 1, H, Dh] in the dtype of `q`.
+
+    Raises:
+      ValueError: an unknown implementation.
+    """
+    form = _form(q.dtype, q.shape[-1], implementation)
+    axes = _axes(form)
+
+    def run(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        tables: jax.Array,
+        lengths: jax.Array,
+        layer: jax.Array,
+    ) -> jax.Array:
+        first = layer * (k.shape[1 if form.heads_first else 0] // num_layers)
+        return form.attend(q[:, 0], k, v, first, tables, lengths)[:, None].astype(q.dtype)
+
+    all_axes = (HEADS, axes, axes, HEADS[:2], HEADS[:1], ())
+    arrays = (q, *pages, tables, lengths, jnp.asarray(layer))
+    return on_shards(run, arrays, all_axes, check_vma=False)
+
+
+@functools.cache
+def _axes(form: _Form) -> Axes:
+    return _HEADS_FIRST if form.heads_first else _PAGES_FIRST
+
+
+def _form(dtype: jnp.dtype, head_dim: int, implementation: str | None) -> _Form:
+    name = implementation or form_for(dtype, head_dim)
+    if name not in _FORMS:
+        raise ValueError(
+            f"unknown attention to pages {name!r:.80}; expected one of {sorted(_FORMS)}"
+        )
+    return _FORMS[name]
