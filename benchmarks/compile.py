@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from measuring import add_arguments, report
+from measuring import add_arguments, begin, progress, report
 
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.layers import AdapterConfig, LoRAParam
@@ -72,11 +72,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_cached = jax.config.values["jax_compilation_cache_dir"] is not None
     if is_cached and jax.config.values["jax_enable_compilation_cache"]:
         parser.error("a persistent compilation cache is set: unset JAX_COMPILATION_CACHE_DIR")
+    begin("compile", __doc__, minutes=2)
     to_compile = programs(arguments.layers, arguments.width)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in to_compile}
     for _ in range(arguments.repeats):
         for name, (function, shapes) in to_compile.items():
             seconds[name].append(trace_and_compile(function, shapes))
+            progress(f"{name}: {sum(seconds[name][-1]):.0f} s")
     results = []
     for name, pairs in seconds.items():
         trace, compilation = np.median(pairs, axis=0)

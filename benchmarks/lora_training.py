@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms, report
+from measuring import add_rate_arguments, begin, interleaved, peak_rates, quartiles_ms, report
 from models import add_geometry_argument, geometry, random_llava
 from prefill import packed_rows
 
@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3 if on_cpu else 20)
     add_rate_arguments(parser)
     arguments = parser.parse_args(argv)
+    begin("lora_training", __doc__, minutes=4)
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     chip = peak_rates(arguments.chip, dtype)
     adapter = AdapterConfig(arguments.rank, alpha=2.0 * arguments.rank)

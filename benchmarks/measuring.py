@@ -1,4 +1,9 @@
-"""What all benchmarks share: timing, peak rates, memory, and the report."""
+"""What all benchmarks share: their first line, timing, peak rates, memory, and the report.
+
+`--json FILE` writes one object: `benchmark`; `environment` (device, number of devices, cores, load,
+versions, XLA flags); `arguments`; `results`, a list of flat rows with the same keys, listed in
+`benchmarks/README.md`; `notes`; and `peak`, where floors are computed from one.
+"""
 
 import argparse
 import importlib.metadata
@@ -20,7 +25,25 @@ from prumerge_jax.cost import CHIPS, Chip
 
 Name = TypeVar("Name", str, int)
 
+_SILENCE_SECONDS = 3.0
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
+
+
+def begin(name: str, what: str, minutes: float) -> None:
+    """Prints the first line of a benchmark.
+
+    Args:
+      name: its name.
+      what: what it does; the first line is taken.
+      minutes: about how long it takes at its default sizes on two CPU cores.
+    """
+    first = what.splitlines()[0].rstrip(".")
+    print(f"{name}: {first}; about {minutes:g} min on two cores by default", flush=True)
+
+
+def progress(text: str) -> None:
+    """Prints what was done or comes next, so that nobody waits in the dark."""
+    print(f"  {text}", flush=True)
 
 
 def interleaved(arms: Mapping[Name, Callable[[], Any]], repeats: int) -> dict[Name, list[float]]:
@@ -29,10 +52,16 @@ def interleaved(arms: Mapping[Name, Callable[[], Any]], repeats: int) -> dict[Na
     The arms take turns (A B A B), so that a change of the machine's load hits all of them. Each
     runs once before, untimed: compilation and first touches are not counted.
     """
-    for arm in arms.values():
+    for name, arm in arms.items():
+        start = time.perf_counter()
         jax.block_until_ready(arm())
+        if (took := time.perf_counter() - start) > _SILENCE_SECONDS:
+            progress(f"{name}: compiled and run once, {took:.0f} s")
     seconds: dict[Name, list[float]] = {name: [] for name in arms}
-    for _ in range(repeats):
+    for number in range(repeats):
+        left = sum(map(sum, seconds.values())) * (repeats - 1)
+        if number == 1 and left > _SILENCE_SECONDS:
+            progress(f"{repeats - 1} more rounds, {left:.0f} s")
         for name, arm in arms.items():
             start = time.perf_counter()
             jax.block_until_ready(arm())
@@ -64,24 +93,31 @@ def peak_rates(name: str | None, dtype: jnp.dtype) -> Chip:
     so that `Chip.bandwidth` always says how fast 16-bit numbers would be.
 
     Args:
-      name: a chip of the cost model's table, at its datasheet peaks; None measures this machine,
-        by the best of a few large matrix products and sums of a large array.
+      name: a chip of the cost model's table, at its datasheet peaks; FLOP/s and byte/s with a colon
+        between them; None measures this machine, by the best of a few large matrix products and
+        sums of a large array.
       dtype: compute dtype.
 
     Raises:
       ValueError: a named chip and a dtype that its datasheet peak is not for.
     """
     if name is None:
-        return _measured_rates(dtype)
-    if dtype.itemsize != 2:
+        progress("measuring this machine's peak")
+        flops, bandwidth = measured_peak(dtype)
+    elif ":" in name:
+        flops, bandwidth = map(float, name.split(":"))
+    elif dtype.itemsize != 2:
         raise ValueError(
             f"the datasheet peaks of {name} are for 16 bit, the computation is {dtype}: choose "
             "--dtype bfloat16, or leave --chip out to measure this machine's peak"
         )
-    return CHIPS[name]
+    else:
+        return CHIPS[name]
+    return Chip(flops, 2 * bandwidth / dtype.itemsize)
 
 
-def _measured_rates(dtype: jnp.dtype) -> Chip:
+def measured_peak(dtype: jnp.dtype) -> tuple[float, float]:
+    """FLOP/s and byte/s of this machine."""
     on_cpu = jax.default_backend() == "cpu"
     side, numbers = (2048, 1 << 26) if on_cpu else (8192, 1 << 29)
     matrix = jnp.ones((side, side), dtype)
@@ -90,8 +126,16 @@ def _measured_rates(dtype: jnp.dtype) -> Chip:
     seconds = interleaved(
         {"multiply": lambda: multiply(matrix, matrix), "read": lambda: add_up(array)}, repeats=7
     )
-    bandwidth = 2 * numbers / min(seconds["read"])
-    return Chip(2 * side**3 / min(seconds["multiply"]), bandwidth)
+    bandwidth = dtype.itemsize * numbers / min(seconds["read"])
+    return 2 * side**3 / min(seconds["multiply"]), bandwidth
+
+
+def _chip(name: str) -> str:
+    """A chip's name or its rates, checked."""
+    rates = name.split(":")
+    if name in CHIPS or (len(rates) == 2 and all(float(rate) > 0 for rate in rates)):
+        return name
+    raise ValueError
 
 
 def reset_peak_memory() -> None:
@@ -169,7 +213,11 @@ def add_rate_arguments(parser: argparse.ArgumentParser) -> None:
         help="of weights and computation (default here: %(default)s)",
     )
     parser.add_argument(
-        "--chip", choices=sorted(CHIPS), help="datasheet peaks; default: this machine's, measured"
+        "--chip",
+        type=_chip,
+        metavar="CHIP",
+        help=f"datasheet peaks of {', '.join(sorted(CHIPS))}, or FLOP/s:byte/s; default: this "
+        "machine's, measured",
     )
     add_arguments(parser)
 
@@ -187,17 +235,12 @@ def report(
     Args:
       name: name of the benchmark.
       arguments: its flags.
-      results: one flat object per line of the table, all with the same keys.
+      results: one flat object per line of the table, all with the same keys; None was not
+        measured.
       chip: the rates that floors come from.
       notes: printed below the table.
     """
-    record = {
-        "benchmark": name,
-        "environment": environment(),
-        "arguments": {k: v for k, v in vars(arguments).items() if k != "json"},
-        "results": list(results),
-        "notes": list(notes),
-    }
+    record = measured(name, arguments, results, notes)
     if chip is not None:
         scale = jnp.dtype(arguments.dtype).itemsize / 2  # see `peak_rates`
         record["peak"] = {
@@ -209,6 +252,22 @@ def report(
         print(line)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def measured(
+    name: str,
+    arguments: argparse.Namespace,
+    results: Sequence[Mapping[str, Any]],
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """What `--json` writes of a benchmark."""
+    return {
+        "benchmark": name,
+        "environment": environment(),
+        "arguments": {k: v for k, v in vars(arguments).items() if k != "json"},
+        "results": list(results),
+        "notes": list(notes),
+    }
 
 
 def _lines(record: Mapping[str, Any]) -> list[str]:
@@ -233,6 +292,8 @@ def _lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
     return str(value)

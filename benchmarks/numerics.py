@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from measuring import add_arguments, report
+from measuring import add_arguments, begin, progress, report
 from models import (
     add_geometry_argument,
     geometry,
@@ -114,7 +114,11 @@ def logits(model: Model, rows: programs.Rows, tokens: jax.Array, form: Tuning) -
     graphdef, state = model
     longest = rows.ids.shape[1]
     with tuning.use(form):
-        hidden, _ = programs.prefill(*model, tokens, rows, max_segment_length=longest)
+        pages = programs.empty_pages(*model, pages=1, page_size=16, dtype=tokens.dtype)
+        nowhere = jnp.full_like(rows.ids, -1)
+        hidden, _ = programs.prefill(
+            *model, pages, tokens, rows, nowhere, max_segment_length=longest
+        )
     flat = hidden.reshape(-1, hidden.shape[-1])[::8]
     head = jax.jit(lambda state, x: nnx.merge(graphdef, state).decoder.logits(x))
     return np.asarray(head(state, flat))
@@ -153,7 +157,7 @@ def engine(
         EngineConfig(batch_size=4, window_size=8, prefill_rows=2, slots=8),
         reduction,
         config.vision.num_patches,
-        np.array([request.text_tokens + len(request.continuation) for request in requests]),
+        [request.opening for request in requests],
         max_new_tokens=new,
         max_positions=config.text.max_positions,
     )
@@ -228,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cases", type=pathlib.Path, help="an .npz of a tower's outputs")
     add_arguments(parser)
     arguments = parser.parse_args(argv)
+    begin("numerics", __doc__, minutes=2)
     try:
         cpu = jax.devices("cpu")[0]
     except RuntimeError as error:
@@ -235,8 +240,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     model = random_llava_for_inference(config, dtype)
 
+    progress("selection of patches, on both sides")
     results = selection(config, arguments.kept, arguments.cases, cpu)
+    progress("logits of packed rows, on both sides")
     results.append(compare_logits(config, model, dtype, mesh_on([cpu])))
+    progress("requests alone and in company")
     results += company(config, model, dtype)
     report("numerics", arguments, results)
     if any(result["passed"] == "NO" for result in results):

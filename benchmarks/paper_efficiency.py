@@ -17,10 +17,14 @@ compares.
 import argparse
 import dataclasses
 import itertools
+import json
+import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from prumerge_jax.cost.roofline import CHIPS, Chip, Operation
-from prumerge_jax.models.config import TextConfig, decoder_linears, published
+from prumerge_jax.families import published
+from prumerge_jax.models.config import TextConfig, decoder_linears
 
 VICUNA_VOCABULARY = 32000
 
@@ -166,6 +170,21 @@ def efficiency_lines(text_tokens: int) -> list[str]:
     return lines
 
 
+def results(text_tokens: int) -> list[dict[str, Any]]:
+    """The rows of the table as JSON values, at the inferred text lengths and at a constant one."""
+    rows = itertools.product(INFERRED_TEXT_TOKENS, (16, 8, 4), (0, 1), (True, False))
+    return [
+        {
+            "model": model,
+            "bits": bits,
+            "visual_tokens": VISUAL_TOKENS[row],
+            "text_tokens": (text := INFERRED_TEXT_TOKENS[model][row] if inferred else text_tokens),
+            **dataclasses.asdict(_recomputed(model, bits, VISUAL_TOKENS[row] + text)),
+        }
+        for model, bits, row, inferred in rows
+    ]
+
+
 def _recomputed(model: str, bits: int, sequence: int) -> Efficiency:
     text = dataclasses.replace(published(model).text, vocab_size=VICUNA_VOCABULARY)
     return efficiency(text, sequence, bits, CHIPS["v100"])
@@ -191,8 +210,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text_tokens", type=int, default=60, help="where text is constant")
-    for line in efficiency_lines(parser.parse_args(argv).text_tokens):
+    parser.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
+    arguments = parser.parse_args(argv)
+    print(f"paper_efficiency: {__doc__.splitlines()[0].rstrip('.')}; at once")
+    for line in efficiency_lines(arguments.text_tokens):
         print(line)
+    if arguments.json is not None:
+        record = {
+            "benchmark": "paper_efficiency",
+            "arguments": {"text_tokens": arguments.text_tokens},
+            "results": results(arguments.text_tokens),
+            "notes": [],
+        }
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python benchmarks/prefill.py
 
 Rows are filled with equal segments of `--visual` and `--text_tokens` tokens; what is left of a row
-is padding. `read` is the prefill of scoring, `prefill` that of generation, which keeps the cache;
-both end with the head at the last position of every segment. `utilisation` is the FLOPs of the real
-tokens (causal attention, no padding) over time and peak, `floor_ms` the cost model's for projector
-and prefill, `efficiency` real over computed tokens.
+is padding. `read` is the prefill of scoring, `prefill` that of generation, which writes keys and
+values into pages; both end with the head at the last position of every segment. `utilisation` is
+the FLOPs of the real tokens (causal attention, no padding) over time and peak, `floor_ms` the cost
+model's for projector and prefill, `efficiency` real over computed tokens.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms, report
+from measuring import add_rate_arguments, begin, interleaved, peak_rates, quartiles_ms, report
 from models import add_geometry_argument, geometry, random_llava_for_inference
 
 from prumerge_jax.cost import Workload, floor_seconds, operations
@@ -25,6 +25,7 @@ from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.data.visual_layout import CropTokens, runs
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.request import MAX_STOP_IDS
+from prumerge_jax.models import tuning
 
 
 def packed_rows(visual: int, text: int, length: int, rows: int) -> tuple[packing.Rows, int]:
@@ -51,7 +52,7 @@ def arms(
     )
     last = rows.row_of * rows.ids.shape[1] + rows.start_of + rows.length_of - 1
     index, targets = jnp.asarray(last), jnp.ones(len(last), jnp.int32)
-    integers = (rows.row_of, rows.start_of, rows.length_of, rows.length_of)
+    integers = (rows.row_of, rows.start_of, *[rows.length_of] * 3)
     greedy = programs.Sampling(
         temperature=jnp.zeros(len(last)),
         top_p=jnp.ones(len(last)),
@@ -67,9 +68,17 @@ def arms(
         )
         return programs.log_likelihoods(*model, partial, index, targets)
 
-    def prefill() -> tuple[jax.Array, object]:
-        hidden, cache = programs.prefill(*model, tokens, device, max_segment_length=longest)
-        return programs.first_tokens(*model, hidden, segments), cache
+    page_size = tuning.current().page_size
+    count = -(-rows.ids.size // page_size)
+    pages = programs.empty_pages(*model, pages=count, page_size=page_size, dtype=tokens.dtype)
+    places = jnp.arange(rows.ids.size, dtype=jnp.int32).reshape(rows.ids.shape)
+
+    def prefill() -> jax.Array:
+        nonlocal pages
+        hidden, pages = programs.prefill(
+            *model, pages, tokens, device, places, max_segment_length=longest
+        )
+        return programs.first_tokens(*model, hidden, segments)
 
     return {"read": read, "prefill": prefill}
 
@@ -86,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5 if on_cpu else 20)
     add_rate_arguments(parser)
     arguments = parser.parse_args(argv)
+    begin("prefill", __doc__, minutes=4)
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     chip = peak_rates(arguments.chip, dtype)
     model = random_llava_for_inference(config, dtype)

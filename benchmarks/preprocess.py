@@ -5,12 +5,15 @@
 
 First the steps on one core, in this process and in processor time, so that other jobs do not count:
 decoding; padding or cropping with the resize; both. Then the stream that evaluation reads, with 1,
-2, ... worker processes, in wall-clock time from the moment all of them are at work.
+2, ... worker processes, in wall-clock time from the moment all of them are at work. Then what
+training reads (`training, N workers`): grain's workers read a file, make its pixels, tokenise and
+label a conversation of about `--training_text_tokens`; `packing` places such samples in rows.
 
-`ms` is per image and of this process alone: for the stream it is what taking over the workers'
+`ms` is per image and of this process alone: for a stream it is what taking over the workers'
 results costs, which bounds the rate however many workers there are. `over_one_worker` is the rate
-over that of the stream with one worker. The last line compares with the images that an accelerator
-can take at most, by the cost model.
+over that of the same stream with one worker. The last lines compare with the images that an
+accelerator can take at most, by the cost model, and with the samples that the hosts of TPU slices
+train on at `--utilisation`: the ratio, or how many such cores it takes.
 """
 
 import argparse
@@ -18,22 +21,35 @@ import io
 import itertools
 import os
 import pathlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from measuring import add_arguments, report
+from absl import flags
+from measuring import add_arguments, begin, progress, report
 from PIL import Image
+from prefill import packed_rows
 
-from prumerge_jax.cost import CHIPS, Workload, images_per_second
+from prumerge_jax.conversion.miniature import model_directory
+from prumerge_jax.cost import CHIPS, Workload, images_per_second, training_flops
+from prumerge_jax.data import pipeline
 from prumerge_jax.data.images import CLIP_MEAN, ImageMode, ImageProcessor, load_image, preprocess
 from prumerge_jax.data.loading import Named, stream_pixels
-from prumerge_jax.models.config import published
+from prumerge_jax.data.pipeline import Preprocessor
+from prumerge_jax.data.samples import Sample
+from prumerge_jax.data.templates import chat_template
+from prumerge_jax.data.tokenizer import load_tokenizer, tokenizer_file
+from prumerge_jax.families import published
 
 SIZE = published("llava-1.5-7b").vision.image_size
 IMAGES = 16
+BATCH = 16  # samples that grain's workers hand over together
+WORD = "north 3 yes, "  # of the miniature's vocabulary
+TRAINING_HOSTS = {"tpu-v5e": (4, 56), "tpu-v6e": (8, 90)}
+"""Chips and cores of a host of a slice: ct5lp-hightpu-4t, ct6e-standard-8t, two vCPUs a core."""
 QUALITY = 90  # of the JPEG files
 
 
@@ -89,21 +105,70 @@ def stream(
     return images / seconds, 1e3 * (time.process_time() - start_processor) / images
 
 
+class Reader:
+    """Reads a row of the training data as `Records.to_sample` does; picklable."""
+
+    def __init__(self, text: str) -> None:
+        self.turns = [
+            {"from": "human", "value": "<image>\nWhat is this?"},
+            {"from": "gpt", "value": text},
+        ]
+
+    def __call__(self, path: str) -> Sample:
+        """The sample about an image file."""
+        return {"id": path, "image": pathlib.Path(path).read_bytes(), "conversations": self.turns}
+
+
+def training_stream(
+    paths: Sequence[pathlib.Path], samples: int, text_tokens: int, workers: int
+) -> tuple[float, float]:
+    """Samples per second of grain's stream, and milliseconds of this process per sample."""
+    tokenizer = load_tokenizer(tokenizer_file(model_directory("miniature")))
+    text = WORD * (text_tokens // len(tokenizer.encode(WORD)))
+    preprocess = Preprocessor(
+        tokenizer, chat_template("vicuna_v1"), ImageProcessor(SIZE, CLIP_MEAN), "prumerge"
+    )
+    rows = pipeline.examples([str(path) for path in paths], preprocess, to_sample=Reader(text))
+    batches = pipeline.grouped(pipeline.stream(rows, seed=0), BATCH)
+    stream = pipeline.read(batches, num_workers=workers)
+    for _ in range(4 * workers):  # until all of them are at work
+        next(stream)
+    start, start_processor = time.perf_counter(), time.process_time()
+    for _ in range(-(-samples // BATCH)):
+        next(stream)
+    seconds = time.perf_counter() - start
+    number = -(-samples // BATCH) * BATCH
+    return number / seconds, 1e3 * (time.process_time() - start_processor) / number
+
+
+def packing_ms(visual_tokens: int, text_tokens: int) -> float:
+    """Milliseconds of processor time to place a sample in a row."""
+    times, samples = [], 0
+    for _ in range(5):
+        start = time.process_time()
+        _, samples = packed_rows(visual_tokens, text_tokens, 2048, 32)
+        times.append(time.process_time() - start)
+    return 1e3 * float(np.median(times)) / samples
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the images, times the steps and the streams, and reports."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--mode", default="pad", choices=("pad", "crop"))
-    parser.add_argument("--images", type=int, default=500, help="timed, per number of workers")
+    parser.add_argument("--images", type=int, default=200, help="timed, per number of workers")
     parser.add_argument("--most_workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--training_text_tokens", type=int, default=200, help="per sample")
+    parser.add_argument("--utilisation", type=float, default=0.5, help="of a TPU, in training")
     parser.add_argument("--visual_tokens", type=float, default=144, help="per image")
     parser.add_argument("--text_tokens", type=int, default=60)
     parser.add_argument("--chip", default="h100", choices=sorted(CHIPS), help="to be fed")
     parser.add_argument("--chip_cores", type=int, default=16, help="of the machine that feeds it")
     add_arguments(parser)
     arguments = parser.parse_args(argv)
+    begin("preprocess", __doc__, minutes=1)
     mode: ImageMode = arguments.mode
 
     with tempfile.TemporaryDirectory() as folder:
@@ -125,17 +190,64 @@ def main(argv: Sequence[str] | None = None) -> None:
         for _ in range(arguments.repeats):
             for workers in counts:
                 streams[workers].append(stream(paths, expected, arguments.images, mode, workers))
+                progress(f"{workers} workers: {streams[workers][-1][0]:.0f} images/s")
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS(sys.argv[:1])  # grain's workers ask for it
+        text, trained = arguments.training_text_tokens, {}
+        for workers in counts:
+            trained[workers] = training_stream(paths, arguments.images, text, workers)
+            progress(f"training, {workers} workers: {trained[workers][0]:.0f} samples/s")
 
     rates = {name: (1e3 / step_ms, step_ms) for name, step_ms in ms.items()}
     for workers, runs in streams.items():
         rate, parent_ms = np.median(runs, axis=0).tolist()
         rates[f"{workers} workers"] = rate, parent_ms
-    one_worker = rates["1 workers"][0]
+    for workers, measured in trained.items():
+        rates[f"training, {workers} workers"] = measured
+    pack = packing_ms(int(arguments.visual_tokens), text)
+    rates["packing"] = 1e3 / pack, pack
+    ones = {True: rates["training, 1 workers"][0], False: rates["1 workers"][0]}
     results: list[dict[str, Any]] = [
-        {"arm": arm, "images_per_s": rate, "ms": own_ms, "over_one_worker": rate / one_worker}
+        {
+            "arm": arm,
+            "images_per_s": rate,
+            "ms": own_ms,
+            "over_one_worker": rate / ones[arm.startswith("training")],
+        }
         for arm, (rate, own_ms) in rates.items()
     ]
-    report("preprocess", arguments, results, notes=[feeding(1e3 / ms["one core"], arguments)])
+    in_one_process = max(parent_ms for _, parent_ms in trained.values()) + pack
+    notes = [feeding(1e3 / ms["one core"], arguments)]
+    notes += [
+        training(host, trained[1][0], 1e3 / in_one_process, arguments) for host in TRAINING_HOSTS
+    ]
+    report("preprocess", arguments, results, notes=notes)
+
+
+def training(host: str, per_core: float, most: float, arguments: argparse.Namespace) -> str:
+    """What the training of a TPU host needs against what its cores give.
+
+    Args:
+      host: of `TRAINING_HOSTS`.
+      per_core: samples per second of a worker.
+      most: samples per second that the main process takes over and packs.
+      arguments: the flags.
+    """
+    chips, cores = TRAINING_HOSTS[host]
+    flops = training_flops(
+        published("llava-1.5-7b"), arguments.visual_tokens, arguments.training_text_tokens, 128
+    )
+    need = chips * CHIPS[host].flops * arguments.utilisation / sum(flops.values())
+    given = min(cores * per_core, most)
+    enough = f"{given / need:.2g} times the need"
+    if given < 2 * need:
+        enough += f"; twice the need takes {2 * need / per_core:.0f} cores"
+        if most < 2 * need:
+            enough += f" and a main process that is {2 * need / most:.2g} times as fast"
+    return (
+        f"LoRA of 7B on a host of {chips} {host} at {arguments.utilisation:.0%} of the peak "
+        f"trains on {need:.0f} samples/s; {cores} such cores prepare {given:.0f}, {enough}"
+    )
 
 
 def feeding(per_core: float, arguments: argparse.Namespace) -> str:

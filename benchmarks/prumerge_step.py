@@ -4,9 +4,10 @@
 
 Hidden states and keys are random; the attention has exactly `--kept` outliers (`--kept_plus` for
 PruMerge+, which adds its spatial samples). Both forms must give the same tokens before they are
-timed. `ratio` is the loop's time over ours, the loop at the better of one and all threads;
-`tower_share` is our step's time over that of the tower, which is timed at `--tower_batch` images
-and scaled; the floor is the cost model's for merging as many tokens as are kept.
+timed; without PyTorch, and with `--no-loop`, ours is alone, and `loop_ms` and `ratio` are null.
+`ratio` is the loop's time over ours, the loop at the better of one and all threads; `tower_share`
+is our step's time over that of the tower, which is timed at `--tower_batch` images and scaled; the
+floor is the cost model's for merging as many tokens as are kept.
 """
 
 import argparse
@@ -19,20 +20,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import torch_prumerge
 from flax import nnx
-from measuring import add_rate_arguments, interleaved, peak_rates, report
+from measuring import add_rate_arguments, begin, interleaved, peak_rates, report
 from models import GEOMETRIES, outlier_attention, random_weights
 
 from prumerge_jax import prumerge
 from prumerge_jax.cost import Operation, Workload, operations
 from prumerge_jax.models.config import VisionConfig
+
+try:
+    import torch
+    import torch_prumerge
+except ModuleNotFoundError:
+    torch = torch_prumerge = None
 from prumerge_jax.models.vision_tower import VisionFeatures, VisionTower
 
 
 def check_equal(
-    ours: prumerge.VisualTokens, theirs: Sequence[torch.Tensor], tolerance: float = 1e-4
+    ours: prumerge.VisualTokens, theirs: "Sequence[torch.Tensor]", tolerance: float = 1e-4
 ) -> None:
     """Compares the tokens of both forms.
 
@@ -92,9 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--geometry", default="7b", choices=GEOMETRIES, help="sizes of the tower (%(default)s)"
     )
+    parser.add_argument("--loop", action=argparse.BooleanOptionalAction, default=torch is not None)
     parser.add_argument("--tower_batch", type=int, default=1, help="images per run of the tower")
     add_rate_arguments(parser)
     arguments = parser.parse_args(argv)
+    begin("prumerge_step", __doc__, minutes=1)
     model = GEOMETRIES[arguments.geometry]
     vision, dtype = model.vision, jnp.dtype(arguments.dtype)
     chip = peak_rates(arguments.chip, dtype)
@@ -103,7 +110,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     shape = (arguments.batch, vision.num_patches, vision.width)
     hidden, keys = (rng.standard_normal(shape, np.float32) for _ in range(2))
     in_jax = jnp.asarray(hidden, dtype), jnp.asarray(keys)
-    in_torch = torch.from_numpy(hidden), torch.from_numpy(keys)
     step = jax.jit(prumerge.reduce_tokens, static_argnames="config")
 
     cases = [("prumerge", kept) for kept in arguments.kept]
@@ -115,17 +121,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         ours = functools.partial(
             step, *in_jax, jnp.asarray(attention), config=prumerge.preset(name)
         )
-        loop = functools.partial(
-            torch_prumerge.reduce_tokens,
-            *in_torch,
-            torch.from_numpy(attention),
-            spatial=name == "prumerge+",
-        )
         visual = ours()
-        check_equal(visual, loop(), tolerance=1e-4 if dtype == jnp.float32 else 0.25)
         lengths[f"{name} {kept}"] = float(visual.lengths.mean())
-        arms |= {f"{name} {kept}": ours, f"{name} {kept} loop": loop}
-    threads = use_best_threads(loop)
+        arms[f"{name} {kept}"] = ours
+        if arguments.loop:
+            loop = functools.partial(
+                torch_prumerge.reduce_tokens,
+                *map(torch.from_numpy, (hidden, keys, attention)),
+                spatial=name == "prumerge+",
+            )
+            check_equal(visual, loop(), tolerance=1e-4 if dtype == jnp.float32 else 0.25)
+            arms[f"{name} {kept} loop"] = loop
+    notes = []
+    if arguments.loop:
+        notes = [f"PyTorch loop on {use_best_threads(loop)} of {os.cpu_count()} cores"]
     seconds = {arm: np.median(times) for arm, times in interleaved(arms, arguments.repeats).items()}
     tower = tower_seconds(vision, arguments.tower_batch, dtype, max(3, arguments.repeats // 3))
     tower *= arguments.batch / arguments.tower_batch
@@ -135,23 +144,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case, visual_tokens in lengths.items():
         share = visual_tokens / vision.num_patches
         floor = Operation(every_row.flops * share, every_row.bytes).seconds(chip)
+        loop_seconds = seconds.get(f"{case} loop")
         results.append(
             {
                 "case": case,
                 "visual_tokens": visual_tokens,
                 "ms": 1e3 * seconds[case],
-                "loop_ms": 1e3 * seconds[f"{case} loop"],
-                "ratio": seconds[f"{case} loop"] / seconds[case],
+                "loop_ms": 1e3 * loop_seconds if loop_seconds else None,
+                "ratio": loop_seconds / seconds[case] if loop_seconds else None,
                 "floor_ms": 1e3 * floor,
                 "floor_share": floor / seconds[case],
                 "tower_ms": 1e3 * tower,
                 "tower_share": seconds[case] / tower,
             }
         )
-    notes = [
-        f"tower timed at {arguments.tower_batch} images, scaled to {arguments.batch}",
-        f"PyTorch loop on {threads} of {os.cpu_count()} cores",
-    ]
+    notes.append(f"tower timed at {arguments.tower_batch} images, scaled to {arguments.batch}")
     report("prumerge_step", arguments, results, chip=chip, notes=notes)
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from measuring import add_arguments, interleaved, quartiles_ms, report
+from measuring import add_arguments, begin, interleaved, quartiles_ms, report
 from models import add_geometry_argument, geometry, random_llava
 
 from prumerge_jax import reductions
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     add_arguments(parser)
     arguments = parser.parse_args(argv)
+    begin("reductions", __doc__, minutes=5)
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     model = random_llava(tower_only(config), dtype)
     pixels = jax.random.normal(

@@ -2,26 +2,31 @@
 
     python benchmarks/scoring.py
     python benchmarks/scoring.py --output_tokens 8 --means 40 144
+    python benchmarks/scoring.py --questions_per_image 18
 
-Every request is one image (uint8, resized) with `--text_tokens` of text. With one output token the
-engine scores a continuation of one token, with more it decodes greedily. Tower, PruMerge step,
-packing, prefill and decoding all run; but random weights say nothing about how many tokens an image
-needs, so the counts are drawn from a lognormal distribution and put in place of the measured ones
-before the window is planned. `full` is the same engine with all patches, `transformers` is
-`LlavaForConditionalGeneration` in PyTorch at its best batch size. `--data` splits the engine's rows
-over this many devices. A CPU is taken as two devices, so that each half of its cores has different
-rows (XLA runs the small products of attention on one core per device), at the price of a copy of
-the weights for each.
+Every request is a question of `--text_tokens` about an image (uint8, resized), which comes after 35
+of them. With one output token the engine scores a continuation of one token, with more it decodes
+greedily. Tower, PruMerge step, packing, prefill and decoding all run; but random weights say
+nothing about how many tokens an image needs, so the counts are drawn from a lognormal distribution
+and put in place of the measured ones before the window is planned. `full` is the same engine with
+all patches, `transformers` is `LlavaForConditionalGeneration` in PyTorch at its best batch size.
+With several questions per image every arm of the engine runs twice: with what they share computed
+once (`shared`), and without, on `--apart_requests` of them, whose rate does not depend on how many
+they are. `--data` splits the engine's rows over this many devices. A CPU is taken as two devices,
+so that each half of its cores has different rows (XLA runs the small products of attention on one
+core per device), at the price of a copy of the weights for each.
 
-Columns: `efficiency` is real over computed row tokens; `speedup` is against `full`, and
-`flop_ratio` what the FLOPs allow; `floor_share` is images per second over the cost model's floor at
-`--floor_batch` images (which counts the complete last layer, where scoring computes most of it for
+Columns: `efficiency` is real over computed row tokens; `speedup` is against `full` that shares as
+the arm does, and `flop_ratio` what the FLOPs allow; `sharing_speedup` is against the same arm that
+shares nothing; `floor_share` is questions per second over the cost model's floor at `--floor_batch`
+questions (which counts the complete last layer, where scoring computes most of it for
 the scored positions alone); `memory_gb` the peak during the arm, weights of all arms included;
 `compilations` counts functions compiled in the timed part.
 """
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +38,7 @@ from jax.sharding import Mesh
 from measuring import (
     Compilations,
     add_rate_arguments,
-    interleaved,
+    begin,
     peak_memory_gb,
     peak_rates,
     report,
@@ -43,6 +48,7 @@ from models import add_geometry_argument, geometry, random_llava_for_inference
 
 from prumerge_jax import reductions
 from prumerge_jax.cost import Chip, Workload, images_per_second, operations
+from prumerge_jax.cost.roofline import FRONT_TOKENS
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding, PlacedModel
 from prumerge_jax.engine.engine import Engine
@@ -52,8 +58,12 @@ from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.sharding.mesh import make_mesh, replicated, use_mesh
 
 CPU_DEVICES = 2
+USUAL_SHARE = 0.4  # of the peak, all stages together
 SIGMA = 0.45  # of the logarithm of the counts
 FULL, PEER = "full", "transformers"
+SHARED_IMAGES = {FULL: 2, "prumerge+": 6, "prumerge": 7}
+APART_QUESTIONS = {FULL: 4, "prumerge+": 12, "prumerge": 19}
+"""What fills rows on a CPU: images with 18 questions each, and questions that share nothing."""
 
 
 class DrawnCounts(Encoder):
@@ -65,9 +75,9 @@ class DrawnCounts(Encoder):
         """The encoder's images with other lengths; every jitted function runs as it does there."""
         images = super().measure(encoding)
         lengths = images.lengths.copy()
-        for request, image in zip(encoding.requests, encoding.image_of, strict=True):
-            assert image is not None  # every request has one
-            batch, row = divmod(image, len(lengths))
+        places = encoding.places
+        for request, ((number,),) in zip(places.requests, places.numbers, strict=True):
+            batch, row = divmod(number, len(lengths))
             lengths[row, batch] = self.counts[request.key]
         return images._replace(lengths=lengths)
 
@@ -77,16 +87,25 @@ class Arm:
     """One way to run the requests.
 
     Attributes:
-      warm_up: as many requests as run every jitted function and fill the memory.
+      kind: its reduction, with the mean count where several arms have the same, or `transformers`.
+      shared: whether questions share what is in front of them.
       run: all requests once.
       counts: visual tokens of every request.
       efficiency: real over computed row tokens of what has run so far.
+      questions_per_image: that share their image.
     """
 
-    warm_up: Callable[[], Any]
+    kind: str
+    shared: bool
     run: Callable[[], Any]
     counts: np.ndarray
     efficiency: Callable[[], float]
+    questions_per_image: int = 1
+
+    @property
+    def name(self) -> str:
+        """What it is called while it runs."""
+        return f"{self.kind}, shared" if self.shared else self.kind
 
 
 def drawn_counts(number: int, mean: float, most: int, seed: int) -> np.ndarray:
@@ -96,64 +115,77 @@ def drawn_counts(number: int, mean: float, most: int, seed: int) -> np.ndarray:
 
 
 def random_requests(
-    config: LlavaConfig, number: int, text_tokens: int, output_tokens: int
+    config: LlavaConfig,
+    number: int,
+    text_tokens: int,
+    output_tokens: int,
+    questions_per_image: int = 1,
 ) -> list[Request]:
-    """Random images with random text around them."""
+    """Questions about random images, each with random text of its own in front."""
     rng = np.random.default_rng(0)
     side = config.vision.image_size
-    requests = []
-    for key in range(number):
-        text = rng.integers(3, config.text.vocab_size, text_tokens).astype(np.int32)
-        request = Request(
-            key,
-            np.insert(text, 1, IMAGE_TOKEN),
-            (ImageInput(rng.integers(0, 256, (1, side, side, 3), np.uint8)),),
-            continuation=text[: int(output_tokens == 1)],
-            sampling=SamplingParams(max_new_tokens=output_tokens),
+    front_tokens = min(FRONT_TOKENS, text_tokens - 1)
+    requests: list[Request] = []
+    while len(requests) < number:
+        image = ImageInput(
+            rng.integers(0, 256, (1, side, side, 3), np.uint8), key=f"image {len(requests)}"
         )
-        requests.append(request)
-    return requests
+        front = rng.integers(3, config.text.vocab_size, front_tokens)
+        for _ in range(questions_per_image):
+            behind = rng.integers(3, config.text.vocab_size, text_tokens - front_tokens)
+            request = Request(
+                len(requests),
+                np.concatenate([front, [IMAGE_TOKEN], behind]).astype(np.int32),
+                (image,),
+                continuation=behind[: int(output_tokens == 1)].astype(np.int32),
+                sampling=SamplingParams(max_new_tokens=output_tokens),
+            )
+            requests.append(request)
+    return requests[:number]
 
 
 def engine_arm(
     model: tuple[nnx.GraphDef, nnx.State],
     config: LlavaConfig,
     dtype: jnp.dtype,
-    reduction: reductions.Reduction,
+    kind: str,
     counts: np.ndarray,
     requests: list[Request],
     config_of_shapes: EngineConfig,
     mesh: Mesh | None,
+    questions_per_image: int = 1,
 ) -> Arm:
     """The engine with these counts; what `config_of_shapes` leaves open is fitted."""
-    text_tokens = [request.text_tokens + len(request.continuation) for request in requests]
     decoding = not len(requests[0].continuation)
     placed = PlacedModel(*model, config, dtype, mesh)
+    chosen = reductions.parse(kind.split()[0])
     fitted = fit(
         config_of_shapes,
-        reduction,
+        chosen,
         config.vision.num_patches,
-        np.array(text_tokens),
+        [request.opening for request in requests],
         max_new_tokens=requests[0].sampling.max_new_tokens if decoding else 0,
         max_positions=config.text.max_positions,
         shards=placed.shards,
     )
-    engine = Engine(placed, reduction, fitted)
+    engine = Engine(placed, chosen, fitted)
     engine.encoder = encoder = DrawnCounts(placed, fitted)
     encoder.counts = counts
 
-    def run(some: list[Request]) -> None:
+    def run() -> None:
         with use_mesh(mesh):
-            answers = list(engine.generate(some) if decoding else engine.score(some))
+            answers = list(engine.generate(requests) if decoding else engine.score(requests))
         if failed := [answer for answer in answers if answer.error is not None]:
             raise ValueError(f"request {failed[0].key}: {failed[0].error}")
 
+    shared = fitted.share_prefixes and questions_per_image > 1
     return Arm(
-        # The second window is encoded while the first runs.
-        lambda: run(requests[: 2 * fitted.window_size]),
-        lambda: run(requests),
-        counts,
+        kind,
+        shared,
+        run,
+        counts[[request.key for request in requests]],
         lambda: engine.counters.real_tokens / engine.counters.row_tokens,
+        questions_per_image if shared else 1,
     )
 
 
@@ -183,30 +215,35 @@ def peer_arm(
 
     listed = ", ".join(f"{size}: {rate:.3g}" for size, rate in rates.items())
     note = f"transformers, images/s by batch size: {listed}; timed at {best}"
-    return Arm(run, run, np.full(whole, config.vision.num_patches), lambda: 1.0), note
+    return Arm(PEER, False, run, np.full(whole, config.vision.num_patches), lambda: 1.0), note
 
 
-def flops_per_image(config: LlavaConfig, visual: float, arguments: argparse.Namespace) -> float:
-    """FLOPs per image of all stages, by the cost model."""
-    workload = Workload(visual, arguments.text_tokens, output_tokens=arguments.output_tokens)
-    stages = operations(config, workload).values()
+def workload(arm: Arm, arguments: argparse.Namespace, batch: int = 1) -> Workload:
+    """What an arm computes, for the cost model."""
+    return Workload(
+        float(arm.counts.mean()),
+        arguments.text_tokens,
+        batch,
+        arguments.output_tokens,
+        questions_per_image=arm.questions_per_image,
+    )
+
+
+def flops_per_question(config: LlavaConfig, arm: Arm, arguments: argparse.Namespace) -> float:
+    """FLOPs of all stages, by the cost model."""
+    stages = operations(config, workload(arm, arguments)).values()
     return sum(operation.flops for stage in stages for operation in stage)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Builds the arms, times them in turns and reports."""
-    arguments = parse(argv)
-    config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
-    chip = peak_rates(arguments.chip, dtype)
-    graphdef, state = random_llava_for_inference(config, dtype)
-    mesh = make_mesh(data=arguments.data) if arguments.data > 1 else None
-    model = graphdef, state if mesh is None else jax.device_put(state, replicated(mesh))
-    patches = config.vision.num_patches
-    requests = random_requests(
-        config, arguments.requests, arguments.text_tokens, arguments.output_tokens
-    )
-    fewer = requests[: arguments.full_requests]
-
+def engine_arms(
+    model: tuple[nnx.GraphDef, nnx.State],
+    config: LlavaConfig,
+    dtype: jnp.dtype,
+    mesh: Mesh | None,
+    arguments: argparse.Namespace,
+) -> list[Arm]:
+    """`full` and the reductions, with several questions per image each with sharing and without."""
+    patches, asked = config.vision.num_patches, arguments.questions_per_image
     shapes = EngineConfig(
         batch_size=arguments.batch_size,
         window_size=arguments.window,
@@ -220,110 +257,184 @@ def main(argv: Sequence[str] | None = None) -> None:
         prefill_rows=arguments.full_rows,
         window_size=arguments.full_window,
     )
-    arms = {
-        FULL: engine_arm(
-            model, config, dtype, reductions.parse("full"),
-            np.full(len(fewer), patches), fewer, full_shapes, mesh,
+    arms: list[Arm] = []
+    for mean in (float(patches), *arguments.means):
+        reduction = FULL if mean == patches else "prumerge" if mean <= patches // 8 else "prumerge+"
+        number = arguments.full_requests if reduction == FULL else arguments.requests
+        requests = random_requests(
+            config,
+            number or asked * SHARED_IMAGES[reduction],
+            arguments.text_tokens,
+            arguments.output_tokens,
+            asked,
         )
-    }  # fmt: skip
-    for mean in arguments.means:
-        reduction = reductions.parse("prumerge" if mean <= patches // 8 else "prumerge+")
-        most = reduction.capacity_for(patches)
-        counts = drawn_counts(len(requests), mean, most, seed=1)
-        arms[f"prumerge {mean:g}"] = engine_arm(
-            model, config, dtype, reduction, counts, requests, shapes, mesh
-        )
+        counts = np.full(len(requests), patches)
+        if reduction != FULL:
+            most = reductions.parse(reduction).capacity_for(patches)
+            # Questions about one image have its count.
+            counts = np.repeat(drawn_counts(-(-len(requests) // asked), mean, most, seed=1), asked)
+        kind = f"{reduction} {mean:g}" if any(a.kind == reduction for a in arms) else reduction
+        for share in (True, False) if asked > 1 else (False,):
+            of_kind = full_shapes if reduction == FULL else shapes
+            of_kind = dataclasses.replace(of_kind, share_prefixes=share)
+            some = requests
+            if asked > 1 and not share:  # from several images
+                some = requests[::3][: arguments.apart_requests or APART_QUESTIONS[reduction]]
+            arms.append(engine_arm(model, config, dtype, kind, counts, some, of_kind, mesh, asked))
+    return arms
+
+
+def timed(
+    config: LlavaConfig, arms: Sequence[Arm], chip: Chip, arguments: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[str, float], int]:
+    """Runs the arms in turns, the first time untimed, and says so.
+
+    Returns:
+      Seconds of each arm's timed runs, the peak of memory in GB of its first, and the number of
+      compilations in the timed part.
+    """
+    floor = sum(flops_per_question(config, a, arguments) * len(a.counts) for a in arms) / chip.flops
+    rounds = 1 + arguments.repeats
+    print(
+        f"{len(arms)} arms in {rounds} rounds, the first untimed; a round computes for about "
+        f"{floor / USUAL_SHARE:.0f} s, and the first compiles for a minute or two",
+        flush=True,
+    )
+    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    memory = {}
+    compilations = Compilations()
+    for number in range(rounds):
+        for arm in arms:
+            reset_peak_memory()
+            start = time.perf_counter()
+            arm.run()
+            took = time.perf_counter() - start
+            print(
+                f"  round {number}: {arm.name}, {len(arm.counts)} questions, {took:.1f} s",
+                flush=True,
+            )
+            if number:
+                seconds[arm.name].append(took)
+            else:
+                memory[arm.name] = peak_memory_gb()
+        if not number:
+            compilations = Compilations()
+    return seconds, memory, compilations.count
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Builds the arms, times them in turns and reports."""
+    arguments = parse(argv)
+    begin("scoring", __doc__, minutes=5)
+    config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
+    chip = peak_rates(arguments.chip, dtype)
+    graphdef, state = random_llava_for_inference(config, dtype)
+    mesh = make_mesh(data=arguments.data) if arguments.data > 1 else None
+    model = graphdef, state if mesh is None else jax.device_put(state, replicated(mesh))
+    arms = engine_arms(model, config, dtype, mesh, arguments)
     notes = []
     if arguments.peer:
-        arms[PEER], note = peer_arm(config, fewer, arguments)
+        print("transformers: looking for its best batch size", flush=True)
+        fewer = random_requests(
+            config, arguments.full_requests, arguments.text_tokens, arguments.output_tokens
+        )
+        arm, note = peer_arm(config, fewer, arguments)
+        arms.append(arm)
         notes.append(note)
-
-    memory = {}
-    for name, arm in arms.items():
-        reset_peak_memory()
-        arm.warm_up()
-        memory[name] = peak_memory_gb()
-    compilations = Compilations()
-    seconds = interleaved({name: arm.run for name, arm in arms.items()}, arguments.repeats)
+    seconds, memory, compilations = timed(config, arms, chip, arguments)
     results = summary(config, arms, seconds, memory, chip, arguments)
-    notes.append(f"compilations in the timed part: {compilations.count}")
+    notes.append(f"compilations in the timed part: {compilations}")
     report("scoring", arguments, results, chip=chip, notes=notes)
 
 
 def summary(
     config: LlavaConfig,
-    arms: dict[str, Arm],
+    arms: Sequence[Arm],
     seconds: dict[str, list[float]],
     memory: dict[str, float],
     chip: Chip,
     arguments: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """One line per arm."""
-    rates = {name: len(arm.counts) / float(np.median(seconds[name])) for name, arm in arms.items()}
-    full_flops = flops_per_image(config, config.vision.num_patches, arguments)
+    rates = {arm.name: len(arm.counts) / float(np.median(seconds[arm.name])) for arm in arms}
+    full = {arm.shared: arm for arm in arms if arm.kind == FULL}
     results = []
-    for name, arm in arms.items():
-        mean = float(arm.counts.mean())
-        flops = flops_per_image(config, mean, arguments)
-        floor = images_per_second(
-            config,
-            Workload(mean, arguments.text_tokens, arguments.floor_batch, arguments.output_tokens),
-            chip,
-        )
-        speedup = rates[name] / rates[FULL]
+    for arm in arms:
+        rate, flops = rates[arm.name], flops_per_question(config, arm, arguments)
+        full_flops = flops_per_question(config, full[arm.shared], arguments)
+        floor = images_per_second(config, workload(arm, arguments, arguments.floor_batch), chip)
+        speedup = rate / rates[full[arm.shared].name]
         results.append(
             {
-                "arm": name,
+                "arm": arm.kind,
+                "shared": arm.shared,
                 "output_tokens": arguments.output_tokens,
-                "images_per_s": rates[name],
-                "visual_mean": mean,
+                "questions_per_s": rate,
+                "visual_mean": float(arm.counts.mean()),
                 **{f"p{p}": float(np.percentile(arm.counts, p)) for p in (5, 50, 95)},
                 "max": int(arm.counts.max()),
                 "efficiency": arm.efficiency(),
                 "speedup": speedup,
                 "flop_ratio": full_flops / flops,
                 "flop_ratio_share": speedup * flops / full_flops,
-                "floor_images_per_s": floor,
-                "floor_share": rates[name] / floor,
-                "memory_gb": memory[name],
+                "sharing_speedup": rate / rates[arm.kind] if arm.kind in rates else 1.0,
+                "floor_questions_per_s": floor,
+                "floor_share": rate / floor,
+                "memory_gb": memory[arm.name],
             }
         )
     return results
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags."""
+    """The flags; what is None by default depends on the machine and on the questions per image."""
     on_cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_geometry_argument(parser)
     parser.add_argument("--output_tokens", type=int, default=1)
     parser.add_argument("--text_tokens", type=int, default=60)
-    parser.add_argument("--means", type=float, nargs="*", default=[40.0], help="visual tokens")
-    parser.add_argument("--requests", type=int, default=1024 if on_cpu else 4096)
-    parser.add_argument("--full_requests", type=int, default=32 if on_cpu else 1024)
-    parser.add_argument("--batch_size", type=int, default=8 if on_cpu else 64, help="of encoding")
+    parser.add_argument("--questions_per_image", type=int, default=1)
+    parser.add_argument("--means", type=float, nargs="*", help="visual tokens")
+    parser.add_argument("--requests", type=int, help="default: what fills rows")
+    parser.add_argument("--full_requests", type=int, help="of the arm `full`")
+    parser.add_argument("--apart_requests", type=int, help="of arms that share nothing")
+    parser.add_argument("--batch_size", type=int, help="of encoding")
     parser.add_argument("--window", type=int, default=256 if on_cpu else 1024)
-    parser.add_argument("--full_window", type=int, default=16 if on_cpu else 256)
+    parser.add_argument("--full_window", type=int, default=256)
     parser.add_argument("--row_length", type=int, help="default: fitted to the requests")
     parser.add_argument("--full_row_length", type=int, help="of the arm `full`; default: fitted")
-    parser.add_argument("--rows", type=int, default=4 if on_cpu else 32, help="rows per prefill")
-    parser.add_argument("--full_rows", type=int, default=8 if on_cpu else 32)
-    parser.add_argument(
-        "--data",
-        type=int,
-        default=CPU_DEVICES if on_cpu else 1,
-        help="devices that share the rows (default here: %(default)s)",
-    )
+    parser.add_argument("--rows", type=int, help="rows per prefill")
+    parser.add_argument("--full_rows", type=int)
+    parser.add_argument("--data", type=int, help="devices that share the rows")
     parser.add_argument("--slots", type=int, default=16 if on_cpu else 256)
-    parser.add_argument("--repeats", type=int, default=3 if on_cpu else 10)
+    parser.add_argument("--repeats", type=int, default=2 if on_cpu else 10)
     parser.add_argument("--floor_batch", type=int, default=32)
-    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
-        "--peer_batches", type=int, nargs="+", default=[1, 2, 4] if on_cpu else [8, 16, 32, 64]
+        "--peer", action=argparse.BooleanOptionalAction, help="default: with one question per image"
+    )
+    parser.add_argument(
+        "--peer_batches", type=int, nargs="+", default=[1, 2] if on_cpu else [8, 16, 32, 64]
     )
     parser.add_argument("--compile_peer", action="store_true", help="torch.compile its forward")
     add_rate_arguments(parser)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    several = arguments.questions_per_image > 1
+    chosen = {
+        "means": [144.0, 40.0] if several else [40.0],
+        "requests": (0 if several else 60) if on_cpu else 4096,
+        "full_requests": (0 if several else 6) if on_cpu else 1024,
+        "apart_requests": 0 if on_cpu else 1024,
+        "batch_size": (2 if several else 8) if on_cpu else 64,
+        "rows": (1 if several else 2) if on_cpu else 32,
+        "full_rows": (1 if several else 2) if on_cpu else 32,
+        # Few images do not spread over devices.
+        "data": 1 if several or not on_cpu else CPU_DEVICES,
+        "peer": not several,
+    }
+    for name, value in chosen.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    return arguments
 
 
 if __name__ == "__main__":

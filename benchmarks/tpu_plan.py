@@ -1,21 +1,25 @@
 """LoRA training planned on TPU slices: compiled ahead of time, not run.
 
     python benchmarks/tpu_plan.py
+    python benchmarks/tpu_plan.py --models 7b 13b --slices all
 
-One line per model and slice: the recipe with PruMerge+ at 144 visual tokens per image against all
-576, at the same global batch of `--samples_per_chip` per chip. Both run the same programs: rows are
-packed, so fewer tokens are fewer micro-batches. Needs libtpu (`pip install 'prumerge_jax[tpu]'`),
-and no TPU; a slice takes a minute or more to compile for.
+One line per model and slice, by default 7B on the slice of its recipe: the recipe with PruMerge+ at
+144 visual tokens per image against all 576, at the same global batch of `--samples_per_chip` per
+chip. Both run the same programs: rows are packed, so fewer tokens are fewer micro-batches. Needs
+libtpu (`pip install 'prumerge_jax[tpu]'`), and no TPU; a slice takes a minute or more to compile
+for. The rows of `--json` are those of the tables, and `plans` beside them holds the programs.
 """
 
 import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+from measuring import add_arguments, begin, measured
 
 from prumerge_jax.aot.assumptions import mean_visual_tokens
 from prumerge_jax.aot.compile import DoesNotFit, tpu
@@ -53,31 +57,47 @@ def plan(model: str, name: str, samples_per_chip: int, text_tokens: int) -> Trai
     return plan_training(config, where, samples)
 
 
-def row(model: str, reduced: TrainingPlan) -> str:
-    """One line of the table; see `HEADER`."""
+def result(model: str, reduced: TrainingPlan) -> dict[str, Any]:
+    """A row of the report: PruMerge+ against all tokens."""
     visual = reduced.model.vision.num_patches
     full = dataclasses.replace(
         reduced, samples=dataclasses.replace(reduced.samples, visual_tokens=visual)
     )
-    mesh = "x".join(str(size) for size in reduced.mesh.values())
-    available = tpu(reduced.topology.chip).memory / 2**30
-    arms = (full, reduced)
+    values: dict[str, Any] = {
+        "model": model,
+        "slice": reduced.topology.name,
+        "mesh": "x".join(str(size) for size in reduced.mesh.values()),
+        "batch": reduced.samples.count,
+        "text_tokens": reduced.samples.text_tokens,
+        "gib_per_chip": reduced.memory / 2**30,
+        "gib_available": tpu(reduced.topology.chip).memory / 2**30,
+    }
+    for name, arm in (("full", full), ("reduced", reduced)):
+        values |= {
+            f"pflop_{name}": sum(arm.model_flops.values()) / 1e15,
+            f"micro_batches_{name}": arm.micro_batches,
+            f"ms_{name}": 1e3 * arm.seconds,
+            f"utilisation_{name}": arm.utilisation,
+        }
+    return {**values, "gain": full.seconds / reduced.seconds}
+
+
+def row(values: dict[str, Any]) -> str:
+    """One line of the table; see `HEADER`."""
+    arms = ("full", "reduced")
     cells = [
-        model,
-        reduced.topology.name,
-        mesh,
-        str(reduced.samples.count),
-        f"{reduced.memory / 2**30:.1f} of {available:.1f}",
-        *(f"{sum(arm.model_flops.values()) / 1e15:.1f}" for arm in arms),
-        " / ".join(str(arm.micro_batches) for arm in arms),
-        *(f"{1e3 * arm.seconds:.0f}" for arm in arms),
-        *(f"{100 * arm.utilisation:.0f} %" for arm in arms),
-        f"{full.seconds / reduced.seconds:.2f}",
+        *(str(values[name]) for name in ("model", "slice", "mesh", "batch")),
+        f"{values['gib_per_chip']:.1f} of {values['gib_available']:.1f}",
+        *(f"{values[f'pflop_{arm}']:.1f}" for arm in arms),
+        " / ".join(str(values[f"micro_batches_{arm}"]) for arm in arms),
+        *(f"{values[f'ms_{arm}']:.0f}" for arm in arms),
+        *(f"{100 * values[f'utilisation_{arm}']:.0f} %" for arm in arms),
+        f"{values['gain']:.2f}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def record(model: str, reduced: TrainingPlan) -> dict[str, Any]:
+def plan_record(model: str, reduced: TrainingPlan) -> dict[str, Any]:
     """A plan as JSON values."""
     programs = [dataclasses.asdict(program) for program, _ in reduced.programs]
     return {
@@ -96,33 +116,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table, line by line."""
     jax.config.update("jax_platforms", "cpu")  # nothing runs; leave a TPU that is present free
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=list(RECIPES), choices=RECIPES)
-    parser.add_argument("--slices", nargs="+", default=SLICES)
+    parser.add_argument("--models", nargs="+", default=["7b"], choices=RECIPES)
+    parser.add_argument("--slices", nargs="+", default=["v5e:8x8"], help=f"or all: {SLICES}")
     parser.add_argument("--samples_per_chip", type=int, default=16)
     parser.add_argument("--text_tokens", type=int, nargs="+", default=[ASSUMED_TEXT_TOKENS, 60])
-    parser.add_argument("--json", help="also write the plans to this file, one per line")
+    add_arguments(parser)
     arguments = parser.parse_args(argv)
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "libtpu"))
-    print(f"compiled with {versions}, not run; {arguments.samples_per_chip} samples per chip")
+    begin("tpu_plan", __doc__, minutes=3)
+    slices = SLICES if arguments.slices == ["all"] else arguments.slices
+    libtpu = importlib.metadata.version("libtpu")
+    print(f"compiled with libtpu {libtpu}, not run; {arguments.samples_per_chip} samples per chip")
     text = arguments.text_tokens[0]
-    print(f"{text} text tokens per sample\n\n{HEADER}\n{'|---' * HEADER.count(' | ')}|---|")
-    plans = []
-    for model in arguments.models:
-        for name in arguments.slices:
-            try:
-                plans.append((model, plan(model, name, arguments.samples_per_chip, text)))
-            except DoesNotFit as error:
-                print(f"| {model} | {name} | does not fit: {error} |", flush=True)
-                continue
-            print(row(*plans[-1]), flush=True)
-            if arguments.json:
-                with open(arguments.json, "a") as file:
-                    print(json.dumps(record(*plans[-1])), file=file)
+    plans, results, notes = [], [], []
+    print(_heading(text), flush=True)
+    for model, name in itertools.product(arguments.models, slices):
+        try:
+            plans.append((model, plan(model, name, arguments.samples_per_chip, text)))
+        except DoesNotFit as error:
+            notes.append(f"{model} on {name} does not fit: {error}")
+            print(f"| {model} | {name} | does not fit: {error} |", flush=True)
+            continue
+        results.append(result(*plans[-1]))
+        print(row(results[-1]), flush=True)
     for text in arguments.text_tokens[1:]:
-        print(f"\n{text} text tokens per sample\n\n{HEADER}\n{'|---' * HEADER.count(' | ')}|---|")
+        print(f"\n{_heading(text)}")
         for model, reduced in plans:
             samples = dataclasses.replace(reduced.samples, text_tokens=text)
-            print(row(model, dataclasses.replace(reduced, samples=samples)))
+            results.append(result(model, dataclasses.replace(reduced, samples=samples)))
+            print(row(results[-1]))
+    if arguments.json is not None:
+        record = measured("tpu_plan", arguments, results, notes)
+        record["plans"] = [plan_record(*each) for each in plans]
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _heading(text: int) -> str:
+    return f"{text} text tokens per sample\n\n{HEADER}\n{'|---' * HEADER.count(' | ')}|---|"
 
 
 if __name__ == "__main__":

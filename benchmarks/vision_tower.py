@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from measuring import add_rate_arguments, interleaved, peak_rates, quartiles_ms, report
+from measuring import add_rate_arguments, begin, interleaved, peak_rates, quartiles_ms, report
 from models import add_geometry_argument, geometry, random_llava
 
 from prumerge_jax import reductions
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5 if on_cpu else 20)
     add_rate_arguments(parser)
     arguments = parser.parse_args(argv)
+    begin("vision_tower", __doc__, minutes=2)
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
     vision = config.vision
     chip = peak_rates(arguments.chip, dtype)

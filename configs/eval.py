@@ -7,7 +7,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     """The default of `eval.py`."""
     config = ConfigDict()
-    config.checkpoint = "miniature"  # model directory, or this name for the shipped one
+    config.checkpoint = "miniature-any-budget"  # model directory, or the name of a shipped one
     # None: answers without a score where there are questions, else the miniature's digits.
     config.benchmark = placeholder(str)
     config.questions = placeholder(str)  # question file of the benchmark, or your own
@@ -16,7 +16,9 @@ def get_config() -> ConfigDict:
     config.tasks = ()  # several benchmarks: dicts of the four fields above
     config.answers = placeholder(str)  # score this file, without a model
 
-    config.reduction = "full prumerge+ prumerge"  # names, separated by spaces
+    # Names, separated by spaces. None: the benchmark's default, "full prumerge+ prumerge" but for
+    # the digits.
+    config.reduction = placeholder(str)
     config.tokens = ""  # budgets of those that keep a fixed count, such as "128 64 32"
     config.baselines = False  # also, at equal counts: random, uniform and a smaller image
     config.decoding = ConfigDict(
@@ -44,6 +46,7 @@ def get_config() -> ConfigDict:
             "slots": placeholder(int),  # sequences decoded at once
             "cache_length": placeholder(int),  # tokens of the longest sequence
             "decode_steps_per_call": placeholder(int),
+            "share_prefixes": True,  # whether questions about one image have it computed once
         }
     )
     config.chip = placeholder(str)  # print achieved speed against this chip's floor

@@ -15,9 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from prumerge_jax import reductions, sharding
+from prumerge_jax.conversion import download as downloads
 from prumerge_jax.conversion.miniature import model_directory
 from prumerge_jax.data.images import ImageMode, ImageProcessor, ImageSource
 from prumerge_jax.data.packing import PositionIds
+from prumerge_jax.data.pictures import PictureMode, PictureProcessor, default_mode
 from prumerge_jax.data.templates import TEMPLATES, Template, chat_template
 from prumerge_jax.data.tokenizer import (
     BPE_FILE,
@@ -27,7 +29,17 @@ from prumerge_jax.data.tokenizer import (
     load_tokenizer,
     tokenizer_file,
 )
-from prumerge_jax.engine.build import Draft, Images, RequestBuilder, check_list, named_image
+from prumerge_jax.data.visual_layout import Newlines
+from prumerge_jax.engine.build import (
+    Draft,
+    Images,
+    RequestBuilder,
+    check_list,
+    drafts_of_ids,
+    named_image,
+    requests_of,
+)
+from prumerge_jax.engine.embeddings import embed
 from prumerge_jax.engine.encoding import PlacedModel, compute_dtype, data_shards
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.pages import pages_that_fit
@@ -92,6 +104,7 @@ class Llava:
         dtype: jnp.dtype | str | None = None,
         engine: EngineConfig | None = None,
         mesh: Mesh | None = None,
+        revision: str | None = None,
     ) -> "Llava":
         """Loads a directory that `convert_weights.py` or `train.py` wrote.
 
@@ -103,13 +116,19 @@ class Llava:
           engine: shapes of the jitted functions to fix.
           mesh: devices to place the weights on (`sharding.make_mesh`); by default the first one.
             Each weight is read straight into its shards.
+          revision: a commit of the Hugging Face repository that `directory` then names; without
+            it nothing is downloaded.
 
         Raises:
+          ConversionError: the revision is no commit, or cannot be downloaded.
           DirectoryError: the directory is incomplete or altered; the message names the file.
           ValueError: another dtype, or a size of the engine that does not divide over the mesh.
         """
         chosen = None if dtype is None else compute_dtype(dtype)
         (engine or EngineConfig()).sizes(data_shards(mesh))
+        if revision is not None:
+            repository = downloads.check_commit(os.fspath(directory), revision)
+            directory = downloads.snapshot(repository, revision, None)
         root = model_directory(directory)
         if (root / MANIFEST).is_file() and not tokenizer_file(root).is_file():
             raise directories.DirectoryError(
@@ -145,7 +164,7 @@ class Llava:
         *,
         reduction: ReductionLike = "prumerge",
         max_new_tokens: int = 64,
-        image_mode: ImageMode = "pad",
+        image_mode: PictureMode | None = None,
         conversation: str | None = None,
         position_ids: PositionIds = "compact",
         temperature: float = 0.0,
@@ -155,11 +174,13 @@ class Llava:
         """Answers a batch of questions about images.
 
         Args:
-          images: one per prompt: a path, bytes, PIL image, uint8 [H, W, 3], data URL or None.
+          images: one per prompt: a path, bytes, PIL image, uint8 [H, W, 3], data URL or None; a
+            tuple of them where the model takes several.
           prompts: the user's text alone.
           reduction: its spelling, as `prumerge:neighbours=8`; see `reductions.parse`.
           max_new_tokens: most tokens per answer.
-          image_mode: `pad` to a square or `crop` the central one.
+          image_mode: `pad` to a square, `crop` the central one, or `anyres` for tiles; by default
+            what the model was trained with.
           conversation: name of a template, see `data.templates.TEMPLATES`; None is the model's.
           position_ids: `compact` (the reference) or `original`, see `packing.pack_window`.
           temperature: 0 is greedy.
@@ -189,7 +210,7 @@ class Llava:
         *,
         reduction: ReductionLike = "prumerge",
         max_new_tokens: int = 64,
-        image_mode: ImageMode = "pad",
+        image_mode: PictureMode | None = None,
         conversation: str | None = None,
         position_ids: PositionIds = "compact",
         temperature: float = 0.0,
@@ -219,7 +240,7 @@ class Llava:
         continuations: Sequence[str],
         *,
         reduction: ReductionLike = ...,
-        image_mode: ImageMode = ...,
+        image_mode: PictureMode | None = ...,
         conversation: str | None = ...,
         position_ids: PositionIds = ...,
     ) -> list[float]: ...
@@ -232,7 +253,7 @@ class Llava:
         continuations: Sequence[list[str]] | Sequence[tuple[str, ...]],
         *,
         reduction: ReductionLike = ...,
-        image_mode: ImageMode = ...,
+        image_mode: PictureMode | None = ...,
         conversation: str | None = ...,
         position_ids: PositionIds = ...,
     ) -> list[list[float]]: ...
@@ -244,7 +265,7 @@ class Llava:
         continuations: Sequence[str] | Sequence[list[str]] | Sequence[tuple[str, ...]],
         *,
         reduction: ReductionLike = "prumerge",
-        image_mode: ImageMode = "pad",
+        image_mode: PictureMode | None = None,
         conversation: str | None = None,
         position_ids: PositionIds = "compact",
     ) -> list[float] | list[list[float]]:
@@ -281,12 +302,43 @@ class Llava:
             return [score for (score,) in scores]
         return scores
 
+    def logits(
+        self,
+        images: Images,
+        token_ids: Sequence[Sequence[int] | np.ndarray],
+        *,
+        reduction: ReductionLike = "full",
+        image_mode: PictureMode | None = None,
+        position_ids: PositionIds = "compact",
+    ) -> list[np.ndarray]:
+        """Next-token logits at every position of prompts that are given as ids.
+
+        Arguments and errors as in `generate`. Neither tokenizer nor chat template is read.
+
+        Args:
+          token_ids: ids of every prompt, -200 where an image goes.
+
+        Returns:
+          float32 [T, V] for each prompt; T counts the visual tokens in place of each -200, and the
+          newlines among them.
+        """
+        processor = self.processor(image_mode, reduction)
+        drafts = drafts_of_ids(images, token_ids, processor)
+        engine = self._engine_for(drafts, reduction, position_ids)
+        found: dict[int, np.ndarray] = {}
+        with self.placed():
+            for result in engine.logits(requests_of(drafts, processor)):
+                if isinstance(result, Answer):
+                    raise ValueError(f"prompt {result.key}: {result.error}")
+                found[result.key] = result.values
+        return [found[key] for key in range(len(drafts))]
+
     def explain(
         self,
         image: ImageSource,
         *,
         reduction: ReductionLike = "prumerge",
-        image_mode: ImageMode = "pad",
+        image_mode: PictureMode | None = None,
         question: str | None = None,
     ) -> Explanation:
         """Which patches of an image are kept and where the others go; `overlay` draws it.
@@ -302,7 +354,12 @@ class Llava:
         reduction = as_reduction(reduction)
         asked = self._question_ids(question, reduction)
         name, source = named_image(image, "image")
-        pixels = self._processor(image_mode, reduction)(source, name)
+        mode = "pad" if image_mode is None else image_mode
+        (pixels, *tiles), _ = self.processor(mode, reduction)(source, name)
+        if tiles:
+            raise ValueError(
+                "an image of several crops cannot be explained; expected 'pad', 'crop'"
+            )
         with self.placed():
             assignment = _explain(
                 self._model.graphdef,
@@ -319,20 +376,43 @@ class Llava:
         place = np.append(np.where(is_patch, np.cumsum(is_patch) - 1, -1), -1)  # of target -1: -1
         return Explanation(pixels, patches[is_patch], place[targets].astype(np.int32))
 
+    def embed(
+        self,
+        images: Sequence[ImageSource],
+        *,
+        reduction: ReductionLike = "prumerge",
+        image_mode: ImageMode = "pad",
+    ) -> Iterator[np.ndarray]:
+        """What the decoder receives of each image, float32 [n, width]; n differs by image.
+
+        Raises:
+          ImageError: an image cannot be used.
+          ValueError: the reduction reads the question.
+        """
+        side, mean = self.image_size(reduction), self.config.vision.pixel_mean
+        processor = ImageProcessor(side, mean, image_mode)
+        named = [named_image(image, f"image {number}") for number, image in enumerate(images)]
+        pixels = (processor(source, name) for name, source in named)
+        with self.placed():
+            yield from embed(self._model, pixels, as_reduction(reduction))
+
     def engine(
         self,
         reduction: ReductionLike,
-        text_tokens: Sequence[int],
+        drafts: Sequence[Draft],
         *,
         max_new_tokens: int = 0,
         position_ids: PositionIds = "compact",
+        newlines: Newlines = "none",
+        image_budget: int | None = None,
     ) -> Engine:
         """An engine for this model, its shapes fitted to the requests that will run.
 
         Args:
           reduction, position_ids: as in `generate`.
-          text_tokens: text tokens of every request, a continuation to score included.
+          drafts: the requests, in the order in which they come.
           max_new_tokens: most tokens per answer.
+          newlines, image_budget: see `Engine`.
         """
         reduction = as_reduction(reduction)
         vision = dataclasses.replace(self.config.vision, image_size=self.image_size(reduction))
@@ -344,15 +424,23 @@ class Llava:
                 self.engine_config,
                 reduction,
                 model.config.vision.num_patches,
-                np.array(text_tokens, np.int64),
+                [draft.opening for draft in drafts],
                 max_new_tokens=max_new_tokens,
                 max_positions=model.config.text.max_positions,
                 shards=model.shards,
                 pages_that_fit=pages_that_fit(model, page_size),
             )
         if model.mesh is None:
-            shapes = shapes.limited_to(len(text_tokens))
-        return Engine(model, reduction, shapes, position_ids=position_ids)
+            crops = sum(layout.num_crops for draft in drafts for layout in draft.layouts)
+            shapes = shapes.limited_to(len(drafts), crops)
+        return Engine(
+            model,
+            reduction,
+            shapes,
+            position_ids=position_ids,
+            newlines=newlines,
+            image_budget=image_budget,
+        )
 
     def image_size(self, reduction: ReductionLike) -> int:
         """Side in pixels of the images that a reduction wants.
@@ -394,13 +482,19 @@ class Llava:
             )
         return jnp.pad(jnp.array(ids, jnp.int32), (0, most - len(ids)), constant_values=-1)[None]
 
-    def _processor(self, mode: ImageMode, reduction: ReductionLike) -> ImageProcessor:
-        return ImageProcessor(self.image_size(reduction), self.config.vision.pixel_mean, mode)
+    def processor(self, mode: PictureMode | None, reduction: ReductionLike) -> PictureProcessor:
+        """From images to crops as a reduction wants them; None is the model's own mode.
+
+        Raises:
+          ValueError: a mode that does not exist, or that model or reduction do not support.
+        """
+        mode = default_mode(self.config) if mode is None else mode
+        return PictureProcessor(self.config, self.image_size(reduction), mode)
 
     def _builder(
-        self, mode: ImageMode, conversation: str | None, reduction: ReductionLike
+        self, mode: PictureMode | None, conversation: str | None, reduction: ReductionLike
     ) -> RequestBuilder:
-        processor = self._processor(mode, reduction)
+        processor = self.processor(mode, reduction)
         return RequestBuilder(self.tokenizer, self.template(conversation), processor)
 
     def _engine_for(
@@ -412,7 +506,7 @@ class Llava:
     ) -> Engine:
         return self.engine(
             reduction,
-            [draft.text_tokens for draft in drafts],
+            drafts,
             max_new_tokens=max_new_tokens,
             position_ids=position_ids,
         )

@@ -202,7 +202,11 @@ def cls_attention(query_cls: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def reduce_tokens(
-    hidden: jax.Array, keys: jax.Array, attention: jax.Array, config: PruMergeConfig
+    hidden: jax.Array,
+    keys: jax.Array,
+    attention: jax.Array,
+    config: PruMergeConfig,
+    present: jax.Array | None = None,
 ) -> VisualTokens:
     """Selects and merges the visual tokens of every image independently.
 
@@ -211,11 +215,13 @@ def reduce_tokens(
       keys: [B, N, D], keys of the last block, without CLS.
       attention: [B, N] float32 from `cls_attention`.
       config: the method's parameters; static under `jax.jit`.
+      present: [B, N] bool, patches that may be seen; the others are neither counted nor kept nor
+        merged. An image without any has no token. None means all.
 
     Returns:
       `VisualTokens` of capacity R = `config.capacity_for(N)`.
     """
-    chosen = select(attention, config)
+    chosen = select(attention, config, present)
     tokens = selection.rows(hidden, chosen.patch_indices).astype(jnp.float32)
     if config.merge != "none":
         tokens = merge(tokens, hidden, keys, attention, chosen, config)
@@ -229,7 +235,8 @@ def reduce_tokens(
         extra = selection.weighted_sum(weights, hidden)
         here = (slot == chosen.kept[:, None])[..., None]
         tokens = jnp.where(here, extra, tokens)
-        required = jnp.where(required < 0, required, required + 1)
+        without = required < 0 if present is None else (required < 0) | ~present.any(-1)
+        required = jnp.where(without, required, required + 1)
     return VisualTokens(
         tokens=tokens.astype(hidden.dtype),
         lengths=jnp.clip(required, 0, tokens.shape[1]),
@@ -238,17 +245,21 @@ def reduce_tokens(
     )
 
 
-def select(attention: jax.Array, config: PruMergeConfig) -> Selection:
-    """Chooses the patches to keep, from attention [B, N] alone."""
+def select(
+    attention: jax.Array, config: PruMergeConfig, present: jax.Array | None = None
+) -> Selection:
+    """Chooses the patches to keep, from attention [B, N] alone; of those `present` [B, N]."""
     attention = attention.astype(jnp.float32)
     num_patches = attention.shape[-1]
     finite = jnp.isfinite(attention).all(axis=-1)
     attention = jnp.where(finite[:, None], attention, 0)  # keeps NaN out of the integers below
+    if present is not None:
+        attention = jnp.where(present, attention, -jnp.inf)  # last in every order
 
     rank = selection.descending_rank(attention)
-    number = _number_selected(attention, config)
+    number = _number_selected(attention, rank, config, present)
     selected = rank < number[:, None]
-    added = _added(selected, number, config)
+    added = _added(selected, number, config, present)
 
     if config.order == "attention":
         selected_slot = rank
@@ -261,6 +272,8 @@ def select(attention: jax.Array, config: PruMergeConfig) -> Selection:
     in_slot |= selection.in_slot(added, added_slot, capacity)
 
     outside = ~(selected | added)
+    if present is not None:
+        outside &= present
     doubled = (selected & added).sum(-1, keepdims=True)
     kept = selected.sum(-1) + added.sum(-1)
     return Selection(
@@ -330,48 +343,96 @@ def comparable(keys: jax.Array, config: PruMergeConfig) -> jax.Array:
     return selection.unit_rows(keys) if config.similarity == "cosine" else keys.astype(jnp.float32)
 
 
-def number_of_outliers(attention: jax.Array, iqr_factor: float = 1.5) -> jax.Array:
-    """Number of patches whose attention [B, N] exceeds Q3 + iqr_factor * (Q3 - Q1), [B] int32."""
+def number_of_outliers(
+    attention: jax.Array, iqr_factor: float = 1.5, present: jax.Array | None = None
+) -> jax.Array:
+    """Number of patches whose attention [B, N] exceeds Q3 + iqr_factor * (Q3 - Q1), [B] int32.
+
+    Quartiles and outliers are those of the patches that are `present` [B, N]; None means all.
+    """
+    if present is not None:
+        attention = jnp.where(present, attention, -jnp.inf)
     rank = selection.descending_rank(attention)
-    q1 = selection.quantile(attention, rank, 0.25)
-    q3 = selection.quantile(attention, rank, 0.75)
+    return _outliers(attention, rank, iqr_factor, present)
+
+
+def _outliers(
+    attention: jax.Array, rank: jax.Array, iqr_factor: float, present: jax.Array | None
+) -> jax.Array:
+    """`number_of_outliers` of attention that is -inf where no patch is present."""
+    if present is None:
+        q1, q3 = (selection.quantile(attention, rank, q) for q in (0.25, 0.75))
+    else:
+        count = present.sum(-1)
+        q1, q3 = (selection.quantile_of_largest(attention, rank, count, q) for q in (0.25, 0.75))
     bound = q3 + iqr_factor * (q3 - q1)
     return (attention > bound[:, None]).sum(-1)
 
 
-def _number_selected(attention: jax.Array, config: PruMergeConfig) -> jax.Array:
+def _number_selected(
+    attention: jax.Array, rank: jax.Array, config: PruMergeConfig, present: jax.Array | None
+) -> jax.Array:
     """Number of patches that the count rule keeps, [B] int32."""
     num_patches = attention.shape[-1]
+    available = num_patches if present is None else present.sum(-1, dtype=jnp.int32)
     if config.count_rule == "all":
-        return jnp.full(attention.shape[:1], num_patches, jnp.int32)
+        return jnp.broadcast_to(jnp.int32(available), attention.shape[:1])
     if config.count_rule == "top":
         fixed = config.fixed_count(num_patches)
         number = jnp.full(attention.shape[:1], fixed, jnp.int32)
     else:
-        number = number_of_outliers(attention, config.iqr_factor)
-    highest = num_patches if config.max_tokens is None else min(config.max_tokens, num_patches)
-    return jnp.clip(number, min(config.min_tokens, num_patches), highest)
+        number = _outliers(attention, rank, config.iqr_factor, present)
+    highest = num_patches if config.max_tokens is None else config.max_tokens
+    least, most = (jnp.minimum(bound, available) for bound in (config.min_tokens, highest))
+    return jnp.clip(number, least, most)
 
 
-def _added(selected: jax.Array, number: jax.Array, config: PruMergeConfig) -> jax.Array:
+def _added(
+    selected: jax.Array, number: jax.Array, config: PruMergeConfig, present: jax.Array | None
+) -> jax.Array:
     """The patches that spatial sampling adds, [B, N] bool."""
-    num_patches = selected.shape[-1]
-    patch = jnp.arange(num_patches)
-    number = number[:, None]
     if config.added_patches == "none":
         return jnp.zeros_like(selected)
+    if present is None:
+        return _sampled(selected, number, config, jnp.arange(selected.shape[-1]), None)
+    # Strides count the patches that are present alone, as though there were no others.
+    nth, available = selection.count_before(present), present.sum(-1, keepdims=True)
+    return present & _sampled(selected | ~present, number, config, nth, available)
+
+
+def _sampled(
+    unavailable: jax.Array,
+    number: jax.Array,
+    config: PruMergeConfig,
+    patch: jax.Array,
+    available: jax.Array | None,
+) -> jax.Array:
+    """`_added`, as may be of patches that are not present.
+
+    Args:
+      unavailable: [B, N] bool, patches that are selected or not present.
+      number: [B] int32, selected patches.
+      config: the method's parameters.
+      patch: int32 [N] or [B, N], numbers the patches that are present.
+      available: [B, 1] int32, how many those are; None for all N.
+    """
+    num_patches = unavailable.shape[-1]
+    count = num_patches if available is None else available
+    number = number[:, None]
     if config.added_patches == "raster_fixed":
-        first, end = config.stride // 2, num_patches - 1
+        first, end = config.stride // 2, count - 1
         here = (patch >= first) & (patch < end) & ((patch - first) % config.stride == 0)
-        return jnp.broadcast_to(here, selected.shape)
+        return jnp.broadcast_to(here, unavailable.shape)
     if config.added_patches == "raster":
         # The reference crashes at a stride of 0 (a third of all patches selected): 1 adds all.
-        stride = jnp.maximum(num_patches // jnp.maximum(number, 1) // 3, 1)
-        return (patch % stride == 0) & (patch < num_patches - 1) & ~selected
+        stride = jnp.maximum(count // jnp.maximum(number, 1) // 3, 1)
+        return (patch % stride == 0) & (patch < count - 1) & ~unavailable
     if config.added_patches == "uniform":
-        others = num_patches - number
-        return ~selected & selection.evenly_spread(
-            selection.count_before(~selected), jnp.minimum(number, others), jnp.maximum(others, 1)
+        others = count - number
+        return ~unavailable & selection.evenly_spread(
+            selection.count_before(~unavailable),
+            jnp.minimum(number, others),
+            jnp.maximum(others, 1),
         )
     side = math.isqrt(num_patches)
     if side * side != num_patches:
@@ -381,6 +442,7 @@ def _added(selected: jax.Array, number: jax.Array, config: PruMergeConfig) -> ja
     points = (jnp.arange(side) ** 2 < number).sum(-1, keepdims=True)  # ceil(sqrt(number))
     if config.added_patches == "lattice_fixed":
         points = jnp.full_like(points, config.lattice_side(num_patches))
-    on_row = selection.evenly_spread(patch // side, points, side)
-    on_column = selection.evenly_spread(patch % side, points, side)
-    return on_row & on_column & ~selected
+    place = jnp.arange(num_patches)
+    on_row = selection.evenly_spread(place // side, points, side)
+    on_column = selection.evenly_spread(place % side, points, side)
+    return on_row & on_column & ~unavailable

@@ -40,6 +40,20 @@ def quantile(a: jax.Array, rank: jax.Array, q: float) -> jax.Array:
     return above - (above - below) * (1 - share)
 
 
+def quantile_of_largest(a: jax.Array, rank: jax.Array, count: jax.Array, q: float) -> jax.Array:
+    """`quantile` of the `count` [B] largest entries of every row; 0 where count is 0."""
+    position = q * (count - 1).astype(jnp.float32)
+    low = jnp.floor(position).astype(jnp.int32)
+    share = position - low
+
+    def value(ascending: jax.Array) -> jax.Array:
+        return jnp.where(rank == (count - 1 - ascending)[:, None], a, 0).sum(-1)
+
+    below, above = value(low), value(jnp.minimum(low + 1, count - 1))
+    from_below, from_above = below + (above - below) * share, above - (above - below) * (1 - share)
+    return jnp.where(share < 0.5, from_below, from_above)
+
+
 def evenly_spread(index: jax.Array, points: jax.Array, size: jax.Array | int) -> jax.Array:
     """Whether `index` is one of floor((i + 1/2) size / points) for i = 0 ... points - 1."""
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import pathlib
 import re
 import subprocess
@@ -11,7 +12,6 @@ import sys
 import numpy as np
 import pytest
 
-from prumerge_jax.cost import Chip
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.models.tuning import Tuning
 
@@ -22,25 +22,29 @@ ROWS = "--geometry=tiny --text_tokens=6 --row_length=32 --repeats=2"
 COMMANDS = {
     "prumerge_step": "--geometry=tiny --batch=2 --kept 3 --kept_plus 3 --repeats=2",
     "compile": "--layers=2 --width=16 --repeats=1",
+    "reductions": "--geometry=tiny --reductions=prumerge --batch=2 --repeats=2",
     "preprocess": "--width=64 --height=48 --images=8 --most_workers=2 --repeats=1",
     "vision_tower": "--geometry=tiny --batches 2 --repeats=2",
     "prefill": f"{ROWS} --visual 3",
-    "decode": "--geometry=tiny --slots 2 --context=5 --steps=2 --repeats=2",
+    "decode": "--geometry=tiny --slots 2 --text_tokens=5 --new_tokens=4 --steps=2 --repeats=2",
     "lora_training": f"{ROWS} --visual 3 --rank=2",
     "numerics": "--geometry=tiny --kept=3 --dtype=bfloat16",
     "scoring": f"{ROWS} --full_row_length=32 --requests=8 --full_requests=2 --window=4 --data=2 "
     "--full_window=2 --batch_size=2 --means 2 --slots=2 --peer_batches 2 --output_tokens=3",
 }
+README = (BENCHMARKS / "README.md").read_text()
 KEYS = {
     "prumerge_step": {"ms", "loop_ms", "ratio", "floor_share", "tower_share", "visual_tokens"},
     "compile": {"trace_s", "compile_s", "total_s", "layers"},
+    "reductions": {"ms", "over_tower", "flops_over_tower"},
     "preprocess": {"ms", "images_per_s", "over_one_worker"},
     "vision_tower": {"ms", "images_per_s", "over_tower", "floor_share", "utilisation"},
     "prefill": {"ms", "segments_per_s", "efficiency", "floor_share", "utilisation"},
-    "decode": {"ms", "tokens_per_s", "bound", "floor_share", "utilisation"},
+    "decode": {"reduction", "slots", "ms", "tokens_per_s", "over_full", "bound", "floor_share",
+               "kv_allocated_over_valid", "kv_read_over_valid", "kv_mb_per_sequence"},
     "lora_training": {"ms", "samples_per_s", "speedup", "utilisation_4n", "utilisation"},
     "numerics": {"check", "figure", "limit", "passed"},
-    "scoring": {"images_per_s", "visual_mean", "efficiency", "speedup", "flop_ratio_share",
+    "scoring": {"questions_per_s", "visual_mean", "efficiency", "speedup", "flop_ratio_share",
                 "floor_share", "memory_gb"},
 }  # fmt: skip
 
@@ -60,7 +64,7 @@ def test_reports_finite_figures(
         request.getfixturevalue("no_compilation_cache")
     if name != "decode":  # measuring the machine's peak once is enough
         measuring = importlib.import_module("measuring")
-        monkeypatch.setattr(measuring, "_measured_rates", lambda dtype: Chip(1e11, 1e10))
+        monkeypatch.setattr(measuring, "measured_peak", lambda dtype: (1e11, 1e10))
     path = tmp_path / "report.json"
     importlib.import_module(name).main([*COMMANDS[name].split(), f"--json={path}"])
     report = json.loads(path.read_text())
@@ -72,15 +76,50 @@ def test_reports_finite_figures(
             assert isinstance(value, str) or math.isfinite(value), key
     table = capsys.readouterr().out
     assert all(key in table for key in KEYS[name])
+    assert_begins(name, table)
+    assert_is_documented(name, report["results"])
 
 
-def test_a_conversion_is_measured_step_by_step() -> None:
-    command = [sys.executable, "convert.py", "--model", "tiny", "--export"]
-    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True)
-    steps = re.findall(r"^(.*): peak resident memory ([\d.]+) GB, ([\d.]+)", done.stdout, re.M)
+def assert_begins(name: str, printed: str) -> None:
+    """The first line says what is done and how long it takes."""
+    first = printed.splitlines()[0]
+    assert re.fullmatch(rf"{name}: .{{20,}}; about [\d.]+ min on two cores by default", first)
+
+
+def assert_is_documented(name: str, results: list[dict[str, object]]) -> None:
+    """The keys of every row are those of the README, in their order."""
+    (line,) = re.findall(rf"^\| `{name}` \| (.*) \|$", README, re.M)
+    assert all(list(row) == re.findall(r"`(\w+)`", line) for row in results)
+
+
+def test_a_conversion_is_measured_step_by_step(tmp_path: pathlib.Path) -> None:
+    report = tmp_path / "report.json"
+    command = [sys.executable, "convert.py", "--model=tiny", "--layers=0", "--export"]
+    done = subprocess.run(
+        [*command, f"--json={report}"], cwd=BENCHMARKS, capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)},
+    )  # fmt: skip
+    assert_begins("convert", done.stdout)
+    steps = json.loads(report.read_text())["results"]
     names = ["Checkpoint -> our directory", "Our directory -> 8 devices"]
-    assert [name for name, _, _ in steps] == [*names, "Our directory -> checkpoint"]
-    assert all(0 < float(before) <= float(peak) < 2 for _, peak, before in steps)
+    assert [step["step"] for step in steps] == [*names, "Our directory -> checkpoint"]
+    assert all(0 < step["imports_gb"] <= step["peak_gb"] < 2 for step in steps)
+    assert_is_documented("convert", steps)
+
+
+def test_without_pytorch_our_step_is_timed_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.delitem(sys.modules, "prumerge_step", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    prumerge_step = importlib.import_module("prumerge_step")
+    monkeypatch.delitem(sys.modules, "prumerge_step")
+    report = tmp_path / "report.json"
+    prumerge_step.main([*COMMANDS["prumerge_step"].split(), f"--json={report}"])
+    for row in json.loads(report.read_text())["results"]:
+        assert row["ms"] > 0
+        assert row["loop_ms"] is row["ratio"] is None
 
 
 def test_the_loop_and_our_step_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,3 +243,36 @@ def test_command_prints_the_floors(capsys):
 def test_command_takes_model_and_chip(capsys):
     command.main(["--model", "tiny", "--chip", "tpu-v5e", "--compute_fraction", "0.5"])
     assert "98 TFLOP/s, 0.73 TB/s, 60 text tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("visual", "questions", "computed"),
+    [(576, 1, 636), (576, 18, 59), (144, 18, 35), (40, 18, 29), (576, 3, 229), (144, 3, 85)],
+)
+def test_questions_about_an_image_share_what_is_in_front(visual, questions, computed):
+    """35 of 60 text tokens are in front of the image; the rest sees all of it."""
+    text = published("llava-1.5-7b").text
+    workload = cost.Workload(visual, 60, questions, questions_per_image=questions)
+    assert workload.images == 1
+    assert workload.computed == pytest.approx(computed, abs=0.5)
+    shared = cost.operations(published("llava-1.5-7b"), workload)
+    front, behind = visual + 35, 25
+    tokens = front + questions * behind if questions > 1 else visual + 60
+    flops = 2 * counts.block_parameters(text) * tokens
+    flops += 2 * questions * text.width * text.vocab_size
+    pairs = front * front / 2 + questions * behind * (front + behind / 2)
+    flops += counts.attention_flops(text, pairs)
+    (prefill,) = shared["prefill"]
+    assert prefill.flops == pytest.approx(flops, rel=1e-12)
+    apart = cost.operations(published("llava-1.5-7b"), cost.Workload(visual, 60, 1))
+    assert shared["vision"][0].flops == apart["vision"][0].flops
+    assert shared["merge"] == apart["merge"]
+
+
+def test_command_takes_questions_per_image(capsys):
+    command.main(["--questions_per_image=18"])
+    lines = capsys.readouterr().out
+    assert "18 questions share each image" in lines
+    rates = [float(line.split()[-1]) for line in lines.splitlines()[-2:]]
+    command.main([])
+    assert [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[-2:]] < rates

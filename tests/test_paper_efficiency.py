@@ -1,5 +1,6 @@
 """The paper's efficiency table recomputed, against the paper and against the printed table."""
 
+import json
 import re
 
 import pytest
@@ -51,9 +52,15 @@ def test_low_bits_need_an_8_bit_peak():
         paper_efficiency.efficiency(VICUNA["llava-1.5-7b"], 70, 4, cost.CHIPS["h100"])
 
 
-def test_the_table_is_printed(capsys):
-    paper_efficiency.main([])
+def test_the_table_is_printed(capsys, tmp_path):
+    paper_efficiency.main([f"--json={tmp_path / 'report.json'}"])
     output = capsys.readouterr().out
+    assert output.startswith("paper_efficiency: The paper's efficiency table")
+    rows = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert len(rows) == 24
+    assert rows[0]["text_tokens"] == 122
+    assert rows[1]["text_tokens"] == 60
+    assert rows[0]["seconds"] == pytest.approx(0.0885, rel=0.01)
     baseline = re.search(r"llava-1.5-7b +16 +576 \+ 122 .*", output)[0]
     assert baseline.split()[5:] == [
         "9.300", "9.30", "(9.3)", "88.5", "(88.6)", "23.4", "(23.3)", "4.63", "(4.6)"

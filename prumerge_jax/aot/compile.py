@@ -40,6 +40,7 @@ class Program:
       cost: collectives and XLA's estimate.
       kernel_flops: FLOPs of hand-written kernels, for which XLA estimates nothing.
       compile_seconds: how long XLA took.
+      kernel_bytes: bytes that those kernels read.
     """
 
     name: str
@@ -49,10 +50,12 @@ class Program:
     cost: ProgramCost
     kernel_flops: float
     compile_seconds: float
+    kernel_bytes: float = 0.0
 
     def compute_seconds(self, chip: Chip) -> float:
         """XLA's cycles, and kernels at the peak."""
-        return self.cost.cycles / tpu(chip).clock + self.kernel_flops / chip.flops
+        kernels = max(self.kernel_flops / chip.flops, self.kernel_bytes / chip.bandwidth)
+        return self.cost.cycles / tpu(chip).clock + kernels
 
     def interconnect_seconds(self, chip: Chip) -> float:
         """What the collectives move, at the peak of all links of a chip."""
@@ -79,7 +82,12 @@ def tpu(chip: Chip) -> Tpu:
     return chip.tpu
 
 
-def compile_program(name: str, lowered: jax.stages.Lowered, kernel_flops: float = 0.0) -> Program:
+def compile_program(
+    name: str,
+    lowered: jax.stages.Lowered,
+    kernel_flops: float = 0.0,
+    kernel_bytes: float = 0.0,
+) -> Program:
     """Compiles one program.
 
     Raises:
@@ -106,6 +114,7 @@ def compile_program(name: str, lowered: jax.stages.Lowered, kernel_flops: float 
         cost=program_cost(text),
         kernel_flops=kernel_flops,
         compile_seconds=seconds,
+        kernel_bytes=kernel_bytes,
     )
 
 

@@ -1,6 +1,7 @@
 """What inference needs of a TPU slice: its jitted functions compiled, not run.
 
 No weights, images or TPU are needed. `decode` is one step of all slots; how many follow is unknown.
+Its sequences have the assumed mean of visual tokens, the question, and half of the answer.
 """
 
 import dataclasses
@@ -11,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from prumerge_jax.aot.assumptions import MeanTokens, mean_visual_tokens
+from prumerge_jax.aot.assumptions import MeanTokens, largest_layout, mean_of_image
 from prumerge_jax.aot.compile import (
     CAVEAT,
     Program,
@@ -24,28 +25,37 @@ from prumerge_jax.aot.compile import (
     first_that_fits,
     memory_line,
     peak_bytes,
+    placed,
     program_lines,
     tower_kernel_flops,
 )
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
-from prumerge_jax.cost.roofline import Operation
+from prumerge_jax.cost.roofline import FRONT_TOKENS, Operation, Workload
+from prumerge_jax.data.layout import Layout
+from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
-from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit
+from prumerge_jax.engine.request import Opening
+from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit, most_visual_tokens
+from prumerge_jax.models import attention
+from prumerge_jax.models.attention import KVPages, tokens_read
+from prumerge_jax.models.attention.pages import form_for
 from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import abstract_model
+from prumerge_jax.models.tuning import BY_PLATFORM
 from prumerge_jax.reductions import Reduction, parse
 from prumerge_jax.sharding.mesh import (
     logical_spec,
     mesh_on,
-    replicated,
     use_mesh,
     weight_shardings,
 )
 
 ASSUMED_TEXT_TOKENS, ASSUMED_NEW_TOKENS = 60, 64
 """Tokens of a question and of its answer, where the engine's lengths are left open."""
+ASSUMED_IMAGES = 8
+"""Images whose questions rows are made for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +68,13 @@ class InferencePlan:
       reduction: its spelling.
       dtype: dtype of weights and computation.
       visual_tokens: assumed mean per image.
+      largest: the layout of most visual tokens, which the shapes have room for.
       shapes: shapes of the programs.
       programs: encode, read (scoring), prefill and decode, one run each.
       work: by program, what it computes on all chips together, by the cost model.
-      resident: bytes per chip of weights, KV slots and four windows of visual tokens.
+      resident: bytes per chip of weights, pages of keys and values, and four windows of visual
+        tokens.
+      questions_per_image: assumed number of questions that share what is in front of them.
       rejected: why meshes that were tried before this one do not fit.
     """
 
@@ -70,10 +83,12 @@ class InferencePlan:
     reduction: str
     dtype: jnp.dtype
     visual_tokens: MeanTokens
+    largest: Layout
     shapes: EngineShapes
     programs: tuple[Program, ...]
     work: Mapping[str, Operation]
     resident: int
+    questions_per_image: int = 1
     rejected: tuple[str, ...] = ()
 
     @property
@@ -84,8 +99,12 @@ class InferencePlan:
     @property
     def prompts(self) -> float:
         """Number of prompts of the assumed length that full rows hold."""
-        length = self.visual_tokens.mean + ASSUMED_TEXT_TOKENS
-        return self.shapes.prefill_rows * self.shapes.row_length / length
+        workload = Workload(
+            self.visual_tokens.mean,
+            ASSUMED_TEXT_TOKENS,
+            questions_per_image=self.questions_per_image,
+        )
+        return self.shapes.prefill_rows * self.shapes.row_length / workload.computed
 
     def lines(self) -> list[str]:
         """The plan as lines of text."""
@@ -98,10 +117,15 @@ class InferencePlan:
             + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
             *(f"  rejected: {reason}" for reason in self.rejected),
             f"{self.reduction} in {self.dtype}, assumed {self.visual_tokens.mean:.4g} visual "
-            f"tokens per image ({self.visual_tokens.reason}) and {ASSUMED_TEXT_TOKENS} of text: "
+            f"tokens per image ({self.visual_tokens.reason}), {self.questions_per_image} "
+            f"question(s) about each and {ASSUMED_TEXT_TOKENS} tokens of text: "
             f"{self.prompts:.0f} prompts in the rows of a read or prefill",
-            f"{self.shapes.batch_size} images, {self.shapes.prefill_rows} rows of "
-            f"{self.shapes.row_length}, {self.shapes.slots} slots of {self.shapes.cache_length}",
+            f"the largest image: {self.largest.num_crops} crop(s), "
+            f"{most_visual_tokens(parse(self.reduction), self.largest)} visual tokens at most",
+            f"{self.shapes.batch_size} crops, {self.shapes.prefill_rows} rows of "
+            f"{self.shapes.row_length}, {self.shapes.slots} slots with "
+            f"{_valid_tokens(self.visual_tokens):.4g} tokens each, {self.shapes.pool_pages} pages "
+            f"of {self.shapes.page_size}, for sequences of up to {self.shapes.cache_length}",
             memory_line(self.memory, self.resident, chip),
             *program_lines([(program, 1) for program in self.programs], chip),
             "model TFLOP, roofline of these chips and the share of it that XLA's estimate reaches:",
@@ -123,6 +147,8 @@ def plan_inference(
     topology: Topology,
     mesh: Sizes,
     dtype: jnp.dtype = jnp.bfloat16,
+    *,
+    questions_per_image: int = 1,
 ) -> InferencePlan:
     """Compiles an engine's programs for a slice, on this mesh or the next larger that fits.
 
@@ -134,28 +160,44 @@ def plan_inference(
       topology: the slice.
       mesh: sizes of the mesh's axes; those that are tried next have more `tensor`.
       dtype: dtype of weights and computation.
+      questions_per_image: how many questions share the text and the image in front of them.
 
     Raises:
       ValueError: the mesh is larger than the slice, a shape does not divide over its shards, or
         the reduction is not valid.
       DoesNotFit: no mesh of the slice has the memory.
     """
+    page_size = engine.page_size or BY_PLATFORM["tpu"].page_size
+    resized = _resized(model, parse(reduction))
     shapes = fit(
-        engine,
+        dataclasses.replace(engine, page_size=page_size),
         parse(reduction),
-        _resized(model, parse(reduction)).vision.num_patches,
-        np.array([ASSUMED_TEXT_TOKENS]),
+        resized.vision.num_patches,
+        _openings(questions_per_image, largest_layout(resized, parse(reduction))),
         max_new_tokens=ASSUMED_NEW_TOKENS,
         max_positions=model.text.max_positions,
         shards=mesh["data"] * mesh["fsdp"],
     )
     plan, rejected = first_that_fits(
         _larger(mesh, model, len(topology.devices)),
-        functools.partial(_plan, model, shapes, reduction, topology, jnp.dtype(dtype)),
+        functools.partial(
+            _plan, model, shapes, reduction, topology, jnp.dtype(dtype), questions_per_image
+        ),
         topology,
         "has the memory; make the engine's shapes smaller or take a larger slice",
     )
     return dataclasses.replace(plan, rejected=rejected)
+
+
+def _openings(questions_per_image: int, layout: Layout) -> list[Opening]:
+    """Questions about a few images, with text in front of the image as a chat template has it."""
+    openings = []
+    for number in range(ASSUMED_IMAGES * questions_per_image if questions_per_image > 1 else 1):
+        image = number // questions_per_image
+        behind = ASSUMED_TEXT_TOKENS - FRONT_TOKENS
+        token_ids = [*[1] * FRONT_TOKENS, IMAGE_TOKEN, *[2 + number] * behind]
+        openings.append(Opening(np.array(token_ids), (image,), (layout,)))
+    return openings
 
 
 def _resized(model: LlavaConfig, reduction: Reduction) -> LlavaConfig:
@@ -182,11 +224,12 @@ def _plan(
     spelling: str,
     topology: Topology,
     dtype: jnp.dtype,
+    questions_per_image: int,
     sizes: Sizes,
 ) -> InferencePlan:
     mesh = mesh_on(topology.devices, **sizes)
     graphdef, state = _abstract_state(model, mesh, dtype)
-    visual_tokens = mean_visual_tokens(spelling, model.vision)
+    visual_tokens = mean_of_image(spelling, model)
     reduction = parse(spelling)
     model = _resized(model, reduction)
     batch = NamedSharding(mesh, logical_spec("batch"))
@@ -202,12 +245,21 @@ def _plan(
         sharding=batch,
     )
     row = jax.ShapeDtypeStruct((engine.prefill_rows, engine.row_length), jnp.int32, sharding=batch)
+    shared = questions_per_image > 1 and engine.share_prefixes
     rows = programs.Rows(*[row] * 4)  # type: ignore[arg-type]  # shapes stand for arrays
-    slots = _abstract_slots(graphdef, state, engine, mesh, dtype)
+    if shared:
+        rows = rows._replace(branch_ids=row)  # type: ignore[arg-type]
     with use_mesh(mesh):
+        slots, pages = _abstract_slots(engine, mesh), _abstract_pages(model, engine, mesh, dtype)
+        places = jax.ShapeDtypeStruct(row.shape, jnp.int32, sharding=batch)
+        tables = jax.ShapeDtypeStruct((engine.slots, engine.table_width), jnp.int32, sharding=batch)
+        active = jax.ShapeDtypeStruct((engine.slots,), jnp.bool, sharding=batch)
+        read_by_kernel = _kernel_bytes(model, engine, visual_tokens, dtype) / mesh.size
         pairs = splash_pairs(
             engine.row_length, causal=True, max_segment_length=engine.longest_prompt
         )
+        if shared:  # the kernel runs again, for what is in front of the branches
+            pairs += splash_pairs(engine.row_length, causal=True)
         of_tower = tower_kernel_flops(model.vision, engine.batch_size, dtype) / mesh.size
         of_rows = decoder_kernel_flops(model.text, engine.prefill_rows, pairs, dtype) / mesh.size
         encode = programs.encode.lower(
@@ -217,18 +269,23 @@ def _plan(
         read = programs.hidden_before_last_mlp.lower(
             graphdef, state, pool, rows, max_segment_length=longest
         )
-        prefill = programs.prefill.lower(graphdef, state, pool, rows, max_segment_length=longest)
+        prefill = programs.prefill.lower(
+            graphdef, state, pages, pool, rows, places, max_segment_length=longest
+        )
         decode = programs.decode.lower(
             graphdef,
             state,
             slots,
+            pages,
+            tables,
+            active,
             steps=engine.decode_steps_per_call,
         )
         compiled = (
             compile_program("encode", encode, of_tower),
             compile_program("read", read, of_rows),
             compile_program("prefill", prefill, of_rows),
-            compile_program("decode", decode),
+            compile_program("decode", decode, kernel_bytes=read_by_kernel),
         )
     return InferencePlan(
         topology,
@@ -236,10 +293,12 @@ def _plan(
         spelling,
         dtype,
         visual_tokens,
+        largest_layout(model, reduction),
         engine,
         compiled,
-        _work(model, engine),
-        resident=bytes_per_chip((state, slots, pool, pool)),
+        _work(model, engine, visual_tokens),
+        resident=bytes_per_chip((state, pages, pool, pool)),
+        questions_per_image=questions_per_image if shared else 1,
     )
 
 
@@ -248,34 +307,33 @@ def _abstract_state(
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """A model's structure and its weights as shapes with shardings, as `Llava.load` lays them."""
     graphdef, abstract = abstract_model(model)
-    placed = dict(nnx.to_flat_state(weight_shardings(abstract, mesh)))
+    shardings = dict(nnx.to_flat_state(weight_shardings(abstract, mesh)))
     return graphdef, nnx.from_flat_state(
         {
             path: leaf.replace(
-                jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=placed[path].get_value())
+                jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[path].get_value())
             )
             for path, leaf in nnx.to_flat_state(abstract)
         }
     )
 
 
-def _abstract_slots(
-    graphdef: nnx.GraphDef, state: nnx.State, engine: EngineShapes, mesh: Mesh, dtype: jnp.dtype
-) -> programs.Slots:
+def _abstract_slots(engine: EngineShapes, mesh: Mesh) -> programs.Slots:
     """The slots as shapes with shardings."""
+    shapes = jax.eval_shape(lambda: programs.empty_slots(slots=engine.slots))
+    batch = NamedSharding(mesh, logical_spec("batch"))
+    return placed(shapes, batch)
+
+
+def _abstract_pages(
+    model: LlavaConfig, engine: EngineShapes, mesh: Mesh, dtype: jnp.dtype
+) -> KVPages:
+    """The pool as shapes with shardings."""
     shapes = jax.eval_shape(
-        lambda: programs.empty_slots(
-            graphdef, state, slots=engine.slots, length=engine.cache_length, dtype=dtype
-        )
+        lambda: attention.empty_pages(model.text, engine.pool_pages, engine.page_size, dtype)
     )
-    cache = NamedSharding(mesh, PartitionSpec(*logical_spec(None, "batch", None, "heads", None)))
-    unsharded = replicated(mesh)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=cache if leaf.ndim == 5 else unsharded
-        ),
-        shapes,
-    )
+    spec = attention.pages_spec(model.text, dtype)
+    return placed(shapes, NamedSharding(mesh, spec))
 
 
 def _pairs(engine: EngineShapes) -> float:
@@ -284,7 +342,23 @@ def _pairs(engine: EngineShapes) -> float:
     return engine.prefill_rows * (length - longest / 2) * longest
 
 
-def _work(model: LlavaConfig, engine: EngineShapes) -> dict[str, Operation]:
+def _valid_tokens(visual: MeanTokens) -> float:
+    """Mean tokens of a sequence that is being decoded."""
+    return visual.mean + ASSUMED_TEXT_TOKENS + ASSUMED_NEW_TOKENS / 2
+
+
+def _kernel_bytes(
+    model: LlavaConfig, engine: EngineShapes, visual: MeanTokens, dtype: jnp.dtype
+) -> float:
+    """What the attention kernel of a decode step reads, on all chips together; 0 without one."""
+    if form_for(dtype, model.text.head_dim) == "xla":
+        return 0.0
+    lengths = np.full(engine.slots, round(_valid_tokens(visual)))
+    tokens = tokens_read(lengths, engine.page_size, dtype, model.text.head_dim)
+    return tokens * counts.kv_bytes_per_token(model.text)
+
+
+def _work(model: LlavaConfig, engine: EngineShapes, visual: MeanTokens) -> dict[str, Operation]:
     """What each program has to compute and to read, by the cost model; rows count as full."""
     sizes, text = counts.parameters(model), model.text
     width = counts.ACTIVATION_BYTES
@@ -292,7 +366,7 @@ def _work(model: LlavaConfig, engine: EngineShapes) -> dict[str, Operation]:
     flops: float = 2 * counts.block_parameters(text) * positions
     flops += counts.attention_flops(text, _pairs(engine))
     rows = Operation(flops, width * sizes.blocks)
-    context = engine.cache_length
+    context = _valid_tokens(visual)
     return {
         "encode": Operation(
             engine.batch_size * counts.tower_flops(model.vision), width * sizes.vision_used

@@ -5,6 +5,7 @@ convert_weights.py --input llava-v1.5-7b --vision_tower clip-vit-large-patch14-3
     --allow_pickle --output llava-1.5-7b
 convert_weights.py --input vicuna-7b-v1.5 --adapter llava-v1.5-7b-lora-prunemerge
     --vision_tower clip-vit-large-patch14-336 --allow_pickle --merge --output prumerge-7b
+convert_weights.py --input llava-1.5-7b --push USER/llava-1.5-7b
 convert_weights.py --to hf --input llava-1.5-7b --output llava-1.5-7b-hf
 """
 
@@ -46,6 +47,7 @@ def _flags() -> flags.FlagValues:
         ("adapter_base", "name of the model that the adapter belongs on, as the adapter has it"),
         ("download", "Hugging Face repository to use as --input; needs --revision"),
         ("revision", "commit of --download, 40 digits"),
+        ("push", "Hugging Face repository, USER/NAME, to put --input into, one of our directories"),
     ):
         flags.DEFINE_string(name, None, help_text, flag_values=values)
     flags.DEFINE_enum(
@@ -75,6 +77,9 @@ def _flags() -> flags.FlagValues:
 def _main(argv: Sequence[str]) -> None:
     values = _flags()
     command_line.parse(argv, values, __doc__)
+    if values.push:
+        _push(values)
+        return
     _check(values)
     # These take seconds to import; a mistyped flag is answered before.
     import jax
@@ -115,6 +120,16 @@ def _check(values: flags.FlagValues) -> None:
             raise ValueError(f"--{name} is about an adapter; give it as --adapter")
 
 
+def _push(values: flags.FlagValues) -> None:
+    """Puts one of our directories on the hub."""
+    others = [name for name in (*_READ_WITH, "output") if values[name].value]
+    if not values.input or others or values.to != "jax":
+        raise ValueError("--push takes --input alone: one of our directories")
+    from prumerge_jax.conversion import hub
+
+    print(f"pushed: {hub.push(pathlib.Path(values.input), values.push)}")
+
+
 def _import(folder: pathlib.Path, values: flags.FlagValues) -> None:
     """Writes our directory from a checkpoint."""
     import jax
@@ -122,7 +137,10 @@ def _import(folder: pathlib.Path, values: flags.FlagValues) -> None:
 
     from prumerge_jax.conversion.checkpoint_reader import Sources, open_model
     from prumerge_jax.conversion.convert import convert
-    from prumerge_jax.conversion.tokenizer_file import missing_tokenizer_warning
+    from prumerge_jax.conversion.tokenizer_file import (
+        missing_tokenizer_warning,
+        unknown_template_warning,
+    )
     from prumerge_jax.conversion.verify import check_comparable, compare_with_torch
 
     tower, projector, adapter = (
@@ -147,7 +165,9 @@ def _import(folder: pathlib.Path, values: flags.FlagValues) -> None:
         report = convert(model, output, dtype=dtype, progress=bar.update)
     print(f"{output}: {report.summary()}")
     if not model.has_tokenizer:
-        print(missing_tokenizer_warning(output), file=sys.stderr)
+        print(missing_tokenizer_warning(output, model.tokenizer_name), file=sys.stderr)
+    if model.config.chat_template is None:
+        print(unknown_template_warning(output), file=sys.stderr)
     if values.verify:
         comparison = compare_with_torch(model, output)
         print(comparison.summary())

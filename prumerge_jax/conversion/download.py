@@ -20,15 +20,33 @@ def download(repository: str, revision: str) -> pathlib.Path:
     Raises:
       ConversionError: the revision is not a commit id, or the files are not available.
     """
-    import huggingface_hub
+    return snapshot(check_commit(repository, revision), revision, _FILES)
 
+
+def check_commit(repository: str, revision: str) -> str:
+    """The repository, if the revision is a commit id.
+
+    Raises:
+      ConversionError: it is another word, whose files may change.
+    """
     if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         raise ConversionError(
             f"--download needs --revision=COMMIT, 40 hexadecimal digits, not {revision!r:.80}"
         )
+    return repository
+
+
+def snapshot(repository: str, revision: str, files: list[str] | None) -> pathlib.Path:
+    """The local directory of a commit; `files` are patterns of those to fetch, None fetches all.
+
+    Raises:
+      ConversionError: the files are not available.
+    """
+    import huggingface_hub
+
     try:
         folder = huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=_FILES
+            repository, revision=revision, allow_patterns=files
         )
     except Exception as error:  # the hub client raises errors of several HTTP libraries
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -5,25 +5,42 @@ import dataclasses
 from collections.abc import Sequence
 
 from prumerge_jax.cost.roofline import CHIPS, Chip, Workload, floor_seconds, operations
-from prumerge_jax.models.config import LlavaConfig, published
+from prumerge_jax.families import published
+from prumerge_jax.models.config import LlavaConfig
 
 VISUAL_TOKENS = (576, 144, 40)
 BATCHES = (1, 8, 32)
 OUTPUT_TOKENS = (1, 8, 32)
 
 
-def floor_lines(config: LlavaConfig, chip: Chip, text_tokens: int, weight_bits: int) -> list[str]:
-    """Roofline times per image, from the vision tower to the last output token."""
+def floor_lines(
+    config: LlavaConfig,
+    chip: Chip,
+    text_tokens: int,
+    weight_bits: int,
+    questions_per_image: int = 1,
+) -> list[str]:
+    """Roofline times per question, from the vision tower to the last output token."""
+    asked = ""
+    if questions_per_image > 1:
+        asked = f", {questions_per_image} questions share each image"
     lines = [
         f"{chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e12:.2f} TB/s, {text_tokens} text "
-        f"tokens, {weight_bits}-bit decoder weights; ms per image at 1 to 32 output tokens:",
+        f"tokens, {weight_bits}-bit decoder weights{asked}; "
+        "ms per question at 1 to 32 output tokens:",
         f"{'batch':>5}{'visual':>8}{'vision+merge':>14}{'prefill':>16}"
         + "".join(f"{f'{n} out':>11}" for n in OUTPUT_TOKENS)
-        + f"   images/s at {' / '.join(map(str, OUTPUT_TOKENS))} out",
+        + f"   questions/s at {' / '.join(map(str, OUTPUT_TOKENS))} out",
     ]
     for batch in BATCHES:
         for visual in VISUAL_TOKENS:
-            workload = Workload(visual, text_tokens, batch, weight_bits=weight_bits)
+            workload = Workload(
+                visual,
+                text_tokens,
+                batch,
+                weight_bits=weight_bits,
+                questions_per_image=questions_per_image,
+            )
             seconds = floor_seconds(config, workload, chip)
             bound = operations(config, workload)["prefill"][0].bound(chip)
             totals = []
@@ -49,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--text_tokens", type=int, default=60, help="prompt tokens per request")
     parser.add_argument("--weight_bits", type=int, default=16, choices=(16, 8, 4))
     parser.add_argument(
+        "--questions_per_image", type=int, default=1, help="that share what is in front of them"
+    )
+    parser.add_argument(
         "--compute_fraction",
         type=float,
         default=790 / 989,
@@ -66,7 +86,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.compute_fraction, arguments.bandwidth_fraction
     )
     print(f"Floors of {arguments.model} on one {arguments.chip}, assumed achievable:")
-    for line in floor_lines(config, chip, arguments.text_tokens, arguments.weight_bits):
+    for line in floor_lines(
+        config,
+        chip,
+        arguments.text_tokens,
+        arguments.weight_bits,
+        arguments.questions_per_image,
+    ):
         print(line)
 
 

@@ -7,7 +7,7 @@ bandwidth. Activations, norms, launches, padding and host work are free: floors,
 import dataclasses
 
 from prumerge_jax.cost import counts
-from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.models.config import LlavaConfig, TextConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,10 @@ CHIPS = {
 """Datasheet peaks."""
 
 
+FRONT_TOKENS = 35
+"""Text tokens in front of the image in LLaVA-1.5's prompts."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """A batch of equal requests with one image each.
@@ -72,6 +76,8 @@ class Workload:
       batch: requests computed together.
       output_tokens: per request; the first one comes from the prefill.
       weight_bits: bits per weight of the decoder's blocks and head; tower and projector keep 16.
+      questions_per_image: requests that have their image, and `FRONT_TOKENS` of their text in front
+        of it, in common; both are computed once for all of them.
     """
 
     visual_tokens: float
@@ -79,11 +85,29 @@ class Workload:
     batch: int = 1
     output_tokens: int = 1
     weight_bits: int = 16
+    questions_per_image: int = 1
 
     @property
     def sequence(self) -> float:
-        """Tokens to prefill per request."""
+        """Tokens per request."""
         return self.visual_tokens + self.text_tokens
+
+    @property
+    def shared(self) -> float:
+        """Those that it shares with others."""
+        if self.questions_per_image == 1:
+            return 0.0
+        return self.visual_tokens + min(FRONT_TOKENS, self.text_tokens)
+
+    @property
+    def computed(self) -> float:
+        """Tokens to prefill per request."""
+        return self.sequence - self.shared + self.shared / self.questions_per_image
+
+    @property
+    def images(self) -> float:
+        """Images of the batch."""
+        return self.batch / self.questions_per_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,19 +133,19 @@ def operations(config: LlavaConfig, workload: Workload) -> dict[str, list[Operat
     `decode` has one operation per step.
     """
     sizes = counts.parameters(config)
-    text, batch = config.text, workload.batch
+    text, batch, images = config.text, workload.batch, workload.images
     weights = (sizes.blocks + sizes.head) * workload.weight_bits / 8
     kv = batch * counts.kv_bytes_per_token(text)
     patches = config.vision.num_patches
     # PruMerge reads the hidden state and the key of every patch.
     image_bytes = 2 * patches * config.vision.width * counts.ACTIVATION_BYTES
-    merge = Operation(batch * counts.merge_flops(config.vision), batch * image_bytes)
-    projected = batch * workload.visual_tokens * counts.projector_flops(config)
+    merge = Operation(images * counts.merge_flops(config.vision), images * image_bytes)
+    projected = images * workload.visual_tokens * counts.projector_flops(config)
     contexts = [workload.sequence + step for step in range(1, workload.output_tokens)]
     return {
         "vision": [
             Operation(
-                batch * counts.tower_flops(config.vision),
+                images * counts.tower_flops(config.vision),
                 counts.ACTIVATION_BYTES * sizes.vision_used,
             )
         ],
@@ -129,8 +153,8 @@ def operations(config: LlavaConfig, workload: Workload) -> dict[str, list[Operat
         "projector": [Operation(projected, counts.ACTIVATION_BYTES * sizes.projector)],
         "prefill": [
             Operation(
-                batch * counts.prefill_flops(text, workload.sequence),
-                weights + kv * workload.sequence,
+                batch * _prefill_flops(text, workload),
+                weights + kv * workload.computed,
             )
         ],
         "decode": [
@@ -138,6 +162,17 @@ def operations(config: LlavaConfig, workload: Workload) -> dict[str, list[Operat
             for context in contexts
         ],
     }
+
+
+def _prefill_flops(text: TextConfig, workload: Workload) -> float:
+    """The decoder over one request's part of the batch: its own tokens, which see what it shares
+    too, and its part of the shared ones."""
+    flops = counts.prefill_flops(text, workload.computed)
+    if workload.questions_per_image == 1:
+        return flops
+    own, shared = workload.sequence - workload.shared, workload.shared
+    pairs = own * (shared + own / 2) + shared * shared / 2 / workload.questions_per_image
+    return flops + counts.attention_flops(text, pairs - workload.computed**2 / 2)
 
 
 def floor_seconds(config: LlavaConfig, workload: Workload, chip: Chip) -> dict[str, float]:

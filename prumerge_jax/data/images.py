@@ -28,6 +28,15 @@ MAX_SIDE = 16_384
 MAX_ASPECT_RATIO = 2_000
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneOfSeveral:
+    """An image that is not the only one of its prompt; some models cut it otherwise."""
+
+    source: ImageSource
+
+
 ImageMode = Literal["pad", "crop"]
 """`pad`: the image in the middle of a square of the mean colour. `crop`: its central square."""
 

@@ -58,13 +58,51 @@ class Layout:
 
     def on_image(self) -> np.ndarray:
         """bool [C, N]: patches that lie on the image; all of the first crop do."""
-        whole = np.ones((1, self.num_patches), bool)
+        row, column = self.mosaic_places()
+        inside = (row >= self.window.top) & (row < self.window.bottom)
+        inside &= (column >= self.window.left) & (column < self.window.right)
+        inside[0] = True
+        return inside
+
+    def mosaic_places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row and column of every patch in the mosaic, int32 [C, N] both; -1 in the first crop."""
         rows, columns = (tiles * self.grid for tiles in self.tiles)
-        mosaic = np.zeros((rows, columns), bool)
-        mosaic[self.window.top : self.window.bottom, self.window.left : self.window.right] = True
-        by_tile = mosaic.reshape(self.tiles[0], self.grid, self.tiles[1], self.grid)
-        tiles = by_tile.transpose(0, 2, 1, 3).reshape(self.num_crops - 1, self.num_patches)
-        return np.concatenate([whole, tiles])
+        places = np.indices((rows, columns), np.int32)
+        by_tile = places.reshape(2, self.tiles[0], self.grid, self.tiles[1], self.grid)
+        by_tile = by_tile.swapaxes(2, 3).reshape(2, self.num_crops - 1, self.num_patches)
+        none = np.full((2, 1, self.num_patches), -1, np.int32)
+        row, column = np.concatenate([none, by_tile], axis=1)
+        return row, column
+
+    def window_of(self, tiles: np.ndarray) -> np.ndarray:
+        """The window's part of the mosaic of values [C - 1, N], one per patch of the tiles."""
+        by_tile = tiles.reshape(*self.tiles, self.grid, self.grid)
+        mosaic = by_tile.swapaxes(1, 2).reshape([tiles * self.grid for tiles in self.tiles])
+        window = self.window
+        return mosaic[window.top : window.bottom, window.left : window.right]
+
+    def positions(self) -> np.ndarray:
+        """int32 [C, N]: the position of every patch among the `span` tokens of the whole image.
+
+        Several patches of a mosaic that is shrunk share one. Patches beyond the window have that of
+        the nearest in it.
+        """
+        row, column = self.mosaic_places()
+        rows, columns = self.shape
+        window = self.window
+        row = np.clip(row - window.top, 0, max(window.rows - 1, 0))
+        column = np.clip(column - window.left, 0, max(window.columns - 1, 0))
+        row = (2 * row + 1) * rows // max(2 * window.rows, 1)  # of its middle
+        column = (2 * column + 1) * columns // max(2 * window.columns, 1)
+        positions = self.num_patches + row * (columns + self.newline) + column
+        positions[0] = np.arange(self.num_patches)
+        return np.minimum(positions, self.span - 1).astype(np.int32)
+
+    def newline_positions(self, row: np.ndarray) -> np.ndarray:
+        """The position of the newline that ends the row of the mosaic with each number [n]."""
+        rows, columns = self.shape
+        row = (2 * (row - self.window.top) + 1) * rows // max(2 * self.window.rows, 1)
+        return self.num_patches + row * (columns + 1) + columns
 
 
 def anyres_layout(

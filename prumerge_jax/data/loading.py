@@ -8,28 +8,32 @@ import multiprocessing
 import queue
 import resource
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
+from typing import Any, TypeVar
 
-import numpy as np
-
-from prumerge_jax.data.images import ImageError, ImageProcessor, ImageSource
+from prumerge_jax.data.images import ImageError, ImageSource, OneOfSeveral
 from prumerge_jax.messages import shortened
 
 TIMEOUT_SECONDS = 120
 """Time after which a reader is taken to hang on its image."""
 
-Named = tuple[str, ImageSource]
+Named = tuple[str, ImageSource | OneOfSeveral]
 """What to call an image in an error, and where it is."""
+
+_Pixels = TypeVar("_Pixels")
+
+Processor = Callable[[Any, str], _Pixels]
+"""Makes pixels of an image; the name is for errors."""
 
 
 def stream_pixels(
     images: Iterable[Named | None],
-    processor: ImageProcessor,
+    processor: Processor[_Pixels],
     *,
     num_workers: int,
     ahead: int = 64,
-) -> Iterator[np.ndarray | ImageError | None]:
+) -> Iterator[_Pixels | ImageError | None]:
     """Yields the pixels of every image in turn, None where there is none.
 
     An image that is repeated within `ahead` is decoded once, without workers only if it is repeated
@@ -74,8 +78,8 @@ def stream_pixels(
             yield future.result()
 
 
-def load_pixels(named: Named, processor: ImageProcessor) -> np.ndarray | ImageError:
-    """uint8 [S, S, 3], or the error that says why not."""
+def load_pixels(named: Named, processor: Processor[_Pixels]) -> _Pixels | ImageError:
+    """The pixels, or the error that says why not."""
     name, source = named
     try:
         return processor(source, name)
@@ -86,9 +90,9 @@ def load_pixels(named: Named, processor: ImageProcessor) -> np.ndarray | ImageEr
 
 
 def _stream_here(
-    images: Iterable[Named | None], processor: ImageProcessor
-) -> Iterator[np.ndarray | ImageError | None]:
-    last: tuple[str, np.ndarray | ImageError] | None = None
+    images: Iterable[Named | None], processor: Processor[_Pixels]
+) -> Iterator[_Pixels | ImageError | None]:
+    last: tuple[str, _Pixels | ImageError] | None = None
     for named in images:
         if named is None:
             yield None
@@ -98,9 +102,9 @@ def _stream_here(
         yield last[1]
 
 
-def _load_in_thread(named: Named, processor: ImageProcessor) -> np.ndarray | ImageError:
+def _load_in_thread(named: Named, processor: Processor[_Pixels]) -> _Pixels | ImageError:
     """`load_pixels` in a thread that is left alone when it hangs."""
-    result: queue.SimpleQueue[np.ndarray | ImageError] = queue.SimpleQueue()
+    result: queue.SimpleQueue[_Pixels | ImageError] = queue.SimpleQueue()
     threading.Thread(target=lambda: result.put(load_pixels(named, processor)), daemon=True).start()
     try:
         return result.get(timeout=TIMEOUT_SECONDS)
@@ -130,8 +134,8 @@ class ReaderPool:
         self._threads = concurrent.futures.ThreadPoolExecutor(size)
 
     def submit(
-        self, named: Named, processor: ImageProcessor
-    ) -> concurrent.futures.Future[np.ndarray | ImageError]:
+        self, named: Named, processor: Processor[_Pixels]
+    ) -> concurrent.futures.Future[_Pixels | ImageError]:
         """The pixels of an image, or the error that says why not, when a reader has made them."""
         return self._threads.submit(self._read, named, processor)
 
@@ -141,7 +145,7 @@ class ReaderPool:
         for reader in self._readers:
             reader.close()
 
-    def _read(self, named: Named, processor: ImageProcessor) -> np.ndarray | ImageError:
+    def _read(self, named: Named, processor: Processor[_Pixels]) -> _Pixels | ImageError:
         reader = self._idle.get()
         try:
             return reader.read(named, processor)
@@ -158,7 +162,7 @@ class _Reader:
         self._running: tuple[multiprocessing.process.BaseProcess, Connection] | None = None
         self._is_closed = False
 
-    def read(self, named: Named, processor: ImageProcessor) -> np.ndarray | ImageError:
+    def read(self, named: Named, processor: Processor[_Pixels]) -> _Pixels | ImageError:
         try:
             connection = self._connection()
             connection.send((named, processor))

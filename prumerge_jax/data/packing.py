@@ -10,7 +10,7 @@ Shapes: L row length. The pool is the array of the encoded visual tokens, its sl
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -18,8 +18,10 @@ import numpy as np
 from prumerge_jax.data import filling
 from prumerge_jax.data.filling import Group, fill_rows_with_groups
 from prumerge_jax.data.prefixes import find_groups
+from prumerge_jax.data.runs import NO_SLOT, TAPS, Run, Taps
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.messages import quoted
+from prumerge_jax.models.config import NEWLINE
 
 PositionIds = Literal["compact", "original"]
 
@@ -32,36 +34,8 @@ def check_position_ids(position_ids: str) -> None:
         )
 
 
-NEWLINE = -2
-"""In place of a slot of the pool: the vector that a model has learned for the end of a row."""
-
-_TEXT = -1
-"""In place of a slot of the pool: a text token or padding."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Run:
-    """What takes the place of one placeholder: the visual tokens of an image, in order.
-
-    Attributes:
-      index: int32 [n], the slot of the pool of each token, or `NEWLINE`.
-      offset: int32 [n], the position of each in the image without reduction, from 0; only
-        `position_ids` of `original` reads it.
-      span: positions of the whole image without reduction.
-    """
-
-    index: np.ndarray
-    offset: np.ndarray
-    span: int
-
-    def __post_init__(self) -> None:
-        if self.index.ndim != 1 or self.offset.shape != self.index.shape:
-            raise ValueError(
-                f"index {self.index.shape} and offset {self.offset.shape}; expected [n] both"
-            )
-
-    def __len__(self) -> int:
-        return self.index.size
+_RowsOf = Callable[[np.ndarray], list[list[Group]]]
+"""(requests of a shard) -> the groups in each of its rows."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,6 +91,8 @@ class Rows:
       prefix_length_of: int32 [n], tokens of that; 0 where all are its own.
       branch_ids: int32 [rows, L], 0 at prefixes, 1, 2, ... along each segment at what follows them,
         0 at everything else; None where nothing is shared.
+      taps: index and weight [rows, L, TAPS] of what visual tokens are interpolated from; None where
+        that was not asked for.
     """
 
     ids: np.ndarray
@@ -131,11 +107,26 @@ class Rows:
     prefix_start_of: np.ndarray
     prefix_length_of: np.ndarray
     branch_ids: np.ndarray | None
+    taps: Taps | None = None
+
+    def prefix_of(self, place: int) -> tuple[int, int]:
+        """Row and column of the prefix of number `place` of the requests, or of its own tokens."""
+        shares = self.prefix_length_of[place] > 0
+        start = self.prefix_start_of[place] if shares else self.start_of[place]
+        return int(self.row_of[place]), int(start)
 
     @property
     def real_tokens(self) -> int:
         """Tokens that are no padding."""
         return int(np.count_nonzero(self.segment_ids))
+
+    def positions_of(self, place: int) -> np.ndarray:
+        """Places of all tokens of the request at `place` of `requests`, its prefix first, int [T]
+        into the flattened rows."""
+        begin = self.row_of[place] * self.segment_ids.shape[1]
+        prefix = self.prefix_start_of[place] + np.arange(self.prefix_length_of[place])
+        own = self.start_of[place] + np.arange(self.length_of[place])
+        return begin + np.concatenate([prefix, own])
 
     @property
     def request_tokens(self) -> int:
@@ -161,6 +152,7 @@ def pack_window(
     position_ids: PositionIds = "compact",
     carried_over: int = 0,
     share_prefixes: bool = False,
+    with_taps: bool = False,
 ) -> list[Rows]:
     """Packs a window of requests into as many batches of `num_rows` rows as it takes.
 
@@ -180,31 +172,62 @@ def pack_window(
       share_prefixes: whether requests of a row with the same visual tokens and text at their
         beginning have these once, see `prefixes`. What is predicted, and the position that predicts
         it, stays each request's own.
+      with_taps: whether the rows have `taps`; without them no run may have any.
 
     Raises:
       ValueError: a request is longer than a row, refers to a slot that the pool lacks or to slots
         of two shards; `num_rows` or the slots do not divide by `shards`.
     """
-    if num_rows < 1 or num_rows % shards:
-        raise ValueError(f"num_rows {num_rows} is not a positive multiple of {shards} shards")
     tokens = _expand(requests, position_ids)
-    filling.check_fits(tokens.lengths, row_length)
+    taps = _expand_taps(requests, tokens) if with_taps else None
     shard_of = _shard_of_requests(requests, num_slots, tokens.lengths, shards)
-    rows_of_shard = []
-    for shard in range(shards):
-        members = np.flatnonzero(shard_of == shard)
+
+    def rows_of(members: np.ndarray) -> list[list[Group]]:
         first, others = members[members < carried_over], members[members >= carried_over]
         groups = _groups(tokens, first, share_prefixes)
-        rows_of_shard.append(
-            fill_rows_with_groups(
-                groups + _groups(tokens, others, share_prefixes),
-                tokens.lengths,
-                row_length,
-                carried_over=len(groups),
-            )
+        return fill_rows_with_groups(
+            groups + _groups(tokens, others, share_prefixes),
+            tokens.lengths,
+            row_length,
+            carried_over=len(groups),
         )
-    batches = _batches(rows_of_shard, num_rows)
-    return [_fill(tokens, batch, row_length) for batch in batches]
+
+    filling.check_fits(tokens.lengths, row_length)
+    batches = _batches(shard_of, shards, num_rows, rows_of)
+    return [_fill(tokens, batch, row_length, taps) for batch in batches]
+
+
+def pack_together(
+    versions: Sequence[Sequence[Request]],
+    num_slots: int,
+    row_lengths: Sequence[int],
+    num_rows: int,
+    *,
+    shards: int = 1,
+    position_ids: PositionIds = "compact",
+) -> list[tuple[Rows, ...]]:
+    """Packs several versions of a window, each into the same rows in the same order.
+
+    Args:
+      versions: the same requests with other visual tokens.
+      row_lengths: L of each version.
+      num_slots, num_rows, shards, position_ids: as in `pack_window`, which says what is raised.
+    """
+    tokens = [_expand(requests, position_ids) for requests in versions]
+    # In units of the first row length; where these fit, all do.
+    lengths = np.max(
+        [-(-t.lengths * row_lengths[0] // n) for t, n in zip(tokens, row_lengths, strict=True)], 0
+    )
+    filling.check_fits(lengths, row_lengths[0])
+    shard_of = _shard_of_requests(versions[0], num_slots, lengths, shards)
+    batches = _batches(
+        shard_of,
+        shards,
+        num_rows,
+        lambda own: fill_rows_with_groups(_groups(tokens[0], own, False), lengths, row_lengths[0]),
+    )
+    fillings = list(zip(tokens, row_lengths, strict=True))
+    return [tuple(_fill(each, batch, n, None) for each, n in fillings) for batch in batches]
 
 
 def _groups(tokens: "_Tokens", members: np.ndarray, share_prefixes: bool) -> list[Group]:
@@ -215,10 +238,15 @@ def _groups(tokens: "_Tokens", members: np.ndarray, share_prefixes: bool) -> lis
     return [Group(g.prefix, tuple(members[list(g.members)].tolist())) for g in groups]
 
 
-def _batches(rows_of_shard: Sequence[list[list[Group]]], num_rows: int) -> list[list[list[Group]]]:
-    """Batches of rows, [batch][row] -> groups, of those of each shard, [shard][row]; the last are
-    empty where shards have fewer."""
-    block = num_rows // len(rows_of_shard)
+def _batches(
+    shard_of: np.ndarray, shards: int, num_rows: int, rows_of: _RowsOf
+) -> list[list[list[Group]]]:
+    """Batches of rows, [batch][row] -> groups, those of each shard; the last are empty where shards
+    have fewer."""
+    if num_rows < 1 or num_rows % shards:
+        raise ValueError(f"num_rows {num_rows} is not a positive multiple of {shards} shards")
+    rows_of_shard = [rows_of(np.flatnonzero(shard_of == shard)) for shard in range(shards)]
+    block = num_rows // shards
     batches = -(-max(len(rows) for rows in rows_of_shard) // block)
     return [
         [
@@ -280,7 +308,9 @@ class _Tokens:
         there differs from request to request.
         """
         # One number says which token it is, text or visual, and at which position.
-        names = np.where(self.visual_index == _TEXT, self.ids, _TEXT + NEWLINE - self.visual_index)
+        names = np.where(
+            self.visual_index == NO_SLOT, self.ids, NO_SLOT + NEWLINE - self.visual_index
+        )
         names = names * (1 + self.positions.max(initial=0)) + self.positions
         cuts = [slice(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
         predicts = [np.flatnonzero(self.targets[cuts[index]] != IGNORE) for index in requests]
@@ -322,7 +352,7 @@ def _expand(requests: Sequence[Request], position_ids: PositionIds) -> _Tokens:
     # From here on one entry per packed token: `origin` is the text position that it came from.
     origin = np.repeat(np.arange(text.size), width)
     visual = placeholder[origin]
-    visual_index = np.full(origin.size, _TEXT)
+    visual_index = np.full(origin.size, NO_SLOT)
     visual_index[visual] = _concatenated([run.index for run in runs])
     advance, offset = width, _ranges(np.zeros_like(width), width)
     if position_ids == "original":
@@ -345,6 +375,18 @@ def _expand(requests: Sequence[Request], position_ids: PositionIds) -> _Tokens:
         starts=starts,
         lengths=lengths,
     )
+
+
+def _expand_taps(requests: Sequence[Request], tokens: _Tokens) -> Taps:
+    """Taps of all tokens of all requests, none at text."""
+    count = tokens.visual_index.size
+    index, weight = np.full((count, TAPS), NO_SLOT), np.zeros((count, TAPS), np.float32)
+    taps = [run.as_taps for request in requests for run in request.runs]
+    if taps:
+        visual = tokens.visual_index != NO_SLOT
+        index[visual] = np.concatenate([each.slots for each in taps])
+        weight[visual] = np.concatenate([each.weight for each in taps])
+    return Taps(index, weight)
 
 
 class _Pieces(NamedTuple):
@@ -378,7 +420,9 @@ def _pieces(lengths: np.ndarray, rows: Sequence[Sequence[Group]]) -> _Pieces:
     return _Pieces(*np.array(pieces, np.int64).reshape(-1, 6).T)
 
 
-def _fill(tokens: _Tokens, rows: Sequence[Sequence[Group]], row_length: int) -> Rows:
+def _fill(
+    tokens: _Tokens, rows: Sequence[Sequence[Group]], row_length: int, taps: Taps | None
+) -> Rows:
     """Copies the tokens of the groups in `rows` to their places."""
     pieces = _pieces(tokens.lengths, rows)
     ends = np.cumsum(pieces.length)
@@ -387,10 +431,10 @@ def _fill(tokens: _Tokens, rows: Sequence[Sequence[Group]], row_length: int) -> 
     source = _ranges(tokens.starts[pieces.request] + pieces.begin, pieces.length)
     destination = _ranges(pieces.row * row_length + start, pieces.length)
 
-    def place(values: np.ndarray, padding: int) -> np.ndarray:
-        flat = np.full(len(rows) * row_length, padding, np.int32)
+    def place(values: np.ndarray, padding: int, dtype: type = np.int32) -> np.ndarray:
+        flat = np.full((len(rows) * row_length, *values.shape[1:]), padding, dtype)
         flat[destination] = values
-        return flat.reshape(len(rows), row_length)
+        return flat.reshape(len(rows), row_length, *values.shape[1:])
 
     is_prefix = (pieces.branch == 0) & (pieces.length < tokens.lengths[pieces.request])
     # Every prefix stands in front of its branches.
@@ -399,7 +443,7 @@ def _fill(tokens: _Tokens, rows: Sequence[Sequence[Group]], row_length: int) -> 
     own = own[np.argsort(pieces.request[own])]
     return Rows(
         ids=place(tokens.ids[source], 0),
-        visual_index=place(tokens.visual_index[source], _TEXT),
+        visual_index=place(tokens.visual_index[source], NO_SLOT),
         positions=place(tokens.positions[source], 0),
         segment_ids=place(np.repeat(pieces.segment, pieces.length), 0),
         targets=place(tokens.targets[source], IGNORE),
@@ -410,4 +454,7 @@ def _fill(tokens: _Tokens, rows: Sequence[Sequence[Group]], row_length: int) -> 
         prefix_start_of=np.where(pieces.begin, start[latest], 0)[own].astype(np.int32),
         prefix_length_of=pieces.begin[own].astype(np.int32),
         branch_ids=place(np.repeat(pieces.branch, pieces.length), 0) if is_prefix.any() else None,
+        taps=None
+        if taps is None
+        else Taps(place(taps.slots[source], NO_SLOT), place(taps.weight[source], 0, np.float32)),
     )

@@ -4,6 +4,8 @@ Shapes: C crops, S side of a crop in pixels.
 """
 
 import dataclasses
+import warnings
+from collections.abc import Iterable
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -15,11 +17,14 @@ from prumerge_jax.data.images import (
     ImageError,
     ImageMode,
     ImageSource,
+    OneOfSeveral,
     image_size,
     load_image,
     preprocess,
 )
 from prumerge_jax.data.layout import Layout, anyres_layout
+from prumerge_jax.data.loading import Named
+from prumerge_jax.families import family_of
 from prumerge_jax.messages import quoted
 from prumerge_jax.models.config import LlavaConfig
 
@@ -76,19 +81,32 @@ class PictureProcessor:
                 f"reduction wants images of {self.crop_size}; choose another"
             )
 
-    def __call__(self, source: ImageSource, name: str | None = None) -> Picture:
+    def __call__(self, source: ImageSource | OneOfSeveral, name: str | None = None) -> Picture:
         """The crops of an image; errors as in `load_image`."""
+        source, mode = self._source_and_mode(source)
         image = load_image(source, name, max_pixels=self.max_pixels)
-        layout = self.layout((image.height, image.width))
-        if self.mode != "anyres":
+        layout = self._layout((image.height, image.width), mode)
+        if mode != "anyres":
             mean = self.config.vision.pixel_mean
-            return Picture(preprocess(image, self.crop_size, self.mode, mean)[None], layout)
+            return Picture(preprocess(image, self.crop_size, mode, mean)[None], layout)
         return Picture(tiles_of(image, layout, self.crop_size), layout)
 
     def layout(self, size: Size) -> Layout:
-        """The layout of an image of this height and width in pixels."""
+        """The layout of an image of this height and width in pixels that is alone in its prompt."""
+        return self._layout(size, self.mode)
+
+    def _source_and_mode(
+        self, source: ImageSource | OneOfSeveral
+    ) -> tuple[ImageSource, PictureMode]:
+        """LLaVA-OneVision does not cut several images into tiles."""
+        if not isinstance(source, OneOfSeveral):
+            return source, self.mode
+        is_cut = self.mode == "anyres" and self.config.anyres_max is None
+        return source.source, "anyres" if is_cut else "pad" if self.mode == "anyres" else self.mode
+
+    def _layout(self, size: Size, mode: PictureMode) -> Layout:
         grid = self.crop_size // self.config.vision.patch_size
-        if self.mode != "anyres":
+        if mode != "anyres":
             return Layout(grid, newline=self.config.image_newline)
         return anyres_layout(
             size,
@@ -99,19 +117,41 @@ class PictureProcessor:
             source=self.config.anyres_source,
         )
 
-    def expected_layout(self, source: ImageSource) -> Layout:
-        """The layout by the image's header alone; an image that has none gets one that fits all."""
-        if self.mode != "anyres":
-            return self.layout((1, 1))
+    def check_number(self, images: int, name: str) -> None:
+        """Raises ValueError for more images in a prompt than the model takes; `name` says whose.
+
+        LLaVA-NeXT takes several, but has not been trained on them: a warning says so.
+        """
+        if images > 1 and not self.config.image_grid_pinpoints:
+            raise ValueError(f"{name} has {images} images; the model takes one image per prompt")
+        if images > 1 and self.config.anyres_max is None:
+            warnings.warn(
+                f"{name} has {images} images; LLaVA-NeXT has been trained on one per prompt",
+                stacklevel=2,
+            )
+
+    def layouts(self, images: Iterable[Named]) -> tuple[Layout, ...]:
+        """The layouts of images by their headers alone; none where all are one crop as it is.
+
+        An image whose header cannot be read gets any layout.
+        """
+        if not self.config.image_newline:
+            return ()
+        return tuple(self._expected_layout(source) for _, source in images)
+
+    def _expected_layout(self, source: ImageSource | OneOfSeveral) -> Layout:
+        source, mode = self._source_and_mode(source)
+        if mode != "anyres":
+            return self._layout((1, 1), mode)
         try:
-            return self.layout(image_size(source))
+            return self._layout(image_size(source), mode)
         except ImageError:
-            return self.layout((1, 1))
+            return self._layout((1, 1), mode)
 
 
 def default_mode(config: LlavaConfig) -> PictureMode:
     """What a model does with images unless told otherwise."""
-    return "anyres" if config.image_grid_pinpoints else "pad"
+    return family_of(config).image_mode
 
 
 def tiles_of(image: Image.Image, layout: Layout, tile_size: int) -> np.ndarray:

@@ -194,6 +194,49 @@ def evaluation_parts(
     return prompt_parts(template, [text, ""], visuals)
 
 
+def chat_parts(
+    template: Template,
+    turns: Sequence[str],
+    visuals: Sequence[str] = (),
+    system: str | None = None,
+) -> list[Part]:
+    """The prompt that continues a conversation, ending where the assistant's next turn begins.
+
+    With one turn it is that of `evaluation_parts`.
+
+    Args:
+      template: one that asks questions.
+      turns: texts of the human and the assistant in turn, the human's first and last.
+      visuals: `<image>` or `<video>` for each image and video; they come before the first turn.
+      system: what takes the place of the template's opening; None keeps it.
+
+    Raises:
+      ValueError: a turn holds a literal `<image>`, or the template has no evaluation form, takes
+        one turn only, or has no opening in plain words.
+    """
+    first, *later = turns
+    parts = evaluation_parts(template, first, visuals)
+    if later and template.assistant_end is None:
+        raise ValueError(
+            f"template {template.name!r} takes one turn, not {len(turns)}; ask without the earlier "
+            "ones"
+        )
+    for text in (*later, system or ""):
+        if IMAGE_PLACEHOLDER in text:
+            raise ValueError(
+                f"a text holds a literal {IMAGE_PLACEHOLDER!r}, which would be taken for an image; "
+                "expected words alone"
+            )
+    if system is not None and not template.opening.endswith(" "):
+        raise ValueError(f"template {template.name!r} has no place for a system message")
+    if later or system is not None:
+        opened = template if system is None else dataclasses.replace(template, opening="")
+        opening = [] if system is None else [Part(f"{system} ")]
+        asked = "".join(f"{placeholder}\n" for placeholder in visuals) + first
+        parts = merged([*opening, *prompt_parts(opened, [asked, *later, ""], visuals)])
+    return parts
+
+
 def prompt_parts(
     template: Template, turns: Sequence[str], places: Sequence[str] = ()
 ) -> list[Part]:

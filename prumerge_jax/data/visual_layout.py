@@ -6,11 +6,26 @@ Shapes: B crops of the encoded batch, R capacity (visual token slots per crop), 
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
 
 import numpy as np
 
-from prumerge_jax.data.packing import Run
+from prumerge_jax.data.layout import Layout
+from prumerge_jax.data.runs import NO_SLOT, TAPS, Run, Taps
+from prumerge_jax.messages import quoted
+from prumerge_jax.models.config import NEWLINE
+
+Newlines = Literal["none", "row", "end"]
+"""Newlines between pruned tokens, of models that have one: `none`, as all published methods; `row`
+after every row of the mosaic that kept a token, whose tokens then come in the mosaic's order; `end`
+one after the image."""
+
+
+def check_newlines(newlines: str) -> None:
+    """Raises ValueError for other values than those of `Newlines`."""
+    if newlines not in get_args(Newlines):
+        raise ValueError(f"newlines is {quoted(newlines)}; expected one of {get_args(Newlines)}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,6 +69,13 @@ class CropTokens:
         """B * R, the slots of all crops together."""
         return self.patch_indices.size
 
+    def are_whole(self, rows: Sequence[int]) -> bool:
+        """Whether slot r of these crops is their patch r, of all patches."""
+        patches = np.arange(self.num_patches)
+        return self.capacity == self.num_patches and bool(
+            (self.patch_indices[list(rows)] == patches).all()
+        )
+
 
 def runs(crops: CropTokens, rows: Iterable[int]) -> tuple[Run, ...]:
     """The run of each image that is the one crop in row b of the encoded batch, as in LLaVA-1.5.
@@ -81,3 +103,144 @@ def _single_crop(crops: CropTokens, row: int) -> Run:
         offset=np.where(patch < 0, crops.num_patches - 1, patch).astype(np.int32),
         span=crops.num_patches,
     )
+
+
+def share_out(counts: np.ndarray, budget: int) -> np.ndarray:
+    """How many of the patches that crops keep, int [C], remain of `budget` for all of them.
+
+    In proportion; what rounding down leaves goes to the largest fractions, one each, the first crop
+    first among equals.
+    """
+    total = int(counts.sum())
+    if total <= budget:
+        return counts
+    shares, fractions = np.divmod(budget * counts, total)
+    shares[np.argsort(-fractions, kind="stable")[: budget - shares.sum()]] += 1
+    return shares
+
+
+def run_of_image(
+    crops: CropTokens,
+    layout: Layout,
+    rows: Sequence[int],
+    newlines: Newlines = "none",
+    budget: int | None = None,
+) -> Run:
+    """The run of an image whose tokens a reduction chose, crop by crop.
+
+    Crop follows crop, the tokens of each in the order of their slots; see `Newlines` for others.
+    A token takes the position of its patch in the image without reduction, an extra token the
+    largest of its crop.
+
+    Args:
+      crops: the encoded batch.
+      layout: what the crops are.
+      rows: the rows of the encoded batch that hold the crops, in their order.
+      newlines: where newlines go.
+      budget: most patches to keep of all crops together, see `share_out`; each crop keeps those of
+        its first slots. Extra tokens come on top. None for no limit.
+    """
+    slots = [np.arange(crops.lengths[row], dtype=np.int32) for row in rows]
+    if budget is not None:
+        slots = _within(budget, slots, [crops.patch_indices[row] for row in rows])
+    index = np.concatenate([row * crops.capacity + s for row, s in zip(rows, slots, strict=True)])
+    patch = crops.patch_indices.reshape(-1)[index]
+    crop = np.repeat(np.arange(len(rows)), [slot.size for slot in slots])
+    positions = layout.positions()
+    last = np.where(layout.on_image(), positions, 0).max(axis=1)
+    offset = np.where(patch < 0, last[crop], positions[crop, patch])
+    if newlines == "row" and any(layout.tiles):
+        index, offset = _with_newline_per_row(layout, index, offset, crop, patch)
+    elif newlines == "end":
+        index, offset = np.append(index, NEWLINE), np.append(offset, layout.span - 1)
+    return Run(index.astype(np.int32), offset.astype(np.int32), layout.span)
+
+
+def _within(
+    budget: int, slots: Sequence[np.ndarray], patches: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """The slots of each crop that a budget leaves; of the others merged neighbours go as well."""
+    is_patch = [patch[slot] >= 0 for slot, patch in zip(slots, patches, strict=True)]
+    shares = share_out(np.array([each.sum() for each in is_patch]), budget)
+    return [
+        slot[~each | (np.cumsum(each) <= share)]
+        for slot, each, share in zip(slots, is_patch, shares, strict=True)
+    ]
+
+
+def _with_newline_per_row(
+    layout: Layout, index: np.ndarray, offset: np.ndarray, crop: np.ndarray, patch: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Index and offset of a run: the whole image, the mosaic's rows, the tiles' extra tokens."""
+    row, column = layout.mosaic_places()
+    in_mosaic = (crop > 0) & (patch >= 0)
+    beyond = row.max() + 1
+    row_of = np.where(crop == 0, -1, np.where(in_mosaic, row[crop, patch], beyond))
+    column_of = np.where(in_mosaic, column[crop, patch], np.arange(index.size))
+    order = np.lexsort((column_of, row_of))
+    index, offset, row_of = index[order], offset[order], row_of[order]
+    is_end = (row_of >= 0) & (row_of < beyond) & (row_of != np.append(row_of[1:], beyond + 1))
+    ends = np.flatnonzero(is_end)
+    newline = layout.newline_positions(row_of[ends])
+    return np.insert(index, ends + 1, NEWLINE), np.insert(offset, ends + 1, newline)
+
+
+def run_of_whole_image(crops: CropTokens, layout: Layout, rows: Sequence[int]) -> Run:
+    """The run of an image none of whose patches was pruned, newlines included, as transformers'.
+
+    The whole image, then the mosaic of the tiles row by row as far as the image covers it. A mosaic
+    that is shrunk is interpolated after the projector.
+
+    Args:
+      crops: the encoded batch, slot r of each crop its patch r.
+      layout: what the crops are.
+      rows: the rows of the encoded batch that hold the crops, in their order.
+    """
+    patches = np.array(rows)[:, None] * crops.capacity + np.arange(layout.num_patches)
+    whole = _one_tap(patches[0])
+    if any(layout.tiles):
+        mosaic = layout.window_of(patches[1:])
+        is_shrunk = mosaic.shape != layout.shape
+        taps = _interpolated(mosaic, layout.shape) if is_shrunk else _one_tap(mosaic)
+        ends = _one_tap(np.full((len(taps.slots), int(layout.newline)), NEWLINE))
+    else:
+        is_shrunk, taps = False, _one_tap(np.zeros((1, 0), np.int32))
+        ends = _one_tap(np.full((1, int(layout.newline)), NEWLINE))
+    lines = [np.concatenate(parts, axis=1) for parts in zip(taps, ends, strict=True)]
+    index, weight = (
+        np.concatenate([first, rest.reshape(-1, TAPS)])
+        for first, rest in zip(whole, lines, strict=True)
+    )
+    return Run(
+        index[:, 0].astype(np.int32),
+        np.arange(layout.span, dtype=np.int32),
+        layout.span,
+        Taps(index.astype(np.int32), weight.astype(np.float32)) if is_shrunk else None,
+    )
+
+
+def _one_tap(index: np.ndarray) -> Taps:
+    """Tokens [...] that are each one times that of a slot."""
+    none = np.full((*index.shape, TAPS - 1), NO_SLOT)
+    weight = np.zeros((*index.shape, TAPS), np.float32)
+    weight[..., 0] = 1
+    return Taps(np.concatenate([index[..., None], none], axis=-1), weight)
+
+
+def _interpolated(index: np.ndarray, shape: tuple[int, int]) -> Taps:
+    """Slots [R, C] shrunk to `shape`, bilinear between the middles of tokens, without antialiasing
+    (torch's `interpolate(align_corners=False)`)."""
+    (top, bottom, down), (left, right, across) = (
+        _neighbours(size, target) for size, target in zip(index.shape, shape, strict=True)
+    )
+    corners = [index[np.ix_(r, c)] for r in (top, bottom) for c in (left, right)]
+    weights = [np.outer(r, c) for r in (1 - down, down) for c in (1 - across, across)]
+    return Taps(np.stack(corners, axis=-1), np.stack(weights, axis=-1))
+
+
+def _neighbours(size: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each of `target` places: the entries of `size` before and after it, and the share of the
+    latter."""
+    place = np.maximum((np.arange(target) + 0.5) * size / target - 0.5, 0)
+    before = np.floor(place).astype(int)
+    return before, np.minimum(before + 1, size - 1), place - before

@@ -45,6 +45,11 @@ _IS_RIGHT: Mapping[str, Callable[[str, str], bool]] = {
 }
 
 
+def is_right(family: str, response: str, answer: str) -> bool:
+    """Whether the conclusion of a response is the answer, by the rule of its family."""
+    return _IS_RIGHT[family](conclusion(response), answer)
+
+
 class Digits(Benchmark[Annotations]):
     """One question of each of four families per scene.
 
@@ -56,6 +61,10 @@ class Digits(Benchmark[Annotations]):
     max_new_tokens = 32
     # The miniature is trained with the positions that its visual tokens had before the reduction.
     position_ids: PositionIds = "original"
+    reductions = (
+        "full cover:tokens=54 cover:tokens=27 cover:tokens=18 prumerge+:neighbours=8 "
+        "prumerge:neighbours=8 random:neighbours=8"
+    )
     default_options: ClassVar[Mapping[str, Any]] = {"split": "test", "scenes": 1000}
     group_label = "number of digits"
 
@@ -106,7 +115,7 @@ class Digits(Benchmark[Annotations]):
                     f"question {key!r} of category {family!r}: expected one of {FAMILIES} and a "
                     "row of the annotations; use the two files that were written together"
                 )
-            right[family].append(_IS_RIGHT[family](conclusion(row["text"]), truths[key].answer))
+            right[family].append(is_right(family, row["text"], truths[key].answer))
         values = {
             f"accuracy_{family}": np.array(hits, np.float64)
             for family, hits in right.items()

@@ -43,6 +43,8 @@ class Scene:
       places: the occupied cells by name, in reading order.
       digits: the digit in each of `places`.
       samples: the row of `load_digits` drawn in each of `places`.
+      ink: uint8 [96, 96], 1 + the index in `places` of the digit that is drawn there with at least
+        half of full ink, 0 elsewhere.
     """
 
     id: str
@@ -50,6 +52,7 @@ class Scene:
     places: tuple[str, ...]
     digits: tuple[int, ...]
     samples: tuple[int, ...]
+    ink: NDArray[np.uint8]
 
     def png(self) -> bytes:
         """The image as an encoded PNG file."""
@@ -108,12 +111,14 @@ def draw_scene(split: str, index: int, *, seed: int, scenes_per_layout: int = 1)
     random = scene_random(seed, split, index, purpose=1)
     digits = _draw_digits(count, random)
     samples = [rows_of_digit[digit][random.randint(len(rows_of_digit[digit]))] for digit in digits]
+    image, ink = _render(cells, samples, random)
     return Scene(
         id=f"{split}_{index:06d}",
-        image=_render(cells, samples, random),
+        image=image,
         places=tuple(PLACES[cell] for cell in cells),
         digits=tuple(int(digit) for digit in digits),
         samples=tuple(samples),
+        ink=ink,
     )
 
 
@@ -143,24 +148,28 @@ def _draw_digits(count: int, random: np.random.RandomState) -> NDArray[np.int64]
 
 def _render(
     cells: NDArray[np.int64], samples: list[int], random: np.random.RandomState
-) -> NDArray[np.uint8]:
-    """The image, uint8 [96, 96, 3]: bright digits over dim strokes on a dark, noisy background."""
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The image, uint8 [96, 96, 3]: bright digits over dim strokes on a dark, noisy background; and
+    `Scene.ink`."""
     ground = random.uniform(10, 60, 3)
     slope = random.uniform(-20, 20, (2, 1, 1, 1))
     ramp = np.linspace(-1, 1, CANVAS)
     pixels = ground + slope[0] * ramp[:, None, None] + slope[1] * ramp[None, :, None]
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     _draw_clutter(image, ground, random)
-    ink, _ = _load_handwriting()
-    for cell, sample in zip(cells, samples, strict=True):
+    handwritten, _ = _load_handwriting()
+    ink = np.zeros((CANVAS, CANVAS), np.uint8)
+    for number, (cell, sample) in enumerate(zip(cells, samples, strict=True), start=1):
         size = random.randint(*_DIGIT_SIZES)
         row, column = divmod(int(cell), GRID)
         top, left = random.randint(0, CELL - size + 1, 2) + (row * CELL, column * CELL)
-        mask = Image.fromarray(ink[sample]).resize((size, size), Image.Resampling.BICUBIC)
+        mask = Image.fromarray(handwritten[sample]).resize((size, size), Image.Resampling.BICUBIC)
+        mask = mask.point(_INK_CURVE)
+        ink[top : top + size, left : left + size][np.asarray(mask) >= 128] = number
         colour = tuple(random.randint(170, 256, 3).tolist())
-        image.paste(colour, (int(left), int(top)), mask.point(_INK_CURVE))
+        image.paste(colour, (int(left), int(top)), mask)
     noise = _NOISE_LEVELS[random.randint(0, len(_NOISE_LEVELS), (CANVAS, CANVAS, 1))]
-    return (np.asarray(image) + noise).clip(0, 255).astype(np.uint8)
+    return (np.asarray(image) + noise).clip(0, 255).astype(np.uint8), ink
 
 
 def _draw_clutter(

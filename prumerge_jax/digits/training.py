@@ -110,7 +110,7 @@ def _contrastive(config: TrainConfig) -> Objective:
     def open_source(tokenizer: Tokenizer) -> TrainingSource:
         return open_windows(config, tokenizer, model.vision, curriculum)
 
-    def packer(tokenizer: Tokenizer, frozen: Weights, mesh: Mesh) -> Packer:
+    def packer(tokenizer: Tokenizer, frozen: Weights, mesh: Mesh, total_steps: int) -> Packer:
         return CaptionPacker(tokenizer, max_length=text.max_positions, mesh=mesh)
 
     return Objective(

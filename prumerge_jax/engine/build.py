@@ -14,24 +14,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from prumerge_jax.data.images import ImageError, ImageProcessor, ImageSource, load_image
+from prumerge_jax.data.images import ImageError, ImageSource, OneOfSeveral, load_image
+from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.loading import Named, stream_pixels
+from prumerge_jax.data.pictures import PictureProcessor
 from prumerge_jax.data.templates import Template, evaluation_parts
 from prumerge_jax.data.tokenizer import Tokenizer
-from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER
+from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER, IMAGE_TOKEN
 from prumerge_jax.engine.request import (
     MAX_SEED,
     ImageInput,
+    Opening,
     Request,
     SamplingParams,
-    check_image_count,
 )
 from prumerge_jax.messages import quoted, shortened
 from prumerge_jax.reductions import keywords
 
 Images = Sequence[ImageSource | Sequence[ImageSource] | None]
-"""One image per prompt: a path, bytes, PIL image, uint8 [H, W, 3] or data URL, alone or as the only
-one of a tuple; None asks without."""
+"""The image of every prompt: a path, bytes, PIL image, uint8 [H, W, 3] or data URL; a tuple of them
+where the model takes several; None asks without."""
 
 GREEDY = SamplingParams()
 
@@ -41,24 +43,27 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Draft:
-    """A request whose image has not been read.
+    """A request whose images have not been read.
 
     Attributes:
       key, token_ids, continuation, sampling, question_ids: see `Request`.
-      image: its name and source; drafts with equal names share one image. None means no image.
+      images: names and sources; drafts with equal names share one image.
+      layouts: of the images, where they differ from image to image; else empty.
     """
 
     key: int
     token_ids: np.ndarray
-    image: Named | None
+    images: tuple[Named, ...] = ()
     continuation: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     sampling: SamplingParams = SamplingParams()
     question_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    layouts: tuple[Layout, ...] = ()
 
     @property
-    def text_tokens(self) -> int:
-        """Number of tokens of prompt and continuation, the image's not counted."""
-        return len(self.token_ids) - (self.image is not None) + len(self.continuation)
+    def opening(self) -> Opening:
+        """What the engine's shapes are fitted to."""
+        token_ids = np.concatenate([self.token_ids, self.continuation])
+        return Opening(token_ids, tuple(name for name, _ in self.images), self.layouts)
 
 
 class RequestBuilder:
@@ -67,7 +72,7 @@ class RequestBuilder:
     Args:
       tokenizer: the model's.
       template: one that asks questions.
-      images: makes pixels of images.
+      images: makes crops of images.
       num_workers: processes that decode images, see `stream_pixels`.
     """
 
@@ -75,20 +80,20 @@ class RequestBuilder:
         self,
         tokenizer: Tokenizer,
         template: Template,
-        images: ImageProcessor,
+        images: PictureProcessor,
         num_workers: int = 0,
     ) -> None:
         self.tokenizer, self.template, self.images = tokenizer, template, images
         self.num_workers = num_workers
 
     def token_ids(self, text: str, num_images: int) -> np.ndarray:
-        """Ids int32 [T] of the prompt that asks `text`, the image's token in front of it.
+        """Ids int32 [T] of the prompt that asks `text`, the images' tokens in front of it.
 
         Raises:
-          ValueError: several images, a literal `<image>` in the text, text that is not Unicode, a
-            template that asks nothing.
+          ValueError: more images than the model takes, a literal `<image>` in the text, text that
+            is not Unicode, a template that asks nothing.
         """
-        check_image_count(num_images, "the prompt")
+        self.images.check_number(num_images, "the prompt")
         parts = evaluation_parts(self.template, text, [IMAGE_PLACEHOLDER] * num_images)
         return np.array(self.tokenizer.encode_prompt(parts), np.int32)
 
@@ -116,57 +121,112 @@ class RequestBuilder:
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts; None: no image")
         drafts = []
-        for key, (image, text) in enumerate(zip(images, prompts, strict=True)):
+        for key, (sources, text) in enumerate(zip(images, prompts, strict=True)):
             if not isinstance(text, str):
                 raise ValueError(f"prompt {key} is {quoted(text)}; expected a string")
-            named = _only_image(image, key)
+            self.images.check_number(_count(sources), f"prompt {key}")
+            named = _images_of(sources, key)
             try:
-                ids = self.token_ids(text, int(named is not None))
+                ids = self.token_ids(text, len(named))
             except ValueError as error:
                 raise ValueError(f"prompt {key}: {error}") from error
             seed = (sampling.seed + key) % MAX_SEED
             own = dataclasses.replace(sampling, seed=seed)
             asked = self.question_ids(text)
-            drafts.append(Draft(key, ids, named, sampling=own, question_ids=asked))
+            layouts = self.images.layouts(named)
+            draft = Draft(key, ids, named, sampling=own, question_ids=asked, layouts=layouts)
+            drafts.append(draft)
         return drafts
 
     def requests(
         self, drafts: Iterable[Draft], refuse: Callable[[int, ImageError], None] | None = None
     ) -> Iterator[Request]:
-        """Requests in the order of the drafts; images are decoded as requests are asked for.
+        """Requests in the order of the drafts, see `requests_of`."""
+        return requests_of(drafts, self.images, refuse, num_workers=self.num_workers)
 
-        Args:
-          drafts: what to ask.
-          refuse: called with the key of a draft whose image cannot be used, and the reason. None
-            raises the reason.
 
-        Raises:
-          ImageError: an image cannot be used.
-        """
-        drafts, ahead = itertools.tee(drafts)
-        pixels = stream_pixels(
-            (draft.image for draft in ahead), self.images, num_workers=self.num_workers
+def requests_of(
+    drafts: Iterable[Draft],
+    processor: PictureProcessor,
+    refuse: Callable[[int, ImageError], None] | None = None,
+    *,
+    num_workers: int = 0,
+) -> Iterator[Request]:
+    """Requests in the order of the drafts; images are decoded as requests are asked for.
+
+    Args:
+      drafts: what to ask.
+      processor: makes crops of images.
+      refuse: called with the key of a draft whose image cannot be used, and the reason. None
+        raises the reason.
+      num_workers: processes that decode images, see `stream_pixels`.
+
+    Raises:
+      ImageError: an image cannot be used.
+    """
+    drafts, ahead = itertools.tee(drafts)
+    pictures = stream_pixels(
+        (image for draft in ahead for image in draft.images),
+        processor,
+        num_workers=num_workers,
+    )
+    for draft in drafts:
+        images: list[ImageInput] = []
+        errors: list[ImageError] = []
+        for (name, _), picture in zip(draft.images, pictures, strict=False):
+            if isinstance(picture, ImageError):
+                errors.append(picture)
+            elif picture is not None:
+                images.append(ImageInput(*picture, key=name))
+        if errors:
+            if refuse is None:
+                raise errors[0]
+            refuse(draft.key, errors[0])
+            continue
+        yield Request(
+            draft.key,
+            draft.token_ids,
+            tuple(images),
+            draft.continuation,
+            draft.sampling,
+            draft.question_ids,
         )
-        for draft, image in zip(drafts, pixels, strict=True):
-            if isinstance(image, ImageError):
-                if refuse is None:
-                    raise image
-                refuse(draft.key, image)
-                continue
-            images: tuple[ImageInput, ...] = ()
-            if draft.image is not None and image is not None:
-                images = (ImageInput(image[None], key=draft.image[0]),)
-            yield Request(
-                draft.key,
-                draft.token_ids,
-                images,
-                draft.continuation,
-                draft.sampling,
-                draft.question_ids,
+
+
+def drafts_of_ids(
+    images: Images,
+    token_ids: Sequence[Sequence[int] | np.ndarray],
+    processor: PictureProcessor,
+) -> list[Draft]:
+    """Drafts of prompts that are token ids already, `IMAGE_TOKEN` (-200) where an image goes.
+
+    Raises:
+      ValueError: no lists, lists of different lengths, more images than the model takes, or other
+        than one id -200 for each; the message names the prompt.
+      ImageError: an image file is missing; the message names it.
+    """
+    check_list(images, "images")
+    if len(images) != len(token_ids):
+        raise ValueError(f"{len(images)} images but {len(token_ids)} lists of ids; None: no image")
+    drafts = []
+    for key, (sources, given) in enumerate(zip(images, token_ids, strict=True)):
+        ids = np.asarray(given)
+        if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
+            raise ValueError(f"token_ids {key} are {quoted(given)}; expected a list of integers")
+        processor.check_number(_count(sources), f"prompt {key}")
+        named = _images_of(sources, key)
+        placeholders = int(np.count_nonzero(ids == IMAGE_TOKEN))
+        if placeholders != len(named):
+            raise ValueError(
+                f"token_ids {key} hold {placeholders} ids {IMAGE_TOKEN} for {len(named)} images; "
+                "expected one for each"
             )
+        layouts = processor.layouts(named)
+        drafts.append(Draft(key, ids.astype(np.int32), named, layouts=layouts))
+    return drafts
 
 
-def named_image(source: object, name: str) -> Named:
+def named_image(source: object, name: str) -> tuple[str, ImageSource]:
     """An image and what to call it in an error.
 
     Args:
@@ -210,14 +270,30 @@ def check_list(values: object, name: str) -> None:
         raise ValueError(f"expected a list of {name}, got {kind} {quoted(values)}")
 
 
-def _only_image(image: ImageSource | Sequence[ImageSource] | None, prompt: int) -> Named | None:
-    """The image of a prompt, if it has one; a missing file is found here."""
-    if isinstance(image, list | tuple):
-        check_image_count(len(image), f"prompt {prompt}")
-        image = image[0] if image else None
-    if image is None:
-        return None
-    name, source = named_image(image, f"image {prompt}")
+def _count(images: ImageSource | Sequence[ImageSource] | None) -> int:
+    if isinstance(images, list | tuple):
+        return len(images)
+    return int(images is not None)
+
+
+def _images_of(
+    images: ImageSource | Sequence[ImageSource] | None, prompt: int
+) -> tuple[Named, ...]:
+    """The images of a prompt; a missing file is found here."""
+    if images is None:
+        return ()
+    if not isinstance(images, list | tuple):
+        return (_existing(images, f"image {prompt}"),)  # type: ignore[arg-type]
+    if len(images) == 1:
+        return (_existing(images[0], f"image {prompt}"),)
+    several = [
+        _existing(image, f"image {index} of prompt {prompt}") for index, image in enumerate(images)
+    ]
+    return tuple((name, OneOfSeveral(source)) for name, source in several)
+
+
+def _existing(image: ImageSource, name: str) -> tuple[str, ImageSource]:
+    name, source = named_image(image, name)
     if isinstance(source, str | os.PathLike) and not os.path.isfile(source):
         load_image(source, name)  # says what is wrong with it
     return name, source

@@ -5,6 +5,7 @@ with what there is as soon as a slot would stay free without it: a lone request 
 """
 
 import collections
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 from prumerge_jax.data import packing
@@ -13,7 +14,7 @@ from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.request import Answer, Delta, Request, Usage
 from prumerge_jax.engine.scoring import Scores, dispatch_scores
 from prumerge_jax.engine.shapes import EngineShapes
-from prumerge_jax.engine.windows import Counters, Window, WindowPlanner
+from prumerge_jax.engine.windows import Counters, Window, WindowPlanner, window_end
 
 _MakePlanner = Callable[[], WindowPlanner]
 
@@ -140,9 +141,9 @@ class _Lane:
 
     @property
     def has_room(self) -> bool:
-        """Whether the queue holds less than will be taken next: a window, or two to begin with,
-        since the planner encodes one ahead."""
-        return len(self.queue) < self._window_size * (2 if self._windows is None else 1)
+        """Whether the queue does not hold more than will be taken next: a window, or two to begin
+        with, since the planner encodes one ahead."""
+        return len(self.queue) <= self._window_size * (2 if self._windows is None else 1)
 
     def remove(self, key: int) -> bool:
         """Takes a request out of the queue; False if it is not there."""
@@ -170,5 +171,7 @@ class _Lane:
     def _batches(self) -> Iterator[list[Request]]:
         """The requests of one window after the other, until the queue is empty."""
         while self.queue:
-            size = min(self._window_size, len(self.queue))
+            size = len(self.queue)
+            if size > self._window_size:
+                size = window_end(list(itertools.islice(self.queue, self._window_size + 1)))
             yield [self.queue.popleft() for _ in range(size)]

@@ -18,6 +18,7 @@ from prumerge_jax.data import packing
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.pages import Claim, PagePool, can_finish
+from prumerge_jax.engine.prompt_pages import PromptPages
 from prumerge_jax.engine.request import Answer, Delta, FinishReason, Request
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.engine.windows import Window
@@ -56,8 +57,14 @@ class SlotDecoder:
 
     @property
     def valid_tokens(self) -> int:
-        """Tokens in pages, those of the calls that are under way included."""
-        return sum(sequence.length for sequence in self._sequences() if sequence.pages)
+        """Tokens in pages, those of calls that are under way included; shared ones count once."""
+        size, tokens = self.shapes.page_size, dict[tuple[int, int], int]()
+        for sequence in self._sequences():
+            for nth, page in enumerate(sequence.pages):
+                there = min(size, sequence.length - nth * size)
+                key = sequence.shard, page
+                tokens[key] = max(tokens.get(key, 0), there)
+        return sum(tokens.values())
 
     @property
     def taken_pages(self) -> int:
@@ -81,7 +88,8 @@ class SlotDecoder:
                         place,
                         self._stop_ids(request),
                         shard=int(rows.row_of[place]) // rows_per_shard,
-                        length=int(rows.length_of[place]),
+                        shared=int(rows.prefix_length_of[place]),
+                        length=int(rows.prefix_length_of[place] + rows.length_of[place]),
                     )
                 )
         self._in_rows = _InRows(window, rows, sequences) if sequences else None
@@ -132,23 +140,17 @@ class SlotDecoder:
             return
         window, rows, sequences = self._in_rows
         sequences = [sequence for sequence in sequences if not sequence.done]
-        admitted = self._admitted(sequences)
+        admitted = self._admitted(rows, sequences)
         if len(admitted) < len(sequences) and (any(self._occupant) or self._unread):
             return
         left = [sequence for sequence in sequences if sequence not in admitted]
         self._in_rows = _InRows(window, rows, left) if left else None
         if not admitted:
             return
-        size = self.shapes.page_size
-        places = np.full(rows.ids.shape, -1, np.int32)
+        prompts = PromptPages(rows, self.pools, self.shapes.page_size)
         for sequence in admitted:
             if sequence.limit > 1:
-                sequence.pages = self.pools[sequence.shard].take(-(-sequence.length // size))
-                begin = rows.start_of[sequence.place]
-                at = np.arange(sequence.length)
-                places[rows.row_of[sequence.place], begin : begin + sequence.length] = (
-                    np.array(sequence.pages)[at // size] * size + at % size
-                )
+                sequence.pages = prompts.take(sequence.place, sequence.shard)
         model = self.model
         hidden, self.pages = programs.prefill(
             model.graphdef,
@@ -156,9 +158,16 @@ class SlotDecoder:
             self.pages,
             window.pool,
             model.put_rows(rows),
-            model.put(places),
+            model.put(prompts.places),
             max_segment_length=self.shapes.longest_prompt,
         )
+        for source, target in prompts.copies(self.shapes.slots * self.shapes.page_size):
+            self.pages = programs.copy_in_pages(
+                self.pages,
+                model.put(source),
+                model.put(target),
+                num_layers=model.config.text.num_layers,
+            )
         for begin in range(0, len(admitted), self.shapes.slots):
             group = admitted[begin : begin + self.shapes.slots]
             segments = _device_segments(rows, group, self.shapes.slots)
@@ -168,19 +177,25 @@ class SlotDecoder:
             waiting = {i: each for i, each in enumerate(group) if each.limit > 1}
             self._unseated.append(_Unseated(segments, first, waiting))
 
-    def _admitted(self, sequences: list["_Sequence"]) -> list["_Sequence"]:
+    def _admitted(self, rows: packing.Rows, sequences: list["_Sequence"]) -> list["_Sequence"]:
         """The first sequences of each shard that can have pages for their prompts now."""
         admitted = []
         for shard, pool in enumerate(self.pools):
             running = [self._claim(each) for each in self._occupant if each and each.shard == shard]
             waiting: list[Claim] = []
             free = pool.free
+            prefixes: set[tuple[int, int]] = set()
             for sequence in sequences:
                 if sequence.shard != shard:
                     continue
-                now, later = self._pages(sequence.length), self._pages(sequence.final_length)
-                waiting.append(Claim(now, later - now) if sequence.limit > 1 else Claim(0, 0))
-                free -= waiting[-1].held
+                if sequence.limit > 1:
+                    now, later = self._pages(sequence.length), self._pages(sequence.final_length)
+                    # Its readers may end in any order: what they share counts as never given back.
+                    shared = sequence.shared // self.shapes.page_size
+                    waiting.append(Claim(now - shared, later - now))
+                    prefix = rows.prefix_of(sequence.place)
+                    free -= now if prefix not in prefixes else now - shared
+                    prefixes.add(prefix)
                 if free < 0 or not can_finish(free, running, waiting):
                     break
                 admitted.append(sequence)
@@ -295,6 +310,7 @@ class _Sequence:
       place: its number in its batch of rows.
       stop_ids: tokens that end it.
       shard: the data shard of its row, and so of its pages and its slot.
+      shared: tokens of the prompt that others of its row have in common with it.
       length: tokens in pages when everything dispatched has run, unless it ends before.
       pages: its pages in order; none before the prefill.
       tokens: generated tokens that have been read.
@@ -306,6 +322,7 @@ class _Sequence:
     place: int
     stop_ids: tuple[int, ...]
     shard: int
+    shared: int
     length: int
     pages: list[int] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -384,7 +401,7 @@ def _device_segments(
         return jnp.asarray(column)
 
     at = [sequence.place for sequence in sequences]
-    row, start, length = rows.row_of[at], rows.start_of[at], rows.length_of[at]
+    row, last = rows.row_of[at], rows.start_of[at] + rows.length_of[at] - 1
     params = [sequence.request.sampling for sequence in sequences]
     stop_ids = np.full((size, MAX_STOP_IDS), -1, np.int32)
     for ids, sequence in zip(stop_ids, sequences, strict=False):
@@ -397,9 +414,9 @@ def _device_segments(
     )
     return programs.Segments(
         padded(row, np.int32),
-        padded(start, np.int32),
-        padded(length, np.int32),
-        padded(rows.positions[row, start + length - 1] + 1, np.int32),
+        padded(last, np.int32),
+        padded(rows.length_of[at] + rows.prefix_length_of[at], np.int32),
+        padded(rows.positions[row, last] + 1, np.int32),
         padded([each.max_new_tokens for each in params], np.int32),
         sampling,
     )

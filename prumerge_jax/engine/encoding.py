@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from prumerge_jax import sharding
 from prumerge_jax.data import packing
 from prumerge_jax.engine import programs
-from prumerge_jax.engine.request import Request
+from prumerge_jax.engine.places import WindowPlaces
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.messages import quoted
 from prumerge_jax.models.config import LlavaConfig
@@ -93,32 +93,35 @@ class PlacedModel:
 
     def put_rows(self, rows: packing.Rows) -> programs.Rows:
         """The device's part of a plan."""
-        fields = (rows.ids, rows.visual_index, rows.positions, rows.segment_ids)
-        return programs.Rows(*(self.put(field) for field in fields))
+        index, weight = (rows.visual_index, None) if rows.taps is None else rows.taps
+        return programs.Rows(
+            ids=self.put(rows.ids),
+            visual_index=self.put(index),
+            positions=self.put(rows.positions),
+            segment_ids=self.put(rows.segment_ids),
+            branch_ids=None if rows.branch_ids is None else self.put(rows.branch_ids),
+            visual_weight=None if weight is None else self.put(weight),
+        )
 
 
 class Encoding(NamedTuple):
     """A window whose encoding has been dispatched.
 
     Attributes:
-      requests: the window's.
-      image_of: the number of each request's image in the window; None without one.
-      num_images: number of images to encode.
-      encoded: visual tokens, `batch_size` images in each.
+      places: the window's requests, and where their crops are.
+      encoded: visual tokens, `batch_size` crops in each.
       reduction: what they were encoded with.
     """
 
-    requests: list[Request]
-    image_of: list[int | None]
-    num_images: int
+    places: WindowPlaces
     encoded: list[VisualTokens]
     reduction: Reduction
 
 
 class EncodedImages(NamedTuple):
-    """A window's encoded images in `window_size / batch_size` batches of B = `batch_size`.
+    """A window's encoded crops in `window_size / batch_size` batches of B = `batch_size`.
 
-    Image i is row i % B of batch i // B; zeros where there is no image.
+    Crop number i is row i % B of batch i // B; whatever where there is no crop.
 
     Attributes:
       tokens: [B, R, Dv] for each batch, on the device.
@@ -134,57 +137,70 @@ class EncodedImages(NamedTuple):
 
 
 class Encoder:
-    """Encodes the images of windows of requests."""
+    """Encodes the crops of windows of requests."""
 
     def __init__(self, model: PlacedModel, shapes: EngineShapes) -> None:
         self.model, self.shapes = model, shapes
         self._idle: dict[tuple[int, int], jax.Array] = {}
 
-    def encode(self, requests: Sequence[Request], reduction: Reduction) -> Encoding:
+    def places(self, reduction: Reduction) -> WindowPlaces:
+        """An empty window."""
+        return WindowPlaces(
+            self.shapes,
+            self.model.shards,
+            grid=self.model.config.vision.grid,
+            reads_question=reduction.question_tokens > 0,
+        )
+
+    def encode(self, places: WindowPlaces, reduction: Reduction) -> Encoding:
         """Dispatches the encoding of a window; waits for nothing.
 
         Raises:
           ValueError: an image has another size than the tower takes; the message names its request.
         """
-        model, size = self.model, self.shapes.batch_size
-        side = model.config.vision.image_size
-        crops: list[np.ndarray] = []
-        questions: list[np.ndarray] = []
-        image_of: list[int | None] = []
-        known: dict[tuple[str, bytes], int] = {}
-        for request in requests:
-            if not request.images:
-                image_of.append(None)
-                continue
-            (image,) = request.images
-            number = len(crops)
-            if image.key is not None:
-                asked = request.question_ids.tobytes() if reduction.question_tokens else b""
-                number = known.setdefault((image.key, asked), number)
-            if number == len(crops):
+        side = self.model.config.vision.image_size
+        for request in places.requests:
+            for image in request.images:
                 if image.crops.shape[1] != side:
                     raise ValueError(
                         f"request {request.key} has an image of side {image.crops.shape[1]}; "
                         f"expected {side}"
                     )
-                crops.append(image.crops[0])
-                questions.append(request.question_ids)
-            image_of.append(number)
-        encoded = []
-        for start in range(0, len(crops), size):
-            pixels = np.zeros((size, side, side, 3), np.uint8)
-            pixels[: len(crops) - start] = crops[start : start + size]
-            encoded.append(
-                programs.encode(
-                    model.graphdef,
-                    model.state,
-                    model.put(pixels),
-                    self._question_ids(questions[start : start + size], reduction),
-                    reduction=reduction,
-                    dtype=model.dtype,
-                )
-            )
-        return Encoding(list(requests), image_of, len(crops), encoded, reduction)
+        batches = -(-(1 + max(places.crops, default=-1)) // self.shapes.batch_size)
+        encoded = [self._encode(places, reduction, batch) for batch in range(batches)]
+        return Encoding(places, encoded, reduction)
+
+    def _encode(self, places: WindowPlaces, reduction: Reduction, batch: int) -> VisualTokens:
+        model, size, vision = self.model, self.shapes.batch_size, self.model.config.vision
+        pixels = np.zeros((size, vision.image_size, vision.image_size, 3), np.uint8)
+        on_image = np.ones((size, vision.num_patches), bool)
+        questions = [np.zeros(0, np.int32)] * size
+        for row in range(size):
+            crop = places.crops.get(batch * size + row)
+            if crop is not None:
+                pixels[row], on_image[row] = crop.pixels, crop.on_image
+                questions[row] = crop.question_ids
+        return programs.encode(
+            model.graphdef,
+            model.state,
+            model.put(pixels),
+            self._question_ids(questions, reduction),
+            model.put(on_image) if self._has_edges(reduction) else None,
+            reduction=reduction,
+            dtype=model.dtype,
+        )
+
+    def _has_edges(self, reduction: Reduction) -> bool:
+        """Whether crops may have patches beside the image that the reduction must not see.
+
+        Without reduction they are left out afterwards, when their slots are put into rows.
+        """
+        vision = self.model.config.vision
+        if not self.model.config.image_grid_pinpoints:
+            return False
+        return reduction.selects_patches or reduction.capacity_for(vision.num_patches) < (
+            vision.num_patches
+        )
 
     def _question_ids(
         self, questions: Sequence[np.ndarray], reduction: Reduction

@@ -13,18 +13,29 @@ results are fetched only after the work that follows them has been queued.
 """
 
 import collections
+import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IMAGE_TOKEN
+from prumerge_jax.data.visual_layout import Newlines, check_newlines
 from prumerge_jax.engine.core import Core
 from prumerge_jax.engine.encoding import Encoder, PlacedModel
-from prumerge_jax.engine.request import Answer, Delta, ImageInput, Request, SamplingParams
+from prumerge_jax.engine.request import (
+    Answer,
+    Delta,
+    ImageInput,
+    Request,
+    SamplingParams,
+    SequenceLogits,
+)
+from prumerge_jax.engine.scoring import sequence_logits
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.engine.windows import Counters, WindowPlanner
-from prumerge_jax.reductions import Reduction
+from prumerge_jax.reductions import Reduction, spell
 
 
 class Engine:
@@ -45,6 +56,8 @@ class Engine:
         shapes: EngineShapes,
         *,
         position_ids: packing.PositionIds = "compact",
+        newlines: Newlines = "none",
+        image_budget: int | None = None,
     ) -> None:
         """Prepares an engine; nothing is compiled yet.
 
@@ -53,15 +66,28 @@ class Engine:
           reduction: what happens to the visual tokens.
           shapes: shapes of the jitted functions.
           position_ids: see `packing.pack_window`.
+          newlines: see `visual_layout.Newlines`.
+          image_budget: most patches that the crops of an image keep together, see
+            `visual_layout.run_of_image`; None for no limit.
 
         Raises:
-          ValueError: a shape does not divide over the data shards of the mesh, or other position
-            ids.
+          ValueError: a shape does not divide over the data shards of the mesh, other position ids,
+            newlines that do not exist or the model does not have, or a budget for tokens that are
+            not in the order of their attention.
         """
         shapes.check_shards(model.shards)
         packing.check_position_ids(position_ids)
+        check_newlines(newlines)
+        if newlines != "none" and not model.config.image_newline:
+            raise ValueError(f"newlines is {newlines!r}, the model has none; expected 'none'")
         self.model, self.reduction, self.shapes = model, reduction, shapes
-        self.position_ids = position_ids
+        if image_budget is not None and (image_budget < 1 or reduction.raster_order):
+            raise ValueError(
+                f"image_budget is {image_budget} with the reduction {spell(reduction)}; expected "
+                "at least 1, and a reduction whose tokens are in the order of their attention"
+            )
+        self.position_ids, self.newlines = position_ids, newlines
+        self.image_budget = image_budget
         self.encoder = Encoder(model, shapes)
         self.counters = Counters()
         self.core = Core(
@@ -118,24 +144,45 @@ class Engine:
             if isinstance(event, Answer):
                 yield event
 
-    def warm_up(self) -> None:
-        """Compiles all jitted functions of `generate` by running a meaningless request.
+    def logits(self, requests: Iterable[Request]) -> Iterator[SequenceLogits | Answer]:
+        """The logits of every request's sequence, in any order; an answer where it cannot run."""
+        longest, size = self.shapes.longest_prompt, self.shapes.window_size
+        source = iter(requests)
+        batches = iter(lambda: list(itertools.islice(source, size)), [])
+        for window in self._planner().windows(batches):
+            yield from window.failed
+            for rows in window.batches:
+                yield from sequence_logits(self.model, window, rows, longest_prompt=longest)
 
-        A second one, where images may need more tokens than the capacity, runs with room for all.
+    def warm_up(self) -> None:
+        """Compiles all jitted functions of `generate` by running meaningless requests: one alone,
+        and where prefixes are shared two that begin alike.
+
+        Where images may need more tokens than the capacity, they run again with room for all.
         """
-        side = self.model.config.vision.image_size
-        image = ImageInput(np.zeros((1, side, side, 3), np.uint8))
+        vision = self.model.config.vision
+        pixels = np.zeros((1, vision.image_size, vision.image_size, 3), np.uint8)
+        image = ImageInput(pixels, key="warm-up")
         token_ids = np.array([0, IMAGE_TOKEN], np.int32)
         sampling = SamplingParams(max_new_tokens=2, stop_ids=())
         request = Request(0, token_ids, (image,), sampling=sampling, question_ids=token_ids[:1])
-        patches = self.model.config.vision.num_patches
+        patches = vision.num_patches
         for reduction in dict.fromkeys((self.reduction, self.reduction.uncapped())):
             if reduction.capacity_for(patches) >= self.reduction.capacity_for(patches):
                 same = Engine(self.model, reduction, self.shapes, position_ids=self.position_ids)
-                collections.deque(same.generate([request]), maxlen=0)
+                for count in (1, 2) if self.shapes.share_prefixes else (1,):
+                    some = [dataclasses.replace(request, key=key) for key in range(count)]
+                    collections.deque(same.generate(some), maxlen=0)
 
     def _planner(self) -> WindowPlanner:
-        return WindowPlanner(self.encoder, self.reduction, self.position_ids, self.counters)
+        return WindowPlanner(
+            self.encoder,
+            self.reduction,
+            self.position_ids,
+            self.counters,
+            self.newlines,
+            self.image_budget,
+        )
 
     def _run(self, requests: Iterable[Request], *, to_score: bool) -> Iterator[Delta | Answer]:
         """Drives the core until every request has been answered."""

@@ -25,12 +25,18 @@ from prumerge_jax.sharding.mesh import constrain
 
 
 class Rows(NamedTuple):
-    """The device's part of `data.packing.Rows`, each [rows, T] int32."""
+    """The device's part of `data.packing.Rows`, each [rows, T] int32.
+
+    Where visual tokens are interpolated, `visual_index` is [rows, T, K], see
+    `LlavaModel.embed_rows`, and `visual_weight` [rows, T, K] float32.
+    With `branch_ids` and without are two forms of the functions that take rows.
+    """
 
     ids: jax.Array
     visual_index: jax.Array
     positions: jax.Array
     segment_ids: jax.Array
+    visual_weight: jax.Array | None = None
     branch_ids: jax.Array | None = None
 
 
@@ -85,14 +91,16 @@ class Segments(NamedTuple):
     """Sequences in rows, and how each continues.
 
     Attributes:
-      row, start, length: [G] int32, place of the prompt in the rows. Length 0 means no segment.
+      row: [G] int32, the row of each.
+      last: [G] int32, the column of the last token of its prompt.
+      length: [G] int32, tokens of its prompt. 0 means no segment.
       position: [G] int32, rotary position of the token that follows it.
       max_new_tokens: [G] int32, most tokens to generate.
       sampling: how tokens are drawn.
     """
 
     row: jax.Array
-    start: jax.Array
+    last: jax.Array
     length: jax.Array
     position: jax.Array
     max_new_tokens: jax.Array
@@ -105,13 +113,15 @@ def encode(
     state: nnx.State,
     pixels: jax.Array,
     question_ids: jax.Array | None = None,
+    present: jax.Array | None = None,
     *,
     reduction: Reduction,
     dtype: jnp.dtype,
 ) -> VisualTokens:
-    """[B, S, S, 3] uint8, [B, M] int32 -> reduced visual tokens of capacity R.
+    """[B, S, S, 3] uint8, [B, M] int32, [B, N] bool -> reduced visual tokens of capacity R.
 
-    Question ids are -1 beyond the question; None where the reduction reads none.
+    Question ids are -1 beyond the question; None where the reduction reads none. `present` are the
+    patches that the reduction may see; None for all.
     """
     model = nnx.merge(graphdef, state)
     return encode_images(
@@ -121,6 +131,7 @@ def encode(
         dtype=dtype,
         projector=model.projector,
         question=embed_question(model.decoder, question_ids, dtype),
+        present=present,
     )
 
 
@@ -174,7 +185,8 @@ def prefill(
       Hidden states [rows, T, D], and the pool.
     """
     model = nnx.merge(graphdef, state)
-    x = constrain(model.embed_rows(rows.ids, visual_tokens, rows.visual_index), "batch", None, None)
+    x = model.embed_rows(rows.ids, visual_tokens, rows.visual_index, rows.visual_weight)
+    x = constrain(x, "batch", None, None)
     hidden, pages = model.decoder.prefill(
         x,
         rows.positions,
@@ -186,6 +198,15 @@ def prefill(
         max_segment_length=max_segment_length,
     )
     return hidden, attention.over_shards(pages)
+
+
+@functools.partial(jax.jit, static_argnames=("num_layers",), donate_argnames=("pages",))
+def copy_in_pages(
+    pages: KVPages, source: jax.Array, target: jax.Array, *, num_layers: int
+) -> KVPages:
+    """Copies keys and values from places to places; see `attention.copy_in_pages`."""
+    copied = attention.copy_in_pages(pages, source, target, num_layers)
+    return attention.over_shards(copied)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_segment_length"))
@@ -200,7 +221,8 @@ def hidden_before_last_mlp(
     """`prefill` for scoring: no keys and values are kept, and `log_likelihoods` finishes what it
     needs."""
     model = nnx.merge(graphdef, state)
-    x = constrain(model.embed_rows(rows.ids, visual_tokens, rows.visual_index), "batch", None, None)
+    x = model.embed_rows(rows.ids, visual_tokens, rows.visual_index, rows.visual_weight)
+    x = constrain(x, "batch", None, None)
     return model.decoder.hidden_before_last_mlp(
         x,
         rows.positions,
@@ -237,13 +259,24 @@ def log_likelihoods(
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))
+def logits_at(
+    graphdef: nnx.GraphDef, state: nnx.State, partial: PartialHidden, index: jax.Array
+) -> jax.Array:
+    """Next-token logits [M, V] float32 at M positions, index [M] int32 into the flattened rows.
+
+    `partial` is of rows from `hidden_before_last_mlp`.
+    """
+    decoder = nnx.merge(graphdef, state).decoder
+    return decoder.logits(decoder.last_mlp_at(partial, index))
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",))
 def first_tokens(
     graphdef: nnx.GraphDef, state: nnx.State, hidden: jax.Array, segments: Segments
 ) -> jax.Array:
     """The first generated token of every segment, [G] int32."""
     decoder = nnx.merge(graphdef, state).decoder
-    last = jnp.maximum(segments.start + segments.length - 1, 0)
-    logits = decoder.logits(hidden[segments.row, last])
+    logits = decoder.logits(hidden[segments.row, segments.last])
     return draw(logits, segments.sampling, jnp.zeros_like(segments.row))
 
 

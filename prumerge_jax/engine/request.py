@@ -5,10 +5,12 @@ The API, the evaluation and any server use only these types to talk to the engin
 
 import dataclasses
 import math
+from collections.abc import Hashable
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.messages import quoted
 from prumerge_jax.models.config import MAX_STOP_IDS
@@ -38,20 +40,29 @@ class ImageInput:
     """One image as the vision tower takes it.
 
     Attributes:
-      crops: uint8 [n, S, S, 3]. So far every image is one crop, n = 1.
+      crops: uint8 [C, S, S, 3].
+      layout: what the C crops are; None for one crop, the image as it is.
       key: images of one window with equal keys are encoded once; None shares nothing.
+
+    Raises:
+      ValueError: the crops are no such array, or not as many as the layout has.
     """
 
     crops: np.ndarray
+    layout: Layout | None = None
     key: str | None = None
 
     def __post_init__(self) -> None:
-        shape = self.crops.shape
+        shape, expected = self.crops.shape, 1 if self.layout is None else self.layout.num_crops
         is_square = len(shape) == 4 and shape[1] == shape[2] and shape[3] == 3
-        if self.crops.dtype != np.uint8 or not is_square or shape[0] != 1:
+        if self.crops.dtype != np.uint8 or not is_square or shape[0] != expected:
             raise ValueError(
-                f"crops of {self.crops.dtype} {list(shape)}; expected uint8 [1, S, S, 3]"
+                f"crops of {self.crops.dtype} {list(shape)}; expected uint8 [{expected}, S, S, 3]"
             )
+
+    def layout_on(self, grid: int) -> Layout:
+        """What the crops are, of `grid` patches along a side."""
+        return Layout(grid) if self.layout is None else self.layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +116,13 @@ class Request:
     Attributes:
       key: names the request in its answer.
       token_ids: int32 [T] with one `IMAGE_TOKEN` for each image, where it goes.
-      images: in the order of their tokens; the model takes at most one.
+      images: in the order of their tokens.
       continuation: int32 token ids to score after `token_ids`; empty when generating.
       question_ids: int32 token ids of the question's keywords, for reductions that read them.
       sampling: how tokens are drawn; has no effect on scoring.
 
     Raises:
-      ValueError: several images, or other than one `IMAGE_TOKEN` per image.
+      ValueError: other than one `IMAGE_TOKEN` per image.
     """
 
     key: int
@@ -122,7 +133,6 @@ class Request:
     question_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
     def __post_init__(self) -> None:
-        check_image_count(len(self.images), f"request {self.key}")
         placeholders = int(np.count_nonzero(self.token_ids == IMAGE_TOKEN))
         if placeholders != len(self.images):
             raise ValueError(
@@ -132,7 +142,35 @@ class Request:
 
     @property
     def text_tokens(self) -> int:
-        """Number of tokens of the prompt, the image's not counted."""
+        """Number of tokens of the prompt, the images' not counted."""
+        return len(self.token_ids) - len(self.images)
+
+    @property
+    def opening(self) -> "Opening":
+        """What the engine's shapes are fitted to."""
+        token_ids = np.concatenate([self.token_ids, self.continuation])
+        names = (id(image) if image.key is None else image.key for image in self.images)
+        known = [image.layout for image in self.images if image.layout is not None]
+        layouts = tuple(known) if len(known) == len(self.images) else ()
+        return Opening(token_ids, tuple(names), layouts)
+
+
+class Opening(NamedTuple):
+    """A request as far as it is known before its images are seen.
+
+    Attributes:
+      token_ids: int32 [T], prompt and continuation, with one `IMAGE_TOKEN` for each image.
+      images: names of the images; equal names are one image.
+      layouts: of the images, where they differ from image to image; else empty.
+    """
+
+    token_ids: np.ndarray
+    images: tuple[Hashable, ...] = ()
+    layouts: tuple[Layout, ...] = ()
+
+    @property
+    def text_tokens(self) -> int:
+        """Number of tokens, the images' not counted."""
         return len(self.token_ids) - len(self.images)
 
 
@@ -172,7 +210,13 @@ class Delta(NamedTuple):
     token_ids: tuple[int, ...]
 
 
-def check_image_count(count: int, name: str) -> None:
-    """Raises ValueError for more than one image; `name` says whose they are."""
-    if count > 1:
-        raise ValueError(f"{name} has {count} images; the model takes one image per prompt")
+class SequenceLogits(NamedTuple):
+    """Next-token logits of a request at every position.
+
+    Attributes:
+      key: the request's.
+      values: float32 [T, V]; T counts visual tokens and newlines.
+    """
+
+    key: int
+    values: np.ndarray

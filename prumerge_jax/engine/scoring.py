@@ -1,4 +1,4 @@
-"""Scoring: the log-likelihood of every request's continuation, read off packed rows."""
+"""Scoring: log-likelihoods of continuations, or all logits, read off packed rows."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.encoding import PlacedModel
-from prumerge_jax.engine.request import Answer
+from prumerge_jax.engine.request import Answer, SequenceLogits
 from prumerge_jax.engine.windows import Window
 from prumerge_jax.models.llama import PartialHidden
 
@@ -43,14 +43,38 @@ def dispatch_scores(
     model: PlacedModel, window: Window, rows: packing.Rows, *, longest_prompt: int
 ) -> Scores:
     """Runs packed rows and the scoring head at every target, in calls of `HEAD_POSITIONS` each."""
-    partial = programs.hidden_before_last_mlp(
+    partial = _partial_hidden(model, window, rows, longest_prompt)
+    return Scores(window, rows, _log_likelihoods(model, partial, rows))
+
+
+def sequence_logits(
+    model: PlacedModel, window: Window, rows: packing.Rows, *, longest_prompt: int
+) -> Iterator[SequenceLogits]:
+    """The logits of every sequence in packed rows, visual tokens and newlines in place."""
+    partial = _partial_hidden(model, window, rows, longest_prompt)
+    for place, request in enumerate(rows.requests.tolist()):
+        positions = rows.positions_of(place)
+        parts = []
+        for start in range(0, len(positions), HEAD_POSITIONS):
+            index = np.full(HEAD_POSITIONS, positions[-1], np.int32)
+            part = positions[start : start + HEAD_POSITIONS]
+            index[: len(part)] = part
+            at = jnp.asarray(index)
+            parts.append(programs.logits_at(model.graphdef, model.state, partial, at))
+        values = np.concatenate(jax.device_get(parts))[: len(positions)]
+        yield SequenceLogits(window.requests[request].key, values)
+
+
+def _partial_hidden(
+    model: PlacedModel, window: Window, rows: packing.Rows, longest_prompt: int
+) -> PartialHidden:
+    return programs.hidden_before_last_mlp(
         model.graphdef,
         model.state,
         window.pool,
         model.put_rows(rows),
         max_segment_length=longest_prompt,
     )
-    return Scores(window, rows, _log_likelihoods(model, partial, rows))
 
 
 def _log_likelihoods(

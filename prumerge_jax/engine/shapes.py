@@ -1,10 +1,17 @@
 """The shapes of the jitted functions, and how those that depend on the requests are chosen."""
 
 import dataclasses
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from prumerge_jax.data import filling
+from prumerge_jax.data.filling import Group
+from prumerge_jax.data.layout import Layout
+from prumerge_jax.data.prefixes import find_groups
+from prumerge_jax.data.tokens import IMAGE_TOKEN
+from prumerge_jax.engine.request import Opening
 from prumerge_jax.models import tuning
 from prumerge_jax.models.attention.paged_kernels import TABLE_MULTIPLE
 from prumerge_jax.reductions import Reduction
@@ -13,6 +20,8 @@ MULTIPLE = 128
 """Lengths that are chosen are multiples of this; the TPU attention kernel wants it."""
 SAMPLE = 1024
 """Requests whose packing is tried when a row length is chosen."""
+SAMPLE_OF_GROUPS = 256
+"""Those of them that are looked at for what they share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +29,9 @@ class EngineSizes:
     """How much one call of each jitted function takes.
 
     Attributes:
-      batch_size: images per encode step.
-      window_size: requests that are planned together, a multiple of `batch_size`.
+      batch_size: crops per encode step.
+      window_size: most requests, and most crops of their images, that are planned together; a
+        multiple of `batch_size`.
       prefill_rows: packed rows per prefill.
       slots: sequences decoded at once.
       decode_steps_per_call: decode steps between two readings of the results.
@@ -54,6 +64,8 @@ class EngineConfig:
       pages: pages in the pool, over all data shards. None lets `fit` choose: as many as the slots
         need if all sequences are of the longest kind, half of it where a reduction's token counts
         vary, and no more than the devices' memory holds. Too few pages cost waiting, nothing else.
+      share_prefixes: whether requests that begin alike, as questions about one image do, have what
+        they share computed once.
       defaults: the sizes where the fields above are None.
 
     Raises:
@@ -69,12 +81,13 @@ class EngineConfig:
     page_size: int | None = None
     pages: int | None = None
     decode_steps_per_call: int | None = None
+    share_prefixes: bool = True
     defaults: EngineSizes = EngineSizes()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and value < 1:
+            if field.type is not bool and isinstance(value, int) and value < 1:
                 raise ValueError(
                     f"{field.name} is {value}; expected at least 1 (--config.engine.{field.name})"
                 )
@@ -125,6 +138,8 @@ class EngineShapes(EngineSizes):
       cache_length: the longest sequence, generated tokens included, that can be decoded.
       page_size: tokens per page of keys and values.
       pages: pages in the pool, over all data shards; by default what all slots need at the longest.
+      share_prefixes: see `EngineConfig`. Rows with shared prefixes and rows without are two forms
+        of the functions that take rows.
 
     Raises:
       ValueError: the window is not a multiple of the batch size.
@@ -135,6 +150,7 @@ class EngineShapes(EngineSizes):
     cache_length: int
     page_size: int = 16
     pages: int | None = None
+    share_prefixes: bool = True
 
     @property
     def pages_per_sequence(self) -> int:
@@ -173,26 +189,39 @@ class EngineShapes(EngineSizes):
                 f"least {shards * self.pages_per_sequence}, or cache_length to less"
             )
 
-    def limited_to(self, requests: int) -> "EngineShapes":
-        """Shapes no larger than so few requests can fill."""
+    def limited_to(self, requests: int, crops: int) -> "EngineShapes":
+        """Shapes no larger than so few requests, of so many crops together, can fill."""
         enough = 1 << max(requests - 1, 0).bit_length()
         if enough >= self.batch_size:
             return self
+        pixels = 1 << max(requests - 1, crops - 1, 0).bit_length()
         return dataclasses.replace(
             self,
-            batch_size=enough,
-            window_size=enough,
+            batch_size=min(self.batch_size, pixels),
+            window_size=pixels if pixels < self.batch_size else self.window_size,
             prefill_rows=min(self.prefill_rows, enough),
             slots=min(self.slots, enough),
             pages=min(self.pool_pages, enough * self.pages_per_sequence),
         )
 
 
+def most_visual_tokens(reduction: Reduction, layout: Layout) -> int:
+    """The most visual tokens, newlines included, that an image of this layout can have.
+
+    A capacity does not bound them: images that need more run again with all they can need.
+    """
+    capacity = reduction.uncapped().capacity_for(layout.num_patches)
+    if not reduction.selects_patches and capacity == layout.num_patches:
+        return layout.span
+    rows, _ = layout.shape  # of newlines, where these are asked for
+    return layout.num_crops * capacity + layout.newline * max(rows, 1)
+
+
 def fit(
     config: EngineConfig,
     reduction: Reduction,
     num_patches: int,
-    text_tokens: np.ndarray,
+    openings: Sequence[Opening],
     *,
     max_new_tokens: int = 0,
     max_positions: int,
@@ -207,8 +236,8 @@ def fit(
     Args:
       config: what is fixed.
       reduction: what happens to the visual tokens.
-      num_patches: N.
-      text_tokens: int [requests], tokens of each request apart from the image's.
+      num_patches: N, of images whose layout no opening has: they are one crop.
+      openings: the requests, in the order in which they come.
       max_new_tokens: most tokens to generate.
       max_positions: the longest sequence that the model can take.
       shards: data shards of the mesh.
@@ -217,14 +246,27 @@ def fit(
     Raises:
       ValueError: a size that was set does not divide over the shards.
     """
-    if not len(text_tokens):  # shapes there must be all the same
-        text_tokens = np.zeros(1, np.int64)
+    text_tokens = np.array([opening.text_tokens for opening in openings] or [0])
     # A capacity does not bound them: images that need more run again with all they can need.
     most = reduction.uncapped().capacity_for(num_patches)
-    lengths = np.minimum(text_tokens + most, max_positions)
+    known = [[most_visual_tokens(reduction, each) for each in o.layouts] for o in openings]
+    visual = [sum(counts) if counts else most for counts in known] or [most]
+    lengths = np.minimum(text_tokens + np.array(visual), max_positions)
     row_length, cache_length = config.row_length, config.cache_length
+    sizes = config.sizes(shards)
+    shared = None
+    if config.share_prefixes:
+        limit = max_positions if row_length is None else min(row_length, max_positions)
+        sample = openings[:SAMPLE_OF_GROUPS]
+        counts = [
+            each or [most] * len(opening.images)
+            for each, opening in zip(known, sample, strict=False)
+        ]
+        shared = _shared(sample, counts, limit)
     if row_length is None:
-        if reduction.varying:
+        if shared is not None:
+            row_length = row_length_for_groups(shared, int(lengths.max()), reduction.varying)
+        elif reduction.varying:
             row_length = row_length_for_variable_counts(lengths)
         else:
             row_length = row_length_for_fixed_counts(lengths)
@@ -232,13 +274,17 @@ def fit(
         cache_length = _next_multiple(
             min(int(lengths.max()) + max_new_tokens, max_positions), MULTIPLE
         )
+    if shared is not None and len(openings) <= SAMPLE_OF_GROUPS:
+        rows = _next_multiple(shared.rows(row_length), shards)
+        sizes = dataclasses.replace(sizes, prefill_rows=min(sizes.prefill_rows, rows))
     shapes = EngineShapes(
-        **vars(config.sizes(shards)),
+        **vars(sizes),
         row_length=row_length,
         longest_prompt=min(_next_multiple(int(lengths.max()), MULTIPLE), row_length),
         cache_length=cache_length,
         page_size=config.page_size or tuning.current().page_size,
         pages=config.pages,
+        share_prefixes=config.share_prefixes,
     )
     if config.pages is not None:
         return shapes
@@ -247,6 +293,69 @@ def fit(
         pages = min(pages, pages_that_fit // shards * shards)
     least = shards * shapes.pages_per_sequence
     return dataclasses.replace(shapes, pages=max(_next_multiple(pages, shards), least))
+
+
+class _Shared(NamedTuple):
+    """Requests in groups that share prefixes, each with the most tokens that it can have."""
+
+    groups: list[Group]
+    lengths: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all groups."""
+        return sum(group.size(self.lengths) for group in self.groups)
+
+    def rows(self, row_length: int) -> int:
+        """Number of rows of this length that they fill."""
+        return len(filling.fill_rows_with_groups(self.groups, self.lengths, row_length))
+
+
+def _shared(
+    openings: Sequence[Opening], counts: Sequence[Sequence[int]], limit: int
+) -> _Shared | None:
+    """What requests share whose images have so many tokens, those of more than `limit` tokens left
+    out; None where that is nothing or little."""
+    tokens = []
+    numbers: dict[Hashable, int] = {}
+    most = max((count for each in counts for count in each), default=0)
+    for opening, of_images in zip(openings, counts, strict=True):
+        ids = opening.token_ids.astype(np.int64)
+        is_image = ids == IMAGE_TOKEN
+        named = [numbers.setdefault(name, len(numbers)) for name in opening.images]
+        width = np.ones(len(ids), np.int64)
+        width[is_image] = of_images
+        expanded = np.repeat(ids, width)
+        # Negative numbers are visual tokens.
+        visual = (
+            -1 - most * number - np.arange(count)
+            for number, count in zip(named, of_images, strict=True)
+        )
+        expanded[np.repeat(is_image, width)] = np.concatenate([np.zeros(0, np.int64), *visual])
+        if len(expanded) <= limit:
+            tokens.append(expanded)
+    groups = find_groups(tokens, [max(len(each) - 1, 0) for each in tokens])
+    if all(len(group.members) == 1 for group in groups):
+        return None
+    return _Shared(groups, np.array([len(each) for each in tokens]))
+
+
+def row_length_for_groups(shared: _Shared, longest: int, varying: bool) -> int:
+    """Up to 2048 tokens, unless a request has more: every row computes its groups' prefixes again.
+
+    Args:
+      shared: requests, with the most tokens that they can have.
+      longest: the most tokens of any request.
+      varying: whether they may have fewer. Of lengths that are known, the shortest row is taken
+        that is within 3 % of the least padding.
+    """
+    first = _next_multiple(longest, MULTIPLE)
+    last = max(first, min(_next_multiple(shared.tokens, MULTIPLE), 2048))
+    if varying:
+        return last
+    computed = {length: length * shared.rows(length) for length in range(first, last + 1, MULTIPLE)}
+    least = min(computed.values())
+    return min(length for length, tokens in computed.items() if tokens <= 1.03 * least)
 
 
 def row_length_for_variable_counts(longest: np.ndarray) -> int:

@@ -5,15 +5,21 @@ carried over to the next window, where they come first and others fill up their 
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from prumerge_jax.data import packing
+from prumerge_jax.data.runs import Run
 from prumerge_jax.data.tokens import IGNORE
-from prumerge_jax.data.visual_layout import CropTokens, runs
+from prumerge_jax.data.visual_layout import (
+    CropTokens,
+    Newlines,
+    run_of_image,
+    run_of_whole_image,
+)
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding
 from prumerge_jax.engine.request import Answer, Request, Usage
@@ -27,13 +33,18 @@ class Counters:
     Attributes:
       requests: answered without an error.
       images: encoded; requests of a window that share one count it once.
-      visual_tokens: valid visual tokens of the encoded images.
-      real_tokens, row_tokens: tokens of the packed rows without and with padding.
+      crops: encoded, of all images.
+      visual_tokens: valid visual tokens of the encoded crops.
+      request_tokens: tokens of the requests in packed rows, each with all of its prompt.
+      real_tokens, row_tokens: tokens of the packed rows without and with padding. What requests
+        share counts once, so that there may be fewer than `request_tokens`.
     """
 
     requests: int = 0
     images: int = 0
+    crops: int = 0
     visual_tokens: int = 0
+    request_tokens: int = 0
     real_tokens: int = 0
     row_tokens: int = 0
 
@@ -63,14 +74,17 @@ class Window:
 
 
 class _Admitted(NamedTuple):
-    """A request that can run, and the number of its image in its window."""
+    """A request that can run, and its images' runs over the slots of its window's crops.
+
+    The slots of crop number i are i * R to (i + 1) * R.
+    """
 
     request: Request
-    image: int | None
+    runs: tuple[Run, ...]
 
 
 class _CarriedOver(NamedTuple):
-    """Requests of the last batch of rows, which wait for the next window, and their images."""
+    """Requests of the last batch of rows, which wait for the next window, and its images."""
 
     admitted: list[_Admitted]
     images: EncodedImages
@@ -85,9 +99,17 @@ class WindowPlanner:
         reduction: Reduction,
         position_ids: packing.PositionIds,
         counters: Counters,
+        newlines: Newlines = "none",
+        image_budget: int | None = None,
     ) -> None:
         self.encoder, self.model, self.shapes = encoder, encoder.model, encoder.shapes
         self.reduction, self.position_ids, self.counters = reduction, position_ids, counters
+        self.newlines, self.image_budget = newlines, image_budget
+
+    @property
+    def _interpolates(self) -> bool:
+        """Whether rows may hold tokens of mosaics that are shrunk."""
+        return self.model.config.anyres_max is not None and not self.reduction.selects_patches
 
     def windows(self, batches: Iterable[list[Request]]) -> Iterator[Window]:
         """Encoded windows of up to `window_size` requests each; the next one is encoded while one
@@ -109,9 +131,9 @@ class WindowPlanner:
         reduction: Reduction,
         overflow: list[Request],
     ) -> Iterator[Window]:
-        carried = _CarriedOver([], self.encoder.measure(self.encoder.encode([], reduction)))
-        encodings = (self.encoder.encode(batch, reduction) for batch in batches)
-        for encoding, is_last in _one_ahead(encodings):
+        nothing = self.encoder.encode(self.encoder.places(reduction), reduction)
+        carried = _CarriedOver([], self.encoder.measure(nothing))
+        for encoding, is_last in _one_ahead(self._encodings(batches, reduction)):
             images = self.encoder.measure(encoding)
             admitted, failed = self._admit(encoding, images, overflow)
             window = self._pack(carried, admitted, images, failed)
@@ -121,29 +143,70 @@ class WindowPlanner:
             self._count(encoding, images, window)
             yield window
 
+    def _encodings(
+        self, batches: Iterable[list[Request]], reduction: Reduction
+    ) -> Iterator[Encoding]:
+        """Windows of batches: several of one whose crops are more than a window holds."""
+        for batch in batches:
+            places = self.encoder.places(reduction)
+            for request in batch:
+                if places.add(request):
+                    continue
+                if places.requests:
+                    yield self.encoder.encode(places, reduction)
+                    places = self.encoder.places(reduction)
+                if not places.add(request):
+                    places.refuse(request)
+            yield self.encoder.encode(places, reduction)
+
     def _admit(
         self, encoding: Encoding, images: EncodedImages, overflow: list[Request]
     ) -> tuple[list[_Admitted], list[Answer]]:
         """The requests that can run and the answers of those that cannot.
 
-        Those whose image needs more tokens than its capacity are added to `overflow`.
+        Those one of whose crops needs more tokens than its capacity are added to `overflow`.
         """
         size, _, capacity = images.patch_indices.shape
+        crops = CropTokens(
+            images.lengths.T.reshape(-1),
+            images.patch_indices.swapaxes(0, 1).reshape(-1, capacity),
+            self.model.config.vision.num_patches,
+        )
+        required = images.required.T.reshape(-1)
         admitted, failed = [], []
-        for request, image in zip(encoding.requests, encoding.image_of, strict=True):
-            at = None if image is None else (image % size, image // size)
-            required = 0 if at is None else int(images.required[at])
-            if required > capacity:
+        for request, numbers in zip(encoding.places.requests, encoding.places.numbers, strict=True):
+            needed = required[[number for image in numbers for number in image]]
+            if (needed > capacity).any():
                 overflow.append(request)
                 continue
-            visual_tokens = 0 if at is None else int(images.lengths[at])
-            error = self._refusal(request, visual_tokens, broken=required < 0)
+            refused = encoding.places.refused.get(request.key)
+            error = refused or _broken(required, numbers)
+            runs = () if error else self._runs(request, crops, numbers, encoding.reduction)
+            visual_tokens = sum(len(run) for run in runs)
+            error = error or self._refusal(request, visual_tokens)
             if error is None:
-                admitted.append(_Admitted(request, image))
+                admitted.append(_Admitted(request, runs))
             else:
                 usage = Usage(visual_tokens, request.text_tokens, 0)
                 failed.append(Answer(request.key, (), float("nan"), "error", usage, error))
         return admitted, failed
+
+    def _runs(
+        self,
+        request: Request,
+        crops: CropTokens,
+        numbers: Sequence[tuple[int, ...]],
+        reduction: Reduction,
+    ) -> tuple[Run, ...]:
+        """A run for each image of a request, whose crops have these numbers."""
+        runs = []
+        for image, rows in zip(request.images, numbers, strict=True):
+            layout = image.layout_on(self.model.config.vision.grid)
+            if not reduction.selects_patches and crops.are_whole(rows):
+                runs.append(run_of_whole_image(crops, layout, rows))
+            else:
+                runs.append(run_of_image(crops, layout, rows, self.newlines, self.image_budget))
+        return tuple(runs)
 
     def _pack(
         self,
@@ -154,38 +217,31 @@ class WindowPlanner:
     ) -> Window:
         """All requests in rows, those carried over in the first ones."""
         size, batches, capacity = images.patch_indices.shape
-        before = carried.images
-        crops = CropTokens(
-            np.concatenate([before.lengths, images.lengths], axis=1).reshape(-1),
-            np.concatenate([before.patch_indices, images.patch_indices], axis=1).reshape(
-                -1, capacity
-            ),
-            self.model.config.vision.num_patches,
-        )
 
-        def planned(request: Request, image: int | None, first_batch: int) -> packing.Request:
-            """`first_batch`: where the pool has the batches of the image's window."""
-            if image is None:
-                return _planned(request, ())
-            # The order of `programs.join`: on a mesh no image leaves the device that encoded it.
-            row = image % size * 2 * batches + first_batch + image // size
-            return _planned(request, runs(crops, [row]))
+        def planned(each: _Admitted, first_batch: int) -> packing.Request:
+            """`first_batch`: where the pool has the batches of the request's window."""
+            return _planned(
+                each.request,
+                tuple(_in_pool(run, images.patch_indices.shape, first_batch) for run in each.runs),
+            )
 
-        everything = [planned(*each, 0) for each in carried.admitted]
-        everything += [planned(*each, batches) for each in admitted]
+        everything = [planned(each, 0) for each in carried.admitted]
+        everything += [planned(each, batches) for each in admitted]
         rows = packing.pack_window(
             everything,
-            crops.num_slots,
+            size * 2 * batches * capacity,
             self.shapes.row_length,
             self.shapes.prefill_rows,
             shards=self.model.shards,
             position_ids=self.position_ids,
             carried_over=len(carried.admitted),
+            share_prefixes=self.shapes.share_prefixes,
+            with_taps=self._interpolates,
         )
         return Window(
             [each.request for each in carried.admitted + admitted],
             everything,
-            programs.join(before.tokens + images.tokens),
+            programs.join(carried.images.tokens + images.tokens),
             rows,
             failed,
         )
@@ -200,15 +256,18 @@ class WindowPlanner:
         return window.batches.pop().requests.tolist()
 
     def _count(self, encoding: Encoding, images: EncodedImages, window: Window) -> None:
-        self.counters.images += encoding.num_images
-        self.counters.visual_tokens += int(images.lengths.sum())
-        self.counters.real_tokens += sum(int((r.segment_ids > 0).sum()) for r in window.batches)
-        self.counters.row_tokens += sum(rows.segment_ids.size for rows in window.batches)
+        crops = np.array(sorted(encoding.places.crops), np.int64)
+        size = len(images.lengths)
+        self.counters.images += encoding.places.num_images
+        self.counters.crops += len(crops)
+        self.counters.visual_tokens += int(images.lengths[crops % size, crops // size].sum())
+        for rows in window.batches:
+            self.counters.request_tokens += rows.request_tokens
+            self.counters.real_tokens += rows.real_tokens
+            self.counters.row_tokens += rows.segment_ids.size
 
-    def _refusal(self, request: Request, visual_tokens: int, *, broken: bool) -> str | None:
+    def _refusal(self, request: Request, visual_tokens: int) -> str | None:
         """Why a request cannot run; None if it can."""
-        if broken:
-            return "the image's CLS attention is not finite; check the image and the weights"
         if request.images and (reason := self._unread_question(request)):
             return reason
         length = request.text_tokens + visual_tokens + len(request.continuation)
@@ -241,6 +300,60 @@ class WindowPlanner:
         return None
 
 
+def _broken(required: np.ndarray, numbers: Sequence[tuple[int, ...]]) -> str | None:
+    """The first crop of a request for which the tower gave no finite numbers; None without one."""
+    for image, crops in enumerate(numbers):
+        for crop, number in enumerate(crops):
+            if required[number] < 0:
+                name = "the image" if len(numbers) == 1 else f"image {image}"
+                where = name if len(crops) == 1 else f"crop {crop} of {name}"
+                return (
+                    f"the vision tower's attention is not finite on {where}; check the image and "
+                    "the weights"
+                )
+    return None
+
+
+def _in_pool(run: Run, shape: Sequence[int], first_batch: int) -> Run:
+    """A run over the slots of a window's crops, as one over those of the pool.
+
+    The pool has the batches of two windows in the order of `programs.join`: on a mesh no crop
+    leaves the device that encoded it.
+
+    Args:
+      run: the run; newlines stay what they are.
+      shape: B, batches and R of the window.
+      first_batch: where the pool has the window's first batch.
+    """
+    size, batches, capacity = shape
+
+    def moved(index: np.ndarray) -> np.ndarray:
+        number, slot = np.divmod(index, capacity)
+        row = number % size * 2 * batches + first_batch + number // size
+        return np.where(index < 0, index, row * capacity + slot).astype(np.int32)
+
+    taps = None if run.taps is None else run.taps._replace(slots=moved(run.taps.slots))
+    return dataclasses.replace(run, index=moved(run.index), taps=taps)
+
+
+def window_end(waiting: Sequence[Request]) -> int:
+    """How many of the waiting requests are in the next window, if it is no larger than all but one
+    of them: those of the last set of images stay for the one after it where they go on there, and
+    are less than half a window."""
+    names = [_image_names(request) for request in waiting]
+    end = len(waiting) - 1
+    cut = end
+    while cut and names[-1] and names[cut - 1] == names[-1]:
+        cut -= 1
+    return cut if cut > end / 2 else end
+
+
+def _image_names(request: Request) -> tuple[str, ...]:
+    """The keys of a request's images; empty where one has none."""
+    keys = [image.key for image in request.images]
+    return tuple(key for key in keys if key is not None) if None not in keys else ()
+
+
 def _one_ahead(encodings: Iterator[Encoding]) -> Iterator[tuple[Encoding, bool]]:
     """Each encoding and whether it is the last; the next one is dispatched before."""
     current = next(encodings, None)
@@ -250,7 +363,7 @@ def _one_ahead(encodings: Iterator[Encoding]) -> Iterator[tuple[Encoding, bool]]
         current = following
 
 
-def _planned(request: Request, images: tuple[packing.Run, ...]) -> packing.Request:
+def _planned(request: Request, images: tuple[Run, ...]) -> packing.Request:
     """The packing's view of a request: prompt and continuation, the latter to be predicted."""
     token_ids = np.concatenate([request.token_ids, request.continuation]).astype(np.int32)
     labels = np.full(token_ids.shape, IGNORE, np.int32)

@@ -166,12 +166,14 @@ def parse_config(config: ConfigDict) -> EvalConfig:
         if _typed(f"mesh.{axis}", size, int) < 1:
             raise ValueError(f"--config.mesh.{axis}={size}: expected at least 1")
     dtype, chip = _optional(fields, "dtype", str), _optional(fields, "chip", str)
+    tasks = _tasks(fields, options)
+    usual = tasks[0].benchmark.reductions if len(tasks) == 1 else Benchmark.reductions
     return EvalConfig(
-        tasks=_tasks(fields, options),
+        tasks=tasks,
         checkpoint=_optional(fields, "checkpoint", str) or "",
         answers=None if answers is None else pathlib.Path(answers),
         reductions=_reductions(
-            _typed("reduction", fields["reduction"], str), _typed("tokens", fields["tokens"], str)
+            _optional(fields, "reduction", str) or usual, _typed("tokens", fields["tokens"], str)
         ),
         baselines=_typed("baselines", fields["baselines"], bool),
         decoding=Decoding(**decoding),
@@ -207,10 +209,11 @@ def engine_config(fields: Mapping[str, Any], mesh: Mapping[str, int]) -> EngineC
         allowed; the message names its flag.
     """
     given = {k: v for k, v in _mapping("engine", fields).items() if v is not None}
-    known = {field.name for field in dataclasses.fields(EngineConfig)} - {"defaults"}
-    _check_names("engine", given, sorted(known))
+    types = {field.name: field.type for field in dataclasses.fields(EngineConfig)}
+    del types["defaults"]
+    _check_names("engine", given, sorted(types))
     for name, value in given.items():
-        _typed(f"engine.{name}", value, int)
+        _typed(f"engine.{name}", value, bool if types[name] is bool else int)
     config = EngineConfig(**given, defaults=EVALUATION_SIZES)
     config.sizes(mesh.get("data", 1) * mesh.get("fsdp", 1))
     return config

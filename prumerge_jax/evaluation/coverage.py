@@ -39,7 +39,7 @@ def coverage(
     pixels = np.zeros((size, side, side, 3), np.uint8)
     for row, image in zip(pixels, images, strict=False):
         row[:] = processor(image)
-    placed = model.engine(rule, [1]).model
+    placed = model.engine(rule, []).model
     with model.placed():
         covered = np.asarray(
             _coverage(placed.graphdef, placed.state, pixels, rule=rule, dtype=placed.dtype)

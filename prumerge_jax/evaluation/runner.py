@@ -19,8 +19,8 @@ import jax
 import numpy as np
 import tqdm
 
-from prumerge_jax.data.images import ImageProcessor
-from prumerge_jax.data.tokens import IMAGE_TOKEN
+from prumerge_jax.data.loading import Named
+from prumerge_jax.data.pictures import PictureMode, default_mode
 from prumerge_jax.engine.build import Draft, RequestBuilder
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import MAX_SEED, Answer, SamplingParams
@@ -29,6 +29,7 @@ from prumerge_jax.evaluation.answers import Answers, Fingerprint, complete_row
 from prumerge_jax.evaluation.benchmarks.base import Question
 from prumerge_jax.evaluation.config import Decoding
 from prumerge_jax.evaluation.journal import Journal, RowOutcome
+from prumerge_jax.evaluation.order import by_image
 from prumerge_jax.evaluation.questions import Task, TaskQuestions
 from prumerge_jax.llava import Llava
 from prumerge_jax.reductions import Reduction, spell
@@ -36,6 +37,7 @@ from prumerge_jax.sharding.agreement import gather, is_leader
 
 RUN_FIGURES = frozenset(
     {"rows_failed", "images_per_second", "questions_per_second", "token_efficiency"}
+    | {"computed_over_request_tokens"}
     | {f"visual_tokens_{name}" for name in ("mean", "p50", "p95", "max", "cv", "below_16")}
     | {"text_tokens_mean", "new_tokens_mean"}
 )
@@ -56,6 +58,8 @@ class Answered:
       images: number of images encoded now. Rows of one image share its encoding.
       seconds: wall time of that, compilation left out; of the slowest process.
       token_efficiency: real tokens over computed ones; None where nothing was computed.
+      computed_over_request_tokens: real tokens of the rows over those of the questions' prompts,
+        below 1 where questions share what is in front of them; None where nothing was computed.
     """
 
     outcomes: Sequence[RowOutcome]
@@ -63,6 +67,7 @@ class Answered:
     images: int
     seconds: float
     token_efficiency: float | None
+    computed_over_request_tokens: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +161,8 @@ def answer(
                 if reason is not None
             ]
         )
-        todo = [index for index, reason in refused.items() if reason is None]
+        allowed = [index for index, reason in refused.items() if reason is None]
+        todo = by_image(allowed, rows.questions)
         answerer = _Answerer(model, rows, reduction, decoding, dict(fingerprint))
         engine = answerer.engine()
         with model.placed():
@@ -166,18 +172,28 @@ def answer(
             _commit(journal, answerer.outcomes(engine, todo), len(todo), engine)
         seconds = time.monotonic() - started
         counters = engine.counters
-        figures = gather([seconds, counters.images, counters.real_tokens, counters.row_tokens])
+        figures = gather(
+            [
+                seconds,
+                counters.images,
+                counters.request_tokens,
+                counters.real_tokens,
+                counters.row_tokens,
+            ]
+        )
         shares.collect(journal, workdir, fingerprint, num_rows, shared)
         if is_leader():
             journal.write_results(workdir)
         outcomes = [journal.outcomes[index] for index in range(num_rows)]
-    taken, images, real_tokens, row_tokens = zip(*figures, strict=True)
+    taken, images, *tokens = zip(*figures, strict=True)
+    asked, real, computed = (sum(each) for each in tokens)
     return Answered(
         outcomes=outcomes,
         questions=sum(outcomes[index].answer is not None for index in itertools.chain(*shared)),
         images=sum(images),
         seconds=max(taken),
-        token_efficiency=sum(real_tokens) / sum(row_tokens) if any(row_tokens) else None,
+        token_efficiency=real / computed if computed else None,
+        computed_over_request_tokens=real / asked if asked else None,
     )
 
 
@@ -213,7 +229,8 @@ def summarise(rows: TaskQuestions, answered: Answered, source: str) -> RunScores
     for name in ("text_tokens", "new_tokens"):
         values = [outcome.measured[name] for outcome in done]
         metrics[f"{name}_mean"] = float(np.mean(values)) if values else None
-    metrics["token_efficiency"] = answered.token_efficiency
+    for name in ("token_efficiency", "computed_over_request_tokens"):
+        metrics[name] = getattr(answered, name)
     return RunScores(metrics, per_question, counts, failed, answers)
 
 
@@ -236,27 +253,34 @@ class _Answerer:
         self.sampling = SamplingParams(
             decoding.temperature, decoding.top_p, limit, seed=decoding.seed
         )
-        vision = model.config.vision
-        mode = rows.task.benchmark.image_mode(decoding.protocol)
+        mode: PictureMode = rows.task.benchmark.image_mode(decoding.protocol)
+        if model.config.image_grid_pinpoints:  # the benchmarks' modes are LLaVA-1.5's
+            mode = default_mode(model.config)
         self.builder = RequestBuilder(
             model.tokenizer,
             model.template(decoding.conversation),
-            ImageProcessor(model.image_size(reduction), vision.pixel_mean, mode),
+            model.processor(mode, reduction),
             decoding.num_workers,
         )
         self.prompts = [self._prompt(question) for question in rows.questions]
+        self.first_row: dict[bytes, int] = {}  # that has these bytes for an image
+        for index, question in enumerate(rows.questions):
+            if isinstance(question.image, bytes):
+                self.first_row.setdefault(question.image, index)
         self.refused: collections.deque[RowOutcome] = collections.deque()
 
     def engine(self) -> Engine:
         """An engine fitted to all questions, so that a run which resumes has the same shapes."""
-        lengths = [
-            int(np.count_nonzero(prompt != IMAGE_TOKEN))
-            for prompt in self.prompts
-            if isinstance(prompt, np.ndarray)
-        ]
+        drafts = []
+        for index in by_image(range(len(self.prompts)), self.rows.questions):
+            prompt = self.prompts[index]
+            if isinstance(prompt, np.ndarray):
+                images = self._images(index)
+                layouts = self.builder.images.layouts(images)
+                drafts.append(Draft(index, prompt, images, layouts=layouts))
         return self.model.engine(
             self.reduction,
-            lengths,
+            drafts,
             max_new_tokens=self.sampling.max_new_tokens,
             position_ids=self.decoding.position_ids,
         )
@@ -285,7 +309,7 @@ class _Answerer:
             seed = (self.sampling.seed + index) % MAX_SEED
             sampling = dataclasses.replace(self.sampling, seed=seed)
             asked = self.builder.question_ids(self.rows.questions[index].text)
-            yield Draft(index, prompt, self._image(index), sampling=sampling, question_ids=asked)
+            yield Draft(index, prompt, self._images(index), sampling=sampling, question_ids=asked)
 
     def _prompt(self, question: Question) -> np.ndarray | ValueError:
         """Token ids [T] int32, or why there are none."""
@@ -294,15 +318,15 @@ class _Answerer:
         except ValueError as error:
             return error
 
-    def _image(self, index: int) -> tuple[str, Any] | None:
+    def _images(self, index: int) -> tuple[Named, ...]:
         image = self.rows.questions[index].image
         if image is None:
-            return None
+            return ()
         if isinstance(image, bytes):
-            return f"image of row {index + 1}", image
+            return ((f"image of row {self.first_row[image] + 1}", image),)
         assert self.rows.task.images is not None  # Rows checked it
         path = self.rows.task.images / image
-        return str(path), path
+        return ((str(path), path),)
 
     def _outcome(self, result: Answer) -> RowOutcome:
         question: Question = self.rows.questions[result.key]

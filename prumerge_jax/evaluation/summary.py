@@ -58,10 +58,9 @@ def against_floor(entry: ScoredRun, model: Llava, chip: str) -> str:
     )
     sizes = dataclasses.replace(model.config, vision=vision)
     seconds = cost.floor_seconds(sizes, workload, cost.CHIPS[chip])
-    shared = (images or 0) / questions
-    floor = batch / sum(
-        time * (shared if component in _PER_IMAGE else 1) for component, time in seconds.items()
-    )
+    shares = dict.fromkeys(_PER_IMAGE, (images or 0) / questions)
+    shares["prefill"] = float(metrics["computed_over_request_tokens"] or 1)
+    floor = batch / sum(time * shares.get(component, 1) for component, time in seconds.items())
     return (
         f"{name}: {questions:.1f} questions/s about {images or 0:.1f} images/s, "
         f"{questions / floor:.1%} of the floor of one {chip}, {floor:.1f} questions/s"
@@ -115,6 +114,7 @@ def _row(entry: ScoredRun, full: RunScores | None) -> Row:
         images_per_second=scores.metrics["images_per_second"],
         speedup=speedup,
         difference=_difference(scores, full, benchmark.headline),
+        computed_share=scores.metrics["computed_over_request_tokens"],
     )
 
 

@@ -9,6 +9,8 @@ import dataclasses
 
 MAX_STOP_IDS = 4
 """Maximum number of stop ids of a request; the jitted functions compare tokens with this many."""
+NEWLINE = -2
+"""In place of a visual token's index: the vector that a model has learned for the end of a row."""
 ATTENTION_SUBSTITUTES = ("received", "received_wide", "mean_query", "mean_query_wide", "map")
 """What stands for CLS attention in a tower without CLS token; see `models.patch_attention`."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -136,6 +138,7 @@ class TextConfig:
       qkv_bias: whether the query, key and value projections have biases (Qwen2).
       tied_head: whether the embedding is the head too: logits are x E^T.
       rope_scaling: None for plain rotary frequencies.
+      model_type: what transformers calls the decoder, for exports.
     """
 
     vocab_size: int = 32064
@@ -151,6 +154,7 @@ class TextConfig:
     qkv_bias: bool = False
     tied_head: bool = False
     rope_scaling: RopeScaling | None = None
+    model_type: str = "llama"
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -4,6 +4,7 @@ The three stages are separate on purpose. Token reduction happens between the to
 projector, and packing between the projector and the decoder; both are outside the model.
 """
 
+import dataclasses
 import re
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import nnx
 
 from prumerge_jax import prumerge, reductions, sharding
 from prumerge_jax.models import tuning
-from prumerge_jax.models.config import LlavaConfig, VisionConfig
+from prumerge_jax.models.config import NEWLINE, LlavaConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.patch_attention import substitute_attention
@@ -52,7 +53,11 @@ class LlavaModel(nnx.Module):
         )
 
     def embed_rows(
-        self, ids: jax.Array, visual_tokens: jax.Array, visual_index: jax.Array
+        self,
+        ids: jax.Array,
+        visual_tokens: jax.Array,
+        visual_index: jax.Array,
+        visual_weight: jax.Array | None = None,
     ) -> jax.Array:
         """The decoder's input: text embeddings with projected visual tokens put in their places.
 
@@ -61,7 +66,9 @@ class LlavaModel(nnx.Module):
           visual_tokens: [B, R, Dv], reduced and not yet projected; its dtype is the compute dtype.
             May have one column more, which `key_bias` reads.
           visual_index: [rows, T] int32, b * R + r of the visual token at this position, -1 for
-            text and padding.
+            text and padding, -2 for a newline, of models that have one. [rows, T, K] where a token
+            is interpolated from K projected ones; the first says what is at the position.
+          visual_weight: [rows, T, K] float32, their weights.
 
         Returns:
           [rows, T, D].
@@ -70,7 +77,14 @@ class LlavaModel(nnx.Module):
         # Tokens are gathered before projection, so that slots no row uses cost nothing.
         features = visual_tokens[..., : self.vision.config.width]
         visual = self.projector(gather_visual_tokens(features, visual_index))
-        return jnp.where(visual_index[..., None] >= 0, visual, text)
+        if visual_weight is not None:
+            visual = (visual * visual_weight[..., None].astype(visual.dtype)).sum(axis=2)
+            visual_index = visual_index[..., 0]
+        x = jnp.where(visual_index[..., None] >= 0, visual, text)
+        if self.image_newline is None:
+            return x
+        newline = self.image_newline[...].astype(x.dtype)
+        return jnp.where(visual_index[..., None] == NEWLINE, newline, x)
 
     def key_bias(self, visual_tokens: jax.Array, visual_index: jax.Array) -> jax.Array | None:
         """What attention adds to the logits of visual tokens, [rows, T] float32: the logarithm of
@@ -81,6 +95,8 @@ class LlavaModel(nnx.Module):
         width = self.vision.config.width
         if visual_tokens.shape[-1] == width:
             return None
+        if visual_index.ndim == 3:
+            visual_index = visual_index[..., 0]
         return gather_visual_tokens(visual_tokens[..., width:], visual_index)[..., 0].astype(
             jnp.float32
         )
@@ -94,6 +110,7 @@ def encode_images(
     dtype: jnp.dtype = jnp.float32,
     projector: "Projector | None" = None,
     question: tuple[jax.Array, jax.Array] | None = None,
+    present: jax.Array | None = None,
 ) -> prumerge.VisualTokens:
     """Pixels to reduced visual tokens, one compiled step of fixed shape.
 
@@ -104,6 +121,7 @@ def encode_images(
       dtype: compute dtype of the tower and dtype of the tokens.
       projector: for reductions that look at projected patches.
       question: for reductions that read it, see `embed_question`.
+      present: [B, N] bool, patches that the reduction may see; None for all.
 
     Raises:
       ValueError: the reduction needs evidence that is not there.
@@ -112,7 +130,7 @@ def encode_images(
     evidence = gather_evidence(
         vision, pixels, reduction, dtype=dtype, projector=projector, question=question
     )
-    return reductions.reduce(evidence, reduction)
+    return reductions.reduce(dataclasses.replace(evidence, present=present), reduction)
 
 
 def gather_evidence(

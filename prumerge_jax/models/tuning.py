@@ -90,6 +90,8 @@ BY_PLATFORM = {
         attention="splash",
         # No figure of time: XLA estimates nothing for a kernel. It reads the valid pages alone.
         cache_attention="paged_tpu",
+        # No figure: pages of 16 tokens are copies of 4 KB.
+        page_size=32,
         # A layer's weights are read in place in the stack; a list saves nothing.
         layers="stack",
         # `accumulate` on 64 chips of v5e 667 ms, with `roll` 694; v5p 322 and 331, v6e 206 and 235.

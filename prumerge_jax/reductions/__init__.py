@@ -35,11 +35,12 @@ from prumerge_jax.reductions.registry import (
     with_budgets,
     with_parameters,
 )
+from prumerge_jax.reductions.set_rules import SetRule
 from prumerge_jax.reductions.stages import Stage
 
 __all__ = [
     "Assignment", "Baseline", "Downsample", "Evidence", "PruMerge", "Reduction", "ReductionLike",
     "as_reduction", "equal_count_baselines", "explain", "kept_rows", "keywords", "names",
-    "parameters", "parse", "parse_list", "reduce", "register", "spell", "Stage",
+    "parameters", "parse", "parse_list", "reduce", "register", "SetRule", "spell", "Stage",
     "with_budgets", "with_parameters",
 ]  # fmt: skip

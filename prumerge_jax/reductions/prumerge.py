@@ -66,11 +66,13 @@ class PruMerge(prumerge.PruMergeConfig, Reduction):
     def reduce(self, evidence: Evidence) -> prumerge.VisualTokens:
         """Selects and merges the patches of every image."""
         attention = self.attention(evidence)
-        return prumerge.reduce_tokens(evidence.hidden, evidence.keys, attention, self)
+        return prumerge.reduce_tokens(
+            evidence.hidden, evidence.keys, attention, self, evidence.present
+        )
 
     def explain(self, evidence: Evidence) -> Assignment:
         """Kept patches, and for the others the most similar token that takes them in."""
-        chosen = prumerge.select(self.attention(evidence), self)
+        chosen = prumerge.select(self.attention(evidence), self, evidence.present)
         targets = merge_targets(evidence.keys, chosen, self)
         return Assignment(chosen.patch_indices, targets, chosen.kept)
 

@@ -43,6 +43,20 @@ class Order(NamedTuple):
     coverage: jax.Array | None = None
 
 
+class Ranking(NamedTuple):
+    """The order of choice of every image, whatever the budget.
+
+    Attributes:
+      order: the first K patches.
+      evidence: with zeros for images that are not finite.
+      available: [B] int32, patches that may be chosen; -1 where the evidence is not finite.
+    """
+
+    order: Order
+    evidence: Evidence
+    available: jax.Array
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SetRule(Reduction):
     """As many patches as a budget allows, in the order of a rule.
@@ -111,27 +125,32 @@ class SetRule(Reduction):
     def order(self, evidence: Evidence, available: jax.Array, steps: int) -> Order:
         """The first `steps` patches in the order of choice, among those available [B, N]."""
 
-    def reduce(self, evidence: Evidence) -> VisualTokens:
-        """The first patches of the order, in raster order."""
-        num_patches = evidence.hidden.shape[1]
-        steps = self.capacity_for(num_patches)
+    def rank(self, evidence: Evidence, steps: int) -> Ranking:
+        """The first `steps` patches in the order of choice, of which any budget is a prefix."""
         finite = finite_evidence(
             evidence, *self.needs, *(["attention"] if self.reads_attention else [])
         )
         evidence = without_nan(evidence, finite)
         available = all_available(evidence)
-        order = self.order(evidence, available, steps)
-        required = jnp.minimum(self.required(evidence, order), available.sum(-1))
+        count = jnp.where(finite, available.sum(-1), -1).astype(jnp.int32)
+        return Ranking(self.order(evidence, available, steps), evidence, count)
+
+    def reduce(self, evidence: Evidence) -> VisualTokens:
+        """The first patches of the order, in raster order."""
+        num_patches = evidence.hidden.shape[1]
+        steps = self.capacity_for(num_patches)
+        order, evidence, available = self.rank(evidence, steps)
+        required = jnp.minimum(self.required(evidence, order), available)
         in_prefix = jnp.arange(steps) < required[:, None]
         chosen = selection.members(jnp.where(in_prefix, order.patches, -1), num_patches)
         patch_indices = selection.patch_in_slot(
             selection.in_slot(chosen, selection.count_before(chosen), steps)
         )
-        required = jnp.where(finite, required, -1).astype(jnp.int32)
-        visual = kept_rows(evidence.hidden, patch_indices, required)
+        visual = kept_rows(evidence.hidden, patch_indices, required.astype(jnp.int32))
         if self.merge == "none":
             return visual
-        return merge_mean(evidence.hidden, visual, available, with_size=self.size_bias)
+        everywhere = all_available(evidence)
+        return merge_mean(evidence.hidden, visual, everywhere, with_size=self.size_bias)
 
     def explain(self, evidence: Evidence) -> Assignment:
         """Kept patches, and for the others the kept one that takes them in."""
@@ -153,7 +172,7 @@ class SetRule(Reduction):
 
     def adaptive_count(self, evidence: Evidence, order: Order) -> jax.Array:
         """The count that the image itself asks for, [B] int32, without its bounds."""
-        outliers = prumerge.number_of_outliers(evidence.attention)
+        outliers = prumerge.number_of_outliers(evidence.attention, present=evidence.present)
         return jnp.floor(outliers * self.factor + 0.5).astype(jnp.int32)
 
 

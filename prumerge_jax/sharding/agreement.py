@@ -36,13 +36,13 @@ def gather(value: Any) -> list[Any]:
     """The value of each process, by its index.
 
     Args:
-      value: anything that JSON can express; tuples arrive as lists.
+      value: anything that JSON can express, and NumPy's scalars; tuples arrive as lists.
     """
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return [value]
     wait = multihost.get_barrier_sync_fn()
     wait(key=f"prumerge_jax.agreement.{next(_barriers)}", timeout_ms=_LONGEST_WAIT_MS)
-    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    own = np.frombuffer(json.dumps(value, default=np.generic.item).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array([len(own)], np.int32))[:, 0]
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: len(own)] = own

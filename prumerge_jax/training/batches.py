@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from prumerge_jax.data import packing
 from prumerge_jax.data.pipeline import Example
+from prumerge_jax.data.runs import Run
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.data.visual_layout import CropTokens, runs
 from prumerge_jax.messages import quoted
@@ -84,6 +85,22 @@ class RowShape:
     position_ids: packing.PositionIds = "compact"
 
 
+class Planned(NamedTuple):
+    """The rows of a global batch on this process.
+
+    Attributes:
+      windows: one entry per micro-batch, at least one.
+      visual_tokens: [B, R, Dv] of all images, on the devices.
+      kept: tokens of text that are left of every sample, [local samples].
+      counts: `visual_tokens`, `tokens` of `GlobalBatch.counts`, and what else there is to count.
+    """
+
+    windows: list[Any]
+    visual_tokens: jax.Array
+    kept: np.ndarray
+    counts: dict[str, int]
+
+
 class BatchPacker:
     """Encodes, packs and places the batches of a run.
 
@@ -96,7 +113,7 @@ class BatchPacker:
 
     def __init__(
         self,
-        encode: Callable[[jax.Array], VisualTokens],
+        encode: Callable[[jax.Array], Any],
         *,
         num_patches: int,
         shape: RowShape,
@@ -115,9 +132,9 @@ class BatchPacker:
           batches: this process's samples of each global batch.
           samples: used before the first of them, over all processes.
         """
-        waiting: tuple[list[Example], VisualTokens] | None = None
+        waiting: tuple[list[Example], Any] | None = None
         for examples in batches:
-            ahead = examples, self._visual_tokens(examples)
+            ahead = examples, self._encoded(examples)
             if waiting is not None:
                 samples += self._global(len(waiting[0]))
                 yield self._prepare(*waiting, samples)
@@ -125,15 +142,15 @@ class BatchPacker:
         if waiting is not None:
             yield self._prepare(*waiting, samples + self._global(len(waiting[0])))
 
-    def _visual_tokens(self, examples: Sequence[Example]) -> VisualTokens:
+    def _encoded(self, examples: Sequence[Example]) -> Any:
         # The tower is one computation of all processes: it runs where any of them has an image.
         if allgather_ints([any(example.has_image for example in examples)]).any():
             pixels = np.stack([example.pixels for example in examples])
             return self._encode(to_global_array(pixels, self._mesh))
-        return self._no_visual_tokens(len(examples), examples[0].pixels.shape)
+        return self._nothing_encoded(len(examples), examples[0].pixels.shape)
 
     @functools.cache  # noqa: B019, a packer lives as long as its run
-    def _no_visual_tokens(self, local: int, image: tuple[int, ...]) -> VisualTokens:
+    def _nothing_encoded(self, local: int, image: tuple[int, ...]) -> Any:
         """Zeros of the shape that the tower gives for as many images."""
         pixels = jax.ShapeDtypeStruct((self._global(local), *image), np.uint8)
         shapes = jax.eval_shape(self._encode, pixels)
@@ -146,34 +163,16 @@ class BatchPacker:
     def _global(self, rows: int) -> int:
         return rows * self._shards.total // len(self._shards.local)
 
-    def _prepare(
-        self, examples: Sequence[Example], visual: VisualTokens, samples: int
-    ) -> GlobalBatch:
-        crops = self._measure(examples, visual)
-        requests = [
-            fit_request(example, run, self._shape.length)
-            for example, run in zip(examples, runs(crops, range(len(examples))), strict=True)
-        ]
-        truncated = sum(
-            request.token_ids.size < example.token_ids.size
-            for request, example in zip(requests, examples, strict=True)
-        )
-        shards = len(self._shards.local)
-        windows = packing.pack_window(
-            requests,
-            crops.num_slots,
-            self._shape.length,
-            self._shape.rows // self._shards.total * shards,
-            shards=shards,
-            position_ids=self._shape.position_ids,
-        )
-        has_image = np.array([example.has_image for example in examples])
+    def _prepare(self, examples: Sequence[Example], encoded: Any, samples: int) -> GlobalBatch:
+        image_rows = np.array(self._shards.rows(self._global(len(examples))))
+        first = samples - self._global(len(examples))
+        windows, visual_tokens, kept, tokens = self._plan(examples, encoded, first + image_rows)
+        sizes = np.array([example.token_ids.size for example in examples])
         counts = {
             "samples": len(examples),
-            "images": int(has_image.sum()),
-            "visual_tokens": int(crops.lengths[has_image].sum()),
-            "tokens": sum(rows.real_tokens for rows in windows),
-            "truncated_samples": int(truncated),
+            "images": sum(example.has_image for example in examples),
+            **tokens,
+            "truncated_samples": int((kept < sizes).sum()),
             "mismatched_samples": sum(bool(example.mismatch) for example in examples),
         }
         everyone = allgather_ints([len(windows), *counts.values()])
@@ -183,10 +182,36 @@ class BatchPacker:
         )
         counts = dict(zip(counts, sums.tolist(), strict=True))
         counts["positions"] = most * self._shape.rows * self._shape.length
-        windows += [_empty(windows[0])] * (most - len(windows))
-        image_rows = np.array(self._shards.rows(self._global(len(examples))))
-        batches = [self._place_rows(rows, visual.tokens, image_rows) for rows in windows]
+        windows += [self._empty(windows[0])] * (most - len(windows))
+        batches = [self._place(window, visual_tokens, image_rows) for window in windows]
         return GlobalBatch(batches, samples, counts)
+
+    def _plan(self, examples: Sequence[Example], encoded: Any, places: np.ndarray) -> Planned:
+        """The rows of this process's samples, which have these places in the stream."""
+        crops = self._measure(examples, encoded)
+        requests = [
+            fit_request(example, run, self._shape.length)
+            for example, run in zip(examples, runs(crops, range(len(examples))), strict=True)
+        ]
+        windows = packing.pack_window(
+            requests,
+            crops.num_slots,
+            self._shape.length,
+            self._local_rows(),
+            shards=len(self._shards.local),
+            position_ids=self._shape.position_ids,
+        )
+        has_image = np.array([example.has_image for example in examples])
+        counts = {
+            "visual_tokens": int(crops.lengths[has_image].sum()),
+            "tokens": sum(rows.real_tokens for rows in windows),
+        }
+        kept = np.array([request.token_ids.size for request in requests])
+        return Planned(windows, encoded.tokens, kept, counts)
+
+    def _local_rows(self) -> int:
+        """Rows of a micro-batch on this process."""
+        return self._shape.rows // self._shards.total * len(self._shards.local)
 
     def _measure(self, examples: Sequence[Example], visual: VisualTokens) -> CropTokens:
         """What the planner must know of the encoded images, fetched from the devices.
@@ -200,11 +225,7 @@ class BatchPacker:
         for example, needed in zip(examples, required, strict=True):
             if not example.has_image:
                 continue
-            if needed < 0:
-                raise FloatingPointError(
-                    f"the vision tower's attention is not finite on the image of sample "
-                    f"{quoted(example.id)}"
-                )
+            check_finite(example, int(needed))
             if needed > capacity:
                 raise ValueError(
                     f"the image of sample {quoted(example.id)} needs {needed} visual tokens, the "
@@ -216,6 +237,14 @@ class BatchPacker:
             addressable_rows(visual.patch_indices),
             self._num_patches,
         )
+
+    def _empty(self, window: packing.Rows) -> packing.Rows:
+        return empty_rows(window)
+
+    def _place(
+        self, window: packing.Rows, visual_tokens: jax.Array, image_rows: np.ndarray
+    ) -> RowBatch:
+        return self._place_rows(window, visual_tokens, image_rows)
 
     def _place_rows(
         self, rows: packing.Rows, visual_tokens: jax.Array, image_rows: np.ndarray
@@ -234,16 +263,29 @@ class BatchPacker:
         )
 
 
-def fit_request(example: Example, run: packing.Run, length: int) -> packing.Request:
+def check_finite(example: Example, required: int) -> None:
+    """Raises FloatingPointError where the tokens that an image requires are -1."""
+    if required < 0:
+        raise FloatingPointError(
+            f"the vision tower's attention is not finite on the image of sample "
+            f"{quoted(example.id)}"
+        )
+
+
+def fit_request(example: Example, run: Run, length: int) -> packing.Request:
     """The longest beginning of a sample that fits into `length` tokens; see `kept_tokens`."""
-    kept = kept_tokens(example.token_ids, len(run), length)
+    return cut_request(example, run, kept_tokens(example.token_ids, len(run), length))
+
+
+def cut_request(example: Example, run: Run, kept: int) -> packing.Request:
+    """The first `kept` tokens of a sample."""
     is_image = example.token_ids == IMAGE_TOKEN
     return packing.Request(
         example.token_ids[:kept], (run,) * int(is_image[:kept].sum()), example.labels[:kept]
     )
 
 
-def _empty(rows: packing.Rows) -> packing.Rows:
+def empty_rows(rows: packing.Rows) -> packing.Rows:
     """Rows of the same shape without a segment."""
     none = np.zeros(0, np.int32)
     return packing.Rows(

@@ -190,6 +190,19 @@ def parse(config: ml_collections.ConfigDict) -> TrainConfig:
     return _build(TrainConfig, values, "")
 
 
+def objective_options(kind: type[Kind], config: TrainConfig) -> Kind:
+    """The fields that an objective has of its own.
+
+    Args:
+      kind: a frozen dataclass, whose ValueErrors begin with the name of the field.
+      config: configuration of the run.
+
+    Raises:
+      ConfigError: as `parse`.
+    """
+    return _build(kind, config.objective_options, "objective_options.")
+
+
 def with_sizes(config: TrainConfig, model: LlavaConfig) -> TrainConfig:
     """The configuration with the sizes of the model that was found."""
     return dataclasses.replace(config, model=model)

@@ -66,7 +66,15 @@ def open_conversations(
       config: configuration of the run, model sizes included.
       tokenizer: the model's.
       fewest_visual_tokens: lower bound of the tokens of an image.
+
+    Raises:
+      ValueError: the model cuts images into tiles.
     """
+    if config.sizes.image_grid_pinpoints:
+        raise ValueError(
+            f"training on images cut into tiles is not supported (family {config.sizes.family!r}); "
+            "expected a model whose images are one crop, as LLaVA-1.5"
+        )
     dataset = open_dataset(config.data)
     vision = config.sizes.vision
     preprocess = Preprocessor(

@@ -218,7 +218,9 @@ def _train(setup: Setup, workdir: pathlib.Path, stop: StopFlag) -> Weights | Non
             step_function,
             state,
             frozen,
-            objective.packer(setup.tokenizer, frozen, mesh)(samples, position["samples"]),
+            objective.packer(setup.tokenizer, frozen, mesh, total_steps)(
+                samples, position["samples"]
+            ),
             LoopConfig(start, total_steps, config.run.save_every),
             Outputs(checkpoints, metrics),
             stop,

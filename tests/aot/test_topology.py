@@ -63,6 +63,20 @@ def test_a_mesh_may_split_the_axes_of_a_torus(name: str, sizes: tuple[int, int, 
 
 @pytest.mark.tpu
 @needs_libtpu
+@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:4x4", "v5p:2x2x4"])
+def test_the_chips_of_every_host_make_a_mesh_of_their_own(name: str) -> None:
+    """As each of several processes of `eval.py` lays out its model."""
+    devices = topology(name).devices
+    for host in range(4):
+        own = [device for device in devices if device.process_index == host]
+        assert len(own) == 4
+        for sizes in ((4, 1, 1), (1, 1, 4), (2, 1, 2), (1, 4, 1), (2, 1, 1)):
+            placed = mesh_on(own, *sizes).devices.flat
+            assert {device.process_index for device in placed} == {host}
+
+
+@pytest.mark.tpu
+@needs_libtpu
 def test_attention_is_that_of_the_mesh_and_not_of_this_machine() -> None:
     mesh = mesh_on(topology("v5e:2x2").devices, fsdp=4)
     with use_mesh(mesh):

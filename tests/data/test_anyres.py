@@ -45,8 +45,9 @@ def test_resolution_and_number_of_tokens_are_the_references(golden: pathlib.Path
 
 
 CONFIGS = {
-    "next": LlavaConfig(image_grid_pinpoints=NEXT, image_newline=True),
+    "next": LlavaConfig(family="llava_next", image_grid_pinpoints=NEXT, image_newline=True),
     "onevision": LlavaConfig(
+        family="llava_onevision",
         vision=VisionConfig(image_size=384, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3),
         image_grid_pinpoints=ONEVISION,
         image_newline=True,
@@ -140,9 +141,10 @@ def test_the_header_tells_the_layout(tmp_path: pathlib.Path):
     sources.append(np.asarray(image))
     for source in sources:
         assert image_size(source) == (480, 640)
-        assert processor.expected_layout(source) == processor.layout((480, 640))
+        assert processor.layouts([("image", source)]) == (processor.layout((480, 640)),)
     assert processor.layout((480, 640)).span == 2340
-    assert processor.expected_layout(b"<html>") == processor.layout((1, 1))
+    assert processor.layouts([("image", b"<html>")]) == (processor.layout((1, 1)),)
+    assert PictureProcessor(LlavaConfig(), 336, "pad").layouts([("image", image)]) == ()
 
 
 def test_pad_mode_on_any_model_is_one_crop():

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prumerge_jax.data import filling, packing
+from prumerge_jax.data.runs import Run
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.data.visual_layout import CropTokens, runs
 
@@ -235,7 +236,7 @@ def test_realistic_window_takes_the_fewest_rows(seed):
 def make_run(index, offset=None, span=16):
     index = np.array(index, np.int32)
     offset = np.zeros_like(index) if offset is None else np.array(offset, np.int32)
-    return packing.Run(index, offset, span)
+    return Run(index, offset, span)
 
 
 def test_requests_beyond_a_batch_fill_another():

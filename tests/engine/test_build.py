@@ -10,16 +10,19 @@ from PIL import Image
 
 from prumerge_jax.data.conversation import label_mask
 from prumerge_jax.data.images import ImageError, ImageMode, ImageProcessor
+from prumerge_jax.data.pictures import PictureProcessor
 from prumerge_jax.data.pipeline import Preprocessor
 from prumerge_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from prumerge_jax.data.templates import chat_template
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
-from prumerge_jax.engine.build import Draft, RequestBuilder, named_image
+from prumerge_jax.engine.build import Draft, RequestBuilder, drafts_of_ids, named_image
 from prumerge_jax.engine.request import SamplingParams
+from prumerge_jax.models.config import LlavaConfig, VisionConfig
 from tests.tiny_llava import tokenizer_model
 
 MEAN = (0.5, 0.25, 0.75)  # not CLIP's
+CONFIG = LlavaConfig(vision=VisionConfig(image_size=28, pixel_mean=MEAN))
 QUESTIONS = ("What is this?", "How many  digits\nare there?", "2 + 2 = ?", "Ça, c'est quoi? 猫")
 
 
@@ -33,7 +36,7 @@ def tokenizer(
 
 
 def builder_for(tokenizer: Tokenizer, conversation: str = "vicuna_v1", mode: ImageMode = "pad"):
-    images = ImageProcessor(28, MEAN, mode)
+    images = PictureProcessor(CONFIG, 28, mode)
     return RequestBuilder(tokenizer, chat_template(conversation), images)
 
 
@@ -115,12 +118,12 @@ def test_images_are_decoded_as_they_are_asked_for(
     sampling = SamplingParams(seed=9)
     ids = builder.token_ids("What?", 1)
     drafts = [
-        Draft(0, ids, named_image(first, "image 0"), sampling=sampling),
-        Draft(1, builder.token_ids("And?", 0), None),
-        Draft(2, ids, named_image(tmp_path / "none.png", "image 2")),
-        Draft(3, ids, named_image(late, "image 3"), continuation=np.array([7, 8], np.int32)),
+        Draft(0, ids, (named_image(first, "image 0"),), sampling=sampling),
+        Draft(1, builder.token_ids("And?", 0)),
+        Draft(2, ids, (named_image(tmp_path / "none.png", "image 2"),)),
+        Draft(3, ids, (named_image(late, "image 3"),), continuation=np.array([7, 8], np.int32)),
     ]
-    assert [draft.text_tokens - len(ids) for draft in drafts[::3]] == [-1, 1]
+    assert [draft.opening.text_tokens - len(ids) for draft in drafts[::3]] == [-1, 1]
     refused: dict[int, str] = {}
     requests = builder.requests(drafts, lambda key, error: refused.setdefault(key, str(error)))
     request = next(requests)
@@ -153,3 +156,21 @@ def test_data_urls_are_images_and_others_are_said_in_a_line() -> None:
         with pytest.raises(ValueError, match=message) as refused:
             named_image(wrong, "image 0")
         assert len(str(refused.value)) < 250
+
+
+def test_ids_are_checked_against_their_images() -> None:
+    processor = PictureProcessor(CONFIG, 28, "pad")
+    image = np.zeros((30, 20, 3), np.uint8)
+    (draft,) = drafts_of_ids([image], [[1, -200, 7]], processor)
+    assert draft.token_ids.tolist() == [1, -200, 7]
+    assert draft.layouts == ()  # all are alike
+    for images, ids, message in (
+        ([image], [[1, 7]], "token_ids 0 hold 0 ids -200 for 1 images; expected one for each"),
+        ([None], [[1, -200]], "token_ids 0 hold 1 ids -200 for 0 images"),
+        ([None], [[1.5]], r"token_ids 0 are \[1\.5\]; expected a list of integers"),
+        ([None], [[]], r"token_ids 0 are \[\]; expected a list of integers"),
+        ([None], [[1], [2]], "1 images but 2 lists of ids"),
+        ([(image, image)], [[-200, -200]], "prompt 0 has 2 images; the model takes one image"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            drafts_of_ids(images, ids, processor)

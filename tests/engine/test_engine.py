@@ -200,9 +200,9 @@ def test_generation_equals_one_at_a_time_recomputation(model: LlavaModel, reduct
     "shapes",
     [
         dict(batch_size=4, window_size=4, row_length=64, prefill_rows=1, slots=1, cache_length=64,
-             decode_steps_per_call=1),
+             decode_steps_per_call=1, pages=4),
         dict(batch_size=1, window_size=16, row_length=256, prefill_rows=4, slots=8, cache_length=96,
-             decode_steps_per_call=32),
+             decode_steps_per_call=32, page_size=128),
     ],
 )  # fmt: skip
 def test_shapes_and_arrival_order_change_nothing(model: LlavaModel, shapes: dict[str, int]) -> None:

@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 
+from prumerge_jax.data.anyres import Window
+from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.request import ImageInput, Request, SamplingParams
 
-ONE = ImageInput(np.zeros((1, 4, 4, 3), np.uint8))
+ONE = ImageInput(np.zeros((1, 4, 4, 3), np.uint8), Layout(1))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def test_sampling_at_its_bounds_is_taken() -> None:
 def test_requests_and_images_are_checked() -> None:
     text, prompt = np.array([1, 5], np.int32), np.array([1, IMAGE_TOKEN, 5], np.int32)
     assert Request(0, prompt, (ONE,)).text_tokens == Request(0, text).text_tokens == 2
-    with pytest.raises(ValueError, match="request 7 has 2 images; the model takes one image"):
+    with pytest.raises(ValueError, match="request 7 has 1 image tokens .* and 2 images"):
         Request(7, prompt, (ONE, ONE))
     with pytest.raises(ValueError, match="request 7 has 1 image tokens .* and 0 images"):
         Request(7, prompt)
@@ -55,6 +57,9 @@ def test_requests_and_images_are_checked() -> None:
         Request(7, text, (ONE,))
     for shape in ((4, 4, 3), (2, 4, 4, 3), (1, 4, 5, 3), (1, 4, 4, 1)):
         with pytest.raises(ValueError, match=r"crops of uint8 .* expected uint8 \[1, S, S, 3\]"):
-            ImageInput(np.zeros(shape, np.uint8))
+            ImageInput(np.zeros(shape, np.uint8), Layout(1))
     with pytest.raises(ValueError, match="crops of float32"):
-        ImageInput(np.zeros((1, 4, 4, 3), np.float32))
+        ImageInput(np.zeros((1, 4, 4, 3), np.float32), Layout(1))
+    tiles = Layout(1, (1, 2), Window(0, 1, 0, 2), (1, 2))
+    with pytest.raises(ValueError, match=r"expected uint8 \[3, S, S, 3\]"):
+        ImageInput(np.zeros((2, 4, 4, 3), np.uint8), tiles)

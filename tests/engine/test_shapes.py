@@ -2,7 +2,7 @@
 
 import collections
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from prumerge_jax.digits import questions as digits_questions
 from prumerge_jax.digits import tokenizer as digits_tokenizer
 from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding, PlacedModel
 from prumerge_jax.engine.engine import Engine
-from prumerge_jax.engine.request import Answer, ImageInput, Request, SamplingParams
+from prumerge_jax.engine.request import Answer, ImageInput, Opening, Request, SamplingParams
 from prumerge_jax.engine.shapes import (
     EVALUATION_SIZES,
     EngineConfig,
@@ -37,8 +37,19 @@ IMAGES = 2000
 LLAVA_PATCHES, DIGITS_PATCHES = 576, 144
 STAGES = {
     Engine.score: ("encode", "join", "hidden_before_last_mlp", "log_likelihoods"),
-    Engine.generate: ("encode", "join", "prefill", "first_tokens", "insert", "decode"),
+    Engine.generate: ("encode", "join", "prefill", "first_tokens", "seat", "decode"),
 }
+
+
+def openings(text_tokens: Iterable[int], images: Iterable[int] | None = None) -> list[Opening]:
+    """Requests of so many text tokens, the image in front; by default they share nothing."""
+    texts = list(text_tokens)
+    names = range(len(texts)) if images is None else images
+    rng = np.random.default_rng(0)
+    return [
+        Opening(np.append(IMAGE_TOKEN, rng.integers(1, 30_000, count)), (name,))
+        for count, name in zip(texts, names, strict=True)
+    ]
 
 
 def fitted(reduction: str, patches: int, text_tokens: np.ndarray, **fields: int) -> EngineShapes:
@@ -46,7 +57,7 @@ def fitted(reduction: str, patches: int, text_tokens: np.ndarray, **fields: int)
         EngineConfig(**fields),
         reductions.parse(reduction),
         patches,
-        text_tokens,
+        openings(text_tokens),
         max_new_tokens=2,
         max_positions=4096,
     )
@@ -63,6 +74,33 @@ def test_lengths_fit_the_published_model() -> None:
     assert (given_length.row_length, given_length.cache_length) == (2000, 640)
     assert fitted("full", LLAVA_PATCHES, np.full(1, 9000)).cache_length == 4096
     assert fitted("full", LLAVA_PATCHES, np.zeros(0, np.int64)).row_length == 640
+
+
+def test_rows_hold_the_questions_about_an_image() -> None:
+    text, images = np.full(360, 60), np.arange(360) // 18
+    rows = {}
+    for name in ("full", "prumerge+", "prumerge"):
+        for share in (True, False):
+            rows[name, share] = fit(
+                EngineConfig(share_prefixes=share),
+                reductions.parse(name),
+                LLAVA_PATCHES,
+                openings(text, images),
+                max_positions=4096,
+            )
+    # 576 + 18 * 60 tokens: one image with all its questions in a row, or the next row takes more.
+    assert rows["full", True].row_length >= 1664
+    assert rows["prumerge", True].row_length == rows["prumerge+", True].row_length == 2048
+    assert rows["full", False].row_length == 640
+    assert {shapes.prefill_rows for shapes in rows.values()} == {4}
+    few = fit(
+        EngineConfig(),
+        reductions.parse("prumerge"),
+        LLAVA_PATCHES,
+        openings(np.full(6, 20), [0] * 6),
+        max_positions=4096,
+    )
+    assert (few.row_length, few.prefill_rows) == (384, 1)
 
 
 def test_sizes_nobody_set_fit_the_mesh() -> None:
@@ -113,7 +151,9 @@ def test_every_sequence_has_room_and_no_length_of_the_choice_pads_less(
     for name in ("full", "prumerge", "prumerge+"):
         reduction = reductions.parse(f"{name}:capacity={capacity}")
         most = reductions.parse(name).capacity_for(DIGITS_PATCHES)
-        shapes = fit(EngineConfig(), reduction, DIGITS_PATCHES, text, max_positions=4096)
+        shapes = fit(
+            EngineConfig(), reduction, DIGITS_PATCHES, openings(lengths), max_positions=4096
+        )
         assert text.max() + most <= shapes.longest_prompt <= shapes.row_length
         assert text.max() + most <= shapes.cache_length
         assert shapes.row_length % 128 == 0
@@ -158,7 +198,7 @@ class DrawnCounts(Encoder):
     def measure(self, encoding: Encoding) -> EncodedImages:
         images = super().measure(encoding)
         lengths = images.lengths.copy()
-        for number, request in enumerate(encoding.requests):
+        for number, request in enumerate(encoding.places.requests):
             lengths[number % len(lengths), number // len(lengths)] = self.counts[request.key]
         return images._replace(lengths=lengths)
 

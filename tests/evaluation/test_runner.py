@@ -1,8 +1,10 @@
 """A complete scoring run on a tiny model: complete, resumable, indifferent to bad rows."""
 
+import dataclasses
 import json
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,10 +46,14 @@ answer(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), pathlib.Path(sys.ar
 
 
 def answer(
-    model: pathlib.Path, data: pathlib.Path, workdir: pathlib.Path, reduction: str = "prumerge"
+    model: pathlib.Path,
+    data: pathlib.Path,
+    workdir: pathlib.Path,
+    reduction: str = "prumerge",
+    engine: EngineConfig = ENGINE,
 ) -> runner.RunScores:
     workdir.mkdir(exist_ok=True)
-    llava = Llava.load(model, engine=ENGINE)
+    llava = Llava.load(model, engine=engine)
     chosen = parse(reduction)
     fingerprint = runner.fingerprint(
         weights_identity(model), str(llava.dtype), task(data), chosen, DECODING
@@ -138,6 +144,61 @@ def test_kill_at_any_moment_changes_no_byte(
         file.write(b'{"index": 3, "question')  # torn by the last kill
     answer(model, data, tmp_path / "run")
     assert (tmp_path / "run" / "answers.jsonl").read_bytes() == straight[0]
+
+
+class Killed(BaseException):
+    """In place of a signal, so that twenty of them take seconds."""
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_a_run_that_shares_prefixes_change_no_byte(
+    model: pathlib.Path,
+    data: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over a file that does not keep an image's questions together; against a run without sharing
+    of the same file."""
+    mixed, workdir = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(data, mixed)
+    for name in (digits.QUESTIONS_FILE, digits.ANNOTATIONS_FILE):
+        lines = (mixed / name).read_text().splitlines(keepends=True)
+        random.Random(1).shuffle(lines)
+        (mixed / name).write_text("".join(lines))
+    apart = dataclasses.replace(ENGINE, share_prefixes=False)
+    expected = answer(model, mixed, tmp_path / "apart", engine=apart)
+    assert expected.metrics["computed_over_request_tokens"] == 1
+    monkeypatch.setattr(runner, "COMMIT_ROWS", 1)
+    append = runner.Journal.append
+    rng = random.Random(0)
+    left = 0
+
+    def append_and_die(journal: runner.Journal, outcomes: list[runner.RowOutcome]) -> None:
+        nonlocal left
+        append(journal, outcomes)
+        left -= len(outcomes)
+        if outcomes and left <= 0:
+            with (workdir / "journal.jsonl").open("ab") as file:
+                file.write(b'{"index": 3, "question'[: rng.randint(0, 22)])
+            raise Killed
+
+    monkeypatch.setattr(runner.Journal, "append", append_and_die)
+    for _ in range(20):
+        left = 1
+        with pytest.raises(Killed):
+            answer(model, mixed, workdir)
+    monkeypatch.setattr(runner.Journal, "append", append)
+    answer(model, mixed, workdir)
+    answers = (workdir / "answers.jsonl").read_bytes()
+    assert answers == (tmp_path / "apart" / "answers.jsonl").read_bytes()
+    rows = [json.loads(line) for line in (workdir / "journal.jsonl").read_text().splitlines()[1:]]
+    assert sorted(row["index"] for row in rows) == list(range(len(answers.splitlines())))
+    straight = answer(model, mixed, tmp_path / "straight")
+    assert (tmp_path / "straight" / "answers.jsonl").read_bytes() == answers
+    assert straight.metrics["computed_over_request_tokens"] < 0.8
+    assert straight.metrics == pytest.approx(
+        expected.metrics | {name: straight.metrics[name] for name in runner.RUN_FIGURES}
+    )
 
 
 def test_a_rerun_scores_nothing_twice(

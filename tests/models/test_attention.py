@@ -9,7 +9,7 @@ import pytest
 
 from prumerge_jax import sharding
 from prumerge_jax.models import tuning
-from prumerge_jax.models.attention import attend, attend_to_cache, backend_for, splash
+from prumerge_jax.models.attention import attend, backend_for, splash
 from prumerge_jax.models.attention.blocks import QUERY_BLOCK
 from prumerge_jax.models.tuning import Tuning
 from prumerge_jax.sharding.mesh import Axes
@@ -117,6 +117,21 @@ def test_branches_see_their_prefix_and_themselves(
     np.testing.assert_allclose(got, naive(q, k, v, segment_ids, True, branch_ids), atol=2e-6)
 
 
+def test_the_kernel_for_branches_lowers_for_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No TPU here: the function lowered for one must contain the kernel twice."""
+    monkeypatch.setattr(splash, "platform", lambda: "tpu")
+    q, k, v = (x.astype(jnp.bfloat16) for x in random_qkv(length=256, width=128))
+    segment_ids, branch_ids = branched_rows(256, 60)
+    ids = {"segment_ids": segment_ids, "branch_ids": branch_ids}
+    run = jax.jit(
+        lambda q, k, v: attend(
+            q, k, v, **ids, causal=True, max_segment_length=60, implementation="splash"
+        )
+    )
+    text = run.trace(q, k, v).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 2
+
+
 def test_tiles_between_a_branch_and_its_prefix_are_not_read() -> None:
     length = 4 * QUERY_BLOCK
     branch_ids = np.repeat(np.arange(8), QUERY_BLOCK // 2)[None].repeat(2, axis=0)
@@ -135,14 +150,10 @@ def test_tiles_between_a_branch_and_its_prefix_are_not_read() -> None:
 def test_half_precision_rounds_and_no_more(implementation: str, dtype) -> None:
     q, k, v = (x.astype(dtype) for x in random_qkv(length=24))
     got = attend(q, k, v, causal=True, implementation=implementation)
-    lengths = jnp.array([24, 24])
-    form = {"xla": "xla", "blocks": "products"}[implementation]
-    last = attend_to_cache(q[:, -1:], k[None], v[None], 0, lengths, implementation=form)
     expected = naive(q, k, v, None, causal=True)
-    assert got.dtype == last.dtype == dtype
+    assert got.dtype == dtype
     tolerance = 4 * float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=tolerance)
-    np.testing.assert_allclose(last.astype(jnp.float32), expected[:, -1:], atol=tolerance)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -277,55 +288,12 @@ def test_cudnn_lowers_for_gpus(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert "cudnn$fmha" in text
 
 
-def second_layer(x: jax.Array) -> jax.Array:
-    """Layer 1 of a stack of two; layer 0 is NaN and must not be read."""
-    return jnp.stack([jnp.full_like(x, jnp.nan), x])
-
-
-@pytest.mark.parametrize(
-    ("implementation", "heads", "kv_heads"),
-    [("xla", 4, 2), ("products", 4, 2), ("products", 24, 12)],  # 12 are not taken at once
-)
-def test_cache_attention_sees_valid_entries_only(
-    implementation: str, heads: int, kv_heads: int
-) -> None:
-    q, k, v = random_qkv(heads, kv_heads, length=32)
-    lengths = jnp.array([5, 32])
-
-    def run(k: jax.Array, v: jax.Array) -> jax.Array:
-        cache = second_layer(k), second_layer(v)
-        return attend_to_cache(q[:, :1], *cache, 1, lengths, implementation=implementation)
-
-    got = run(k, v)
-    for row, length in enumerate([5, 32]):
-        alone = [x[row : row + 1, :length] for x in (k, v)]
-        query = jnp.repeat(q[row : row + 1, :1], length, axis=1)
-        expected = naive(query, *alone, None, False)[:, :1]
-        np.testing.assert_allclose(got[row : row + 1], expected, atol=2e-6)
-    other = run(k.at[0, 5:].set(1e9), v.at[0, 5:].set(-1e9))
-    np.testing.assert_array_equal(other[0], got[0])
-
-
-@pytest.mark.parametrize("heads", [4, 3])  # 3 do not divide over 2 devices
-@pytest.mark.parametrize("implementation", ["xla", "products"])
-def test_shards_of_a_mesh_attend_to_their_cache(implementation: str, heads: int) -> None:
-    require_eight_devices()
-    q, k, v = random_qkv(heads=heads, kv_heads=heads, length=32)
-    arguments = q[:, :1], second_layer(k), second_layer(v), 1, jnp.array([5, 32])
-    expected = attend_to_cache(*arguments)
-    with sharding.use_mesh(sharding.make_mesh(1, 2, 2)):
-        got = jax.jit(functools.partial(attend_to_cache, implementation=implementation))(*arguments)
-    np.testing.assert_allclose(got, expected, atol=2e-6)
-
-
 def test_wrong_requests_are_refused() -> None:
     q, k, v = random_qkv(length=100)
     with pytest.raises(ValueError, match="branch_ids need segment_ids and causal=True"):
         attend(q, k, v, branch_ids=jnp.zeros((2, 100), jnp.int32), causal=True)
     with pytest.raises(ValueError, match="unknown attention 'flash'"):
         attend(q, k, v, implementation="flash")
-    with pytest.raises(ValueError, match="unknown cache attention 'splash'"):
-        attend_to_cache(q[:, :1], k[None], v[None], 0, jnp.ones(2), implementation="splash")
 
 
 @pytest.mark.parametrize(

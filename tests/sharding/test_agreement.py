@@ -1,5 +1,6 @@
 """What processes tell each other, with threads in their place."""
 
+import numpy as np
 import pytest
 
 from prumerge_jax.sharding.agreement import gather, leader_first, require_same, together
@@ -13,8 +14,8 @@ def test_one_process_asks_nobody() -> None:
 
 
 def test_every_process_learns_the_values_of_all(processes: Processes) -> None:  # noqa: F811
-    ends = processes.run(3, lambda index: gather(["é" * index, index / 2, None]))
-    assert ends == 3 * [[["", 0.0, None], ["é", 0.5, None], ["éé", 1.0, None]]]
+    ends = processes.run(3, lambda index: gather(["é" * index, index / 2, np.int64(7), None]))
+    assert ends == 3 * [[["", 0.0, 7, None], ["é", 0.5, 7, None], ["éé", 1.0, 7, None]]]
 
 
 def test_a_failure_of_one_is_told_by_all(processes: Processes) -> None:  # noqa: F811

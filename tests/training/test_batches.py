@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prumerge_jax.data.packing import Run
 from prumerge_jax.data.pipeline import Example
+from prumerge_jax.data.runs import Run
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.sharding.mesh import make_mesh

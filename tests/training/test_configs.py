@@ -14,6 +14,7 @@ from ml_collections import config_flags
 import configs
 import configs.digits
 from configs import (
+    any_budget_7b_lora,
     common,
     llava_v1_5_7b_lora,
     llava_v1_5_7b_pretrain,
@@ -22,14 +23,16 @@ from configs import (
     prumerge_13b_lora,
 )
 from configs import lora as lora_of_any_model
-from configs.digits import align, contrastive, finetune, lora
+from configs.digits import align, any_budget, contrastive, finetune, lora
 from prumerge_jax.digits import tokenizer as digits_tokenizer
 from prumerge_jax.models.config import LlavaConfig, published
 from prumerge_jax.models.layers import AdapterConfig
+from prumerge_jax.training.batches import RowBatch
 from prumerge_jax.training.config import ConfigError, TrainConfig, parse, with_sizes
 from prumerge_jax.training.objectives.next_token import abstract_rows
 from prumerge_jax.training.objectives.registry import make_objective
 from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer
+from prumerge_jax.training.pairs import PairBatch
 from tests.training.bench import MODEL
 
 LORA = AdapterConfig(rank=128, alpha=256.0, dropout=0.05)
@@ -48,12 +51,16 @@ TABLE = {
         "llava-1.5-7b", 20 * 4 * 2, "v1", "pad", {"lora": 2e-4, "projector": 2e-5}, LORA, True,
         "prumerge",
     ),
+    any_budget_7b_lora: (
+        "llava-1.5-7b", 16 * 8, "v1", "pad", {"lora": 2e-4, "projector": 2e-5}, LORA, True,
+        "cover:tokens=288,alpha=1,block=8",
+    ),
     prumerge_13b_lora: (
         "llava-1.5-13b", 8 * 6 * 4, "v1", "pad", {"lora": 2e-4, "projector": 2e-5}, LORA, True,
         "prumerge",
     ),
 }  # fmt: skip
-NEXT_TOKEN = [*TABLE, align, finetune, lora]
+ON_CONVERSATIONS = [*TABLE, align, finetune, lora, any_budget]
 
 
 @pytest.mark.parametrize("recipe", TABLE, ids=lambda recipe: recipe.__name__)
@@ -89,7 +96,7 @@ def test_published_recipes_equal_their_table(recipe) -> None:
         assert 128 in objective.shapes()[path].shape[1:]
 
 
-@pytest.mark.parametrize("recipe", NEXT_TOKEN, ids=lambda recipe: recipe.__name__)
+@pytest.mark.parametrize("recipe", ON_CONVERSATIONS, ids=lambda recipe: recipe.__name__)
 def test_a_step_of_every_recipe_traces_at_full_size(recipe) -> None:
     """Shapes and dtypes of loss, gradient and update, without allocating a weight."""
     config = parse(recipe.get_config())
@@ -110,11 +117,26 @@ def test_a_step_of_every_recipe_traces_at_full_size(recipe) -> None:
 
     state = jax.eval_shape(optimizer.init, trained)
     batch = abstract_rows(config, shards=2)
+    if config.objective == "any_budget":
+        batch = pairs_of(batch, config)
     value, count, updates, after = jax.eval_shape(step, trained, frozen, batch, state)
     assert value.shape == count.shape == ()
     describe = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
     assert describe(updates) == describe(trained)
     assert describe(after) == describe(state)
+
+
+def pairs_of(student: RowBatch, config: TrainConfig) -> PairBatch:
+    """A micro-batch of any-budget training, without its values."""
+    images, _, width = student.visual_tokens.shape
+    tokens = (images, config.sizes.vision.num_patches, width)
+    student = student._replace(
+        visual_tokens=jax.ShapeDtypeStruct(tokens, student.visual_tokens.dtype)
+    )
+    rows = student.ids.shape[0]
+    longer = jax.ShapeDtypeStruct((rows, config.objective_options["teacher_length"]), jnp.int32)
+    teacher = RowBatch(*[longer] * 5, student.visual_tokens)
+    return PairBatch(student, teacher, student.targets)
 
 
 def test_the_contrastive_objective_trains_the_tower_and_what_reads_it() -> None:
@@ -166,7 +188,7 @@ def test_every_configuration_is_covered_here() -> None:
     training = {name for name in names if "lora" in name or "pretrain" in name}
     assert training == covered | {"lora"}
     stages = {m.name for m in pkgutil.iter_modules(configs.digits.__path__)} - {"miniature"}
-    assert stages == {"contrastive", "align", "finetune", "lora"}
+    assert stages == {"contrastive", "align", "finetune", "lora", "any_budget"}
 
 
 @pytest.mark.parametrize("model", [MODEL, published("llava-1.5-7b")])

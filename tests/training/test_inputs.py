@@ -1,5 +1,6 @@
 """Which samples come when: LLaVA files grouped by modality, resumed at any sample."""
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -210,3 +211,11 @@ def test_labels_are_checked_against_the_run_s_own_row_length(
         epoch = itertools.islice(data.batches(0, [0]), 2)
         found = {example.id: example.mismatch for (example,) in epoch}
         assert found == {"s0": mismatched, "s1": False}
+
+
+def test_models_that_cut_images_into_tiles_are_refused(
+    config: ml_collections.ConfigDict, tokenizer: Tokenizer
+) -> None:
+    sizes = dataclasses.replace(MODEL, image_grid_pinpoints=((16, 8),))
+    with pytest.raises(ValueError, match="training on images cut into tiles is not supported"):
+        inputs.open_conversations(with_sizes(parse(config), sizes), tokenizer, 1)

@@ -80,6 +80,7 @@ class Benchmark(abc.ABC, Generic[Annotations]):
       max_new_tokens: Limit of LLaVA's script for this benchmark; decoding is greedy.
       position_ids: Positions of the visual tokens where the configuration names none, see
         `packing.pack_window`.
+      reductions: Those that run where the configuration names none, separated by spaces.
       scores: Whether answers can be scored at all.
       default_options: Options of `write_default_files` with their defaults, for a benchmark that
         can make its files itself; None for all others.
@@ -95,6 +96,7 @@ class Benchmark(abc.ABC, Generic[Annotations]):
     headline: str = "accuracy"
     max_new_tokens: int = 128
     position_ids: PositionIds = "compact"
+    reductions: str = "full prumerge+ prumerge"
     crops_in_llava_1_5: bool = False
     needs_annotations: bool = True
     scores: bool = True

@@ -34,6 +34,8 @@ class Row:
       images_per_second: None where nothing was timed.
       speedup: images per second over those of `full` in the same run; None without it.
       difference: headline minus that of `full`, with its 95 % interval, in the metric's unit.
+      computed_share: tokens computed for prompts over tokens of the prompts, below 1 where some
+        share what is in front of them; None where nothing was computed.
     """
 
     benchmark: str
@@ -45,6 +47,7 @@ class Row:
     images_per_second: float | None
     speedup: float | None
     difference: Interval | None
+    computed_share: float | None = None
 
     def __post_init__(self) -> None:
         # A benchmark that a server scores has no metrics here.
@@ -145,6 +148,7 @@ def score_table(benchmark: str, rows: Sequence[Row]) -> Table:
             f"difference to {BASELINE}",
             "images per second",
             "speed-up",
+            "prompt tokens computed",
             *map(metric_label, others),
         ],
         [
@@ -158,6 +162,7 @@ def score_table(benchmark: str, rows: Sequence[Row]) -> Table:
                 _interval(row.difference),
                 _rate(row.images_per_second),
                 _ABSENT if _is_absent(row.speedup) else f"{row.speedup:.2f}×",
+                _ABSENT if _is_absent(row.computed_share) else f"{row.computed_share:.0%}",
                 *(_score(row, name) for name in others),
             ]
             for row in rows

@@ -19,8 +19,11 @@ from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.attention.pages import (
     KVPages,
     attend_to_pages,
+    copy_in_pages,
     empty_pages,
     over_shards,
+    pages_spec,
+    tokens_read,
     write_to_pages,
 )
 from prumerge_jax.models.attention.shards import HEADS
@@ -30,9 +33,12 @@ __all__ = [
     "KVPages",
     "attend",
     "attend_to_pages",
+    "copy_in_pages",
     "backend_for",
     "empty_pages",
     "over_shards",
+    "pages_spec",
+    "tokens_read",
     "write_to_pages",
 ]
 

@@ -5,13 +5,16 @@ Both take scaled queries, and a page table whose width is a multiple of `TABLE_M
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.gpu import paged_attention as gpu
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
 from prumerge_jax.sharding.mesh import platform
 
 TABLE_MULTIPLE = 8
-"""Pages that a kernel takes at a time; the page table's width is a multiple."""
+"""The page table's width is a multiple, and so of what a kernel takes at a time."""
+_BLOCK = 64
+"""Tokens that a kernel takes at a time, of which it reads the last ones in vain."""
 _MAX_SPLITS = 16
 """Parts of a sequence at most that the GPU's kernel works on side by side."""
 
@@ -24,6 +27,17 @@ def tpu_takes(dtype: jnp.dtype, head_dim: int) -> bool:
 def gpu_takes(dtype: jnp.dtype, head_dim: int) -> bool:
     """Whether the GPU's kernel takes heads of this width and dtype."""
     return dtype in (jnp.bfloat16, jnp.float16) and head_dim in (64, 128)
+
+
+def pages_read(counts: np.ndarray, page_size: int) -> int:
+    """Pages that one call of a kernel reads, for sequences of so many [B]."""
+    block = _pages_at_a_time(page_size)
+    return int((-(-counts // block) * block).sum())
+
+
+def _pages_at_a_time(page_size: int) -> int:
+    """A divisor of `TABLE_MULTIPLE`."""
+    return max(pages for pages in (1, 2, 4, 8) if pages == 1 or pages * page_size <= _BLOCK)
 
 
 def attend_on_tpu(
@@ -41,7 +55,7 @@ def attend_on_tpu(
         v,
         jnp.maximum(lengths, 1),
         first + tables,
-        pages_per_compute_block=TABLE_MULTIPLE,
+        pages_per_compute_block=_pages_at_a_time(k.shape[2]),
     )
 
 
@@ -62,7 +76,7 @@ def attend_on_gpu(
         v,
         first + tables,
         jnp.maximum(lengths, 1),
-        pages_per_compute_block=TABLE_MULTIPLE,
+        pages_per_compute_block=_pages_at_a_time(k.shape[2]),
         k_splits=splits,
         interpret=platform() not in ("gpu", "cuda", "rocm"),
     )

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PAGES_AT_A_TIME = 16
 """Pages that one turn of the loop takes; up to as many less one are read in vain per step."""
@@ -84,6 +85,12 @@ def attend(
     )
     mixed = total.mixed / jnp.maximum(total.norm, jnp.finfo(jnp.float32).tiny)[..., None]
     return mixed.reshape(q.shape)
+
+
+def pages_read(counts: np.ndarray, page_size: int) -> int:
+    """Pages that one call of `attend` reads, for sequences of so many [B]."""
+    del page_size
+    return -(-int(counts.sum()) // PAGES_AT_A_TIME) * PAGES_AT_A_TIME
 
 
 def _taken(pool: jax.Array, block: _Block) -> jax.Array:

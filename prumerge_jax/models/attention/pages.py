@@ -16,13 +16,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 
 from prumerge_jax.models import tuning
 from prumerge_jax.models.attention import paged_kernels, paged_xla
 from prumerge_jax.models.attention.key_bias import widened
 from prumerge_jax.models.attention.shards import HEADS, on_shards
 from prumerge_jax.models.config import TextConfig
-from prumerge_jax.sharding.mesh import Axes, divisible_spec
+from prumerge_jax.sharding.mesh import Axes, divisible_spec, logical_spec
 
 
 class KVPages(NamedTuple):
@@ -47,17 +49,23 @@ class _Form(NamedTuple):
         Dh], on one device.
       heads_first: whether pages are stored as [K, L * P, page, Dh].
       takes: whether it takes heads of this dtype and width.
+      pages_read: (pages of each sequence [B], page size) -> number of pages that it reads for them.
     """
 
     attend: Callable[..., jax.Array]
     heads_first: bool
     takes: Callable[[jnp.dtype, int], bool]
+    pages_read: Callable[[np.ndarray, int], int]
 
 
 _FORMS = {
-    "xla": _Form(paged_xla.attend, False, lambda dtype, head_dim: True),
-    "paged_tpu": _Form(paged_kernels.attend_on_tpu, True, paged_kernels.tpu_takes),
-    "paged_gpu": _Form(paged_kernels.attend_on_gpu, True, paged_kernels.gpu_takes),
+    "xla": _Form(paged_xla.attend, False, lambda dtype, head_dim: True, paged_xla.pages_read),
+    "paged_tpu": _Form(
+        paged_kernels.attend_on_tpu, True, paged_kernels.tpu_takes, paged_kernels.pages_read
+    ),
+    "paged_gpu": _Form(
+        paged_kernels.attend_on_gpu, True, paged_kernels.gpu_takes, paged_kernels.pages_read
+    ),
 }
 _PAGES_FIRST: Axes = ("batch", "heads", None, None)
 _HEADS_FIRST: Axes = ("heads", "batch", None, None)
@@ -67,6 +75,12 @@ def form_for(dtype: jnp.dtype, head_dim: int) -> str:
     """The form for heads of this dtype and width: the tuning's if it takes them, else `xla`."""
     preferred = tuning.current().cache_attention
     return preferred if _FORMS[preferred].takes(dtype, head_dim) else "xla"
+
+
+def tokens_read(lengths: np.ndarray, page_size: int, dtype: jnp.dtype, head_dim: int) -> int:
+    """Tokens whose keys and values a step reads in every layer, for sequences of these lengths."""
+    counts = -(-lengths // page_size)
+    return page_size * _form(dtype, head_dim, None).pages_read(counts, page_size)
 
 
 def empty_pages(
@@ -86,6 +100,14 @@ def empty_pages(
     leading = (heads, count) if form.heads_first else (count, heads)
     zeros = jnp.zeros((*leading, page_size, head_dim), dtype)
     return over_shards(KVPages(zeros, zeros), implementation=implementation)
+
+
+def pages_spec(config: TextConfig, dtype: jnp.dtype) -> PartitionSpec:
+    """How the current mesh splits a pool for these heads; its pages divide over the data shards."""
+    form = _form(dtype, config.head_dim, None)
+    heads = divisible_spec((config.num_kv_heads,), "heads")[0]
+    pages = logical_spec("batch")[0]
+    return PartitionSpec(heads, pages) if form.heads_first else PartitionSpec(pages, heads)
 
 
 def over_shards(pages: KVPages, *, implementation: str | None = None) -> KVPages:
@@ -140,6 +162,50 @@ def write_to_pages(
             for pool, new in zip(pages, (k, v), strict=True)
         )
     )
+
+
+def copy_in_pages(
+    pages: KVPages,
+    source: jax.Array,
+    target: jax.Array,
+    num_layers: int,
+    *,
+    implementation: str | None = None,
+) -> KVPages:
+    """Copies keys and values of all layers, token by token.
+
+    Args:
+      pages: the pool.
+      source, target: [shards, N] int32, places of each data shard as in `write_to_pages`; a target
+        of -1 copies nothing. No place is both.
+      num_layers: L.
+    """
+    form = _form(pages.k.dtype, pages.k.shape[-1], implementation)
+    axes = _axes(form)
+
+    def copy(pool: jax.Array, _: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
+        count = pool.shape[1 if form.heads_first else 0]
+        (page, offset), (to_page, to_offset) = (
+            jnp.divmod(places.reshape(-1), pool.shape[2]) for places in (source, target)
+        )
+
+        def of_layer(layer: jax.Array, pool: jax.Array) -> jax.Array:
+            first = layer * (count // num_layers)
+            # Beyond the last page, where writes are dropped.
+            at = jnp.where(target.reshape(-1) >= 0, to_page + first, count)
+            if form.heads_first:
+                tokens = pool[:, page + first, offset]
+                return pool.at[:, at, to_offset].set(tokens, mode="drop")
+            return pool.at[at, :, to_offset].set(pool[page + first, :, offset], mode="drop")
+
+        return jax.lax.fori_loop(0, num_layers, of_layer, pool)
+
+    # The second argument is what `on_shards` reads the split from.
+    all_axes = (axes, axes, HEADS[:2], HEADS[:2])
+    copied = (
+        on_shards(copy, (pool, pool, source, target), all_axes, check_vma=False) for pool in pages
+    )
+    return KVPages(*copied)
 
 
 def attend_to_pages(

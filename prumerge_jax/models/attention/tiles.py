@@ -52,7 +52,8 @@ def _on_device(
         tiles = _seen_tiles(seen & causal_mask(padded))
         grouped = q.reshape(padded, kv_heads, heads // kv_heads, head_dim).transpose(1, 2, 0, 3)
         mixed = jax.lax.map(
-            lambda head: _one_head(*head, tiles), (grouped, k.swapaxes(0, 1), v.swapaxes(0, 1))
+            lambda head: _one_head(head[0], head[1], head[2], tiles),
+            (grouped, k.swapaxes(0, 1), v.swapaxes(0, 1)),
         )
         return mixed.reshape(heads, padded, head_dim).swapaxes(0, 1)
 

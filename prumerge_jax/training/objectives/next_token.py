@@ -1,6 +1,8 @@
 """Next-token prediction on packed rows, with or without images: the loss and its objective."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,6 @@ from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.llava import LlavaModel, encode_images
 from prumerge_jax.models.vision_tower import VisionTower
-from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.reductions import Reduction
 from prumerge_jax.sharding.mesh import constrain, logical_spec
 from prumerge_jax.training.batches import BatchPacker, RowBatch, RowShape
@@ -47,8 +48,20 @@ def next_token_loss(
       dropout_key: key of the adapters' dropout; None for none.
       remat: see `layers.rematerialise`.
     """
+    hidden = hidden_states(model, batch, dropout_key=dropout_key, remat=remat)
+
+    def loss(targets: jax.Array, hidden: jax.Array) -> jax.Array:
+        return cross_entropy(logits(model.decoder, hidden), targets)
+
+    return sum_over_targets(loss, batch.targets, hidden)
+
+
+def hidden_states(
+    model: LlavaModel, batch: RowBatch, *, dropout_key: jax.Array | None, remat: str
+) -> jax.Array:
+    """Final hidden states [rows, T, D]; arguments as in `next_token_loss`."""
     x = model.embed_rows(batch.ids, batch.visual_tokens, batch.visual_index)
-    hidden = model.decoder(
+    return model.decoder(
         constrain(x, "batch", None, None),
         batch.positions,
         batch.segment_ids,
@@ -56,32 +69,48 @@ def next_token_loss(
         remat=remat,
         dropout_key=dropout_key,
     )
-    count = (batch.targets != IGNORE).sum(dtype=jnp.float32)
-    return _cross_entropy(model.decoder, hidden, batch.targets), count
 
 
-def _cross_entropy(decoder: Llama, hidden: jax.Array, targets: jax.Array) -> jax.Array:
-    """Sum over the targets [rows, T] of -log p, computing logits a chunk of columns at a time."""
-    rows, length, width = hidden.shape
+def logits(decoder: Llama, hidden: jax.Array) -> jax.Array:
+    """Next-token logits [rows, T, V] float32 of hidden states [rows, T, D]."""
+    return constrain(decoder.logits(hidden), "batch", None, "vocab")
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p [rows, T] of the targets [rows, T]; any finite value where there is none."""
+    # A comparison instead of a gather: on a sharded vocabulary a gather would collect it.
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    chosen = jnp.where(is_target, logits, 0).sum(-1)
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def sum_over_targets(
+    loss: Callable[..., jax.Array], targets: jax.Array, *hidden: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of a loss over the targets, and their number; both float32.
+
+    Args:
+      loss: (targets, *hidden) of some columns -> loss of every position; called for a chunk of
+        columns at a time and again in the backward pass, so that few logits exist at once.
+      targets: [rows, T] int32, `IGNORE` where there is none.
+      *hidden: each [rows, T, D].
+    """
+    rows, length = targets.shape
     chunk = min(_CHUNK, length)
     pad = -length % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, -1, chunk, width)
-    targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORE)
-    targets = targets.reshape(rows, -1, chunk)
+
+    def chunks(x: jax.Array, padding: int) -> jax.Array:
+        widths = ((0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2))
+        x = jnp.pad(x, widths, constant_values=padding)
+        return x.reshape(rows, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        hidden, targets = part
-        logits = constrain(decoder.logits(hidden), "batch", None, "vocab")
-        # A comparison instead of a gather: on a sharded vocabulary a gather would collect it.
-        is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-        chosen = jnp.where(is_target, logits, 0).sum(-1)
-        loss = jax.nn.logsumexp(logits, axis=-1) - chosen
-        return total + jnp.where(targets != IGNORE, loss, 0).sum(), None
+    def add(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        return total + jnp.where(part[0] != IGNORE, loss(*part), 0).sum(), None
 
-    parts = (hidden.swapaxes(0, 1), targets.swapaxes(0, 1))
+    parts = (chunks(targets, IGNORE), *(chunks(x, 0) for x in hidden))
     total, _ = jax.lax.scan(add, jnp.zeros(()), parts)
-    return total
+    return total, (targets != IGNORE).sum(dtype=jnp.float32)
 
 
 def make(config: TrainConfig) -> Objective:
@@ -93,16 +122,7 @@ def make(config: TrainConfig) -> Objective:
     model = config.sizes
     dtype = jnp.dtype(config.dtype)
     module = llava_module(model, config.adapter)
-    capacity, length = visual_capacity(config), config.row_length
-    if capacity > length:
-        raise ConfigError(
-            f"an image may have {capacity} visual tokens, a row has max_length {length}; nothing "
-            "would be left of its sample"
-        )
-    if length > model.text.max_positions:
-        raise ConfigError(
-            f"max_length is {length}, the model has {model.text.max_positions} positions"
-        )
+    check_row_length(config, visual_capacity(config))
 
     def loss(weights: Weights, batch: RowBatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         return next_token_loss(
@@ -115,17 +135,34 @@ def make(config: TrainConfig) -> Objective:
     def open_source(tokenizer: Tokenizer) -> TrainingSource:
         return open_conversations(config, tokenizer, fewest_visual_tokens(config))
 
-    def packer(tokenizer: Tokenizer, frozen: Weights, mesh: Mesh) -> Packer:
-        rows = config.run.rows_per_shard * mesh.shape["data"] * mesh.shape["fsdp"]
+    def packer(tokenizer: Tokenizer, frozen: Weights, mesh: Mesh, total_steps: int) -> Packer:
         return BatchPacker(
             ImageEncoder(config, frozen, mesh),
             num_patches=model.vision.num_patches,
-            shape=RowShape(rows, length, config.position_ids),
+            shape=row_shape(config, mesh),
             mesh=mesh,
         )
 
     rates = trained_paths(module.variables, config.learning_rates)
     return Objective(module, loss, rates, dtype, open_source, packer)
+
+
+def check_row_length(config: TrainConfig, visual_tokens: int) -> None:
+    """Raises ConfigError where a row cannot hold an image, or the model not a row."""
+    length, positions = config.row_length, config.sizes.text.max_positions
+    if visual_tokens > length:
+        raise ConfigError(
+            f"an image may have {visual_tokens} visual tokens, a row has max_length {length}; "
+            "nothing would be left of its sample"
+        )
+    if length > positions:
+        raise ConfigError(f"max_length is {length}, the model has {positions} positions")
+
+
+def row_shape(config: TrainConfig, mesh: Mesh) -> RowShape:
+    """The shape of the micro-batches of a run on a mesh."""
+    rows = config.run.rows_per_shard * mesh.shape["data"] * mesh.shape["fsdp"]
+    return RowShape(rows, config.row_length, config.position_ids)
 
 
 def abstract_rows(config: TrainConfig, shards: int) -> RowBatch:
@@ -174,46 +211,42 @@ def fewest_visual_tokens(config: TrainConfig) -> int:
 
 
 class ImageEncoder:
-    """The frozen tower and the token reduction as one jitted function of one shape.
+    """The frozen tower and what is made of its features, as one jitted function of one shape.
 
     Args:
       config: configuration of the run, model sizes included.
       weights: all weights of the run, or their shapes; those of the tower are used.
       mesh: the devices; every image is kept on its data shard.
+      encode: (tower, pixels) -> a tree of arrays [B, ...]; by default the visual tokens of the
+        run's reduction.
     """
 
-    def __init__(self, config: TrainConfig, weights: Weights | Shapes, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        weights: Weights | Shapes,
+        mesh: Mesh,
+        encode: Callable[[VisionTower, jax.Array], Any] | None = None,
+    ) -> None:
         prefix = "vision."
         vision = config.sizes.vision
         module = AbstractModule.of(lambda seed: VisionTower(vision, rngs=nnx.Rngs(seed)))
         self._weights = {path: weights[prefix + path] for path in module.variables}
-        dtype = jnp.dtype(config.dtype)
-        self._encode = jax.jit(
-            functools.partial(
-                _encode,
-                module,
-                reduction=run_reduction(config),
-                dtype=dtype,
-            ),
-            out_shardings=NamedSharding(mesh, logical_spec("batch")),
-        )
+        if encode is None:
+            encode = functools.partial(
+                encode_images, reduction=run_reduction(config), dtype=jnp.dtype(config.dtype)
+            )
+        of_tower = encode
 
-    def __call__(self, pixels: jax.Array) -> VisualTokens:
-        """[B, S, S, 3] uint8 -> visual tokens, dispatched and not waited for."""
+        def of_weights(weights: Weights, pixels: jax.Array) -> Any:
+            return of_tower(module.merge(weights), pixels)
+
+        self._encode = jax.jit(of_weights, out_shardings=NamedSharding(mesh, logical_spec("batch")))
+
+    def __call__(self, pixels: jax.Array) -> Any:
+        """[B, S, S, 3] uint8 -> what `encode` makes of it, dispatched and not waited for."""
         return self._encode(self._weights, pixels)
 
     def lower(self, pixels: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
         """The function for pixels of this shape, where the weights are shapes too."""
         return self._encode.lower(self._weights, pixels)
-
-
-def _encode(
-    module: AbstractModule[VisionTower],
-    weights: Weights,
-    pixels: jax.Array,
-    *,
-    reduction: Reduction,
-    dtype: jnp.dtype,
-) -> VisualTokens:
-    vision = module.merge(weights)
-    return encode_images(vision, pixels, reduction, dtype=dtype)

@@ -34,7 +34,8 @@ class Objective:
       learning_rates: peak rate of every trained weight, by path.
       dtype: what the objective computes in; also the dtype of the frozen weights.
       open_source: finds and checks the samples, without writing anything.
-      packer: makes micro-batches of samples, from the frozen weights and the mesh.
+      packer: makes micro-batches of samples, from the frozen weights, the mesh and the number of
+        steps of the complete run.
       finish: maps the trained weights to those that the run exports.
     """
 
@@ -43,7 +44,7 @@ class Objective:
     learning_rates: Mapping[str, float]
     dtype: jnp.dtype
     open_source: Callable[[Tokenizer], TrainingSource]
-    packer: Callable[[Tokenizer, Weights, Mesh], Packer]
+    packer: Callable[[Tokenizer, Weights, Mesh, int], Packer]
     finish: Callable[[Weights], Weights] = lambda trained: trained
 
     def shapes(self) -> Shapes:

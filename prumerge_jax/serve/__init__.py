@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: adaptive visual tokens per image, under continuous batching."""

@@ -1,0 +1,129 @@
+"""LLaVA-OneVision's images through the engine against transformers: shrunk mosaics, no CLS."""
+
+import functools
+import hashlib
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from prumerge_jax import reductions
+from prumerge_jax.data.images import OneOfSeveral, normalize
+from prumerge_jax.data.tokens import IMAGE_TOKEN
+from prumerge_jax.engine.encoding import PlacedModel
+from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.request import ImageInput, Request, SamplingParams, SequenceLogits
+from prumerge_jax.engine.shapes import EngineShapes
+from prumerge_jax.models import tuning
+from prumerge_jax.models.tuning import Tuning
+from tests.families import GoldenModel
+
+SHAPES = EngineShapes(
+    batch_size=8,
+    window_size=32,
+    row_length=128,
+    longest_prompt=128,
+    prefill_rows=2,
+    slots=4,
+    cache_length=256,
+    decode_steps_per_call=4,
+)
+
+
+@pytest.fixture(autouse=True)
+def plain() -> Iterator[None]:
+    """The reference forms, whatever the platform."""
+    with tuning.use(Tuning.plain()):
+        yield
+
+
+@functools.cache
+def load(golden: pathlib.Path) -> GoldenModel:
+    return GoldenModel(golden, "onevision_tied")
+
+
+def make_engine(model: GoldenModel, reduction: str) -> Engine:
+    graphdef, state = nnx.split(model.model)
+    placed = PlacedModel(graphdef, state, model.config, jnp.dtype(jnp.float32))
+    return Engine(placed, reductions.parse(reduction), SHAPES)
+
+
+def images(model: GoldenModel) -> list[str]:
+    return [case for case in model.cases if case.startswith("image/")]
+
+
+def test_tiles_are_the_references(golden: pathlib.Path):
+    model = load(golden)
+    for case in images(model):
+        facts, picture = model.cases[case], model.processor(model.image(case.split("/")[1]))
+        assert [side * 48 for side in picture.layout.tiles] == facts["best_resolution_hw"][0]
+        assert picture.layout.span == facts["image_tokens"][0]
+        sha256 = hashlib.sha256(picture.crops.tobytes()).hexdigest()
+        assert sha256 == facts["sha256_uint8_hwc"][0]
+        pixels = normalize(picture.crops, *[(0.5,) * 3] * 2)
+        chw = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+        assert hashlib.sha256(chw.tobytes()).hexdigest() == facts["sha256_float32_chw"][0]
+
+
+def check(model: GoldenModel, cases: list[str], requests: list[Request]) -> None:
+    """Logits and greedy tokens against the golden ones."""
+    engine = make_engine(model, "full")
+    logits: dict[int, np.ndarray] = {}
+    for result in engine.logits(requests):
+        assert isinstance(result, SequenceLogits), result
+        logits[result.key] = result.values
+    answers = {answer.key: answer for answer in engine.generate(requests)}
+    for key, case in enumerate(cases):
+        positions = model.arrays[f"{case}/positions"]
+        assert len(logits[key]) == len(model.arrays[f"{case}/input_ids"])
+        np.testing.assert_allclose(
+            logits[key][positions], model.arrays[f"{case}/logits"], atol=2e-4, rtol=2e-4
+        )
+        assert answers[key].token_ids == tuple(model.arrays[f"{case}/greedy"].tolist()), case
+
+
+def test_logits_and_greedy_tokens_are_transformers(golden: pathlib.Path):
+    model = load(golden)
+    cases = images(model)
+    check(model, cases, [model.request(key, case) for key, case in enumerate(cases)])
+
+
+def test_several_images_of_a_prompt_are_not_cut(golden: pathlib.Path):
+    model = load(golden)
+    facts = model.cases["multi/three"]
+    pictures = [model.processor(OneOfSeveral(model.image(name))) for name in facts["images"]]
+    for picture, sha256, count in zip(
+        pictures, facts["sha256_uint8_hwc"], facts["image_tokens"], strict=True
+    ):
+        assert hashlib.sha256(picture.crops.tobytes()).hexdigest() == sha256
+        assert picture.layout.span == count
+    inputs = tuple(ImageInput(*picture) for picture in pictures)
+    ids = model.arrays["multi/three/input_ids"]
+    places = np.flatnonzero((ids == 250) & (np.append(0, ids[:-1]) != 250))
+    spans = [picture.layout.span for picture in pictures]
+    if len(places) == 1:  # the images stand next to each other
+        places = places[0] + np.concatenate([[0], np.cumsum(spans)[:-1]])
+    keep = np.ones(len(ids), bool)
+    for place, span in zip(places, spans, strict=True):
+        keep[place + 1 : place + span] = False
+    ids = np.where(ids == 250, IMAGE_TOKEN, ids)[keep].astype(np.int32)
+    request = Request(1, ids, inputs, sampling=SamplingParams(max_new_tokens=8))
+    case = images(model)[2]
+    check(model, [case, "multi/three"], [model.request(0, case), request])
+
+
+def test_pruned_tokens_are_crop_by_crop(golden: pathlib.Path):
+    """Without interpolation; every kept token is a patch that lies on the image."""
+    model = load(golden)
+    requests = [model.request(key, case) for key, case in enumerate(images(model)[:4])]
+    engine = make_engine(model, "select-only")
+    for window in engine._planner().windows([requests]):
+        assert all(rows.taps is None for rows in window.batches)
+        for planned, request in zip(window.planned, window.requests, strict=True):
+            (image,) = request.images
+            assert 0 < len(planned.runs[0]) <= image.layout.on_image().sum()
+            assert jax.numpy.isfinite(window.pool).all()

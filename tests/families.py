@@ -1,0 +1,126 @@
+"""The golden models of further families: their sizes, weights, images and requests."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import load_file
+
+from prumerge_jax.conversion import keys
+from prumerge_jax.data.pictures import PictureProcessor, default_mode
+from prumerge_jax.data.tokens import IMAGE_TOKEN
+from prumerge_jax.engine.request import ImageInput, Request, SamplingParams
+from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
+from prumerge_jax.models.llava import LlavaModel
+
+TILE = 56
+NEXT_VICUNA = LlavaConfig(
+    vision=VisionConfig(image_size=TILE, width=32, mlp_width=64, num_layers=3, num_heads=2),
+    text=TextConfig(
+        vocab_size=256, width=48, mlp_width=96, num_layers=2, num_heads=4, num_kv_heads=4,
+        head_dim=12, max_positions=1024,
+    ),
+    image_token_id=250,
+    pad_token_id=None,
+    eos_token_ids=(2,),
+    family="llava_next",
+    image_newline=True,
+    image_grid_pinpoints=((56, 112), (112, 56), (112, 112), (168, 56), (56, 168)),
+)  # fmt: skip
+NEXT_MISTRAL = dataclasses.replace(
+    NEXT_VICUNA,
+    text=dataclasses.replace(NEXT_VICUNA.text, num_kv_heads=2, rope_theta=1e6),
+)
+ONEVISION_TIED = LlavaConfig(
+    vision=VisionConfig(
+        image_size=48, patch_size=14, width=32, mlp_width=72, num_layers=3, num_heads=2,
+        layer_norm_eps=1e-6, activation="gelu_tanh", pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3,
+        cls_token=False, pre_norm=False, patch_bias=True, feature_layer=-1, attention="received",
+    ),
+    text=TextConfig(
+        vocab_size=256, width=48, mlp_width=96, num_layers=2, num_heads=4, num_kv_heads=2,
+        head_dim=12, rope_theta=1e6, rms_norm_eps=1e-6, max_positions=2048, qkv_bias=True,
+        tied_head=True,
+    ),
+    image_token_id=250,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_ids=(2,),
+    family="llava_onevision",
+    video_token_id=251,
+    image_newline=True,
+    image_grid_pinpoints=tuple((48 * a, 48 * b) for a in range(1, 7) for b in range(1, 7)),
+    anyres_max=9,
+)  # fmt: skip
+CONFIGS = {
+    "next_vicuna": NEXT_VICUNA,
+    "next_mistral": NEXT_MISTRAL,
+    "onevision_tied": ONEVISION_TIED,
+}
+
+
+class GoldenModel:
+    """A golden folder of a family.
+
+    Attributes:
+      config: its sizes.
+      model: its weights.
+      cases: what `golden.json` says of every case, by name.
+      arrays: `golden.npz`.
+    """
+
+    def __init__(self, golden: pathlib.Path, name: str) -> None:
+        self.golden, self.config = golden, CONFIGS[name]
+        folder = golden / "models" / name
+        cases = json.loads((folder / "golden.json").read_text())
+        self.cases: dict[str, dict[str, Any]] = {case["case"]: case for case in cases}
+        self.arrays = np.load(folder / "golden.npz")
+        self.model = load_model(self.config, folder / "model.safetensors")
+        size = self.config.vision.image_size
+        self.processor = PictureProcessor(self.config, size, default_mode(self.config))
+
+    def image(self, name: str) -> pathlib.Path:
+        """The file of an image."""
+        drawn = self.golden / "models" / "images" / f"{name}.png"
+        return drawn if drawn.is_file() else self.golden / "images" / f"{name}.jpg"
+
+    def token_ids(self, case: str) -> np.ndarray:
+        """The prompt of a case with one placeholder for each image."""
+        ids = self.arrays[f"{case}/input_ids"]
+        is_image = ids == self.config.image_token_id
+        first = is_image & ~np.append(False, is_image[:-1])
+        return np.where(is_image, IMAGE_TOKEN, ids)[~is_image | first].astype(np.int32)
+
+    def request(self, key: int, case: str, **sampling: Any) -> Request:
+        """The request of a case whose image has its name."""
+        picture = self.processor(self.image(case.rsplit("/", 1)[-1]))
+        images = (ImageInput(*picture, key=case),)
+        params = SamplingParams(max_new_tokens=8, **sampling)
+        return Request(key, self.token_ids(case), images, sampling=params)
+
+
+def load_model(config: LlavaConfig, file: pathlib.Path) -> LlavaModel:
+    """A model with the weights of a checkpoint of Hugging Face."""
+    tensors = {
+        keys.canonical_key(key, keys.Dialect.HF): value.astype(np.float32)
+        for key, value in load_file(file).items()
+    }
+    with nnx.use_eager_sharding(False):
+        model = LlavaModel(config, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+    flat = dict(nnx.to_flat_state(state))
+    for weight in keys.weights(config):
+        array = np.empty(weight.shape, np.float32)
+        parts = [array] if weight.num_layers is None else array
+        for key, part in zip(weight.keys, parts, strict=True):
+            weight.transform.checkpoint_view(part)[...] = tensors[key]
+        path = tuple(weight.path.split("."))
+        flat[path] = flat[path].replace(jnp.asarray(array))
+    if ("image_newline",) in flat:
+        newline = jnp.asarray(tensors["image_newline"])
+        flat["image_newline",] = flat["image_newline",].replace(newline)
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
