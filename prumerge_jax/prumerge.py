@@ -151,7 +151,8 @@ class VisualTokens(NamedTuple):
     """The visual tokens of a batch of images; the valid ones come first.
 
     Attributes:
-      tokens: [B, R, D] in the dtype of the input; exactly zero beyond `lengths`.
+      tokens: [B, R, D] in the dtype of the input; exactly zero beyond `lengths`. See also
+        `reductions.Reduction.weighs_tokens`.
       lengths: [B] int32, valid tokens, the extra token included, at most R. 0 for an image whose
         attention was not finite.
       patch_indices: [B, R] int32, the patch a token stands for; -1 for the extra token and padding.

@@ -240,7 +240,9 @@ def _plan(
         shape = (engine.batch_size, reduction.question_tokens)
         asked = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch)
     pool = jax.ShapeDtypeStruct(
-        (2 * engine.window_size, capacity, model.vision.width), dtype, sharding=batch
+        (2 * engine.window_size, capacity, model.vision.width + reduction.weighs_tokens),
+        dtype,
+        sharding=batch,
     )
     row = jax.ShapeDtypeStruct((engine.prefill_rows, engine.row_length), jnp.int32, sharding=batch)
     shared = questions_per_image > 1 and engine.share_prefixes

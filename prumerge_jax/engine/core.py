@@ -32,10 +32,12 @@ class Core:
         shapes: EngineShapes,
         make_planner: _MakePlanner,
         counters: Counters,
+        *,
+        key_bias: bool = False,
     ) -> None:
         self.model, self.shapes, self.counters = model, shapes, counters
         self.decoder: SlotDecoder | None = None
-        self._make_planner = make_planner
+        self._make_planner, self._key_bias = make_planner, key_bias
         self.reset()
 
     def reset(self) -> None:
@@ -102,7 +104,7 @@ class Core:
             if rows is None:
                 break
             if self.decoder is None:
-                self.decoder = SlotDecoder(self.model, self.shapes)
+                self.decoder = SlotDecoder(self.model, self.shapes, key_bias=self._key_bias)
             self.decoder.take(*rows, dropped=self._dropped)
             self._dropped -= {rows[0].requests[index].key for index in rows[1].requests}
         if self.decoder is not None:

@@ -32,7 +32,7 @@ class SlotDecoder:
       pools: the pages of each data shard.
     """
 
-    def __init__(self, model: PlacedModel, shapes: EngineShapes) -> None:
+    def __init__(self, model: PlacedModel, shapes: EngineShapes, *, key_bias: bool = False) -> None:
         self.model, self.shapes = model, shapes
         self.slots = model.commit(programs.empty_slots(slots=shapes.slots))
         pages = programs.empty_pages(
@@ -41,6 +41,7 @@ class SlotDecoder:
             pages=shapes.pool_pages,
             page_size=shapes.page_size,
             dtype=model.dtype,
+            key_bias=key_bias,
         )
         self.pages = model.commit(pages)
         self.pools = [PagePool(shapes.pool_pages // model.shards) for _ in range(model.shards)]

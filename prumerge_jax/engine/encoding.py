@@ -141,7 +141,7 @@ class Encoder:
 
     def __init__(self, model: PlacedModel, shapes: EngineShapes) -> None:
         self.model, self.shapes = model, shapes
-        self._idle: dict[int, jax.Array] = {}
+        self._idle: dict[tuple[int, int], jax.Array] = {}
 
     def places(self, reduction: Reduction) -> WindowPlaces:
         """An empty window."""
@@ -225,12 +225,13 @@ class Encoder:
                 (visual.lengths, visual.required, visual.patch_indices)
             )
         tokens = [self.model.put(visual.tokens) for visual in encoding.encoded]
-        tokens += [self._no_images(capacity)] * (batches - len(tokens))
+        width = self.model.config.vision.width + encoding.reduction.weighs_tokens
+        tokens += [self._no_images(capacity, width)] * (batches - len(tokens))
         return EncodedImages(tokens, lengths, required, patch_indices)
 
-    def _no_images(self, capacity: int) -> jax.Array:
+    def _no_images(self, capacity: int, width: int) -> jax.Array:
         """Zeros in place of a batch without images."""
-        if capacity not in self._idle:
-            shape = (self.shapes.batch_size, capacity, self.model.config.vision.width)
-            self._idle[capacity] = self.model.put(np.zeros(shape, self.model.dtype))
-        return self._idle[capacity]
+        if (capacity, width) not in self._idle:
+            shape = (self.shapes.batch_size, capacity, width)
+            self._idle[capacity, width] = self.model.put(np.zeros(shape, self.model.dtype))
+        return self._idle[capacity, width]

@@ -90,7 +90,9 @@ class Engine:
         self.image_budget = image_budget
         self.encoder = Encoder(model, shapes)
         self.counters = Counters()
-        self.core = Core(model, shapes, self._planner, self.counters)
+        self.core = Core(
+            model, shapes, self._planner, self.counters, key_bias=reduction.weighs_tokens
+        )
 
     def submit(self, request: Request) -> None:
         """Takes a request: to score if it has a continuation, else to generate from.

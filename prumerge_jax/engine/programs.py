@@ -143,13 +143,19 @@ def join(batches: list[jax.Array]) -> jax.Array:
     return constrain(stacked.reshape(-1, *stacked.shape[2:]), "batch", None, None)
 
 
-@functools.partial(jax.jit, static_argnames=("pages", "page_size", "graphdef", "dtype"))
+@functools.partial(jax.jit, static_argnames=("pages", "page_size", "graphdef", "dtype", "key_bias"))
 def empty_pages(
-    graphdef: nnx.GraphDef, state: nnx.State, *, pages: int, page_size: int, dtype: jnp.dtype
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    *,
+    pages: int,
+    page_size: int,
+    dtype: jnp.dtype,
+    key_bias: bool = False,
 ) -> KVPages:
     """A pool of `pages` pages per layer, created in its shards."""
     config = nnx.merge(graphdef, state).decoder.config
-    return attention.empty_pages(config, pages, page_size, dtype)
+    return attention.empty_pages(config, pages, page_size, dtype, key_bias=key_bias)
 
 
 @functools.partial(
@@ -188,6 +194,7 @@ def prefill(
         pages,
         places,
         branch_ids=rows.branch_ids,
+        key_bias=model.key_bias(visual_tokens, rows.visual_index),
         max_segment_length=max_segment_length,
     )
     return hidden, attention.over_shards(pages)
@@ -221,6 +228,7 @@ def hidden_before_last_mlp(
         rows.positions,
         rows.segment_ids,
         branch_ids=rows.branch_ids,
+        key_bias=model.key_bias(visual_tokens, rows.visual_index),
         max_segment_length=max_segment_length,
     )
 

@@ -38,7 +38,7 @@ from prumerge_jax.sharding.agreement import gather, is_leader
 RUN_FIGURES = frozenset(
     {"rows_failed", "images_per_second", "questions_per_second", "token_efficiency"}
     | {"computed_over_request_tokens"}
-    | {f"visual_tokens_{name}" for name in ("mean", "p50", "p95", "max")}
+    | {f"visual_tokens_{name}" for name in ("mean", "p50", "p95", "max", "cv", "below_16")}
     | {"text_tokens_mean", "new_tokens_mean"}
 )
 """Metrics that describe the run and not the answers."""
@@ -390,11 +390,15 @@ def fingerprint(
 
 
 def _count_figures(counts: np.ndarray) -> dict[str, float | None]:
-    """Mean and percentiles of the visual tokens per image."""
-    names = ("mean", "p50", "p95", "max")
+    """Mean, percentiles, coefficient of variation and share below 16 of the visual tokens per
+    image."""
+    names = ("mean", "p50", "p95", "max", "cv", "below_16")
     if not len(counts):
         return {f"visual_tokens_{name}": None for name in names}
-    figures = (counts.mean(), *np.percentile(counts, [50, 95]), counts.max())
+    mean = counts.mean()
+    spread = counts.std() / mean if mean else 0
+    percentiles = np.percentile(counts, [50, 95])
+    figures = (mean, *percentiles, counts.max(), spread, (counts < 16).mean())
     return {
         f"visual_tokens_{name}": float(value) for name, value in zip(names, figures, strict=True)
     }

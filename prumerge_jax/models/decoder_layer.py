@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from prumerge_jax.models.attention import attend
+from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm
 from prumerge_jax.models.rotary import Rotation, rotate
@@ -29,13 +30,14 @@ class PackedRows:
     Attributes:
       rotation: rotary embedding of the positions.
       segment_ids: [B, T] int32; 0 is padding.
-      branch_ids, max_segment_length: see `attention.attend`.
+      branch_ids, max_segment_length, key_bias: see `attention.attend`.
     """
 
     rotation: Rotation
     segment_ids: jax.Array
     branch_ids: jax.Array | None = None
     max_segment_length: int | None = None
+    key_bias: jax.Array | None = None
 
 
 class DecoderLayer(nnx.Module):
@@ -61,18 +63,18 @@ class DecoderLayer(nnx.Module):
 
     def attend(self, projected: QKV, rows: PackedRows) -> tuple[jax.Array, QKV]:
         """Projections of packed rows -> the attention output of every position [B, T, H, Dh], and
-        the heads it came from."""
-        q, k, v = heads = self.split_and_rotate(projected, rows.rotation)
+        the heads it came from, wider where keys have a bias."""
+        heads = self.split_and_rotate(projected, rows.rotation)
+        if rows.key_bias is not None:  # the cache keeps it with the keys
+            heads = QKV(*with_columns(*heads, rows.key_bias))
         attended = attend(
-            q,
-            k,
-            v,
+            *heads,
             segment_ids=rows.segment_ids,
             branch_ids=rows.branch_ids,
             causal=True,
             max_segment_length=rows.max_segment_length,
         )
-        return attended, heads
+        return attended[..., : self.self_attn.head_dim], heads
 
     def after_attention(
         self,

@@ -17,6 +17,7 @@ from flax import nnx
 
 from prumerge_jax.models import tuning
 from prumerge_jax.models.attention import KVPages, attend_to_pages, write_to_pages
+from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.decoder_layer import QKV, DecoderLayer, PackedRows, split_key
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, rematerialise, stack
@@ -85,6 +86,7 @@ class Llama(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         *,
+        key_bias: jax.Array | None = None,
         remat: str = "none",
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
@@ -94,13 +96,14 @@ class Llama(nnx.Module):
           x: [B, T, D] embeddings in the compute dtype.
           positions: [B, T] int32, rotary positions.
           segment_ids: [B, T] int32; 0 is padding.
+          key_bias: see `attention.attend`.
           remat: see `layers.rematerialise`; takes effect on stacked layers.
           dropout_key: where given, adapters drop their inputs (training).
 
         Returns:
           [B, T, D].
         """
-        rows = PackedRows(rotation(positions, self.config), segment_ids)
+        rows = PackedRows(rotation(positions, self.config), segment_ids, key_bias=key_bias)
         return self.norm(self._rows(x, rows, remat=remat, dropout_key=dropout_key))
 
     def prefill(
@@ -112,6 +115,7 @@ class Llama(nnx.Module):
         places: jax.Array,
         *,
         branch_ids: jax.Array | None = None,
+        key_bias: jax.Array | None = None,
         max_segment_length: int | None = None,
     ) -> tuple[jax.Array, KVPages]:
         """Final hidden states [B, T, D] of packed rows, whose keys and values go into pages.
@@ -120,10 +124,10 @@ class Llama(nnx.Module):
           x, positions, segment_ids: as in `__call__`.
           pages: the pool.
           places: [B, T] int32, see `attention.write_to_pages`.
-          max_segment_length: see `attention.attend`.
+          branch_ids, key_bias, max_segment_length: see `attention.attend`.
         """
         at = rotation(positions, self.config)
-        rows = PackedRows(at, segment_ids, branch_ids, max_segment_length)
+        rows = PackedRows(at, segment_ids, branch_ids, max_segment_length, key_bias)
 
         # The pool travels in the carry and is written in place.
         def body(
@@ -145,6 +149,7 @@ class Llama(nnx.Module):
         segment_ids: jax.Array,
         *,
         branch_ids: jax.Array | None = None,
+        key_bias: jax.Array | None = None,
         max_segment_length: int | None = None,
     ) -> PartialHidden:
         """Packed rows up to the last layer's attention; `last_mlp_at` computes the rest for some.
@@ -153,7 +158,7 @@ class Llama(nnx.Module):
         `prefill`.
         """
         at = rotation(positions, self.config)
-        rows = PackedRows(at, segment_ids, branch_ids, max_segment_length)
+        rows = PackedRows(at, segment_ids, branch_ids, max_segment_length, key_bias)
         last = self.config.num_layers - 1
         x = self._rows(x, rows, num_layers=last)
         layer = self._layer(last)
@@ -190,6 +195,7 @@ class Llama(nnx.Module):
         """
         at = rotation(positions[:, None], self.config)
         count = self.config.num_layers
+        has_bias = pages.k.shape[-1] > self.config.head_dim
 
         # The pool travels in the carry and is written in place; as a scanned input and output
         # all of it would be copied at every step.
@@ -197,9 +203,12 @@ class Llama(nnx.Module):
             carry: tuple[jax.Array, KVPages], layer: DecoderLayer, index: Index, _: None
         ) -> tuple[tuple[jax.Array, KVPages], None]:
             x, pages = carry
-            q, k, v = layer.split_and_rotate(_projection_barrier(layer.qkv_projections(x)), at)
-            pages = write_to_pages(pages, k, v, index, count, places[:, None])
-            attended = attend_to_pages(q, pages, index, count, tables, lengths)
+            heads = layer.split_and_rotate(_projection_barrier(layer.qkv_projections(x)), at)
+            if has_bias:
+                heads = QKV(*with_columns(*heads, jnp.zeros(x.shape[:2])))
+            pages = write_to_pages(pages, heads.k, heads.v, index, count, places[:, None])
+            attended = attend_to_pages(heads.q, pages, index, count, tables, lengths)
+            attended = attended[..., : self.config.head_dim]
             x = layer.feed_forward(layer.add_attention_output(x, attended))
             return (x, pages), None
 

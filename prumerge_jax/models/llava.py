@@ -64,6 +64,7 @@ class LlavaModel(nnx.Module):
         Args:
           ids: [rows, T] int32, any value where a visual token goes.
           visual_tokens: [B, R, Dv], reduced and not yet projected; its dtype is the compute dtype.
+            May have one column more, which `key_bias` reads.
           visual_index: [rows, T] int32, b * R + r of the visual token at this position, -1 for
             text and padding, -2 for a newline, of models that have one. [rows, T, K] where a token
             is interpolated from K projected ones; the first says what is at the position.
@@ -74,7 +75,8 @@ class LlavaModel(nnx.Module):
         """
         text = self.decoder.embed(ids, visual_tokens.dtype)
         # Tokens are gathered before projection, so that slots no row uses cost nothing.
-        visual = self.projector(gather_visual_tokens(visual_tokens, visual_index))
+        features = visual_tokens[..., : self.vision.config.width]
+        visual = self.projector(gather_visual_tokens(features, visual_index))
         if visual_weight is not None:
             visual = (visual * visual_weight[..., None].astype(visual.dtype)).sum(axis=2)
             visual_index = visual_index[..., 0]
@@ -83,6 +85,21 @@ class LlavaModel(nnx.Module):
             return x
         newline = self.image_newline[...].astype(x.dtype)
         return jnp.where(visual_index[..., None] == NEWLINE, newline, x)
+
+    def key_bias(self, visual_tokens: jax.Array, visual_index: jax.Array) -> jax.Array | None:
+        """What attention adds to the logits of visual tokens, [rows, T] float32: the logarithm of
+        the patches in each, 0 for text. None where tokens carry none.
+
+        Arguments as in `embed_rows`.
+        """
+        width = self.vision.config.width
+        if visual_tokens.shape[-1] == width:
+            return None
+        if visual_index.ndim == 3:
+            visual_index = visual_index[..., 0]
+        return gather_visual_tokens(visual_tokens[..., width:], visual_index)[..., 0].astype(
+            jnp.float32
+        )
 
 
 def encode_images(

@@ -106,6 +106,14 @@ class Reduction(Protocol):
         """M: most tokens of a question; above 0 if `needs` has `question`."""
         return 0
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens stand for several patches, and attention is to know how many.
+
+        `reduce` then returns tokens of width D + 1, with the logarithm of the number last.
+        """
+        return False
+
     def capacity_for(self, num_patches: int) -> int:
         """R: token slots per image of `num_patches` patches."""
         ...

@@ -16,6 +16,7 @@ from prumerge_jax.options import Bounds, check
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.reductions import greedy
 from prumerge_jax.reductions.base import (
+    Assignment,
     Evidence,
     Reduction,
     all_available,
@@ -67,6 +68,9 @@ class SetRule(Reduction):
       factor: of the count of outliers.
       min_tokens, max_tokens: bounds on adaptive counts; None is no bound.
       capacity: R; None is the most that an image can need.
+      merge: `mean` averages every other patch into the kept one that it is most similar to.
+      size_bias: whether the decoder adds log(patches in a token) to its attention logits, as if
+        each patch were still there; takes effect on merged tokens.
     """
 
     tokens: Tokens = 64
@@ -75,6 +79,8 @@ class SetRule(Reduction):
     min_tokens: Tokens = 1
     max_tokens: Tokens | None = None
     capacity: Tokens | None = None
+    merge: Literal["none", "mean"] = "none"
+    size_bias: bool = True
 
     def __post_init__(self) -> None:
         check(self)
@@ -92,6 +98,11 @@ class SetRule(Reduction):
     def reads_attention(self) -> bool:
         """Whether the CLS attention decides anything."""
         return self.adaptive == "attention"
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether patches are merged, and the decoder is told how many."""
+        return self.merge == "mean" and self.size_bias
 
     def capacity_for(self, num_patches: int) -> int:
         """R: the capacity that was asked for, or the most tokens that an image can need."""
@@ -135,7 +146,20 @@ class SetRule(Reduction):
         patch_indices = selection.patch_in_slot(
             selection.in_slot(chosen, selection.count_before(chosen), steps)
         )
-        return kept_rows(evidence.hidden, patch_indices, required.astype(jnp.int32))
+        visual = kept_rows(evidence.hidden, patch_indices, required.astype(jnp.int32))
+        if self.merge == "none":
+            return visual
+        everywhere = all_available(evidence)
+        return merge_mean(evidence.hidden, visual, everywhere, with_size=self.size_bias)
+
+    def explain(self, evidence: Evidence) -> Assignment:
+        """Kept patches, and for the others the kept one that takes them in."""
+        shown = super().explain(evidence)
+        if self.merge == "none":
+            return shown
+        clean = without_nan(evidence, shown.required >= 0)
+        target = nearest_slot(clean.hidden, shown.patch_indices, all_available(clean))
+        return shown._replace(targets=jnp.where(shown.required[:, None] > 0, target, -1))
 
     def required(self, evidence: Evidence, order: Order) -> jax.Array:
         """Number of tokens that every image needs, [B] int32; may be above the capacity."""
@@ -279,6 +303,43 @@ class IdSelection(SetRule):
         score = unit_range(evidence.attention, available)
         similarity = greedy.cosines(evidence.hidden)
         return Order(greedy.soft_suppression(score, similarity, available, steps, gamma=self.gamma))
+
+
+def nearest_slot(hidden: jax.Array, patch_indices: jax.Array, available: jax.Array) -> jax.Array:
+    """The slot of the kept patch that is most similar to each patch, [B, N] int32.
+
+    Args:
+      hidden: [B, N, D].
+      patch_indices: [B, R] int32, the kept patches, -1 for an empty slot.
+      available: [B, N] bool; others have the slot -1.
+    """
+    similarity = greedy.cosines(selection.rows(hidden, patch_indices), hidden)
+    similarity = jnp.where((patch_indices >= 0)[..., None], similarity, -jnp.inf)
+    own = patch_indices[..., None] == jnp.arange(hidden.shape[1])
+    nearest = jnp.argmax(jnp.where(own, jnp.inf, similarity), axis=1)
+    return jnp.where(available, nearest, -1).astype(jnp.int32)
+
+
+def merge_mean(
+    hidden: jax.Array, kept: VisualTokens, available: jax.Array, *, with_size: bool
+) -> VisualTokens:
+    """Means of the kept patches and of those nearest to each.
+
+    Args:
+      hidden: [B, N, D].
+      kept: unmerged patches.
+      available: [B, N] bool, patches that are no padding.
+      with_size: whether log(patches in a token) follows as one more column.
+    """
+    slot_of = nearest_slot(hidden, kept.patch_indices, available)
+    valid = jnp.arange(kept.patch_indices.shape[1]) < kept.lengths[:, None]
+    joins = (slot_of[:, None] == jnp.arange(valid.shape[1])[:, None]) & valid[..., None]
+    size = jnp.maximum(joins.sum(-1, keepdims=True), 1).astype(jnp.float32)
+    means = selection.weighted_sum(joins / size, hidden).astype(hidden.dtype)
+    tokens = jnp.where(size > 1, means, kept.tokens)
+    if with_size:
+        tokens = jnp.concatenate([tokens, jnp.log(size).astype(tokens.dtype)], axis=-1)
+    return kept._replace(tokens=jnp.where(valid[..., None], tokens, 0))
 
 
 def unit_range(score: jax.Array, available: jax.Array) -> jax.Array:

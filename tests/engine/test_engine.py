@@ -127,7 +127,8 @@ def row_logits(
     """Logits [1, T, V] of rows whose padding has segment 0."""
     model = nnx.merge(graphdef, state)
     x = model.embed_rows(ids, visual, index)
-    hidden = model.decoder(x, jnp.arange(ids.shape[1])[None], segments)
+    bias = model.key_bias(visual, index)
+    hidden = model.decoder(x, jnp.arange(ids.shape[1])[None], segments, key_bias=bias)
     return model.decoder.logits(hidden)
 
 
@@ -136,14 +137,15 @@ def naive_logits(
 ) -> jax.Array:
     """Logits [T, V] of one request alone in its row, straight through the model."""
     index = np.full(len(tokens), -1)
-    capacity = reductions.parse(reduction).capacity_for(CONFIG.vision.num_patches)
-    visual = jnp.zeros((1, capacity, CONFIG.vision.width))
+    parsed = reductions.parse(reduction)
+    width = CONFIG.vision.width + parsed.weighs_tokens
+    visual = jnp.zeros((1, parsed.capacity_for(CONFIG.vision.num_patches), width))
     ids = tokens
     if request.images:
         reduced = programs.encode(
             *nnx.split(model),
             jnp.asarray(request.images[0].crops),
-            reduction=reductions.parse(reduction),
+            reduction=parsed,
             dtype=jnp.dtype(jnp.float32),
         )
         count = int(reduced.lengths[0])
@@ -173,15 +175,16 @@ def test_scores_equal_one_at_a_time(model: LlavaModel) -> None:
         assert answer.usage.text_tokens == len(request.token_ids) - len(request.images)
 
 
-def test_generation_equals_one_at_a_time_recomputation(model: LlavaModel) -> None:
+@pytest.mark.parametrize("reduction", ["prumerge", "cover:tokens=4,merge=mean"])
+def test_generation_equals_one_at_a_time_recomputation(model: LlavaModel, reduction: str) -> None:
     """Packed prefill, slots and cache against a full forward pass per token."""
     requests = make_requests(7, seed=1, max_new_tokens=9)
-    got = by_key(make_engine(model).generate(requests))
+    got = by_key(make_engine(model, reduction=reduction).generate(requests))
     lengths = set()
     for request in requests[:4]:
         tokens, reason = request.token_ids, "length"
         for _ in range(9):
-            token = int(naive_logits(model, request, tokens, "prumerge")[-1].argmax())
+            token = int(naive_logits(model, request, tokens, reduction)[-1].argmax())
             if token in CONFIG.eos_token_ids:
                 reason = "stop"
                 break

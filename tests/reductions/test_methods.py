@@ -25,6 +25,9 @@ SPELLINGS = [
     "prumerge:heads=mean,neighbours=5",
     "prumerge+:added_patches=lattice_fixed,neighbours=5",
     "prumerge-iterative:tokens=5,neighbours=3",
+    "cover:tokens=7,merge=mean",
+    "divprune:tokens=7,merge=mean,size_bias=False",
+    "cover:adaptive=coverage,threshold=0.7,merge=mean",
 ]
 ORDERED = ["cover", "divprune", "dpp", "evocut", "hired", "idselection", "mmtok", "top"]
 
@@ -155,3 +158,29 @@ def test_one_compilation_serves_every_batch_of_a_size(spelling: str) -> None:
     for seed in range(3):
         reduce(evidence_of(np.random.default_rng(seed), batch=3), reductions.parse(spelling))
     assert reduce._cache_size() == before + 1
+
+
+def test_merged_tokens_are_means_of_what_is_nearest_and_know_their_size() -> None:
+    evidence = evidence_of(np.random.default_rng(9))
+    plain, merged, bare = (
+        reduce(evidence, reductions.parse(f"cover:tokens=7{more}"))
+        for more in ("", ",merge=mean", ",merge=mean,size_bias=False")
+    )
+    targets = jax.jit(reductions.explain, static_argnames="reduction")(
+        evidence, reductions.parse("cover:tokens=7,merge=mean")
+    ).targets
+    assert merged.tokens.shape[-1] == WIDTH + 1
+    np.testing.assert_array_equal(merged.tokens[..., :WIDTH], bare.tokens)
+    np.testing.assert_array_equal(merged.patch_indices, plain.patch_indices)
+    unit = np.asarray(evidence.hidden, np.float64)
+    unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+    for image in range(BATCH):
+        kept = np.asarray(plain.patch_indices[image])
+        nearest = np.argmax(unit[image] @ unit[image][kept].T, axis=1)
+        nearest[kept] = np.arange(7)
+        np.testing.assert_array_equal(targets[image], nearest)
+        for slot in range(7):
+            members = np.asarray(evidence.hidden[image])[nearest == slot]
+            np.testing.assert_allclose(bare.tokens[image, slot], members.mean(0), atol=1e-5)
+            size = np.exp(merged.tokens[image, slot, WIDTH])
+            np.testing.assert_allclose(size, len(members), rtol=1e-5)

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from prumerge_jax.models import tuning
 from prumerge_jax.models.attention import paged_kernels, paged_xla
+from prumerge_jax.models.attention.key_bias import widened
 from prumerge_jax.models.attention.shards import HEADS, on_shards
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.sharding.mesh import Axes, divisible_spec, logical_spec
@@ -88,13 +89,16 @@ def empty_pages(
     page_size: int,
     dtype: jnp.dtype,
     *,
+    key_bias: bool = False,
     implementation: str | None = None,
 ) -> KVPages:
-    """A pool of zeros: `pages` pages in every layer, on a mesh over all its data shards."""
-    form = _form(dtype, config.head_dim, implementation)
+    """A pool of zeros: `pages` pages in every layer, on a mesh over all its data shards; with room
+    for a bias of every key (`key_bias.py`)."""
+    head_dim = widened(config.head_dim) if key_bias else config.head_dim
+    form = _form(dtype, head_dim, implementation)
     count, heads = config.num_layers * pages, config.num_kv_heads
     leading = (heads, count) if form.heads_first else (count, heads)
-    zeros = jnp.zeros((*leading, page_size, config.head_dim), dtype)
+    zeros = jnp.zeros((*leading, page_size, head_dim), dtype)
     return over_shards(KVPages(zeros, zeros), implementation=implementation)
 
 

@@ -65,6 +65,7 @@ def hidden_states(
         constrain(x, "batch", None, None),
         batch.positions,
         batch.segment_ids,
+        key_bias=model.key_bias(batch.visual_tokens, batch.visual_index),
         remat=remat,
         dropout_key=dropout_key,
     )
@@ -172,7 +173,8 @@ def abstract_rows(config: TrainConfig, shards: int) -> RowBatch:
       shards: number of data shards of the mesh.
     """
     row = jax.ShapeDtypeStruct((config.run.rows_per_shard * shards, config.row_length), jnp.int32)
-    tokens = (config.batch_size, visual_capacity(config), config.sizes.vision.width)
+    width = config.sizes.vision.width + run_reduction(config).weighs_tokens
+    tokens = (config.batch_size, visual_capacity(config), width)
     visual = jax.ShapeDtypeStruct(tokens, jnp.dtype(config.dtype))
     return RowBatch(row, row, row, row, row, visual)
 

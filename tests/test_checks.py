@@ -1,0 +1,46 @@
+"""`python -m prumerge_jax.cli.checks`."""
+
+import pathlib
+
+import pytest
+
+from prumerge_jax import reductions
+from prumerge_jax.cli import checks
+from tests.tiny_llava import write_tiny_llava
+
+
+@pytest.mark.parametrize("name", checks.REDUCTIONS)
+def test_every_check_names_reductions(name: str) -> None:
+    assert len(reductions.parse_list(checks.REDUCTIONS[name])) >= 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir=x"], "--check is missing: one of attention"),
+        (["--workdir=x", "--check=counts"], "--check counts: expected one of attention"),
+        (["--check=minimum"], "--workdir is missing"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        checks.main(["checks.py", *arguments])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ["weight", "robustness"])
+def test_a_check_prints_its_table(tmp_path: pathlib.Path, capsys, check: str) -> None:
+    model = write_tiny_llava(tmp_path / "tiny")
+    with pytest.raises(SystemExit) as ended:
+        checks.main(
+            ["checks.py", f"--check={check}", f"--workdir={tmp_path / 'run'}", "--scenes=2",
+             f"--checkpoint={model}", "--reduction=full prumerge"]
+        )  # fmt: skip
+    assert not ended.value.code, ended.value.code
+    out = capsys.readouterr().out
+    if check == "weight":
+        assert "below_16" in out
+        assert "cover_tokens=18_merge=mean" in out
+    else:
+        header = next(line for line in out.splitlines() if line.startswith("accuracy, % of clean"))
+        assert header.split()[-5:] == ["clean", "noise", "blur", "clutter", "contrast"]
