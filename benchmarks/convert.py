@@ -32,8 +32,9 @@ from prumerge_jax.conversion.hf_files import hf_config
 from prumerge_jax.conversion.keys import Dialect
 from prumerge_jax.conversion.safetensors_io import ShardedWriter
 from prumerge_jax.conversion.tensor_files import TensorInfo
+from prumerge_jax.families import published
 from prumerge_jax.models import config_json
-from prumerge_jax.models.config import LlavaConfig, published
+from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.sharding.mesh import make_mesh
 from prumerge_jax.store import model_directory as directory
 from prumerge_jax.training.weights import llava_module
@@ -44,7 +45,7 @@ DEVICES = 8
 def write_random_checkpoint(config: LlavaConfig, folder: pathlib.Path) -> int:
     """A checkpoint of random bfloat16 numbers; returns its bytes of tensors."""
     folder.mkdir(parents=True)
-    shapes = keys.expected_shapes(keys.weights(config)) | keys.unused_tower_tensors(config.vision)
+    shapes = keys.expected_shapes(keys.weights(config)) | keys.unused_tower_tensors(config)
     infos = {
         keys.dialect_key(key, Dialect.HF, config): TensorInfo(shape, np.dtype(jnp.bfloat16))
         for key, shape in shapes.items()

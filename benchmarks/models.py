@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig, published
+from prumerge_jax.families import published
+from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig
 from prumerge_jax.models.llava import LlavaModel, inference_layout
 

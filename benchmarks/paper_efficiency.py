@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from prumerge_jax.cost.roofline import CHIPS, Chip, Operation
-from prumerge_jax.models.config import TextConfig, decoder_linears, published
+from prumerge_jax.families import published
+from prumerge_jax.models.config import TextConfig, decoder_linears
 
 VICUNA_VOCABULARY = 32000
 

@@ -42,7 +42,7 @@ from prumerge_jax.data.pipeline import Preprocessor
 from prumerge_jax.data.samples import Sample
 from prumerge_jax.data.templates import chat_template
 from prumerge_jax.data.tokenizer import load_tokenizer, tokenizer_file
-from prumerge_jax.models.config import published
+from prumerge_jax.families import published
 
 SIZE = published("llava-1.5-7b").vision.image_size
 IMAGES = 16
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--mode", default="pad", choices=("pad", "crop"))
-    parser.add_argument("--images", type=int, default=500, help="timed, per number of workers")
+    parser.add_argument("--images", type=int, default=200, help="timed, per number of workers")
     parser.add_argument("--most_workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--training_text_tokens", type=int, default=200, help="per sample")

@@ -5,7 +5,8 @@ import dataclasses
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from prumerge_jax.models.config import LlavaConfig, published
+from prumerge_jax.families import published
+from prumerge_jax.models.config import LlavaConfig
 
 
 def training() -> ConfigDict:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from prumerge_jax import reductions, sharding
 from prumerge_jax.conversion import download as downloads
 from prumerge_jax.conversion.miniature import model_directory
-from prumerge_jax.data.images import ImageSource
+from prumerge_jax.data.images import ImageMode, ImageProcessor, ImageSource
 from prumerge_jax.data.packing import PositionIds
 from prumerge_jax.data.pictures import PictureMode, PictureProcessor, default_mode
 from prumerge_jax.data.templates import TEMPLATES, Template, chat_template
@@ -39,6 +39,7 @@ from prumerge_jax.engine.build import (
     named_image,
     requests_of,
 )
+from prumerge_jax.engine.embeddings import embed
 from prumerge_jax.engine.encoding import PlacedModel, compute_dtype, data_shards
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.pages import pages_that_fit
@@ -374,6 +375,26 @@ class Llava:
         is_patch = patches >= 0
         place = np.append(np.where(is_patch, np.cumsum(is_patch) - 1, -1), -1)  # of target -1: -1
         return Explanation(pixels, patches[is_patch], place[targets].astype(np.int32))
+
+    def embed(
+        self,
+        images: Sequence[ImageSource],
+        *,
+        reduction: ReductionLike = "prumerge",
+        image_mode: ImageMode = "pad",
+    ) -> Iterator[np.ndarray]:
+        """What the decoder receives of each image, float32 [n, width]; n differs by image.
+
+        Raises:
+          ImageError: an image cannot be used.
+          ValueError: the reduction reads the question.
+        """
+        side, mean = self.image_size(reduction), self.config.vision.pixel_mean
+        processor = ImageProcessor(side, mean, image_mode)
+        named = [named_image(image, f"image {number}") for number, image in enumerate(images)]
+        pixels = (processor(source, name) for name, source in named)
+        with self.placed():
+            yield from embed(self._model, pixels, as_reduction(reduction))
 
     def engine(
         self,

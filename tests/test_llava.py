@@ -93,7 +93,7 @@ def test_a_score_is_the_sum_over_its_tokens(
     from prumerge_jax.engine.build import Draft
     from prumerge_jax.engine.request import Request
 
-    draft = Draft(0, np.array(ids, np.int32), (), np.array(continuation, np.int32))
+    draft = Draft(0, np.array(ids, np.int32), continuation=np.array(continuation, np.int32))
     engine = model.engine("full", [draft])
     for i in range(len(continuation)):
         prompt = np.array(ids + continuation[:i], np.int32)
@@ -207,7 +207,7 @@ def test_sharded_model_scores_the_same(
         engine=EngineConfig(batch_size=4, window_size=8, row_length=256, prefill_rows=4, slots=4),
     )
     kernel = sharded._model.state["decoder"]["layers"][0]["mlp"]["up_proj"]["kernel"][...]
-    assert kernel.sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
+    assert sorted(kernel.sharding.spec) == ["fsdp", "tensor"]  # CPUs have [out, in]
     texts = ["a cat"] * 3
     np.testing.assert_allclose(
         sharded.score(images, PROMPTS, texts), model.score(images, PROMPTS, texts), atol=1e-4

@@ -11,7 +11,8 @@ from prumerge_jax.conversion import miniature
 from prumerge_jax.digits import questions as digits_questions
 from prumerge_jax.digits.benchmark import Digits
 from prumerge_jax.prumerge import PruMergeConfig, preset
-from prumerge_jax.store.model_directory import verify
+from prumerge_jax.store.manifest import read_manifest
+from prumerge_jax.store.model_directory import read_array, verify
 
 SCENES = 100
 
@@ -58,6 +59,20 @@ def test_it_is_unpacked_once_and_is_intact(directory: pathlib.Path) -> None:
     assert miniature.model_directory("miniature", directory.parent) == directory
     assert (directory / "manifest.json").stat() == before
     assert miniature.model_directory(directory) == directory
+
+
+def test_the_adapter_for_any_budget_is_merged_and_changes_the_decoder_alone(
+    directory: pathlib.Path,
+) -> None:
+    adapted = miniature.model_directory("miniature-any-budget", directory.parent)
+    verify(adapted)
+    paths = sorted(read_manifest(directory).arrays)
+    assert paths == sorted(read_manifest(adapted).arrays)
+    changed = [
+        path for path in paths if (read_array(directory, path) != read_array(adapted, path)).any()
+    ]
+    assert len(changed) == 7
+    assert all(path.startswith("decoder.layers.") for path in changed)
 
 
 @pytest.mark.slow

@@ -1,14 +1,22 @@
-"""What plans assume of the data: the mean number of visual tokens per image of each reduction."""
+"""What plans assume of the data: the mean number of visual tokens per image of each reduction, and
+the largest image."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from prumerge_jax import reductions
-from prumerge_jax.models.config import VisionConfig
+from prumerge_jax.data.anyres import Window, shrunk_size
+from prumerge_jax.data.layout import Layout
+from prumerge_jax.engine.shapes import most_visual_tokens
+from prumerge_jax.models.config import LlavaConfig, VisionConfig
+from prumerge_jax.reductions import Reduction
 
 PUBLISHED = {"prumerge": 40, "prumerge+": 144, "random": 40, "uniform": 40}
 """Means over images of 576 patches, from the paper (arXiv 2403.15388); the baselines keep as many
 tokens as `prumerge`."""
 PUBLISHED_PATCHES = 576
+ASSUMED_CROPS = 5
+"""Crops of an image of 640 x 480 at dynamic resolution."""
 KEEP_THE_COUNT = frozenset(
     {"capacity", "merge", "neighbours", "order", "pool", "ranking", "seed", "similarity"}
 )
@@ -49,3 +57,33 @@ def mean_visual_tokens(spelling: str, vision: VisionConfig) -> MeanTokens:
     if mean > capacity:
         return MeanTokens(capacity, "its capacity")
     return MeanTokens(mean, f"the paper's mean for {name}")
+
+
+def mean_of_image(spelling: str, model: LlavaConfig) -> MeanTokens:
+    """`mean_visual_tokens` of all crops of an image, of which a plan assumes `ASSUMED_CROPS` where
+    the model takes several."""
+    mean, reason = mean_visual_tokens(spelling, model.vision)
+    if not model.image_grid_pinpoints:
+        return MeanTokens(mean, reason)
+    return MeanTokens(ASSUMED_CROPS * mean, f"{reason}, in {ASSUMED_CROPS} crops")
+
+
+def largest_layout(model: LlavaConfig, reduction: Reduction) -> Layout:
+    """The layout of most visual tokens that an image's size can lead to."""
+    return max(_layouts(model), key=lambda layout: most_visual_tokens(reduction, layout))
+
+
+def _layouts(model: LlavaConfig) -> Iterator[Layout]:
+    """Every layout that an image's size can lead to, and none that has fewer tokens."""
+    grid, side = model.vision.grid, model.vision.image_size
+    if not model.image_grid_pinpoints:
+        yield Layout(grid)
+    for height, width in model.image_grid_pinpoints:
+        tiles = (height // side, width // side)
+        rows, columns = tiles[0] * grid, tiles[1] * grid
+        # An image fills its resolution in one direction.
+        windows = [Window(0, row, 0, columns) for row in range(1, rows + 1)]
+        windows += [Window(0, rows, 0, column) for column in range(1, columns)]
+        for window in windows:
+            shape = shrunk_size(window, grid, model.anyres_max)
+            yield Layout(grid, tiles, window, shape, newline=model.image_newline)

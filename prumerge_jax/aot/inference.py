@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from prumerge_jax.aot.assumptions import MeanTokens, mean_visual_tokens
+from prumerge_jax.aot.assumptions import MeanTokens, largest_layout, mean_of_image
 from prumerge_jax.aot.compile import (
     CAVEAT,
     Program,
@@ -32,10 +32,11 @@ from prumerge_jax.aot.compile import (
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
 from prumerge_jax.cost.roofline import FRONT_TOKENS, Operation, Workload
+from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.request import Opening
-from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit
+from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit, most_visual_tokens
 from prumerge_jax.models import attention
 from prumerge_jax.models.attention import KVPages, tokens_read
 from prumerge_jax.models.attention.pages import form_for
@@ -67,6 +68,7 @@ class InferencePlan:
       reduction: its spelling.
       dtype: dtype of weights and computation.
       visual_tokens: assumed mean per image.
+      largest: the layout of most visual tokens, which the shapes have room for.
       shapes: shapes of the programs.
       programs: encode, read (scoring), prefill and decode, one run each.
       work: by program, what it computes on all chips together, by the cost model.
@@ -81,6 +83,7 @@ class InferencePlan:
     reduction: str
     dtype: jnp.dtype
     visual_tokens: MeanTokens
+    largest: Layout
     shapes: EngineShapes
     programs: tuple[Program, ...]
     work: Mapping[str, Operation]
@@ -117,7 +120,9 @@ class InferencePlan:
             f"tokens per image ({self.visual_tokens.reason}), {self.questions_per_image} "
             f"question(s) about each and {ASSUMED_TEXT_TOKENS} tokens of text: "
             f"{self.prompts:.0f} prompts in the rows of a read or prefill",
-            f"{self.shapes.batch_size} images, {self.shapes.prefill_rows} rows of "
+            f"the largest image: {self.largest.num_crops} crop(s), "
+            f"{most_visual_tokens(parse(self.reduction), self.largest)} visual tokens at most",
+            f"{self.shapes.batch_size} crops, {self.shapes.prefill_rows} rows of "
             f"{self.shapes.row_length}, {self.shapes.slots} slots with "
             f"{_valid_tokens(self.visual_tokens):.4g} tokens each, {self.shapes.pool_pages} pages "
             f"of {self.shapes.page_size}, for sequences of up to {self.shapes.cache_length}",
@@ -163,11 +168,12 @@ def plan_inference(
       DoesNotFit: no mesh of the slice has the memory.
     """
     page_size = engine.page_size or BY_PLATFORM["tpu"].page_size
+    resized = _resized(model, parse(reduction))
     shapes = fit(
         dataclasses.replace(engine, page_size=page_size),
         parse(reduction),
-        _resized(model, parse(reduction)).vision.num_patches,
-        _openings(questions_per_image),
+        resized.vision.num_patches,
+        _openings(questions_per_image, largest_layout(resized, parse(reduction))),
         max_new_tokens=ASSUMED_NEW_TOKENS,
         max_positions=model.text.max_positions,
         shards=mesh["data"] * mesh["fsdp"],
@@ -183,14 +189,14 @@ def plan_inference(
     return dataclasses.replace(plan, rejected=rejected)
 
 
-def _openings(questions_per_image: int) -> list[Opening]:
+def _openings(questions_per_image: int, layout: Layout) -> list[Opening]:
     """Questions about a few images, with text in front of the image as a chat template has it."""
     openings = []
     for number in range(ASSUMED_IMAGES * questions_per_image if questions_per_image > 1 else 1):
         image = number // questions_per_image
         behind = ASSUMED_TEXT_TOKENS - FRONT_TOKENS
         token_ids = [*[1] * FRONT_TOKENS, IMAGE_TOKEN, *[2 + number] * behind]
-        openings.append(Opening(np.array(token_ids), (image,)))
+        openings.append(Opening(np.array(token_ids), (image,), (layout,)))
     return openings
 
 
@@ -223,7 +229,7 @@ def _plan(
 ) -> InferencePlan:
     mesh = mesh_on(topology.devices, **sizes)
     graphdef, state = _abstract_state(model, mesh, dtype)
-    visual_tokens = mean_visual_tokens(spelling, model.vision)
+    visual_tokens = mean_of_image(spelling, model)
     reduction = parse(spelling)
     model = _resized(model, reduction)
     batch = NamedSharding(mesh, logical_spec("batch"))
@@ -285,6 +291,7 @@ def _plan(
         spelling,
         dtype,
         visual_tokens,
+        largest_layout(model, reduction),
         engine,
         compiled,
         _work(model, engine, visual_tokens),

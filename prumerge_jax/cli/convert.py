@@ -137,7 +137,10 @@ def _import(folder: pathlib.Path, values: flags.FlagValues) -> None:
 
     from prumerge_jax.conversion.checkpoint_reader import Sources, open_model
     from prumerge_jax.conversion.convert import convert
-    from prumerge_jax.conversion.tokenizer_file import missing_tokenizer_warning
+    from prumerge_jax.conversion.tokenizer_file import (
+        missing_tokenizer_warning,
+        unknown_template_warning,
+    )
     from prumerge_jax.conversion.verify import check_comparable, compare_with_torch
 
     tower, projector, adapter = (
@@ -162,7 +165,9 @@ def _import(folder: pathlib.Path, values: flags.FlagValues) -> None:
         report = convert(model, output, dtype=dtype, progress=bar.update)
     print(f"{output}: {report.summary()}")
     if not model.has_tokenizer:
-        print(missing_tokenizer_warning(output), file=sys.stderr)
+        print(missing_tokenizer_warning(output, model.tokenizer_name), file=sys.stderr)
+    if model.config.chat_template is None:
+        print(unknown_template_warning(output), file=sys.stderr)
     if values.verify:
         comparison = compare_with_torch(model, output)
         print(comparison.summary())

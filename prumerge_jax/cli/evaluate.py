@@ -76,7 +76,7 @@ def _plan(config: ConfigDict, slice_name: str, questions_per_image: int) -> int:
     from prumerge_jax.engine.encoding import compute_dtype
     from prumerge_jax.evaluation.benchmarks.base import Benchmark
     from prumerge_jax.evaluation.config import engine_config
-    from prumerge_jax.models.config import published
+    from prumerge_jax.families import published
 
     jax.config.update("jax_platforms", "cpu")  # leaves a TPU of this machine free
     spellings = reductions.parse_list(config.reduction or Benchmark.reductions)

@@ -9,18 +9,18 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from prumerge_jax.conversion import keys, peft
 from prumerge_jax.conversion.detect import Detection, Kind, detect
 from prumerge_jax.conversion.hf_config import (
-    Section,
     keeps_in_file_tower,
-    parse_clip,
-    parse_hf,
     parse_llava,
-    parse_text,
+    parse_tower,
     with_processor,
+    with_stops,
 )
-from prumerge_jax.conversion.hf_files import OPENAI_TOWER
+from prumerge_jax.conversion.hf_files import OPENAI_TOWER, SIGLIP_TOWER
 from prumerge_jax.conversion.input_folder import check_folder
 from prumerge_jax.conversion.keys import Dialect
 from prumerge_jax.conversion.safetensors_io import SafetensorsFile, open_safetensors
@@ -32,8 +32,16 @@ from prumerge_jax.conversion.tensor_files import (
     load_object,
     open_indexed,
 )
-from prumerge_jax.conversion.tokenizer_file import TOKENIZER, check_tokenizer
+from prumerge_jax.conversion.tokenizer_file import (
+    BPE_TOKENIZER,
+    TOKENIZER,
+    check_bpe_tokenizer,
+    check_tokenizer,
+)
 from prumerge_jax.conversion.torch_bin import TorchFile
+from prumerge_jax.families.decoders import parse_text
+from prumerge_jax.families.fields import Section
+from prumerge_jax.families.towers import SIGLIP_SO400M
 from prumerge_jax.models.config import LlavaConfig, VisionConfig
 
 # Files of a checkpoint that text processing reads, and those that image processing reads. They
@@ -86,8 +94,15 @@ class OpenedModel:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether there is the `tokenizer.model` that `Llava.load` needs."""
-        return any(path.name == TOKENIZER for path in self.companions)
+        """Whether there is the tokenizer that `Llava.load` needs."""
+        names = {path.name for path in self.companions}
+        return TOKENIZER in names or self.tokenizer_name in names
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The tokenizer's file: Qwen2 and Llama-3 have byte-level BPE, the others SentencePiece."""
+        is_bpe = self.config.chat_template in ("qwen_1_5", "llava_llama_3")
+        return BPE_TOKENIZER if is_bpe else TOKENIZER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +175,8 @@ class _Opener:
         for file in companions:
             if file.name == TOKENIZER:
                 check_tokenizer(file, config.text.vocab_size)
+            elif file.name == BPE_TOKENIZER:
+                check_bpe_tokenizer(file, config.text.vocab_size)
         adapter = self.open_adapter(config, kind) if self.sources.adapter else None
         return OpenedModel(
             config,
@@ -176,13 +193,39 @@ class _Opener:
         self.refuse_part("--vision_tower", self.sources.vision_tower)
         self.refuse_part("--projector", self.sources.projector)
         where = folder / "config.json"
-        config = parse_hf(load_object(where), str(where))
-        config = dataclasses.replace(config, vision=with_processor(folder, config.vision))
-        expected = keys.expected_shapes(keys.weights(config)) | keys.unused_tower_tensors(
-            config.vision
-        )
-        self.add(self.open_weights(folder), Dialect.HF, expected, folder)
+        family = self.detections[folder].family
+        assert family is not None  # `detect` found one
+        config = family.parse(Section(load_object(where), str(where)))
+        config = with_stops(folder, with_processor(folder, config))
+        expected = keys.expected_shapes(keys.weights(config)) | keys.unused_tower_tensors(config)
+        self.add_model(self.open_weights(folder), Dialect.HF, expected, folder, config)
         return config
+
+    def add_model(
+        self,
+        checkpoint: Checkpoint,
+        dialect: Dialect,
+        expected: Mapping[str, tuple[int, ...]],
+        folder: pathlib.Path,
+        config: LlavaConfig,
+        leave_out: Callable[[str], str | None] = keys.ignored_reason,
+    ) -> None:
+        """As `add`; a tied head, which files may hold or not, must be the embedding."""
+
+        def without_head(canonical: str) -> str | None:
+            if config.text.tied_head and canonical == "lm_head.weight":
+                return "tied: the embedding, bit for bit"
+            return leave_out(canonical)
+
+        self.add(checkpoint, dialect, expected, folder, without_head)
+        for key, reason in self.ignored.items():
+            if reason.startswith("tied"):
+                embedding = self.tensors["language_model.embed_tokens.weight"].read()
+                if not np.array_equal(checkpoint.read(key), embedding):
+                    raise ConversionError(
+                        f"{folder}: {key} is not the embedding, although tie_word_embeddings is "
+                        "true: expected the same values, or no such tensor"
+                    )
 
     def open_llava(self, folder: pathlib.Path) -> LlavaConfig:
         self.refuse_part("--projector", self.sources.projector)
@@ -201,10 +244,11 @@ class _Opener:
                 return "unfreeze_mm_vision_tower is not set: mm_vision_tower is used instead"
             return keys.ignored_reason(canonical)
 
-        self.add(self.open_weights(folder), Dialect.LLAVA, expected, folder, leave_out)
+        checkpoint = self.open_weights(folder)
+        self.add_model(checkpoint, Dialect.LLAVA, expected, folder, config, leave_out)
         if not in_file:
             self.open_tower(config.vision)
-        return config
+        return with_stops(folder, config)
 
     def open_llama(self, folder: pathlib.Path) -> LlavaConfig:
         multimodal = self.sources.projector or self.sources.adapter
@@ -219,7 +263,9 @@ class _Opener:
         values = load_object(where)
         config = parse_llava(values, str(where), self.vision_config(values, in_file=False))
         own = folder / "config.json"
-        text = parse_text(Section(load_object(own), str(own)))
+        plain = Section(load_object(own), str(own))
+        plain.require("tie_word_embeddings", [False])
+        text = parse_text(plain)
         if text != config.text:
             raise ConversionError(f"{where} describes {config.text}, {own} describes {text}")
         decoder = keys.expected_shapes(keys.decoder_weights(text))
@@ -299,6 +345,8 @@ class _Opener:
                 f"{self.sources.folder} holds a vision tower of other sizes than {OPENAI_TOWER}: "
                 f"add --vision_tower {exported}"
             )
+        if values.get("mm_vision_tower") == SIGLIP_TOWER:
+            return SIGLIP_SO400M
         if values.get("mm_vision_tower") != OPENAI_TOWER:
             raise ConversionError(
                 f"mm_vision_tower is {values.get('mm_vision_tower')!r:.80}, of unknown sizes: "
@@ -309,7 +357,8 @@ class _Opener:
     def read_vision_config(self, folder: pathlib.Path) -> VisionConfig:
         check_folder(folder)
         where = folder / "config.json"
-        return with_processor(folder, parse_clip(load_object(where), str(where)))
+        vision = parse_tower(load_object(where), str(where))
+        return with_processor(folder, LlavaConfig(vision=vision)).vision
 
     def add(
         self,
@@ -376,7 +425,7 @@ class _Opener:
 
 
 def _tower_shapes(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
-    return keys.expected_shapes(keys.vision_weights(vision)) | keys.unused_tower_tensors(vision)
+    return keys.expected_shapes(keys.vision_weights(vision)) | keys.unused_of_tower(vision)
 
 
 def _check_dtypes(tensors: Mapping[str, StoredTensor]) -> None:

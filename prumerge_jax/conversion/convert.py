@@ -71,9 +71,7 @@ def convert(
             writer.write_array(weight.path, array)
             report.add(weight, tensors, array.dtype)
             del array  # before the next one is allocated
-        unused = {
-            key: tensors[key].read() for key in keys.unused_tower_tensors(model.config.vision)
-        }
+        unused = {key: tensors[key].read() for key in keys.unused_tower_tensors(model.config)}
         writer.write_file(UNUSED_TOWER_TENSORS, encode(unused))
         report.unused_tower_tensors = len(unused)
         progress(sum(array.nbytes for array in unused.values()))

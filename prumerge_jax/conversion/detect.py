@@ -5,8 +5,11 @@ import enum
 import pathlib
 from typing import Any
 
+from prumerge_jax import families
+from prumerge_jax.conversion.hf_config import ORIGINALS
 from prumerge_jax.conversion.input_folder import check_folder, hub_cache_hint
 from prumerge_jax.conversion.tensor_files import ConversionError, load_object
+from prumerge_jax.families import Family
 from prumerge_jax.store.manifest import FORMAT, MANIFEST, MAX_MANIFEST_BYTES
 
 
@@ -14,7 +17,7 @@ class Kind(enum.Enum):
     """The kinds of directory that conversion can read."""
 
     OURS = "a model directory of this package"
-    HF = "a llava-hf checkpoint (LlavaForConditionalGeneration)"
+    HF = "a checkpoint of transformers (llava-hf)"
     LLAVA = "an original LLaVA checkpoint (LlavaLlamaForCausalLM)"
     LLAMA = "a plain LLaMA or Vicuna"
     PEFT = "a LoRA adapter directory of PEFT"
@@ -24,20 +27,19 @@ class Kind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """What was found and the file or field that says so."""
+    """What was found and the file or field that says so; of an HF checkpoint also its family."""
 
     kind: Kind
     reason: str
+    family: Family | None = None
 
 
 # Families with the same kinds of files that need another model than this package has.
 _UNSUPPORTED_ARCHITECTURES = {
-    "LlavaNext": "LLaVA-NeXT (v1.6)",
-    "LlavaOnevision": "LLaVA-OneVision",
-    "VideoLlava": "Video-LLaVA",
-    "LlavaMistral": "LLaVA on Mistral",
+    "LlavaNextVideo": "LLaVA-NeXT-Video",
     "LlavaMpt": "LLaVA on MPT",
-    "LlavaQwen": "LLaVA on Qwen",
+    "LlavaGemma": "LLaVA on Gemma",
+    "LlavaMixtral": "LLaVA on Mixtral",
 }
 _UNSUPPORTED_FIELDS = {
     "mm_image_tower": "Video-LLaVA",
@@ -75,21 +77,24 @@ def detect(folder: pathlib.Path) -> Detection:
 def _by_config(config: dict[str, Any], folder: pathlib.Path) -> Detection:
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list) else []
-    if "LlavaForConditionalGeneration" in names:
-        return Detection(Kind.HF, "config.json names LlavaForConditionalGeneration")
-    if "LlavaLlamaForCausalLM" in names or "mm_vision_tower" in config:
-        sign = "names LlavaLlamaForCausalLM" if names else "has mm_vision_tower"
+    family = families.find(config)
+    if family is not None and family.architecture in names:
+        return Detection(Kind.HF, f"config.json names {family.architecture}", family)
+    if (own := [name for name in names if name in ORIGINALS]) or "mm_vision_tower" in config:
+        sign = f"names {own[0]}" if own else "has mm_vision_tower"
         return Detection(Kind.LLAVA, f"config.json {sign}")
     model_type = config.get("model_type")
     if model_type in ("clip", "clip_vision_model"):
         return Detection(Kind.CLIP, f"config.json has model_type {model_type}")
-    if "text_config" in config and "vision_config" in config:
-        return Detection(Kind.HF, "config.json has text_config and vision_config")
+    if family is not None and "text_config" in config and "vision_config" in config:
+        sign = f"has text_config and vision_config, of {family.title}"
+        return Detection(Kind.HF, f"config.json {sign}", family)
     if "LlamaForCausalLM" in names or model_type == "llama":
         return Detection(Kind.LLAMA, "config.json describes a LlamaForCausalLM")
     raise ConversionError(
         f"{folder / 'config.json'}: architectures {str(architectures)[:80]}, model_type "
-        f"{str(model_type)[:80]}: neither LLaVA-1.5, LLaMA nor CLIP"
+        f"{str(model_type)[:80]}: none of "
+        f"{', '.join(family.title for family in families.FAMILIES.values())}, LLaMA, CLIP"
     )
 
 
@@ -103,10 +108,6 @@ def _refuse_other_families(config: dict[str, Any], folder: pathlib.Path) -> None
     for field, family in _UNSUPPORTED_FIELDS.items():
         if config.get(field):
             raise ConversionError(f"{where}: {field} says {family}, which is not supported")
-    if config.get("mm_patch_merge_type") == "spatial_unpad":
-        raise ConversionError(
-            f"{where}: mm_patch_merge_type spatial_unpad says LLaVA-NeXT, which is not supported"
-        )
 
 
 def _has_weights(folder: pathlib.Path) -> bool:

@@ -17,7 +17,9 @@ from prumerge_jax.conversion.keys import Dialect, Weight
 from prumerge_jax.conversion.peft import merged
 from prumerge_jax.conversion.safetensors_io import SafetensorsFile, ShardedWriter
 from prumerge_jax.conversion.tensor_files import ConversionError, TensorInfo
+from prumerge_jax.conversion.tokenizer_file import BPE_TOKENIZER, TOKENIZER
 from prumerge_jax.conversion.torch_bin import encode
+from prumerge_jax.families import family_of
 from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig, decoder_linears
 from prumerge_jax.store import model_directory as directories
@@ -77,9 +79,9 @@ class StoredModel:
     def unused(self) -> dict[str, np.ndarray]:
         """The tower's tensors that LLaVA never uses; zeros in a model that never had them."""
         file = self.unused_file()
-        shapes = keys.unused_tower_tensors(self.config.vision)
+        shapes = keys.unused_tower_tensors(self.config)
         if file is None:
-            dtype = self.manifest.arrays["vision.class_embedding"].dtype
+            dtype = self.manifest.arrays["vision.position_embedding"].dtype
             return {key: np.zeros(shape, dtype) for key, shape in shapes.items()}
         source = SafetensorsFile(file)
         matched = keys.assign(source.tensors, Dialect.HF, shapes, str(file))
@@ -120,6 +122,11 @@ def export_model(
     if adapter is not None and not merge:
         raise ConversionError(f"{folder} holds adapters: use --merge, or --to=peft")
     model = StoredModel(folder)
+    if dialect is Dialect.LLAVA and model.config.family != "llava_1_5":
+        raise ConversionError(
+            f"{folder} is a {family_of(model.config).title}, which --to=hf writes; --to=llava is "
+            "for LLaVA-1.5"
+        )
     config = (_with_image_token if dialect is Dialect.HF else _without_image_token)(model.config)
     files = _hf_files(config) if dialect is Dialect.HF else _llava_files(config)
     table, unused = keys.weights(model.config), model.unused()
@@ -146,11 +153,13 @@ def export_model(
             writer.write(keys.dialect_key(key, dialect, config), tensor)
             progress(tensor.nbytes)
         writer.finish()
+        if (folder / BPE_TOKENIZER).is_file() and not (folder / TOKENIZER).is_file():
+            del files["tokenizer_config.json"]  # it would describe LLaMA's
         _write_files(staged.path, files)
         if config == model.config:  # else tokens were added or dropped
             _copy_text_files(folder, staged.path, TEXT_FILES)
         else:
-            _copy_text_files(folder, staged.path, ("tokenizer.model",))
+            _copy_text_files(folder, staged.path, (TOKENIZER,))
         _write_files(staged.path, {REPORT: _report(model, config, len(infos), merge)})
 
 
@@ -225,6 +234,11 @@ def _with_adapter(model: StoredModel, weight: Weight) -> Iterator[tuple[str, np.
 def _with_image_token(config: LlavaConfig) -> LlavaConfig:
     if config.image_token_id is not None:
         return config
+    if family_of(config).takes_video:
+        raise ConversionError(
+            f"the model is an original {family_of(config).title} without ids for images and "
+            "videos, which --to=hf needs; convert a checkpoint of transformers"
+        )
     image = config.text.vocab_size
     rows = -(-(image + 2) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     text = dataclasses.replace(config.text, vocab_size=rows)
@@ -257,8 +271,8 @@ def _hf_files(config: LlavaConfig) -> dict[str, dict[str, Any]]:
     return {
         "config.json": outputs.hf_config(config),
         "generation_config.json": outputs.generation_config(config),
-        "preprocessor_config.json": outputs.image_processor(config.vision),
-        "processor_config.json": outputs.llava_processor(config.vision),
+        "preprocessor_config.json": outputs.image_processor(config),
+        "processor_config.json": outputs.processor(config),
         "tokenizer_config.json": outputs.tokenizer_config(config),
     }
 
@@ -267,12 +281,12 @@ def _llava_files(config: LlavaConfig) -> dict[str, dict[str, Any]]:
     return {
         "config.json": outputs.llava_config(config),
         "generation_config.json": outputs.generation_config(config),
-        "preprocessor_config.json": outputs.image_processor(config.vision),
+        "preprocessor_config.json": outputs.image_processor(config),
         "tokenizer_config.json": outputs.tokenizer_config(config),
         # Sizes of the tower, which the original config does not hold. Where they are not those of
         # OpenAI's, this folder is given as `--vision_tower` when the directory is read again.
         "vision_tower/config.json": outputs.clip_config(config.vision),
-        "vision_tower/preprocessor_config.json": outputs.image_processor(config.vision),
+        "vision_tower/preprocessor_config.json": outputs.image_processor(config),
     }
 
 

@@ -1,131 +1,53 @@
-"""`config.json` of PyTorch checkpoints, parsed by whitelist into a `LlavaConfig`.
+"""`config.json` and processor files of PyTorch checkpoints, read into a `LlavaConfig`."""
 
-Fields that only steer training, caching or the Python side of transformers are not read.
-Every field that would change a result is read, or must have the one value that is supported.
-"""
-
+import ast
+import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from prumerge_jax.conversion.tensor_files import ConversionError, load_object
-from prumerge_jax.models.config import CLIP_MEAN, CLIP_STD, LlavaConfig, TextConfig, VisionConfig
-from prumerge_jax.models.config_json import from_json
+from prumerge_jax.families import family_of
+from prumerge_jax.families.base import check_tokens, grid_pinpoints
+from prumerge_jax.families.decoders import DECODERS, parse_text, stop_ids, token_ids
+from prumerge_jax.families.fields import Section, built
+from prumerge_jax.families.llava_next import chat_template
+from prumerge_jax.families.llava_onevision import anyres_max
+from prumerge_jax.families.towers import parse_clip
+from prumerge_jax.models.config import CLIP_MEAN, CLIP_STD, MAX_STOP_IDS, LlavaConfig, VisionConfig
 from prumerge_jax.models.llava import projector_depth
-from prumerge_jax.store.strict_json import to_json
 
-_ABSENT = object()
-_TOO_LARGE = 1 << 62
-_VISION_ACTIVATIONS = ("quick_gelu", "gelu")
-
-
-class Section:
-    """One object of a configuration file, read field by field with defaults and types."""
-
-    def __init__(self, values: Any, where: str) -> None:
-        if not isinstance(values, Mapping):
-            raise ConversionError(f"{where}: expected an object, got {type(values).__name__}")
-        self.values = values
-        self.where = where
-
-    def get(self, names: str | Sequence[str], kind: type, default: Any) -> Any:
-        """A field under one of several spellings.
-
-        Raises:
-          ConversionError: of another type, or two spellings disagree.
-        """
-        names = [names] if isinstance(names, str) else names
-        found = {name: self.values[name] for name in names if name in self.values}
-        if not found:
-            return default
-        name, value = next(iter(found.items()))
-        if any(other != value for other in found.values()):
-            raise ConversionError(f"{self.where}: {' and '.join(found)} disagree")
-        if value is None and default is None:
-            return None
-        accepted = (int, float) if kind is float else (kind,)
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise ConversionError(
-                f"{self.where}: {name} is {value!r:.80}, expected {kind.__name__}"
-            )
-        if isinstance(value, int) and abs(value) >= _TOO_LARGE:
-            raise ConversionError(f"{self.where}: {name} is {value!r:.80}, out of all bounds")
-        return value
-
-    def require(self, name: str, supported: Sequence[Any], default: Any = _ABSENT) -> Any:
-        """A field of which only some values are supported; absent means `default`.
-
-        Raises:
-          ConversionError: another value; the message says which are supported.
-        """
-        value = self.values.get(name, supported[0] if default is _ABSENT else default)
-        if not any(value == s and type(value) is type(s) for s in supported):
-            expected = " or ".join(repr(s) for s in supported)
-            raise ConversionError(
-                f"{self.where}: {name} is {value!r:.80}; only {expected} is supported"
-            )
-        return value
-
-    def section(self, name: str) -> "Section":
-        """A nested object; absent or null means empty."""
-        nested = self.values.get(name)
-        return Section({} if nested is None else nested, f"{self.where}: {name}")
-
-
-def parse_hf(values: Any, where: str) -> LlavaConfig:
-    """The config of a `LlavaForConditionalGeneration`, as transformers 4.x or 5.x writes it.
-
-    Absent fields have the defaults of transformers' LlavaConfig, LlamaConfig and CLIPVisionConfig.
-
-    Raises:
-      ConversionError: a field is malformed, out of bounds, or asks for something unsupported.
-    """
-    top = Section(values, where)
-    top.require("projector_hidden_act", ["gelu"])
-    top.require("multimodal_projector_bias", [True])
-    top.require("vision_feature_layer", [-2])
-    top.require("vision_feature_select_strategy", ["default"])
-    top.require("tie_word_embeddings", [False])
-    top.require("quantization_config", [None])
-    text_section = top.section("text_config")
-    image_token_id = top.get(["image_token_index", "image_token_id"], int, 32000)
-    pad = top.get("pad_token_id", int, None)
-    config = LlavaConfig(
-        vision=(
-            VisionConfig()
-            if top.values.get("vision_config") is None
-            else parse_vision(top.section("vision_config"))
-        ),
-        text=parse_text(text_section),
-        projector="mlp2x_gelu",
-        image_token_id=image_token_id,
-        pad_token_id=text_section.get("pad_token_id", int, None) if pad is None else pad,
-        bos_token_id=text_section.get("bos_token_id", int, 1),
-        eos_token_ids=stop_ids(text_section, (2,)),
-    )
-    for name in ("image_token_id", "pad_token_id"):
-        token = getattr(config, name)
-        if token is not None and not 0 <= token < config.text.vocab_size:
-            raise ConversionError(
-                f"{where}: {name} {token} is outside the vocabulary of {config.text.vocab_size}"
-            )
-    return _refusing(from_json, LlavaConfig, to_json(config), where)
+# Ids that end an answer in the chat templates of published vocabularies.
+_TEMPLATE_STOPS = {"qwen_1_5": 151645, "llava_llama_3": 128009}
+# Decoders of the original code by the architecture of its files.
+ORIGINALS = {
+    "LlavaLlamaForCausalLM": "llama",
+    "LlavaMistralForCausalLM": "mistral",
+    "LlavaQwenForCausalLM": "qwen2",
+}
+# Sides that the original code takes grids like "(1x1),...,(6x6)" times.
+_GRID_SIDES = (224, 336, 384, 448, 512)
 
 
 def parse_llava(values: Any, where: str, vision: VisionConfig) -> LlavaConfig:
-    """The config of a `LlavaLlamaForCausalLM`; the tower's sizes come from its config.
+    """The config of an original LLaVA, LLaVA-NeXT or LLaVA-OneVision.
+
+    Args:
+      values: `config.json`, parsed.
+      where: names it.
+      vision: the tower's sizes, which come from its own config.
 
     Raises:
       ConversionError: a field is malformed, out of bounds, or asks for something unsupported.
     """
     top = Section(values, where)
-    top.require("mm_vision_select_layer", [-2])
+    if vision.cls_token:  # the code for SigLIP takes the last layer, whatever this says
+        top.require("mm_vision_select_layer", [-2])
     top.require("mm_vision_select_feature", ["patch"])
     top.require("mm_use_im_start_end", [False])
     # The reference takes an absent field as true, and adds a token to the vocabulary.
     top.require("mm_use_im_patch_token", [False], default=True)
-    top.require("mm_patch_merge_type", ["flat"])
-    top.require("image_aspect_ratio", ["square", "pad", None])
     top.require("s2", [False])
     projector = top.get("mm_projector_type", str, "linear")
     try:
@@ -137,31 +59,90 @@ def parse_llava(values: Any, where: str, vision: VisionConfig) -> LlavaConfig:
         raise ConversionError(
             f"{where}: mm_hidden_size is {hidden}, the vision tower's width is {vision.width}"
         )
-    config = LlavaConfig(
+    names = top.get("architectures", list, [])
+    model_type = next((ORIGINALS[name] for name in names if name in ORIGINALS), "llama")
+    text = parse_text(top, model_type, tied=top.get("tie_word_embeddings", bool, False))
+    config = built(
+        LlavaConfig,
+        where,
         vision=vision,
-        text=parse_text(top),
+        text=text,
         projector=projector,
         image_token_id=None,
         pad_token_id=None,
-        bos_token_id=top.get("bos_token_id", int, 1),
-        eos_token_ids=stop_ids(top, (2,)),
+        **token_ids(top, DECODERS[model_type]),
+        **_original_family(top, vision, text.model_type),
     )
-    return _refusing(from_json, LlavaConfig, to_json(config), where)
+    if config.family == "llava_next":
+        config = dataclasses.replace(config, chat_template=chat_template(text))
+    check_tokens(config, where)
+    return config
 
 
-def stop_ids(section: Section, default: tuple[int, ...]) -> tuple[int, ...]:
-    """`eos_token_id`, which is one id or a list.
-
-    Raises:
-      ConversionError: it is neither.
-    """
-    value = section.values.get("eos_token_id", list(default))
-    ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+def _original_family(top: Section, vision: VisionConfig, model_type: str) -> dict[str, Any]:
+    """What tells LLaVA-NeXT and LLaVA-OneVision from LLaVA-1.5 in the original's fields."""
+    aspect = top.get("image_aspect_ratio", str, None)
+    if aspect is None or not aspect.startswith("anyres"):
+        top.require("mm_patch_merge_type", ["flat"])
+        top.require("image_aspect_ratio", ["square", "pad", None])
+        if model_type != "llama":
+            raise ConversionError(
+                f"{top.where}: image_aspect_ratio is {aspect!r:.80} with a {model_type} decoder; "
+                "only 'anyres' and 'anyres_max_N' are supported there"
+            )
+        return {}
+    top.require("mm_patch_merge_type", ["spatial_unpad"], default="flat")
+    top.require("mm_newline_position", ["one_token"])
+    top.require("mm_spatial_pool_mode", ["bilinear", None])
+    top.require("add_faster_video", [False])
+    own: dict[str, Any] = {
+        "family": "llava_next",
+        "image_newline": True,
+        "image_grid_pinpoints": _original_pinpoints(top, vision.image_size),
+        "anyres_source": "original",
+    }
+    if aspect == "anyres":
+        if not vision.cls_token:
+            raise ConversionError(
+                f"{top.where}: image_aspect_ratio 'anyres' with a SigLIP tower; only "
+                "'anyres_max_N' is supported there"
+            )
+        return own
+    if model_type != "qwen2":
         raise ConversionError(
-            f"{section.where}: eos_token_id is {value!r:.80}, expected an id or a list of ids"
+            f"{top.where}: image_aspect_ratio is {aspect!r:.80} with a {model_type} decoder; only "
+            "'anyres' is supported there"
         )
-    return tuple(dict.fromkeys(ids))
+    own["anyres_max"] = anyres_max(top, "image_aspect_ratio", aspect)
+    return own | {"family": "llava_onevision", "chat_template": "qwen_1_5"}
+
+
+def _original_pinpoints(top: Section, side: int) -> tuple[tuple[int, int], ...]:
+    """`image_grid_pinpoints` of the original code, which has (width, height), as a list or a
+    string: a literal list, or `(1x1),...,(6x6)` times the tower's side."""
+    value = top.values.get("image_grid_pinpoints")
+    if isinstance(value, str) and "x" in value:
+        counts = [tuple(map(int, pair)) for pair in re.findall(r"\((\d{1,2})x(\d{1,2})\)", value)]
+        if not counts or side not in _GRID_SIDES:
+            raise ConversionError(
+                f"{top.where}: image_grid_pinpoints is {value!r:.80} for a tower of {side}; "
+                f"expected '(1x1),...,(6x6)' and a side among {_GRID_SIDES}"
+            )
+        (first_w, first_h), (last_w, last_h) = counts[0], counts[-1]
+        value = [
+            [width * side, height * side]
+            for width in range(first_w, last_w + 1)
+            for height in range(first_h, last_h + 1)
+        ]
+    elif isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise ConversionError(
+                f"{top.where}: image_grid_pinpoints is {value!r:.80}; expected a list of pairs"
+            ) from None
+    section = Section({"image_grid_pinpoints": value}, top.where)
+    return tuple((height, width) for width, height in grid_pinpoints(section, [], side))
 
 
 def keeps_in_file_tower(values: Mapping[str, Any]) -> bool:
@@ -172,129 +153,105 @@ def keeps_in_file_tower(values: Mapping[str, Any]) -> bool:
     )
 
 
-def parse_clip(values: Any, where: str) -> VisionConfig:
+def parse_tower(values: Any, where: str) -> VisionConfig:
     """The config of a CLIPModel or CLIPVisionModel.
 
     Raises:
-      ConversionError: as `parse_hf`.
+      ConversionError: as `parse_llava`.
     """
     top = Section(values, where)
-    return parse_vision(top.section("vision_config") if "vision_config" in top.values else top)
+    return parse_clip(top.section("vision_config") if "vision_config" in top.values else top)
 
 
-def parse_text(section: Section) -> TextConfig:
-    """The fields of a LlamaConfig.
+def with_stops(folder: pathlib.Path, config: LlavaConfig) -> LlavaConfig:
+    """Adds the stop ids of `generation_config.json` and of the chat template.
 
     Raises:
-      ConversionError: as `parse_hf`.
+      ConversionError: an id is outside the vocabulary, or there is none.
     """
-    section.require("model_type", ["llama", "llava", "llava_llama"])
-    section.require("hidden_act", ["silu"])
-    for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
-        section.require(name, [False])
-    for name in ("rope_scaling", "sliding_window", "quantization_config"):
-        section.require(name, [None])
-    section.require("partial_rotary_factor", [1.0])
-    heads = section.get("num_attention_heads", int, 32)
-    width = section.get("hidden_size", int, 4096)
-    kv_heads = section.get("num_key_value_heads", int, None)
-    head_dim = section.get("head_dim", int, None)
-    if heads < 1 or (head_dim is None and width % heads):
+    ids, where = config.eos_token_ids, str(folder / "config.json")
+    if (path := folder / "generation_config.json").is_file():
+        where = str(path)
+        ids = stop_ids(Section(load_object(path), where), ids)
+    template_stop = _TEMPLATE_STOPS.get(config.chat_template or "")
+    if template_stop is not None and template_stop < config.text.vocab_size:
+        ids = tuple(dict.fromkeys((*ids, template_stop)))
+    if not 1 <= len(ids) <= MAX_STOP_IDS:
         raise ConversionError(
-            f"{section.where}: hidden_size {width} is not a multiple of num_attention_heads {heads}"
+            f"{where}: eos_token_id gives {len(ids)} stop ids; expected 1 to {MAX_STOP_IDS}"
         )
-    return _built(
-        section,
-        TextConfig,
-        vocab_size=section.get("vocab_size", int, 32000),
-        width=width,
-        mlp_width=section.get("intermediate_size", int, 11008),
-        num_layers=section.get("num_hidden_layers", int, 32),
-        num_heads=heads,
-        num_kv_heads=heads if kv_heads is None else kv_heads,
-        head_dim=width // heads if head_dim is None else head_dim,
-        rope_theta=_rope_theta(section),
-        rms_norm_eps=float(section.get("rms_norm_eps", float, 1e-6)),
-        max_positions=section.get("max_position_embeddings", int, 2048),
-    )
+    config = dataclasses.replace(config, eos_token_ids=ids)
+    check_tokens(config, where)
+    return config
 
 
-def parse_vision(section: Section) -> VisionConfig:
-    """The fields of a CLIPVisionConfig.
-
-    Raises:
-      ConversionError: as `parse_hf`.
-    """
-    section.require("model_type", ["clip_vision_model", "clip"])
-    section.require("num_channels", [3])
-    return _built(
-        section,
-        VisionConfig,
-        image_size=section.get("image_size", int, 224),
-        patch_size=section.get("patch_size", int, 32),
-        width=section.get("hidden_size", int, 768),
-        mlp_width=section.get("intermediate_size", int, 3072),
-        num_layers=section.get("num_hidden_layers", int, 12),
-        num_heads=section.get("num_attention_heads", int, 12),
-        layer_norm_eps=float(section.get("layer_norm_eps", float, 1e-5)),
-        activation=section.require("hidden_act", _VISION_ACTIVATIONS),
-    )
-
-
-def with_processor(folder: pathlib.Path, vision: VisionConfig) -> VisionConfig:
+def with_processor(folder: pathlib.Path, config: LlavaConfig) -> LlavaConfig:
     """Adds pixel mean and deviation from the processor files of a checkpoint, if it has them.
 
     Raises:
       ConversionError: they ask for other pixels, or for another number of image tokens, than this
         package would make.
     """
-    pixels = None
+    spec, vision, pixels = family_of(config).processor, config.vision, None
     if (path := folder / "processor_config.json").is_file():
         processor = Section(load_object(path), str(path))
-        # transformers' default is 0, with which 575 places meet 576 features.
-        processor.require("num_additional_image_tokens", [1])
-        processor.require("vision_feature_select_strategy", ["default", None])
-        processor.require("patch_size", [vision.patch_size, None])
+        for name, expected in spec.expected(vision).items():
+            missing_is_wrong = name.startswith("num_")
+            processor.require(name, [expected] if missing_is_wrong else [expected, None])
+        _check_aspect(processor, config)
         if "image_processor" in processor.values:  # transformers 5.x
             pixels = processor.section("image_processor")
     if (path := folder / "preprocessor_config.json").is_file():
         pixels = Section(load_object(path), str(path))
     if pixels is None:
-        return vision
-    for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"):
+        return config
+    if missing := [name for name in spec.needs if pixels.values.get(name) is None]:
+        raise ConversionError(
+            f"{pixels.where}: {missing[0]} is missing; the image processor's own default makes "
+            f"other pixels than {family_of(config).title}'s"
+        )
+    for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
         pixels.require(name, [True, None])
-    pixels.require("do_pad", [False, None])
+    pixels.require("do_center_crop", [spec.crops, None])
+    pixels.require("do_pad", spec.do_pad)
     pixels.require("resample", [3, None])
     factor = pixels.get("rescale_factor", float, 1 / 255)
     if abs(factor * 255 - 1) > 1e-6:
         raise ConversionError(f"{pixels.where}: rescale_factor is {factor}, expected 1/255")
     side = vision.image_size
     square = {"height": side, "width": side}
-    pixels.require("size", [{"shortest_edge": side}, side, square])
-    pixels.require("crop_size", [square, side])
+    if spec.crops:
+        pixels.require("size", [{"shortest_edge": side}, side, square])
+        pixels.require("crop_size", [square, side])
+    else:
+        pixels.require("size", [square, side])
+    _check_grid(pixels, config)
     mean, std = (
-        pixels.get(name, list, list(default))
+        tuple(pixels.get(name, list, list(default)))
         for name, default in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
     )
-    values = to_json(vision) | {"pixel_mean": mean, "pixel_std": std}
-    return _refusing(from_json, VisionConfig, values, pixels.where)
+    pixel_vision = built(
+        VisionConfig,
+        pixels.where,
+        **{
+            field.name: getattr(vision, field.name)
+            for field in dataclasses.fields(vision)
+            if not field.name.startswith("pixel_")
+        },
+        pixel_mean=mean,
+        pixel_std=std,
+    )
+    return dataclasses.replace(config, vision=pixel_vision)
 
 
-def _rope_theta(section: Section) -> float:
-    """`rope_theta` of transformers 4.x, or `rope_parameters` of 5.x."""
-    rope = section.section("rope_parameters")
-    if rope.require("rope_type", ["default"]) != "default" or len(rope.values) > 2:
-        raise ConversionError(f"{rope.where}: scaled rotary embeddings are not supported")
-    return float(rope.get("rope_theta", float, section.get("rope_theta", float, 10000.0)))
+def _check_grid(pixels: Section, config: LlavaConfig) -> None:
+    """The processor cuts tiles by its own list, the model packs features by the config's."""
+    own = [list(pair) for pair in config.image_grid_pinpoints]
+    if own and config.anyres_source == "hf":
+        pixels.require("image_grid_pinpoints", [own])
+    _check_aspect(pixels, config)
 
 
-def _built(section: Section, kind: type, **fields: Any) -> Any:
-    return _refusing(from_json, kind, to_json(kind()) | fields, section.where)
-
-
-def _refusing(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function of our model's configuration, whose errors are the checkpoint's here."""
-    try:
-        return function(*arguments)
-    except ValueError as error:
-        raise ConversionError(str(error)[:300]) from None
+def _check_aspect(section: Section, config: LlavaConfig) -> None:
+    if config.anyres_max is not None:
+        section.require("vision_aspect_ratio", [f"anyres_max_{config.anyres_max}", None])

@@ -3,13 +3,28 @@
 from typing import Any
 
 from prumerge_jax.conversion.tensor_files import ConversionError
+from prumerge_jax.families import family_of
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 
 OPENAI_TOWER = "openai/clip-vit-large-patch14-336"
+SIGLIP_TOWER = "google/siglip-so400m-patch14-384"
+# Fields of one decoder's configuration alone.
+_OWN_FIELDS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False},
+}
+# Fields of `config.json` that the image processor must have too.
+_SHARED_WITH_PROCESSOR = ("image_grid_pinpoints", "vision_aspect_ratio")
+_DECODER_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
 
 
 def hf_config(config: LlavaConfig) -> dict[str, Any]:
-    """`config.json` of a LlavaForConditionalGeneration, for transformers 4 and 5 alike.
+    """`config.json` of a family's class in transformers, for transformers 4 and 5 alike.
 
     Raises:
       ConversionError: a projector that transformers' LLaVA does not have, or no image token.
@@ -20,24 +35,25 @@ def hf_config(config: LlavaConfig) -> dict[str, Any]:
         )
     if config.image_token_id is None:
         raise ConversionError("the model has no image token id, which llava-hf needs")
+    family, vision, text = family_of(config), config.vision, config.text
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "image_token_index": config.image_token_id,
-        "image_seq_length": config.vision.num_patches,
         "pad_token_id": config.pad_token_id,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": False,
+        "vision_feature_layer": vision.feature_layer,
+        "vision_feature_select_strategy": "default" if vision.cls_token else "full",
+        "tie_word_embeddings": text.tied_head,
+        **family.fields(config),
         "text_config": {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            **_text_fields(config.text),
+            "architectures": [_DECODER_CLASSES[text.model_type]],
+            "model_type": text.model_type,
+            **_text_fields(text),
             **_ends(config),
         },
-        "vision_config": clip_config(config.vision),
+        "vision_config": clip_config(vision) if vision.cls_token else siglip_config(vision),
     }
 
 
@@ -84,34 +100,58 @@ def clip_config(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-def image_processor(vision: VisionConfig) -> dict[str, Any]:
-    """`preprocessor_config.json` of a CLIPImageProcessor."""
-    side = vision.image_size
+def siglip_config(vision: VisionConfig) -> dict[str, Any]:
+    """`config.json` of a SiglipVisionModel."""
     return {
-        "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor",
+        "architectures": ["SiglipVisionModel"],
+        "model_type": "siglip_vision_model",
+        "hidden_size": vision.width,
+        "intermediate_size": vision.mlp_width,
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.num_heads,
+        "num_channels": 3,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "layer_norm_eps": vision.layer_norm_eps,
+        "hidden_act": "gelu_pytorch_tanh",
+        "vision_use_head": False,
+    }
+
+
+def image_processor(config: LlavaConfig) -> dict[str, Any]:
+    """`preprocessor_config.json` of the family's image processor."""
+    spec, vision = family_of(config).processor, config.vision
+    side = vision.image_size
+    square = {"height": side, "width": side}
+    crop = {"do_center_crop": True, "crop_size": square} if spec.crops else {}
+    own = family_of(config).fields(config)
+    return {
+        "image_processor_type": spec.kind,
+        "processor_class": spec.processor,
         "do_resize": True,
-        "size": {"shortest_edge": side},
+        "size": {"shortest_edge": side} if spec.crops else square,
         "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
+        **crop,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(vision.pixel_mean),
         "image_std": list(vision.pixel_std),
         "do_convert_rgb": True,
+        **({"do_pad": spec.do_pad[0]} if spec.do_pad[0] is not None else {}),
+        **{name: own[name] for name in _SHARED_WITH_PROCESSOR if name in own},
     }
 
 
-def llava_processor(vision: VisionConfig) -> dict[str, Any]:
-    """`processor_config.json` of a LlavaProcessor."""
+def processor(config: LlavaConfig) -> dict[str, Any]:
+    """`processor_config.json` of the family's processor."""
+    spec = family_of(config).processor
+    aspect = family_of(config).fields(config).get("vision_aspect_ratio")
     return {
-        "processor_class": "LlavaProcessor",
+        "processor_class": spec.processor,
         "image_token": "<image>",
-        "num_additional_image_tokens": 1,
-        "patch_size": vision.patch_size,
-        "vision_feature_select_strategy": "default",
+        **spec.expected(config.vision),
+        **({} if aspect is None else {"vision_aspect_ratio": aspect}),
     }
 
 
@@ -192,10 +232,24 @@ def _text_fields(text: TextConfig) -> dict[str, Any]:
         "num_key_value_heads": text.num_kv_heads,
         "head_dim": text.head_dim,
         "rope_theta": text.rope_theta,
+        **_rope_scaling(text),
         "rms_norm_eps": text.rms_norm_eps,
         "max_position_embeddings": text.max_positions,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": text.tied_head,
+        **_OWN_FIELDS[text.model_type],
     }
+
+
+def _rope_scaling(text: TextConfig) -> dict[str, Any]:
+    scaling = text.rope_scaling
+    if scaling is None:
+        return {}
+    fields = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        fields |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    return {"rope_scaling": fields}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 
 from prumerge_jax.conversion.tensor_files import ConversionError, TensorInfo, listing
+from prumerge_jax.families import family_of
 from prumerge_jax.models.config import (
     LlavaConfig,
     TextConfig,
@@ -25,8 +26,8 @@ from prumerge_jax.models.llava import projector_depth
 class Dialect(enum.Enum):
     """A way of naming the same tensors."""
 
-    HF = "llava-hf"  # LlavaForConditionalGeneration, every generation of transformers
-    LLAVA = "liuhaotian"  # LlavaLlamaForCausalLM; also a plain LLaMA or Vicuna
+    HF = "llava-hf"  # a family's class in transformers, every generation of it
+    LLAVA = "liuhaotian"  # the original code's; also a plain LLaMA or Vicuna
     CLIP = "clip"  # CLIPModel or CLIPVisionModel
 
 
@@ -77,21 +78,31 @@ class Weight:
 
 def weights(config: LlavaConfig) -> list[Weight]:
     """Every weight of the model, in the order in which they are converted."""
+    towers = family_of(config).towers.items()
     return [
-        *vision_weights(config.vision),
+        *(weight for path, root in towers for weight in vision_weights(config.vision, path, root)),
         *projector_weights(config),
         *decoder_weights(config.text),
     ]
 
 
-def unused_tower_tensors(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
+def unused_tower_tensors(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     """Canonical key and shape of tensors that checkpoints hold and LLaVA never uses.
 
-    These are what follows the keys and queries in the tower's last block, and the norm after it.
+    These are what follows the features in the tower, but for keys and queries, and its last norm.
     They are stored alongside the model, so that a complete checkpoint can be written again.
     """
-    block = f"vision_tower.encoder.layers.{vision.num_layers - 1}"
+    roots = family_of(config).towers.values()
+    return {key: s for root in roots for key, s in unused_of_tower(config.vision, root).items()}
+
+
+def unused_of_tower(vision: VisionConfig, root: str = "vision_tower") -> dict[str, tuple[int, ...]]:
+    """`unused_tower_tensors` of one tower; `root` is its canonical name."""
+    block = f"{root}.encoder.layers.{vision.num_layers - 1}"
     width, inner = vision.width, vision.mlp_width
+    final = {f"{root}.post_layernorm.{leaf}": (width,) for leaf in ("weight", "bias")}
+    if _whole_blocks(vision) == vision.num_layers:
+        return dict(final)
     linears = {
         "self_attn.v_proj": (width, width),
         "self_attn.out_proj": (width, width),
@@ -102,9 +113,9 @@ def unused_tower_tensors(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
     for name, shape in linears.items():
         shapes[f"{block}.{name}.weight"] = shape
         shapes[f"{block}.{name}.bias"] = shape[:1]
-    for name in (f"{block}.layer_norm2", "vision_tower.post_layernorm"):
-        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
-    return shapes
+    name = f"{block}.layer_norm2"
+    shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
+    return shapes | final
 
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -152,7 +163,7 @@ def canonical_key(key: str, dialect: Dialect) -> str:
             key = f"multi_modal_projector.linear_{_hf_index(index[1])}.{key[index.end() :]}"
     key = re.sub(r"^language_model\.model\.", "language_model.", key)
     key = re.sub(r"^language_model\.lm_head\.", "lm_head.", key)
-    return re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", key)
+    return re.sub(r"^(vision|image|video)_tower\.vision_model\.", r"\1_tower.", key)
 
 
 def dialect_key(canonical: str, dialect: Dialect, config: LlavaConfig) -> str:
@@ -165,7 +176,7 @@ def dialect_key(canonical: str, dialect: Dialect, config: LlavaConfig) -> str:
     if dialect is Dialect.HF:
         key = re.sub(r"^language_model\.", "language_model.model.", canonical)
         key = re.sub(r"^lm_head\.", "language_model.lm_head.", key)
-        return re.sub(r"^vision_tower\.", "vision_tower.vision_model.", key)
+        return re.sub(r"^(vision|image|video)_tower\.", r"\1_tower.vision_model.", key)
     key = re.sub(r"^language_model\.", "model.", canonical)
     key = re.sub(r"^vision_tower\.", "model.vision_tower.vision_tower.vision_model.", key)
     if index := re.match(r"multi_modal_projector\.linear_(\d+)\.", key):
@@ -297,6 +308,8 @@ def _whole_blocks(vision: VisionConfig) -> int:
 def projector_weights(config: LlavaConfig) -> Iterator[Weight]:
     """Weights between the tower and the decoder."""
     width = config.text.width
+    if config.image_newline:
+        yield Weight("image_newline", "image_newline", (width,))
     for layer in range(projector_depth(config.projector)):
         shape = (width, config.vision.width if layer == 0 else width)
         pattern = f"multi_modal_projector.linear_{layer + 1}"

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from prumerge_jax.conversion import keys
-from prumerge_jax.conversion.hf_config import Section
 from prumerge_jax.conversion.keys import Dialect
 from prumerge_jax.conversion.tensor_files import (
     Checkpoint,
@@ -19,6 +18,7 @@ from prumerge_jax.conversion.tensor_files import (
     is_finite,
     load_object,
 )
+from prumerge_jax.families.fields import Section
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.layers import AdapterConfig
 

@@ -7,11 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from prumerge_jax.families.fields import ConversionError
 from prumerge_jax.store.strict_json import load_json
-
-
-class ConversionError(ValueError):
-    """A checkpoint cannot be converted: it is damaged, hostile, unsupported or incomplete."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from prumerge_jax.conversion.checkpoint_reader import OpenedModel
 from prumerge_jax.conversion.hf_files import hf_config
 from prumerge_jax.conversion.keys import Dialect
 from prumerge_jax.conversion.tensor_files import ConversionError
+from prumerge_jax.families import family_of
 from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import LlavaModel, abstract_model, normalize_pixels
@@ -47,7 +48,10 @@ class Comparison:
 
 
 def compare_with_torch(model: OpenedModel, directory: pathlib.Path) -> Comparison:
-    """Runs a random image and text through PyTorch's LLaVA and through the converted one.
+    """Runs random images and text through PyTorch's model and through the converted one.
+
+    A row is text, the features of one image from each tower, a newline where the family has one,
+    and text: what every weight but no family's layout of crops takes part in.
 
     Both compute in float32 and one after the other, so memory for one float32 model is needed.
 
@@ -60,10 +64,8 @@ def compare_with_torch(model: OpenedModel, directory: pathlib.Path) -> Compariso
         no such model.
     """
     check_comparable(model.config)
-    pixels, ids = _probe(model.config)
-    theirs = _torch_logits(model, pixels, ids)
-    ours = _our_logits(directory, pixels, ids)
-    return compare(ours, theirs)
+    probe = _probe(model.config)
+    return compare(ours=_our_logits(directory, probe), theirs=_torch_logits(model, probe))
 
 
 def check_comparable(config: LlavaConfig) -> None:
@@ -74,7 +76,7 @@ def check_comparable(config: LlavaConfig) -> None:
         no such model.
     """
     _import_torch()
-    hf_config(dataclasses.replace(config, image_token_id=config.text.vocab_size - 1))
+    hf_config(_with_any_tokens(config))
     parameters = sum(int(np.prod(weight.shape)) for weight in keys.weights(config))
     # The float32 model, and one tensor of it twice while it is read.
     needed = 4 * parameters + 12 * config.text.vocab_size * config.text.width
@@ -110,40 +112,66 @@ def compare(ours: np.ndarray, theirs: np.ndarray) -> Comparison:
     )
 
 
-def _probe(config: LlavaConfig) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 pixels [B, S, S, 3] and ids [B, T], -1 where visual tokens go."""
+class _Probe(NamedTuple):
+    """uint8 pixels [B, S, S, 3], and ids [B, T] before and after the visual tokens."""
+
+    pixels: Any
+    before: Any
+    after: Any
+
+
+def _probe(config: LlavaConfig) -> _Probe:
     rng = np.random.default_rng(0)
     side = config.vision.image_size
     pixels = rng.integers(0, 256, (_ROWS, side, side, 3), np.uint8)
     words = rng.integers(3, config.text.vocab_size // 2, (_ROWS, _TEXT))
-    image = np.full((_ROWS, config.vision.num_patches), -1)
-    before, after = words[:, : _TEXT // 2], words[:, _TEXT // 2 :]
-    return pixels, np.concatenate([before, image, after], axis=1)
+    return _Probe(pixels, words[:, : _TEXT // 2], words[:, _TEXT // 2 :])
 
 
-def _torch_logits(model: OpenedModel, pixels: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def _with_any_tokens(config: LlavaConfig) -> LlavaConfig:
+    """The same with ids for images and videos, which an original directory does not name."""
+    rows = config.text.vocab_size
+    video = rows - 2 if family_of(config).takes_video else None
+    return dataclasses.replace(config, image_token_id=rows - 1, video_token_id=video)
+
+
+def _torch_logits(model: OpenedModel, probe: _Probe) -> np.ndarray:
+    torch, _ = _import_torch()
+    oracle = _torch_model(model)
+    inner, config = oracle.model, model.config
+    normalised = np.asarray(normalize_pixels(jnp.asarray(probe.pixels), config.vision))
+    pixels = torch.from_numpy(normalised.transpose(0, 3, 1, 2).copy())
+    embed = oracle.get_input_embeddings()
+    with torch.no_grad():
+        parts = [embed(torch.from_numpy(probe.before))]
+        for root in family_of(config).towers.values():
+            states = getattr(inner, root)(pixels, output_hidden_states=True).hidden_states
+            features = states[config.vision.feature_layer][:, config.vision.num_prefix :]
+            parts.append(inner.multi_modal_projector(features))
+        if config.image_newline:
+            parts.append(inner.image_newline.expand(_ROWS, 1, -1))
+        parts.append(embed(torch.from_numpy(probe.after)))
+        hidden = inner.language_model(inputs_embeds=torch.cat(parts, dim=1)).last_hidden_state
+        return oracle.lm_head(hidden).float().numpy()
+
+
+def _torch_model(model: OpenedModel) -> Any:
+    """transformers' model with the checkpoint's weights, float32."""
     torch, transformers = _import_torch()
-    # Any id that the probe's text does not use can stand for the image.
-    image_token = model.config.text.vocab_size - 1
-    config = hf_config(dataclasses.replace(model.config, image_token_id=image_token))
+    kind = getattr(transformers, family_of(model.config).architecture)
     tensors = dict(model.tensors)
     if model.adapter is not None:
         tensors = peft.merge_into(tensors, model.adapter)
-    oracle = transformers.LlavaForConditionalGeneration._from_config(
-        transformers.LlavaConfig(**config), attn_implementation="eager"
-    ).eval()
+    fields = hf_config(_with_any_tokens(model.config))
+    oracle = kind._from_config(kind.config_class(**fields), attn_implementation="eager").eval()
     with torch.no_grad():
         # This version's own names, whatever they are, say which tensor each parameter wants.
         for name, parameter in oracle.state_dict().items():
-            tensor = tensors[keys.canonical_key(name, Dialect.HF)].read()
-            parameter.copy_(torch.from_numpy(tensor.astype(np.float32)))
-    normalised = np.asarray(normalize_pixels(jnp.asarray(pixels), model.config.vision))
-    with torch.no_grad():
-        logits = oracle(
-            input_ids=torch.from_numpy(np.where(ids < 0, image_token, ids)),
-            pixel_values=torch.from_numpy(normalised.transpose(0, 3, 1, 2).copy()),
-        ).logits
-    return logits.float().numpy()
+            key = keys.canonical_key(name, Dialect.HF)
+            if key == "lm_head.weight" and model.config.text.tied_head:
+                continue
+            parameter.copy_(torch.from_numpy(tensors[key].read().astype(np.float32)))
+    return oracle
 
 
 def _import_torch() -> tuple[Any, Any]:
@@ -155,7 +183,7 @@ def _import_torch() -> tuple[Any, Any]:
     return torch, transformers
 
 
-def _our_logits(directory: pathlib.Path, pixels: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def _our_logits(directory: pathlib.Path, probe: _Probe) -> np.ndarray:
     config, adapter = config_json.read_config(directory), config_json.read_adapter(directory)
     graphdef, abstract = abstract_model(config, adapter)
     leaves = dict(nnx.to_flat_state(abstract))
@@ -169,20 +197,25 @@ def _our_logits(directory: pathlib.Path, pixels: np.ndarray, ids: np.ndarray) ->
     state = nnx.from_flat_state(
         {path: leaf.replace(arrays[".".join(map(str, path))]) for path, leaf in leaves.items()}
     )
-    return np.asarray(_logits(graphdef, state, jnp.asarray(pixels), jnp.asarray(ids)))
+    return np.asarray(_logits(graphdef, state, probe))
 
 
 @jax.jit(static_argnames=("graphdef",))
-def _logits(
-    graphdef: nnx.GraphDef, state: nnx.State, pixels: jax.Array, ids: jax.Array
-) -> jax.Array:
+def _logits(graphdef: nnx.GraphDef, state: nnx.State, probe: _Probe) -> jax.Array:
     model: LlavaModel = nnx.merge(graphdef, state)
-    visual = model.vision(normalize_pixels(pixels, model.vision.config)).hidden[:, 1:]
-    is_visual = ids.reshape(-1) < 0
-    index = jnp.where(is_visual, jnp.cumsum(is_visual) - 1, -1).reshape(ids.shape)
-    x = model.embed_rows(jnp.maximum(ids, 0), visual, index)
-    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    return model.decoder.logits(model.decoder(x, positions, jnp.ones_like(ids)))
+    config = model.vision.config
+    pixels = normalize_pixels(jnp.asarray(probe.pixels), config)
+    parts = [model.decoder.embed(probe.before, jnp.float32)]
+    for tower in (model.vision, model.video_tower):
+        if tower is not None:
+            parts.append(model.projector(tower(pixels).hidden[:, config.num_prefix :]))
+    if model.image_newline is not None:
+        newline = model.image_newline[...]
+        parts.append(jnp.broadcast_to(newline, (_ROWS, 1, len(newline))))
+    parts.append(model.decoder.embed(probe.after, jnp.float32))
+    x = jnp.concatenate(parts, axis=1)
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    return model.decoder.logits(model.decoder(x, positions, jnp.ones_like(positions)))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -5,7 +5,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from prumerge_jax.cost.roofline import CHIPS, Chip, Workload, floor_seconds, operations
-from prumerge_jax.models.config import LlavaConfig, published
+from prumerge_jax.families import published
+from prumerge_jax.models.config import LlavaConfig
 
 VISUAL_TOKENS = (576, 144, 40)
 BATCHES = (1, 8, 32)

@@ -26,6 +26,7 @@ class Parameters:
     vision: int
     vision_used: int
     projector: int
+    newline: int
     embedding: int
     blocks: int
     norms: int
@@ -35,7 +36,7 @@ class Parameters:
     def total(self) -> int:
         """The complete checkpoint, biases, norms and unused last vision block included."""
         decoder = self.embedding + self.blocks + self.norms + self.head
-        return self.vision + self.projector + decoder
+        return self.vision + self.projector + self.newline + decoder
 
 
 def parameters(config: LlavaConfig) -> Parameters:
@@ -45,13 +46,18 @@ def parameters(config: LlavaConfig) -> Parameters:
     norm = 2 * width
     linear = width**2 + width
     block = 4 * linear + (2 * width * mlp + mlp + width) + 2 * norm
-    patch = 3 * vision.patch_size**2 * width
-    stem = width + patch + (vision.num_patches + 1) * width + norm
+    patch = (3 * vision.patch_size**2 + vision.patch_bias) * width
+    positions = (vision.num_patches + vision.num_prefix) * width
+    stem = vision.num_prefix * width + patch + positions + vision.pre_norm * norm
+    # Of the block after the features, the norm and the projections to queries and keys.
+    after = norm + 2 * linear if vision.feature_layer == -2 else 0
+    towers = 1 + config.video_tower
     depth = projector_depth(config.projector)
     first, later = (width + 1) * text.width, (text.width + 1) * text.width
     return Parameters(
-        vision=stem + vision.num_layers * block + norm,
-        vision_used=stem + (vision.num_layers - 1) * block + norm + 2 * linear,
+        vision=towers * (stem + vision.num_layers * block + norm),
+        vision_used=towers * (stem + whole_blocks(vision) * block + after),
+        newline=text.width * config.image_newline,
         projector=first + (depth - 1) * later if depth else 0,
         embedding=text.vocab_size * text.width,
         blocks=block_parameters(text),
@@ -72,10 +78,15 @@ def lora_parameters(text: TextConfig, rank: int) -> int:
     return rank * text.num_layers * sum(i + o for i, o in decoder_linears(text).values())
 
 
+def whole_blocks(vision: VisionConfig) -> int:
+    """Blocks of the tower up to the features."""
+    return vision.num_layers + 1 + vision.feature_layer
+
+
 def vision_block_flops(vision: VisionConfig, patches: int | None = None) -> int:
-    """One block over CLS and the patches, by default all."""
+    """One block over CLS, if there is one, and the patches, by default all."""
     width = vision.width
-    tokens = (vision.num_patches if patches is None else patches) + 1
+    tokens = (vision.num_patches if patches is None else patches) + vision.num_prefix
     return tokens * 2 * (4 * width**2 + 2 * width * vision.mlp_width) + 4 * tokens**2 * width
 
 
@@ -85,11 +96,13 @@ def patch_embedding_flops(vision: VisionConfig) -> int:
 
 
 def tower_flops(vision: VisionConfig) -> int:
-    """The tower as PruMerge needs it: no last block but its keys, CLS query and CLS attention."""
-    tokens, width = vision.num_patches + 1, vision.width
-    cls_attention = 2 * tokens * width**2 + 2 * width**2 + 2 * vision.num_patches * width
-    blocks = (vision.num_layers - 1) * vision_block_flops(vision)
-    return blocks + patch_embedding_flops(vision) + cls_attention
+    """The tower as PruMerge needs it: blocks up to the features, and the attention of CLS, or of
+    all patches where there is none, with its keys and queries."""
+    tokens, width = vision.num_patches + vision.num_prefix, vision.width
+    queries = 1 if vision.cls_token else tokens
+    attention = 2 * (tokens + queries) * width**2 + 2 * queries * vision.num_patches * width
+    blocks = whole_blocks(vision) * vision_block_flops(vision)
+    return blocks + patch_embedding_flops(vision) + attention
 
 
 def staged_tower_flops(vision: VisionConfig, stages: Sequence[Stage]) -> int:
@@ -97,7 +110,9 @@ def staged_tower_flops(vision: VisionConfig, stages: Sequence[Stage]) -> int:
     patches, block = vision.num_patches, vision_block_flops(vision)
     saved = 0
     for number, stage in enumerate(stages):
-        following = stages[number + 1].layer if number + 1 < len(stages) else vision.num_layers - 2
+        following = (
+            stages[number + 1].layer if number + 1 < len(stages) else whole_blocks(vision) - 1
+        )
         fewer = block - vision_block_flops(vision, stage.tokens)
         saved += (following - stage.layer) * fewer
         patches = stage.tokens
@@ -107,7 +122,7 @@ def staged_tower_flops(vision: VisionConfig, stages: Sequence[Stage]) -> int:
 
 def tower_attention_flops(vision: VisionConfig, pairs: float) -> float:
     """Scores and weighted sum over this many (query, key) pairs per head of the tower's blocks."""
-    return 4 * pairs * vision.width * (vision.num_layers - 1)
+    return 4 * pairs * vision.width * whole_blocks(vision)
 
 
 def merge_flops(vision: VisionConfig) -> int:
@@ -147,7 +162,8 @@ def kv_bytes_per_token(text: TextConfig) -> int:
 def weight_bytes(config: LlavaConfig, weight_bits: int = 16) -> float:
     """Resident weights: the tower as PruMerge needs it, projector, embedding, decoder."""
     counts = parameters(config)
-    kept = counts.vision_used + counts.projector + counts.embedding + counts.norms
+    kept = counts.vision_used + counts.projector + counts.newline
+    kept += counts.embedding + counts.norms
     return ACTIVATION_BYTES * kept + (counts.blocks + counts.head) * weight_bits / 8
 
 

@@ -25,6 +25,7 @@ from prumerge_jax.data.images import (
 )
 from prumerge_jax.data.layout import Layout, anyres_layout
 from prumerge_jax.data.loading import Named
+from prumerge_jax.families import family_of
 from prumerge_jax.messages import quoted
 from prumerge_jax.models.config import LlavaConfig
 
@@ -183,7 +184,7 @@ class PictureProcessor:
 
 def default_mode(config: LlavaConfig) -> PictureMode:
     """What a model does with images unless told otherwise."""
-    return "anyres" if config.image_grid_pinpoints else "pad"
+    return family_of(config).image_mode
 
 
 def tiles_of(image: Image.Image, layout: Layout, tile_size: int) -> np.ndarray:

@@ -85,6 +85,11 @@ class Measured:
     tokens: np.ndarray
     recall: np.ndarray
 
+    @property
+    def mean(self) -> float:
+        """Accuracy, every family counting alike."""
+        return float(np.nanmean(self.right, 0).mean())
+
 
 def draw(split: str, scenes: int) -> Asked:
     """The first scenes of a split, with their questions."""
@@ -190,10 +195,9 @@ def table(measured: Mapping[str, Measured], reference_of: Mapping[str, str]) -> 
     ]
     compared = differences(measured)
     for name, own in measured.items():
-        accuracy = 100 * np.nanmean(own.right, 0)
-        families = "  ".join(f"{value:8.1f}" for value in accuracy)
+        families = "  ".join(f"{100 * value:8.1f}" for value in np.nanmean(own.right, 0))
         line = (
-            f"{name:32} {own.tokens.mean():6.1f}  {families}  {accuracy.mean():8.1f}"
+            f"{name:32} {own.tokens.mean():6.1f}  {families}  {100 * own.mean:8.1f}"
             f"  {own.recall.mean():6.2f}  {np.nanmean(own.gap):6.2f}"
         )
         reference = reference_of.get(name, "")
@@ -210,7 +214,7 @@ def record(measured: Mapping[str, Measured]) -> dict[str, object]:
         name: {
             "tokens": own.tokens.mean(),
             "accuracy": dict(zip(FAMILIES, (100 * np.nanmean(own.right, 0)).tolist(), strict=True)),
-            "accuracy_mean": 100 * np.nanmean(own.right, 0).mean(),
+            "accuracy_mean": 100 * own.mean,
             "evidence_recall": None if np.isnan(own.recall).any() else own.recall.mean(),
             "log_likelihood_gap": np.nanmean(own.gap),
         }

@@ -138,6 +138,7 @@ class TextConfig:
       qkv_bias: whether the query, key and value projections have biases (Qwen2).
       tied_head: whether the embedding is the head too: logits are x E^T.
       rope_scaling: None for plain rotary frequencies.
+      model_type: what transformers calls the decoder, for exports.
     """
 
     vocab_size: int = 32064
@@ -153,6 +154,7 @@ class TextConfig:
     qkv_bias: bool = False
     tied_head: bool = False
     rope_scaling: RopeScaling | None = None
+    model_type: str = "llama"
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -53,7 +53,7 @@ _MAX_ITEMS = 64
 # Fields that directories written before other model families lack; they take their defaults.
 _ADDED = frozenset(
     {
-        *("qkv_bias", "tied_head", "rope_scaling"),
+        *("qkv_bias", "tied_head", "rope_scaling", "model_type"),
         *("cls_token", "pre_norm", "patch_bias", "feature_layer", "attention", "pooling_head"),
         *("family", "video_token_id", "image_newline", "video_tower", "image_grid_pinpoints"),
         *("anyres_max", "anyres_source", "chat_template"),

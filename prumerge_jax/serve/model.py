@@ -8,6 +8,7 @@ import numpy as np
 
 from prumerge_jax import reductions
 from prumerge_jax.data.images import ImageMode, ImageProcessor
+from prumerge_jax.data.pictures import default_mode
 from prumerge_jax.data.templates import chat_parts
 from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER, IMAGE_TOKEN
 from prumerge_jax.engine.build import Draft
@@ -31,6 +32,11 @@ class ServedModel:
     def __init__(self, llava: Llava, config: ServeConfig) -> None:
         self.llava, self.config = llava, config
         self.tokenizer = llava.tokenizer
+        if default_mode(llava.config) != "pad":
+            raise ValueError(
+                f"--checkpoint {config.checkpoint}: the model cuts images into tiles; the server "
+                "takes models that see an image as one square, such as LLaVA-1.5"
+            )
         self.name = config.served_model_name or pathlib.Path(config.checkpoint).name
         self.reductions: Mapping[str, Reduction] = {
             spelling: reductions.parse(spelling) for spelling in config.reductions

@@ -11,6 +11,7 @@ from prumerge_jax.aot.hlo import ProgramCost
 from prumerge_jax.aot.inference import InferencePlan, plan_inference
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import CHIPS, Operation
+from prumerge_jax.data.layout import Layout
 from prumerge_jax.engine.shapes import EngineConfig, EngineShapes
 from prumerge_jax.models.config import published
 
@@ -47,6 +48,7 @@ def test_the_printed_plan_compares_with_the_floor_of_its_chips() -> None:
         reduction="prumerge+",
         dtype=jnp.dtype(jnp.bfloat16),
         visual_tokens=MeanTokens(68.0, "as it happens"),
+        largest=Layout(12),
         shapes=shapes,
         # 6 and 3 million cycles at 1.5 GHz
         programs=(program("read", 6_000_000), program("decode", 3_000_000, open_loops=1)),

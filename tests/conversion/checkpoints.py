@@ -35,7 +35,7 @@ def random_tensors(
 ) -> dict[str, np.ndarray]:
     """Every tensor of a checkpoint by canonical key."""
     rng = np.random.default_rng(seed)
-    shapes = keys.expected_shapes(keys.weights(config)) | keys.unused_tower_tensors(config.vision)
+    shapes = keys.expected_shapes(keys.weights(config)) | keys.unused_tower_tensors(config)
     return {
         key: rng.normal(size=shape).astype(np.float32).astype(jnp.dtype(dtype))
         for key, shape in shapes.items()

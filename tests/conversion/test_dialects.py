@@ -399,7 +399,7 @@ def test_a_model_that_never_was_a_checkpoint_is_exported(tmp_path: pathlib.Path)
         for weight in keys.weights(TINY):
             writer.write_array(weight.path, stacked(weight, tensors))
     export_model(tmp_path / "ours", tmp_path / "out", Dialect.HF)
-    for key in keys.unused_tower_tensors(TINY.vision):
+    for key in keys.unused_tower_tensors(TINY):
         tensors[key] = np.zeros_like(tensors[key])
     assert_same_bits(read_all(open_model(Sources(tmp_path / "out"))), tensors)
     report = json.loads((tmp_path / "out" / "conversion_report.json").read_text())

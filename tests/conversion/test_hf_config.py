@@ -6,18 +6,24 @@ import pathlib
 
 import pytest
 
-from prumerge_jax.conversion.hf_config import (
-    Section,
-    parse_clip,
-    parse_hf,
-    parse_llava,
-    parse_text,
-    with_processor,
-)
+from prumerge_jax.conversion.hf_config import parse_llava, parse_tower
+from prumerge_jax.conversion.hf_config import with_processor as with_processor_of
 from prumerge_jax.conversion.hf_files import hf_config
-from prumerge_jax.conversion.tensor_files import ConversionError
-from prumerge_jax.models.config import TextConfig, VisionConfig, published
+from prumerge_jax.families import ConversionError, published
+from prumerge_jax.families.decoders import parse_text
+from prumerge_jax.families.fields import Section
+from prumerge_jax.families.llava_1_5 import parse
+from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 from tests.conversion.checkpoints import TINY
+
+
+def parse_hf(values: object, where: str) -> LlavaConfig:
+    return parse(Section(values, where))
+
+
+def with_processor(folder: pathlib.Path, vision: VisionConfig) -> VisionConfig:
+    return with_processor_of(folder, LlavaConfig(vision=vision)).vision
+
 
 # What the published llava-1.5-7b-hf and -13b-hf directories say: only what is not a default.
 SPARSE_7B = {
@@ -92,8 +98,8 @@ def test_absent_fields_have_transformers_defaults() -> None:
     parsed = parse_hf(json.loads(config.to_json_string()), "x")
     assert parsed == parse_hf({"text_config": {"vocab_size": 32064}}, "x")
     clip = transformers.CLIPVisionConfig()
-    assert parse_clip(json.loads(clip.to_json_string()), "x") == parse_clip({}, "x")
-    assert parse_clip({"vision_config": {}}, "x") == parse_clip({}, "x")
+    assert parse_tower(json.loads(clip.to_json_string()), "x") == parse_tower({}, "x")
+    assert parse_tower({"vision_config": {}}, "x") == parse_tower({}, "x")
 
 
 def test_our_own_words_are_read_back() -> None:
@@ -114,9 +120,9 @@ def test_our_own_words_are_read_back() -> None:
         ("", "image_token_index", 40000),
         ("", "image_token_index", "32000"),
         ("", "image_token_id", 31999),
-        ("text_config", "rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("text_config", "rope_scaling", {"type": "yarn", "factor": 2.0}),
         ("text_config", "rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
-        ("text_config", "rope_parameters", {"rope_type": "default", "factor": 2, "x": 1}),
+        ("text_config", "rope_parameters", {"rope_type": "linear"}),
         ("text_config", "attention_bias", True),
         ("text_config", "mlp_bias", True),
         ("text_config", "tie_word_embeddings", True),
@@ -135,7 +141,7 @@ def test_our_own_words_are_read_back() -> None:
         ("vision_config", "model_type", "siglip_vision_model"),
         ("vision_config", "num_channels", 4),
         ("vision_config", "patch_size", 0),
-        ("vision_config", "patch_size", 13),
+        ("vision_config", "patch_size", 400),
         ("vision_config", "image_size", 2**70),
     ],
 )
@@ -206,7 +212,8 @@ def test_original_configs() -> None:
         ("mm_vision_select_feature", "cls_patch"),
         ("mm_projector_type", "qformer"),
         ("mm_hidden_size", 1152),
-        ("image_aspect_ratio", "anyres"),
+        ("image_aspect_ratio", "highres"),
+        ("mm_patch_merge_type", "spatial"),
         ("rope_scaling", {"type": "linear"}),
     ],
 )

@@ -410,7 +410,7 @@ def config_of_a_trillion_layers(folder: pathlib.Path) -> None:
     hf(folder, text_config__num_hidden_layers=10**12)
 
 
-@case("neither LLaVA-1.5, LLaMA nor CLIP")
+@case("none of LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, Video-LLaVA, LLaMA, CLIP")
 def config_with_remote_code(folder: pathlib.Path) -> None:
     hf(
         folder,

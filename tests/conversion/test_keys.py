@@ -14,7 +14,7 @@ from prumerge_jax.models.config import published
 from prumerge_jax.models.llava import abstract_model
 from tests.conversion.checkpoints import TINY, original, random_tensors, split, stacked
 
-ALL = keys.expected_shapes(keys.weights(TINY)) | keys.unused_tower_tensors(TINY.vision)
+ALL = keys.expected_shapes(keys.weights(TINY)) | keys.unused_tower_tensors(TINY)
 
 
 @pytest.mark.parametrize("projector", ["identity", "linear", "mlp2x_gelu", "mlp3x_gelu"])
@@ -34,9 +34,7 @@ def test_published_counts() -> None:
         ("llava-1.5-13b", 758, 13_351_494_656),
     ]:
         config = published(name)
-        shapes = keys.expected_shapes(keys.weights(config)) | keys.unused_tower_tensors(
-            config.vision
-        )
+        shapes = keys.expected_shapes(keys.weights(config)) | keys.unused_tower_tensors(config)
         assert len(shapes) == tensors
         assert sum(int(np.prod(shape)) for shape in shapes.values()) == parameters
 

@@ -141,7 +141,7 @@ def test_clip_of_transformers_is_a_tower(tmp_path: pathlib.Path) -> None:
         opened = open_model(Sources(tmp_path / "in", vision_tower=tmp_path / name))
         state = model.state_dict()
         checked = 0
-        for canonical in keys.unused_tower_tensors(config.vision):
+        for canonical in keys.unused_tower_tensors(config):
             own = opened.tensors[canonical].read()
             (key,) = [k for k in state if keys.canonical_key(k, Dialect.CLIP) == canonical]
             np.testing.assert_array_equal(own, state[key].numpy())

@@ -45,8 +45,9 @@ def test_resolution_and_number_of_tokens_are_the_references(golden: pathlib.Path
 
 
 CONFIGS = {
-    "next": LlavaConfig(image_grid_pinpoints=NEXT, image_newline=True),
+    "next": LlavaConfig(family="llava_next", image_grid_pinpoints=NEXT, image_newline=True),
     "onevision": LlavaConfig(
+        family="llava_onevision",
         vision=VisionConfig(image_size=384, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3),
         image_grid_pinpoints=ONEVISION,
         image_newline=True,

@@ -380,7 +380,7 @@ def test_configs_are_parsed_by_whitelist(change: dict[str, object], message: str
 def test_directories_from_before_other_decoders_are_read(tmp_path: pathlib.Path) -> None:
     """One stop id, and none of the decoder's later options."""
     values = strict_json.to_json(TINY)
-    for name in ("qkv_bias", "tied_head", "rope_scaling"):
+    for name in ("qkv_bias", "tied_head", "rope_scaling", "model_type"):
         del values["text"][name]
     values["eos_token_id"] = values.pop("eos_token_ids")[0]
     old = dataclasses.make_dataclass("Old", values)(**values)

@@ -7,6 +7,7 @@ import pathlib
 import types
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 from _pytest.mark import ParameterSet
@@ -94,6 +95,30 @@ def test_losses_and_weights_are_those_of_one_device(sizes: tuple[int, int, int])
     path = "decoder.layers.self_attn.q_proj.lora_a"
     for array in (state.trained[path], state.optimizer[0].mu[path]):
         assert array.sharding.spec == PartitionSpec(None, ("fsdp", "tensor"), None)
+
+
+@pytest.mark.slow
+def test_a_tied_head_and_biases_train_as_on_one_device() -> None:
+    """The embedding is one weight, with the gradients of its rows and of the head together."""
+    require_eight_devices()
+    text = dataclasses.replace(MODEL.text, tied_head=True, qkv_bias=True)
+    config = lora_config(
+        learning_rates=(("decoder.*", 1e-3),), adapter=ml_collections.ConfigDict({"rank": 0})
+    )
+    states = []
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        bench = Bench(config, sizes=sizes, model=dataclasses.replace(MODEL, text=text))
+        before = np.asarray(bench.trained["decoder.embed_tokens"])
+        state, losses = bench.train(8, 2)
+        assert np.abs(before - state.trained["decoder.embed_tokens"]).max() > 1e-4
+        states.append((state.trained, losses))
+    (expected, losses), (trained, same) = states
+    np.testing.assert_allclose(same, losses, rtol=1e-5)
+    assert "decoder.lm_head.kernel" not in expected
+    assert "decoder.layers.self_attn.k_proj.bias" in expected
+    for path, weight in expected.items():
+        scale = np.abs(weight).max()
+        np.testing.assert_allclose(trained[path], weight, rtol=0, atol=1e-4 * scale, err_msg=path)
 
 
 @mesh_cases

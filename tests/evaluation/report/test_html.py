@@ -40,10 +40,11 @@ REDUCED = dataclasses.replace(
     images_per_second=2102.7,
     speedup=2.413,
     difference=Interval(-25.52, -26.74, -24.03),
+    computed_share=0.171,
 )
-FULL_CELLS = ["144.0", "144.0", "73.2 ±0.8", "–", "871", "1.00×", "84.6 ±1.1"]
+FULL_CELLS = ["144.0", "144.0", "73.2 ±0.8", "–", "871", "1.00×", "–", "84.6 ±1.1"]
 DIFFERENCE = "-25.5 [-26.7, -24.0]"
-REDUCED_CELLS = ["34.5", "56.5", "47.7 ±0.8", DIFFERENCE, "2103", "2.41×", "61.1 ±1.1"]
+REDUCED_CELLS = ["34.5", "56.5", "47.7 ±0.8", DIFFERENCE, "2103", "2.41×", "17%", "61.1 ±1.1"]
 CELLS = {"full": FULL_CELLS, "prumerge": REDUCED_CELLS}
 
 
@@ -118,7 +119,7 @@ def test_the_page_holds_every_figure_in_its_place(tmp_path) -> None:
     scores, by_group, facts = page.tables
     assert {name: cells for name, *cells in scores[1:]} == CELLS
     assert scores[0][3] == "accuracy mean"
-    assert scores[0][7] == "accuracy read"
+    assert scores[0][7:] == ["prompt tokens computed", "accuracy read"]
     assert by_group[0] == ["reduction", "1", "2"]
     assert by_group[1:] == [["full", "144.0", "144.0"], ["prumerge", "16.0", "31.2"]]
     assert facts[1:] == [["checkpoint", "abc123"], ["hardware", "2 cores"]]
