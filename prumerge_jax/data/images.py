@@ -31,10 +31,17 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Video:
+    """A video as its frames, in order; each is an image by itself."""
+
+    frames: Sequence[ImageSource]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class OneOfSeveral:
     """An image that is not the only one of its prompt; some models cut it otherwise."""
 
-    source: ImageSource
+    source: ImageSource | Video
 
 
 ImageMode = Literal["pad", "crop"]

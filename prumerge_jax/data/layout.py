@@ -19,7 +19,8 @@ from prumerge_jax.data.anyres import (
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The crops of an image: the whole image, then tiles of it row by row, if any.
+    """The crops of an image: the whole image, then tiles of it row by row, if any. Or the frames of
+    a video.
 
     The patches of all tiles together are the mosaic.
 
@@ -30,7 +31,9 @@ class Layout:
       shape: rows and columns of tokens that the window has where nothing is pruned; fewer than its
         own where the mosaic is shrunk.
       newline: whether, where nothing is pruned, a newline ends every row of the mosaic, or the
-        image if it has no tiles.
+        image if it has no tiles, or the video.
+      frames: number of frames of a video; 0 for an image.
+      pooled: tokens along one side of a frame where nothing is pruned.
     """
 
     grid: int
@@ -38,6 +41,8 @@ class Layout:
     window: Window = Window(0, 0, 0, 0)
     shape: tuple[int, int] = (0, 0)
     newline: bool = False
+    frames: int = 0
+    pooled: int = 0
 
     @property
     def num_patches(self) -> int:
@@ -47,17 +52,21 @@ class Layout:
     @property
     def num_crops(self) -> int:
         """C, crops of the image."""
-        return 1 + self.tiles[0] * self.tiles[1]
+        return self.frames or 1 + self.tiles[0] * self.tiles[1]
 
     @property
     def span(self) -> int:
         """Tokens of the image where nothing is pruned, newlines included."""
+        if self.frames:
+            return self.frames * self.pooled**2 + self.newline
         rows, columns = self.shape
         newlines = rows if any(self.tiles) else 1
         return self.num_patches + rows * columns + self.newline * newlines
 
     def on_image(self) -> np.ndarray:
         """bool [C, N]: patches that lie on the image; all of the first crop do."""
+        if self.frames:
+            return np.ones((self.frames, self.num_patches), bool)
         row, column = self.mosaic_places()
         inside = (row >= self.window.top) & (row < self.window.bottom)
         inside &= (column >= self.window.left) & (column < self.window.right)

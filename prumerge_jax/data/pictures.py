@@ -18,6 +18,7 @@ from prumerge_jax.data.images import (
     ImageMode,
     ImageSource,
     OneOfSeveral,
+    Video,
     image_size,
     load_image,
     preprocess,
@@ -81,9 +82,13 @@ class PictureProcessor:
                 f"reduction wants images of {self.crop_size}; choose another"
             )
 
-    def __call__(self, source: ImageSource | OneOfSeveral, name: str | None = None) -> Picture:
-        """The crops of an image; errors as in `load_image`."""
-        source, mode = self._source_and_mode(source)
+    def __call__(
+        self, shown: ImageSource | Video | OneOfSeveral, name: str | None = None
+    ) -> Picture:
+        """The crops of an image, or the frames of a video; errors as in `load_image`."""
+        source, mode = self._source_and_mode(shown)
+        if isinstance(source, Video):
+            return Picture(self._frames(source, name), self._layout_of_video(source, name))
         image = load_image(source, name, max_pixels=self.max_pixels)
         layout = self._layout((image.height, image.width), mode)
         if mode != "anyres":
@@ -96,13 +101,39 @@ class PictureProcessor:
         return self._layout(size, self.mode)
 
     def _source_and_mode(
-        self, source: ImageSource | OneOfSeveral
-    ) -> tuple[ImageSource, PictureMode]:
+        self, source: ImageSource | Video | OneOfSeveral
+    ) -> tuple[ImageSource | Video, PictureMode]:
         """LLaVA-OneVision does not cut several images into tiles."""
         if not isinstance(source, OneOfSeveral):
             return source, self.mode
         is_cut = self.mode == "anyres" and self.config.anyres_max is None
         return source.source, "anyres" if is_cut else "pad" if self.mode == "anyres" else self.mode
+
+    def _layout_of_video(self, video: Video, name: str | None) -> Layout:
+        """Frames of half the side, rounded up, in tokens (LLaVA-OneVision)."""
+        name = name or "video"
+        if self.config.anyres_max is None:
+            raise ImageError(f"{name}: a video; the model takes images alone")
+        if not video.frames:
+            raise ImageError(f"{name}: no frames; expected at least one")
+        grid = self.crop_size // self.config.vision.patch_size
+        return Layout(grid, newline=True, frames=len(video.frames), pooled=-(-grid // 2))
+
+    def _frames(self, video: Video, name: str | None) -> np.ndarray:
+        """The frames squeezed to S x S (bicubic on uint8), uint8 [F, S, S, 3]."""
+        name = name or "video"
+        pixels, sizes = [], set()
+        for index, source in enumerate(video.frames):
+            frame = load_image(source, f"frame {index} of {name}", max_pixels=self.max_pixels)
+            sizes.add(frame.size)
+            if len(sizes) > 1:
+                raise ImageError(
+                    f"frame {index} of {name} has {frame.width} x {frame.height} pixels; expected "
+                    "all frames of a video to have one size"
+                )
+            squeezed = frame.resize((self.crop_size,) * 2, Image.Resampling.BICUBIC)
+            pixels.append(np.asarray(squeezed))
+        return np.stack(pixels)
 
     def _layout(self, size: Size, mode: PictureMode) -> Layout:
         grid = self.crop_size // self.config.vision.patch_size
@@ -139,8 +170,10 @@ class PictureProcessor:
             return ()
         return tuple(self._expected_layout(source) for _, source in images)
 
-    def _expected_layout(self, source: ImageSource | OneOfSeveral) -> Layout:
-        source, mode = self._source_and_mode(source)
+    def _expected_layout(self, shown: ImageSource | Video | OneOfSeveral) -> Layout:
+        source, mode = self._source_and_mode(shown)
+        if isinstance(source, Video):
+            return self._layout_of_video(source, None)
         if mode != "anyres":
             return self._layout((1, 1), mode)
         try:

@@ -189,7 +189,7 @@ def run_of_whole_image(crops: CropTokens, layout: Layout, rows: Sequence[int]) -
     """The run of an image none of whose patches was pruned, newlines included, as transformers'.
 
     The whole image, then the mosaic of the tiles row by row as far as the image covers it. A mosaic
-    that is shrunk is interpolated after the projector.
+    that is shrunk is interpolated after the projector, and so is every frame of a video.
 
     Args:
       crops: the encoded batch, slot r of each crop its patch r.
@@ -197,6 +197,8 @@ def run_of_whole_image(crops: CropTokens, layout: Layout, rows: Sequence[int]) -
       rows: the rows of the encoded batch that hold the crops, in their order.
     """
     patches = np.array(rows)[:, None] * crops.capacity + np.arange(layout.num_patches)
+    if layout.frames:
+        return _run_of_frames(patches, layout)
     whole = _one_tap(patches[0])
     if any(layout.tiles):
         mosaic = layout.window_of(patches[1:])
@@ -217,6 +219,20 @@ def run_of_whole_image(crops: CropTokens, layout: Layout, rows: Sequence[int]) -
         layout.span,
         Taps(index.astype(np.int32), weight.astype(np.float32)) if is_shrunk else None,
     )
+
+
+def _run_of_frames(patches: np.ndarray, layout: Layout) -> Run:
+    """Frame after frame of a video whose patches have the slots [F, N], and one newline."""
+    sides = (layout.pooled, layout.pooled)
+    frames = [_interpolated(each.reshape(layout.grid, layout.grid), sides) for each in patches]
+    end = _one_tap(np.full((int(layout.newline), 1), NEWLINE))
+    slots, weight = (
+        np.concatenate([each.reshape(-1, TAPS) for each in parts])
+        for parts in zip(*frames, end, strict=True)
+    )
+    slots = slots.astype(np.int32)
+    offset = np.arange(layout.span, dtype=np.int32)
+    return Run(slots[:, 0], offset, layout.span, Taps(slots, weight.astype(np.float32)))
 
 
 def _one_tap(index: np.ndarray) -> Taps:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from prumerge_jax.data.images import ImageError, ImageSource, OneOfSeveral, load_image
+from prumerge_jax.data.images import ImageError, ImageSource, OneOfSeveral, Video, load_image
 from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.loading import Named, stream_pixels
 from prumerge_jax.data.pictures import PictureProcessor
@@ -31,9 +31,9 @@ from prumerge_jax.engine.request import (
 from prumerge_jax.messages import quoted, shortened
 from prumerge_jax.reductions import keywords
 
-Images = Sequence[ImageSource | Sequence[ImageSource] | None]
-"""The image of every prompt: a path, bytes, PIL image, uint8 [H, W, 3] or data URL; a tuple of them
-where the model takes several; None asks without."""
+Images = Sequence[ImageSource | Video | Sequence[ImageSource | Video] | None]
+"""The image of every prompt: a path, bytes, PIL image, uint8 [H, W, 3] or data URL; a `Video`; a
+tuple of them where the model takes several; None asks without."""
 
 GREEDY = SamplingParams()
 
@@ -226,7 +226,7 @@ def drafts_of_ids(
     return drafts
 
 
-def named_image(source: object, name: str) -> tuple[str, ImageSource]:
+def named_image(source: object, name: str) -> tuple[str, ImageSource | Video]:
     """An image and what to call it in an error.
 
     Args:
@@ -240,7 +240,7 @@ def named_image(source: object, name: str) -> tuple[str, ImageSource]:
         return name, _from_data_url(source, name)
     if isinstance(source, str | os.PathLike):
         return f"{name} ({shortened(os.fspath(source))})", source
-    if isinstance(source, bytes | Image.Image | np.ndarray):
+    if isinstance(source, bytes | Image.Image | np.ndarray | Video):
         return name, source
     raise ValueError(
         f"{name} is {quoted(source)}; expected a path, bytes, a PIL image, a uint8 array "
@@ -270,14 +270,14 @@ def check_list(values: object, name: str) -> None:
         raise ValueError(f"expected a list of {name}, got {kind} {quoted(values)}")
 
 
-def _count(images: ImageSource | Sequence[ImageSource] | None) -> int:
+def _count(images: ImageSource | Video | Sequence[ImageSource | Video] | None) -> int:
     if isinstance(images, list | tuple):
         return len(images)
     return int(images is not None)
 
 
 def _images_of(
-    images: ImageSource | Sequence[ImageSource] | None, prompt: int
+    images: ImageSource | Video | Sequence[ImageSource | Video] | None, prompt: int
 ) -> tuple[Named, ...]:
     """The images of a prompt; a missing file is found here."""
     if images is None:
@@ -292,7 +292,7 @@ def _images_of(
     return tuple((name, OneOfSeveral(source)) for name, source in several)
 
 
-def _existing(image: ImageSource, name: str) -> tuple[str, ImageSource]:
+def _existing(image: ImageSource | Video, name: str) -> tuple[str, ImageSource | Video]:
     name, source = named_image(image, name)
     if isinstance(source, str | os.PathLike) and not os.path.isfile(source):
         load_image(source, name)  # says what is wrong with it

@@ -270,6 +270,10 @@ class WindowPlanner:
         """Why a request cannot run; None if it can."""
         if request.images and (reason := self._unread_question(request)):
             return reason
+        if self.reduction.selects_patches and any(
+            image.layout is not None and image.layout.frames for image in request.images
+        ):
+            return f"the reduction {spell(self.reduction)} does not reduce videos; expected 'full'"
         length = request.text_tokens + visual_tokens + len(request.continuation)
         max_positions = self.model.config.text.max_positions
         if length > min(self.shapes.longest_prompt, max_positions):

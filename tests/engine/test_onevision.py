@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from prumerge_jax import reductions
-from prumerge_jax.data.images import OneOfSeveral, normalize
+from prumerge_jax.data.images import ImageError, OneOfSeveral, Video, normalize
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.engine import Engine
@@ -25,8 +26,8 @@ from tests.families import GoldenModel
 SHAPES = EngineShapes(
     batch_size=8,
     window_size=32,
-    row_length=128,
-    longest_prompt=128,
+    row_length=256,
+    longest_prompt=256,
     prefill_rows=2,
     slots=4,
     cache_length=256,
@@ -114,6 +115,58 @@ def test_several_images_of_a_prompt_are_not_cut(golden: pathlib.Path):
     request = Request(1, ids, inputs, sampling=SamplingParams(max_new_tokens=8))
     case = images(model)[2]
     check(model, [case, "multi/three"], [model.request(0, case), request])
+
+
+def golden_video(model: GoldenModel, name: str, count: int) -> Video:
+    """A window of 60 % of a picture that moves from the left upper to the right lower corner."""
+    picture = Image.open(model.image(name)).convert("RGB")
+    size = int(picture.width * 0.6), int(picture.height * 0.6)
+    room = picture.width - size[0], picture.height - size[1]
+    frames = []
+    for frame in range(count):
+        left, top = (side * frame // (count - 1) for side in room)
+        frames.append(picture.crop((left, top, left + size[0], top + size[1])))
+    return Video(frames)
+
+
+def test_videos_alone_and_beside_an_image_are_transformers(golden: pathlib.Path):
+    model = load(golden)
+    requests = []
+    for key, case in enumerate(("video/five", "mixed/image_video")):
+        facts = model.cases[case]
+        picture = model.processor(golden_video(model, *facts["video"]))
+        sha256 = hashlib.sha256(picture.crops.tobytes()).hexdigest()
+        assert sha256 == facts["video_sha256_uint8_hwc"]
+        assert picture.layout.span == facts["video_tokens"]
+        video = ImageInput(*picture)
+        ids = model.arrays[f"{case}/input_ids"]
+        is_visual = (ids == 250) | (ids == 251)
+        first = is_visual & (ids != np.append(0, ids[:-1]))
+        token_ids = np.where(is_visual, IMAGE_TOKEN, ids)[~is_visual | first].astype(np.int32)
+        inputs = {251: video}
+        if "images" in facts:
+            inputs[250] = ImageInput(*model.processor(model.image(facts["images"][0])))
+        in_order = tuple(inputs[number] for number in ids[first])
+        sampling = SamplingParams(max_new_tokens=8)
+        requests.append(Request(key, token_ids, in_order, sampling=sampling))
+    check(model, ["video/five", "mixed/image_video"], requests)
+    (answer,) = make_engine(model, "prumerge").generate(requests[:1])
+    assert answer.error == "the reduction prumerge does not reduce videos; expected 'full'"
+
+
+def test_videos_that_cannot_be_shown_are_said_in_a_line(golden: pathlib.Path):
+    model = load(golden)
+    small, large = (np.zeros((side, 20, 3), np.uint8) for side in (20, 30))
+    for frames, message in (
+        ([], "my video: no frames; expected at least one"),
+        ([small, large], "frame 1 of my video has 20 x 30 pixels; expected all frames"),
+        ([small, b""], "frame 1 of my video: the file is empty"),
+    ):
+        with pytest.raises(ImageError, match=message):
+            model.processor(Video(frames), "my video")
+    next_model = GoldenModel(golden, "next_vicuna")
+    with pytest.raises(ImageError, match="my video: a video; the model takes images alone"):
+        next_model.processor(Video([small]), "my video")
 
 
 def test_pruned_tokens_are_crop_by_crop(golden: pathlib.Path):
