@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from prumerge_jax import reductions, sharding
 from prumerge_jax.conversion import download as downloads
 from prumerge_jax.conversion.miniature import model_directory
-from prumerge_jax.data.images import ImageMode, ImageProcessor, ImageSource
+from prumerge_jax.data.images import ImageMode, ImageSource
 from prumerge_jax.data.packing import PositionIds
-from prumerge_jax.data.pictures import PictureMode, PictureProcessor, default_mode
+from prumerge_jax.data.pictures import Picture, PictureMode, PictureProcessor, default_mode
 from prumerge_jax.data.templates import TEMPLATES, Template, chat_template
 from prumerge_jax.data.tokenizer import (
     BPE_FILE,
@@ -355,11 +355,7 @@ class Llava:
         asked = self._question_ids(question, reduction)
         name, source = named_image(image, "image")
         mode = "pad" if image_mode is None else image_mode
-        (pixels, *tiles), _ = self.processor(mode, reduction)(source, name)
-        if tiles:
-            raise ValueError(
-                "an image of several crops cannot be explained; expected 'pad', 'crop'"
-            )
+        pixels = _only_crop(self.processor(mode, reduction)(source, name), name)
         with self.placed():
             assignment = _explain(
                 self._model.graphdef,
@@ -389,10 +385,9 @@ class Llava:
           ImageError: an image cannot be used.
           ValueError: the reduction reads the question.
         """
-        side, mean = self.image_size(reduction), self.config.vision.pixel_mean
-        processor = ImageProcessor(side, mean, image_mode)
+        processor = self.processor(image_mode, reduction)
         named = [named_image(image, f"image {number}") for number, image in enumerate(images)]
-        pixels = (processor(source, name) for name, source in named)
+        pixels = (_only_crop(processor(source, name), name) for name, source in named)
         with self.placed():
             yield from embed(self._model, pixels, as_reduction(reduction))
 
@@ -559,6 +554,13 @@ def _read_weights(
     with sharding.use_mesh(mesh):
         graphdef, state = inference_layout(graphdef, state)
     return PlacedModel(graphdef, state, config, compute, mesh)
+
+
+def _only_crop(picture: Picture, name: str) -> np.ndarray:
+    """Pixels uint8 [S, S, 3] of an image of one crop; ValueError for others, which `name` names."""
+    if len(picture.crops) > 1:
+        raise ValueError(f"{name} has {len(picture.crops)} crops; expected mode 'pad' or 'crop'")
+    return picture.crops[0]
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: LlavaConfig) -> None:
