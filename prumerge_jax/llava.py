@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from prumerge_jax import reductions, sharding
 from prumerge_jax.conversion import download as downloads
 from prumerge_jax.conversion.miniature import model_directory
-from prumerge_jax.data.images import ImageMode, ImageProcessor, ImageSource
+from prumerge_jax.data.images import ImageMode, ImageSource
 from prumerge_jax.data.packing import PositionIds
 from prumerge_jax.data.pictures import PictureMode, PictureProcessor, default_mode
 from prumerge_jax.data.templates import TEMPLATES, Template, chat_template
@@ -389,10 +389,9 @@ class Llava:
           ImageError: an image cannot be used.
           ValueError: the reduction reads the question.
         """
-        side, mean = self.image_size(reduction), self.config.vision.pixel_mean
-        processor = ImageProcessor(side, mean, image_mode)
+        processor = self.processor(image_mode, reduction)
         named = [named_image(image, f"image {number}") for number, image in enumerate(images)]
-        pixels = (processor(source, name) for name, source in named)
+        pixels = (processor(source, name).crops[0] for name, source in named)
         with self.placed():
             yield from embed(self._model, pixels, as_reduction(reduction))
 
