@@ -290,7 +290,9 @@ class WindowPlanner:
     def _irreducible(self, request: Request) -> str | None:
         """Why the reduction cannot be applied to the request; None if it can."""
         layouts = (image.layout for image in request.images)
-        if self.reduction.selects_patches and any(each and each.frames for each in layouts):
+        patches = self.model.config.vision.num_patches
+        reduces = self.reduction.selects_patches or self.reduction.capacity_for(patches) < patches
+        if reduces and any(each is not None and each.frames for each in layouts):
             return f"the reduction {spell(self.reduction)} does not reduce videos; expected 'full'"
         return None
 
