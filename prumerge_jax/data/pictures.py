@@ -88,7 +88,8 @@ class PictureProcessor:
         """The crops of an image, or the frames of a video; errors as in `load_image`."""
         source, mode = self._source_and_mode(shown)
         if isinstance(source, Video):
-            return Picture(self._frames(source, name), self._layout_of_video(source, name))
+            layout = self._layout_of_video(source, name)
+            return Picture(self._frames(source, name), layout)
         image = load_image(source, name, max_pixels=self.max_pixels)
         layout = self._layout((image.height, image.width), mode)
         if mode != "anyres":

@@ -180,7 +180,7 @@ class WindowPlanner:
                 overflow.append(request)
                 continue
             refused = encoding.places.refused.get(request.key)
-            error = refused or _broken(required, numbers)
+            error = refused or self._irreducible(request) or _broken(required, numbers)
             runs = () if error else self._runs(request, crops, numbers, encoding.reduction)
             visual_tokens = sum(len(run) for run in runs)
             error = error or self._refusal(request, visual_tokens)
@@ -270,10 +270,6 @@ class WindowPlanner:
         """Why a request cannot run; None if it can."""
         if request.images and (reason := self._unread_question(request)):
             return reason
-        if self.reduction.selects_patches and any(
-            image.layout is not None and image.layout.frames for image in request.images
-        ):
-            return f"the reduction {spell(self.reduction)} does not reduce videos; expected 'full'"
         length = request.text_tokens + visual_tokens + len(request.continuation)
         max_positions = self.model.config.text.max_positions
         if length > min(self.shapes.longest_prompt, max_positions):
@@ -289,6 +285,15 @@ class WindowPlanner:
                 f"the limit is {limit}. Lower max_new_tokens, or raise cache_length if the model "
                 "allows"
             )
+        return None
+
+    def _irreducible(self, request: Request) -> str | None:
+        """Why the reduction cannot be applied to the request; None if it can."""
+        layouts = (image.layout for image in request.images)
+        patches = self.model.config.vision.num_patches
+        reduces = self.reduction.selects_patches or self.reduction.capacity_for(patches) < patches
+        if reduces and any(each is not None and each.frames for each in layouts):
+            return f"the reduction {spell(self.reduction)} does not reduce videos; expected 'full'"
         return None
 
     def _unread_question(self, request: Request) -> str | None:

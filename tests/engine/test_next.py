@@ -181,7 +181,7 @@ def test_pruned_crops_follow_each_other(golden: pathlib.Path):
     cases = ["wide_97x61", "line_260x3", "wide_333x77", "small_tall_20x47", "tall_41x200"]
     requests = [model.request(key, case) for key, case in enumerate(cases)]
     engine = make_engine(model, "prumerge")
-    compared = 0
+    compared = set()
     for window in engine._planner().windows([requests]):
         pool = np.asarray(window.pool).reshape(-1, model.config.vision.width)
         for planned, request in zip(window.planned, window.requests, strict=True):
@@ -189,8 +189,8 @@ def test_pruned_crops_follow_each_other(golden: pathlib.Path):
                 expected, _ = expected_tokens(model, cases[request.key], "prumerge")
                 (run,) = planned.runs
                 np.testing.assert_allclose(pool[run.index], expected, atol=1e-5, rtol=1e-5)
-                compared += 1
-    assert compared == 2
+                compared.add(request.key)
+    assert compared == {0, 1}
 
 
 def test_pruned_alone_equals_pruned_in_company(golden: pathlib.Path):
@@ -212,7 +212,7 @@ def test_more_crops_than_a_window_are_refused_with_the_number(golden: pathlib.Pa
     model = load(golden, "next_vicuna")
     requests = [model.request(key, case) for key, case in enumerate(["square_56", "wide_97x61"])]
     engine = make_engine(model, "prumerge", batch_size=4, window_size=4)
-    answers = {answer.key: answer for answer in engine.generate([*requests, requests[0]])}
+    answers = {answer.key: answer for answer in engine.generate(requests)}
     assert answers[0].error is None
     assert isinstance(answers[1], Answer)
     assert answers[1].error == (
