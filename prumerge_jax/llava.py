@@ -391,8 +391,7 @@ class Llava:
         """
         side, mean = self.image_size(reduction), self.config.vision.pixel_mean
         processor = ImageProcessor(side, mean, image_mode)
-        named = [named_image(image, f"image {number}") for number, image in enumerate(images)]
-        pixels = (processor(source, name) for name, source in named)
+        pixels = (processor(image, f"image {number}") for number, image in enumerate(images))
         with self.placed():
             yield from embed(self._model, pixels, as_reduction(reduction))
 
