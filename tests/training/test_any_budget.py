@@ -15,6 +15,8 @@ from configs.digits import any_budget as recipe
 from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.sharding.mesh import use_mesh
+from prumerge_jax.store.manifest import read_manifest
+from prumerge_jax.store.model_directory import read_array
 from prumerge_jax.training.batches import RowBatch
 from prumerge_jax.training.config import ConfigError
 from prumerge_jax.training.objectives.any_budget import divergence
@@ -295,13 +297,7 @@ def test_a_stopped_run_ends_bit_identical(tmp_path: pathlib.Path) -> None:
     assert not (tmp_path / "stopped" / "model").exists()
     for name in ("stopped", "straight"):
         run(settings, tmp_path / name, StopFlag())
-    ours, theirs = (
-        {file.name: file.read_bytes() for file in (tmp_path / name / "model").rglob("*.npy")}
-        or {
-            str(file.relative_to(tmp_path / name)): file.read_bytes()
-            for file in (tmp_path / name / "model").rglob("*")
-            if file.is_file()
-        }
-        for name in ("stopped", "straight")
-    )
-    assert ours == theirs
+    stopped, straight = (tmp_path / name / "model" for name in ("stopped", "straight"))
+    for path in read_manifest(straight).arrays:
+        ours, theirs = read_array(stopped, path), read_array(straight, path)
+        assert ours.tobytes() == theirs.tobytes(), path
