@@ -284,7 +284,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
             calls.append(directory)
             return cls()
 
-        def explain(self, image, *, reduction):
+        def explain(self, image, *, reduction, question=None):
             calls.append((image.size, reduction))
             return Explanation(*small_case())
 

@@ -13,12 +13,13 @@ torch = pytest.importorskip("torch", reason="PyTorch is the oracle of these test
 from PIL import Image  # noqa: E402
 
 import prumerge_jax  # noqa: E402
-from prumerge_jax.data import conversation  # noqa: E402
 from prumerge_jax.data.images import normalize, preprocess  # noqa: E402
+from prumerge_jax.data.templates import TEMPLATES  # noqa: E402
 from prumerge_jax.engine.shapes import EngineConfig  # noqa: E402
 from prumerge_jax.models.config import LlavaConfig, TextConfig, published  # noqa: E402
 from tests.models.torch_llava import random_torch_llava  # noqa: E402
 from tests.programs import run_program  # noqa: E402
+from tests.prompts import evaluation_prompt  # noqa: E402
 from tests.tiny_llava import tokenizer_model  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -85,8 +86,8 @@ def oracle_inputs(
     """The same batch for transformers, padded on the left."""
     rows = []
     for text in PROMPTS:
-        template = conversation.TEMPLATES["vicuna_v1"]
-        ids = model.tokenizer.encode_prompt(conversation.evaluation_prompt(template, text))
+        template = TEMPLATES["vicuna_v1"]
+        ids = model.tokenizer.encode_prompt(evaluation_prompt(template, text))
         at = ids.index(-200)
         rows.append(ids[:at] + [440] * config.vision.num_patches + ids[at + 1 :])
     width = max(map(len, rows))

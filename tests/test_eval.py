@@ -130,7 +130,7 @@ def test_an_answers_file_is_scored_without_a_model(
         ("--config.benchmark=pope", "pope needs its question file"),
         ("--config.checkpoint=nowhere", "nowhere"),
         ("--config.checkpoint=", "no model to score"),
-        ("--config.reduction=tome", "unknown reduction 'tome'"),
+        ("--config.reduction=nucleus", "unknown reduction 'nucleus'"),
     ],
 )
 def test_what_cannot_run_says_why_in_one_line(

@@ -167,14 +167,14 @@ def parse_config(config: ConfigDict) -> EvalConfig:
             raise ValueError(f"--config.mesh.{axis}={size}: expected at least 1")
     dtype, chip = _optional(fields, "dtype", str), _optional(fields, "chip", str)
     tasks = _tasks(fields, options)
-    usual = tasks[0].benchmark.reductions if len(tasks) == 1 else Benchmark.reductions
+    names = _optional(fields, "reduction", str)
+    if names is None:
+        names = (tasks[0].benchmark if len(tasks) == 1 else Benchmark).reductions
     return EvalConfig(
         tasks=tasks,
         checkpoint=_optional(fields, "checkpoint", str) or "",
         answers=None if answers is None else pathlib.Path(answers),
-        reductions=_reductions(
-            _optional(fields, "reduction", str) or usual, _typed("tokens", fields["tokens"], str)
-        ),
+        reductions=_reductions(names, _typed("tokens", fields["tokens"], str)),
         baselines=_typed("baselines", fields["baselines"], bool),
         decoding=Decoding(**decoding),
         position_ids=decoding.get("position_ids"),
