@@ -167,9 +167,8 @@ def parse_config(config: ConfigDict) -> EvalConfig:
             raise ValueError(f"--config.mesh.{axis}={size}: expected at least 1")
     dtype, chip = _optional(fields, "dtype", str), _optional(fields, "chip", str)
     tasks = _tasks(fields, options)
-    names = _optional(fields, "reduction", str)
-    if names is None:
-        names = (tasks[0].benchmark if len(tasks) == 1 else Benchmark).reductions
+    usual = (tasks[0].benchmark if len(tasks) == 1 else Benchmark).reductions
+    names = usual if fields["reduction"] is None else _typed("reduction", fields["reduction"], str)
     return EvalConfig(
         tasks=tasks,
         checkpoint=_optional(fields, "checkpoint", str) or "",

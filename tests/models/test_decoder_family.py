@@ -11,8 +11,9 @@ torch = pytest.importorskip("torch", reason="PyTorch is the oracle of these test
 import transformers  # noqa: E402
 
 from prumerge_jax.conversion import keys  # noqa: E402
+from prumerge_jax.models.attention import empty_pages  # noqa: E402
 from prumerge_jax.models.config import RopeScaling, TextConfig  # noqa: E402
-from prumerge_jax.models.llama import KVCache, Llama, empty_cache  # noqa: E402
+from prumerge_jax.models.llama import Llama  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -114,10 +115,13 @@ def test_logits_and_decoding(name: str) -> None:
     logits = ours.logits(ours(x, positions, segments))
     np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=2e-4)
 
-    _, rows = ours.prefill(x[:, :prompt], positions[:, :prompt], segments[:, :prompt])
-    empty = empty_cache(ours.config, 2, length, jnp.float32)
-    cache = KVCache(*(e.at[:, :, :prompt].set(r) for e, r in zip(empty, rows, strict=True)))
+    tables = jnp.arange(6).reshape(2, 3)  # pages of 16 tokens
+    places = 48 * jnp.arange(2)[:, None] + positions
+    begin = slice(None), slice(prompt)
+    pages = empty_pages(ours.config, 6, 16, jnp.float32)
+    _, pages = ours.prefill(x[begin], positions[begin], segments[begin], pages, places[begin])
     for at in range(prompt, length):
-        lengths = jnp.full((2,), at, jnp.int32)
-        hidden, cache = ours.decode(x[:, at : at + 1], lengths, cache, lengths)
+        hidden, pages = ours.decode(
+            x[:, at : at + 1], positions[:, at], pages, tables, places[:, at], positions[:, at] + 1
+        )
         np.testing.assert_allclose(ours.logits(hidden[:, 0]), expected[:, at], atol=2e-4, rtol=2e-4)
