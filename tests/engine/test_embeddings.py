@@ -26,6 +26,7 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (96, 96, 3)).astype(np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["full", "prumerge"])
 def test_one_row_per_visual_token(llava: Llava, reduction: str) -> None:
     images = [picture(seed) for seed in range(3)]

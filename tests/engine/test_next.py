@@ -175,6 +175,7 @@ def expected_tokens(model: GoldenModel, case: str, reduction: str) -> tuple[np.n
     return np.concatenate(tokens), np.concatenate(patches)
 
 
+@pytest.mark.slow
 def test_pruned_crops_follow_each_other(golden: pathlib.Path):
     """In packed rows among other images, as crop by crop alone."""
     model = load(golden, "next_vicuna")
@@ -193,6 +194,7 @@ def test_pruned_crops_follow_each_other(golden: pathlib.Path):
     assert compared == {0, 1}
 
 
+@pytest.mark.slow
 def test_pruned_alone_equals_pruned_in_company(golden: pathlib.Path):
     model = load(golden, "next_vicuna")
     cases = list(model.cases)

@@ -106,6 +106,7 @@ def test_features_and_substitutes_for_cls_attention(golden: pathlib.Path) -> Non
             np.testing.assert_allclose(got[part], proxy, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_reductions_read_the_substitute() -> None:
     """Images of a batch do not see each other, and a broken one stays alone."""
     with nnx.use_eager_sharding(False):

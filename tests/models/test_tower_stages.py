@@ -92,6 +92,7 @@ def test_tokens_patches_and_explanations(spelling: str) -> None:
     np.testing.assert_array_equal(again.tokens, visual.tokens[np.array([2, 0, 1])])
 
 
+@pytest.mark.slow
 def test_as_many_tokens_as_patches_change_nothing() -> None:
     vision, side = random_llava(CONFIG).vision, CONFIG.vision.image_size
     pixels = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)

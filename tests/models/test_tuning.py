@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from prumerge_jax import prumerge
+from prumerge_jax import prumerge, reductions
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.engine import Engine
@@ -60,7 +60,7 @@ def results(chosen: Tuning) -> tuple[dict[int, float], dict[int, tuple[int, ...]
     """Scores and answers of a tiny model."""
     with tuning.use(chosen):
         model = inference_layout(*random_weights(CONFIG))
-        reduction = prumerge.preset("prumerge")
+        reduction = reductions.parse("prumerge")
         engine = Engine(PlacedModel(*model, CONFIG, jnp.dtype(jnp.float32)), reduction, SHAPES)
         continuation = np.arange(3, 7, dtype=np.int32)
         scored = list(engine.score(requests(continuation)))

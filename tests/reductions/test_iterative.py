@@ -6,6 +6,7 @@ from prumerge_jax import prumerge, reductions
 from tests.prumerge_oracle import random_batch
 
 
+@pytest.mark.slow
 def test_rounds_follow_each_other_until_the_budget_is_met() -> None:
     hidden, keys, attention = random_batch(3, 36, 8, seed=3)
     reduction = reductions.parse("prumerge-iterative:tokens=7,neighbours=3")

@@ -8,6 +8,7 @@ from prumerge_jax import reductions
 from prumerge_jax.reductions import stages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["144_0", "144_1", "576_0"])
 def test_three_rounds_of_matching_are_those_of_the_loop(golden, case: str) -> None:
     if not (golden / "reducers").is_dir():

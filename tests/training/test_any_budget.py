@@ -202,6 +202,7 @@ def test_the_divergence_and_its_gradient_are_pytorchs() -> None:
     np.testing.assert_allclose(gradient, z.grad.numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_a_weight_it_is_the_next_token_loss_on_random_counts() -> None:
     own = bench(weight=0.0)
     taught = bench().batches()
