@@ -1,6 +1,7 @@
 """PruMerge applied again to its own output."""
 
 import numpy as np
+import pytest
 
 from prumerge_jax import prumerge, reductions
 from tests.prumerge_oracle import random_batch
