@@ -28,9 +28,10 @@ from models import add_geometry_argument, geometry, random_llava_for_inference
 
 from prumerge_jax import reductions
 from prumerge_jax.cost import Chip, Workload, counts, operations
+from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.pages import PagePool
-from prumerge_jax.engine.request import MAX_STOP_IDS
+from prumerge_jax.engine.request import MAX_STOP_IDS, Opening
 from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit
 from prumerge_jax.models.attention import tokens_read
 from prumerge_jax.models.config import LlavaConfig
@@ -114,12 +115,14 @@ def drawn_counts(name: str, patches: int, number: int) -> np.ndarray:
 def shapes_of(
     name: str, config: LlavaConfig, slots: int, arguments: argparse.Namespace
 ) -> EngineShapes:
-    """The engine's shapes for such requests."""
+    """The engine's shapes for such requests, each about an image of its own."""
+    prompt = np.full(1 + arguments.text_tokens, IMAGE_TOKEN)
+    prompt[1:] = 1
     return fit(
         EngineConfig(slots=slots, page_size=arguments.page_size),
         reductions.parse(name),
         config.vision.num_patches,
-        np.full(DRAWS, arguments.text_tokens),
+        [Opening(prompt, (image,)) for image in range(DRAWS)],
         max_new_tokens=arguments.new_tokens,
         max_positions=config.text.max_positions,
     )

@@ -173,7 +173,7 @@ def company(config: LlavaConfig, model: Model, dtype: jnp.dtype) -> list[dict[st
     """The lines `packed` and `greedy`."""
     limit = NATS[dtype.name]
     asked = [
-        dataclasses.replace(request, token_ids=request.token_ids[: 8 + 5 * request.key])
+        dataclasses.replace(request, token_ids=request.token_ids[-28 - 4 * request.key :])
         for request in random_requests(config, number=8, text_tokens=60, output_tokens=16)
     ]
     answering = engine(config, model, asked, dtype)
