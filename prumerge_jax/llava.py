@@ -37,6 +37,7 @@ from prumerge_jax.engine.build import (
     check_list,
     drafts_of_ids,
     named_image,
+    question_ids,
     requests_of,
 )
 from prumerge_jax.engine.embeddings import embed
@@ -198,7 +199,9 @@ class Llava:
         sampling = SamplingParams(temperature, top_p, max_new_tokens, seed=seed)
         builder = self._builder(image_mode, conversation, reduction)
         drafts = builder.drafts(images, prompts, sampling)
-        engine = self._engine_for(drafts, reduction, position_ids, max_new_tokens)
+        engine = self.engine(
+            reduction, drafts, max_new_tokens=max_new_tokens, position_ids=position_ids
+        )
         with self.placed():
             answers = _in_order(engine.generate(builder.requests(drafts)), range(len(drafts)))
         return [self.tokenizer.decode(answer.token_ids) for answer in answers]
@@ -229,7 +232,9 @@ class Llava:
         sampling = SamplingParams(temperature, top_p, max_new_tokens, seed=seed)
         builder = self._builder(image_mode, conversation, reduction)
         drafts = builder.drafts(images, prompts, sampling)
-        engine = self._engine_for(drafts, reduction, position_ids, max_new_tokens)
+        engine = self.engine(
+            reduction, drafts, max_new_tokens=max_new_tokens, position_ids=position_ids
+        )
         return self._pieces(engine.stream(builder.requests(drafts)), len(drafts))
 
     @overload
@@ -294,7 +299,7 @@ class Llava:
                 ids = self._continuation(text, draft.key)
                 drafts.append(dataclasses.replace(draft, key=len(drafts), continuation=ids))
                 prompt_of.append(draft.key)
-        engine = self._engine_for(drafts, reduction, position_ids)
+        engine = self.engine(reduction, drafts, position_ids=position_ids)
         with self.placed():
             answers = iter(_in_order(engine.score(builder.requests(drafts)), prompt_of))
         scores = [[next(answers).log_likelihood for _ in texts] for texts in several]
@@ -324,7 +329,7 @@ class Llava:
         """
         processor = self.processor(image_mode, reduction)
         drafts = drafts_of_ids(images, token_ids, processor)
-        engine = self._engine_for(drafts, reduction, position_ids)
+        engine = self.engine(reduction, drafts, position_ids=position_ids)
         found: dict[int, np.ndarray] = {}
         with self.placed():
             for result in engine.logits(requests_of(drafts, processor)):
@@ -469,7 +474,7 @@ class Llava:
         most = reduction.question_tokens
         if not most:
             return None
-        ids = [] if question is None else self.tokenizer.encode(reductions.keywords(question))
+        ids = np.zeros(0, np.int32) if question is None else question_ids(self.tokenizer, question)
         if not 0 < len(ids) <= most:
             raise ValueError(
                 f"reduction {quoted(reductions.spell(reduction))} reads the question: expected one "
@@ -491,20 +496,6 @@ class Llava:
     ) -> RequestBuilder:
         processor = self.processor(mode, reduction)
         return RequestBuilder(self.tokenizer, self.template(conversation), processor)
-
-    def _engine_for(
-        self,
-        drafts: Sequence[Draft],
-        reduction: ReductionLike,
-        position_ids: PositionIds,
-        max_new_tokens: int = 0,
-    ) -> Engine:
-        return self.engine(
-            reduction,
-            drafts,
-            max_new_tokens=max_new_tokens,
-            position_ids=position_ids,
-        )
 
     def _continuation(self, text: object, prompt: int) -> np.ndarray:
         if not isinstance(text, str):

@@ -5,7 +5,6 @@ import json
 import pathlib
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file
@@ -16,6 +15,7 @@ from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.request import ImageInput, Request, SamplingParams
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 from prumerge_jax.models.llava import LlavaModel
+from tests.checkpoint_weights import filled
 
 TILE = 56
 NEXT_VICUNA = LlavaConfig(
@@ -111,16 +111,4 @@ def load_model(config: LlavaConfig, file: pathlib.Path) -> LlavaModel:
     }
     with nnx.use_eager_sharding(False):
         model = LlavaModel(config, rngs=nnx.Rngs(0))
-    graphdef, state = nnx.split(model)
-    flat = dict(nnx.to_flat_state(state))
-    for weight in keys.weights(config):
-        array = np.empty(weight.shape, np.float32)
-        parts = [array] if weight.num_layers is None else array
-        for key, part in zip(weight.keys, parts, strict=True):
-            weight.transform.checkpoint_view(part)[...] = tensors[key]
-        path = tuple(weight.path.split("."))
-        flat[path] = flat[path].replace(jnp.asarray(array))
-    if ("image_newline",) in flat:
-        newline = jnp.asarray(tensors["image_newline"])
-        flat["image_newline",] = flat["image_newline",].replace(newline)
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    return filled(model, keys.weights(config), tensors)

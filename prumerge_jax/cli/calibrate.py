@@ -27,14 +27,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _flags() -> flags.FlagValues:
-    values = flags.FlagValues()
-    for name, default, help_text in (
+    values = command_line.strings(
         ("checkpoint", None, "model directory, or miniature for the shipped model"),
         ("images", None, "folder of images without labels"),
         ("reduction", "cover:adaptive=coverage", "what is calibrated; its threshold is replaced"),
         ("image_mode", "pad", "pad or crop, as in the evaluation"),
-    ):
-        flags.DEFINE_string(name, default, help_text, flag_values=values)
+    )
     flags.DEFINE_float("tokens", None, "mean tokens per image", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("limit", 500, "images to read at most", lower_bound=1, flag_values=values)
     return values
@@ -43,9 +41,7 @@ def _flags() -> flags.FlagValues:
 def _main(argv: Sequence[str]) -> None:
     values = _flags()
     command_line.parse(argv, values, __doc__)
-    for name in ("checkpoint", "images", "tokens"):
-        if not values[name].value:
-            raise ValueError(f"--{name} is missing: {values[name].help}")
+    command_line.require(values, "checkpoint", "images", "tokens")
     folder = pathlib.Path(values.images)
     if not folder.is_dir():
         raise ValueError(f"--images {folder}: no such folder")

@@ -57,15 +57,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _flags() -> flags.FlagValues:
-    values = flags.FlagValues()
-    for name, default, help_text in (
+    values = command_line.strings(
         ("check", None, f"one of {', '.join([*REDUCTIONS, ROBUSTNESS])}"),
         ("workdir", None, "directory of the runs; new, or to be resumed"),
         ("checkpoint", "miniature", "model directory, or miniature for the shipped model"),
         ("split", "validation", "validation, or test for figures to report"),
         ("reduction", "full prumerge cover:tokens=54", "what robustness compares"),
-    ):
-        flags.DEFINE_string(name, default, help_text, flag_values=values)
+    )
     flags.DEFINE_integer("scenes", 250, "scenes to ask about", lower_bound=1, flag_values=values)
     return values
 
@@ -73,9 +71,7 @@ def _flags() -> flags.FlagValues:
 def _main(argv: Sequence[str]) -> int:
     values = _flags()
     command_line.parse(argv, values, __doc__)
-    for name in ("check", "workdir"):
-        if not values[name].value:
-            raise ValueError(f"--{name} is missing: {values[name].help}")
+    command_line.require(values, "check", "workdir")
     if values.check not in (*REDUCTIONS, ROBUSTNESS):
         raise ValueError(f"--check {values.check}: expected {values['check'].help}")
     workdir = pathlib.Path(values.workdir)

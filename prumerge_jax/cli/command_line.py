@@ -124,6 +124,21 @@ def check_workdir_or_aot(values: flags.FlagValues) -> None:
         raise ValueError("give one of --workdir=DIR and --aot=SLICE")
 
 
+def strings(*described: tuple[str, str | None, str]) -> flags.FlagValues:
+    """Flags that take text, from the name, default and help of each."""
+    values = flags.FlagValues()
+    for name, default, help_text in described:
+        flags.DEFINE_string(name, default, help_text, flag_values=values)
+    return values
+
+
+def require(values: flags.FlagValues, *names: str) -> None:
+    """Raises ValueError for the first of these flags that is not given."""
+    for name in names:
+        if not values[name].value:
+            raise ValueError(f"--{name} is missing: {values[name].help}")
+
+
 def parse(argv: Sequence[str], values: flags.FlagValues, description: str) -> None:
     """Sets the flags of a program without `--config`.
 

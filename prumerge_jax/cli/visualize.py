@@ -18,15 +18,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _flags() -> flags.FlagValues:
-    values = flags.FlagValues()
-    for name, default, help_text in (
+    values = command_line.strings(
         ("checkpoint", None, "model directory, or miniature for the shipped model"),
         ("image", None, "the image"),
         ("reduction", "prumerge", "name of a reduction, with parameters after a colon"),
         ("question", None, "the question, for reductions that read it"),
         ("output", None, "the PNG file to write"),
-    ):
-        flags.DEFINE_string(name, default, help_text, flag_values=values)
+    )
     flags.DEFINE_integer(
         "dpi", 150, "dots per inch; the image is 19.5 inches wide", 1, 600, flag_values=values
     )
@@ -36,9 +34,7 @@ def _flags() -> flags.FlagValues:
 def _main(argv: Sequence[str]) -> None:
     values = _flags()
     command_line.parse(argv, values, __doc__)
-    for name in ("checkpoint", "image", "output"):
-        if not values[name].value:
-            raise ValueError(f"--{name} is missing: {values[name].help}")
+    command_line.require(values, "checkpoint", "image", "output")
     output = pathlib.Path(values.output)
     if output.suffix != ".png":
         raise ValueError(f"--output {output} does not end in .png")

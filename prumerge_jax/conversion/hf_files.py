@@ -81,11 +81,9 @@ def llava_config(config: LlavaConfig) -> dict[str, Any]:
     }
 
 
-def clip_config(vision: VisionConfig) -> dict[str, Any]:
-    """`config.json` of a CLIPVisionModel."""
+def _tower_sizes(vision: VisionConfig) -> dict[str, Any]:
+    """What the `config.json` of every vision tower says."""
     return {
-        "architectures": ["CLIPVisionModel"],
-        "model_type": "clip_vision_model",
         "hidden_size": vision.width,
         "intermediate_size": vision.mlp_width,
         "num_hidden_layers": vision.num_layers,
@@ -94,6 +92,15 @@ def clip_config(vision: VisionConfig) -> dict[str, Any]:
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
         "layer_norm_eps": vision.layer_norm_eps,
+    }
+
+
+def clip_config(vision: VisionConfig) -> dict[str, Any]:
+    """`config.json` of a CLIPVisionModel."""
+    return {
+        "architectures": ["CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        **_tower_sizes(vision),
         "hidden_act": vision.activation,
         "projection_dim": 768,
         "vocab_size": 32000,
@@ -105,14 +112,7 @@ def siglip_config(vision: VisionConfig) -> dict[str, Any]:
     return {
         "architectures": ["SiglipVisionModel"],
         "model_type": "siglip_vision_model",
-        "hidden_size": vision.width,
-        "intermediate_size": vision.mlp_width,
-        "num_hidden_layers": vision.num_layers,
-        "num_attention_heads": vision.num_heads,
-        "num_channels": 3,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "layer_norm_eps": vision.layer_norm_eps,
+        **_tower_sizes(vision),
         "hidden_act": "gelu_pytorch_tanh",
         "vision_use_head": False,
     }

@@ -24,8 +24,7 @@ tags:
 
 # {name}
 
-A LLaVA for [prumerge_jax](https://pypi.org/project/prumerge-jax/), which answers questions about
-images with few visual tokens.
+A LLaVA for prumerge_jax, which answers questions about images with few visual tokens.
 
 | | |
 |---|---|

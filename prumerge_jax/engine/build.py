@@ -99,7 +99,7 @@ class RequestBuilder:
 
     def question_ids(self, text: str) -> np.ndarray:
         """Ids int32 [M] of the keywords of a question, for reductions that read them."""
-        return np.array(self.tokenizer.encode(keywords(text)), np.int32)
+        return question_ids(self.tokenizer, text)
 
     def drafts(
         self,
@@ -224,6 +224,11 @@ def drafts_of_ids(
         layouts = processor.layouts(named)
         drafts.append(Draft(key, ids.astype(np.int32), named, layouts=layouts))
     return drafts
+
+
+def question_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids int32 [M] of the keywords of a question, for reductions that read them."""
+    return np.array(tokenizer.encode(keywords(text)), np.int32)
 
 
 def named_image(source: object, name: str) -> tuple[str, ImageSource | Video]:

@@ -11,7 +11,7 @@ from prumerge_jax.data.images import ImageMode, ImageProcessor
 from prumerge_jax.data.pictures import default_mode
 from prumerge_jax.data.templates import chat_parts
 from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER, IMAGE_TOKEN
-from prumerge_jax.engine.build import Draft
+from prumerge_jax.engine.build import Draft, question_ids
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.llava import Explanation, Llava
 from prumerge_jax.reductions import Reduction
@@ -133,7 +133,7 @@ class ServedModel:
 
     def question_ids(self, chat: Chat) -> np.ndarray:
         """Ids int32 [M] of the keywords of the last question, for reductions that read them."""
-        return np.array(self.tokenizer.encode(reductions.keywords(chat.turns[-1])), np.int32)
+        return question_ids(self.tokenizer, chat.turns[-1])
 
     def max_new_tokens(self, asked: int | None, text_tokens: int, param: str) -> int:
         """The most tokens of an answer: those asked for, or what fits in any case.

@@ -14,6 +14,7 @@ from prumerge_jax.conversion import keys  # noqa: E402
 from prumerge_jax.models.attention import empty_pages  # noqa: E402
 from prumerge_jax.models.config import RopeScaling, TextConfig  # noqa: E402
 from prumerge_jax.models.llama import Llama  # noqa: E402
+from tests.checkpoint_weights import filled  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -90,16 +91,7 @@ def pair(name: str) -> tuple[torch.nn.Module, Llama]:
     }
     with nnx.use_eager_sharding(False):
         abstract = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
-    flat = dict(nnx.to_flat_state(state))
-    for weight in keys.decoder_weights(config):
-        array = np.empty(weight.shape, np.float32)
-        parts = [array] if weight.num_layers is None else array
-        for key, part in zip(weight.keys, parts, strict=True):
-            weight.transform.checkpoint_view(part)[...] = tensors[key]
-        path = tuple(weight.path.split(".")[1:])
-        flat[path] = flat[path].replace(jnp.asarray(array))
-    return oracle, nnx.merge(graphdef, nnx.from_flat_state(flat))
+    return oracle, filled(abstract, keys.decoder_weights(config), tensors, "decoder.")
 
 
 @pytest.mark.parametrize("name", CASES)

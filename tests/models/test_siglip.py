@@ -16,6 +16,7 @@ from prumerge_jax.models.config import ATTENTION_SUBSTITUTES, VisionConfig
 from prumerge_jax.models.llava import encode_images, normalize_pixels, patch_attention
 from prumerge_jax.models.patch_attention import substitute_attention
 from prumerge_jax.models.vision_tower import VisionTower
+from tests.checkpoint_weights import filled
 
 CONFIG = VisionConfig(
     image_size=48, patch_size=14, width=32, mlp_width=72, num_layers=3, num_heads=2,
@@ -29,16 +30,7 @@ def tower(config: VisionConfig, tensors: dict[str, np.ndarray]) -> VisionTower:
     """A tower with these weights, under canonical keys."""
     with nnx.use_eager_sharding(False):
         model = VisionTower(config, rngs=nnx.Rngs(0))
-    graphdef, state = nnx.split(model)
-    flat = dict(nnx.to_flat_state(state))
-    for weight in keys.vision_weights(config):
-        array = np.empty(weight.shape, np.float32)
-        parts = [array] if weight.num_layers is None else array
-        for key, part in zip(weight.keys, parts, strict=True):
-            weight.transform.checkpoint_view(part)[...] = tensors[key]
-        path = tuple(weight.path.split(".")[1:])
-        flat[path] = flat[path].replace(jnp.asarray(array))
-    model = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    model = filled(model, keys.vision_weights(config), tensors, "vision.")
     if config.pooling_head:
         head, root = model.head, "vision_tower.head"
         query, key, _ = np.split(tensors[f"{root}.attention.in_proj_weight"], 3)
