@@ -4,6 +4,7 @@
 `python -m prumerge_jax.cost` prints those times.
 """
 
+from prumerge_jax.cost.bits import Bits
 from prumerge_jax.cost.counts import (
     Parameters,
     kv_bytes_per_token,
@@ -25,6 +26,7 @@ from prumerge_jax.cost.roofline import (
 
 __all__ = [
     "CHIPS",
+    "Bits",
     "Chip",
     "Operation",
     "Parameters",

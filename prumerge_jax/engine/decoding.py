@@ -40,7 +40,7 @@ class SlotDecoder:
             model.state,
             pages=shapes.pool_pages,
             page_size=shapes.page_size,
-            dtype=model.dtype,
+            dtype=model.page_dtype,
             key_bias=key_bias,
         )
         self.pages = model.commit(pages)

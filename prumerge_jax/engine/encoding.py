@@ -42,6 +42,17 @@ def compute_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
     return chosen
 
 
+def named_cache_dtype(name: str | None) -> jnp.dtype | None:
+    """The dtype of keys and values in pages that a user names; None keeps that of computation.
+
+    Raises:
+      ValueError: another name than int8.
+    """
+    if name not in (None, "int8"):
+        raise ValueError(f"cache_dtype is {quoted(name)}; expected int8, or None")
+    return None if name is None else jnp.dtype(jnp.int8)
+
+
 def data_shards(mesh: Mesh | None) -> int:
     """Number of shards that a mesh splits a batch into; 1 without a mesh."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
@@ -56,6 +67,7 @@ class PlacedModel:
       config: its sizes.
       dtype: compute dtype.
       mesh: devices to split images, rows and slots over; None means one device.
+      cache_dtype: dtype of keys and values in pages: int8, or None for that of computation.
     """
 
     graphdef: nnx.GraphDef
@@ -63,6 +75,12 @@ class PlacedModel:
     config: LlavaConfig
     dtype: jnp.dtype
     mesh: Mesh | None = None
+    cache_dtype: jnp.dtype | None = None
+
+    @property
+    def page_dtype(self) -> jnp.dtype:
+        """Dtype of keys and values in pages."""
+        return self.cache_dtype or self.dtype
 
     @property
     def shards(self) -> int:

@@ -40,8 +40,9 @@ def format_scores(scored: Sequence[ScoredRun]) -> str:
     return format_table(_rows(scored))
 
 
-def against_floor(entry: ScoredRun, model: Llava, chip: str) -> str:
-    """Achieved questions per second against the cost model's floor for one such chip."""
+def against_floor(entry: ScoredRun, model: Llava, chip: str, bits: cost.Bits) -> str:
+    """Achieved questions per second against the cost model's floor for one such chip; `bits` says
+    how the model is held."""
     metrics, name = entry.scores.metrics, entry.run.name
     questions, images = metrics["questions_per_second"], metrics["images_per_second"]
     if not questions:
@@ -52,6 +53,7 @@ def against_floor(entry: ScoredRun, model: Llava, chip: str) -> str:
         text_tokens=float(metrics["text_tokens_mean"] or 0),
         batch=batch,
         output_tokens=max(round(float(metrics["new_tokens_mean"] or 1)), 1),
+        bits=bits,
     )
     vision = dataclasses.replace(
         model.config.vision, image_size=model.image_size(entry.run.reduction)

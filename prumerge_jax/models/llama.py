@@ -21,6 +21,7 @@ from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.decoder_layer import QKV, DecoderLayer, PackedRows, split_key
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, rematerialise, stack
+from prumerge_jax.models.quantisation import Format
 from prumerge_jax.models.rotary import rotation
 from prumerge_jax.sharding.mesh import constrain, unshard_embed
 
@@ -51,7 +52,12 @@ class Llama(nnx.Module):
     layers: DecoderLayer | nnx.List
 
     def __init__(
-        self, config: TextConfig, *, adapter: AdapterConfig | None = None, rngs: nnx.Rngs
+        self,
+        config: TextConfig,
+        *,
+        adapter: AdapterConfig | None = None,
+        quantize: Format | None = None,
+        rngs: nnx.Rngs,
     ) -> None:
         normal = nnx.initializers.normal(0.02)
         self.config = config
@@ -60,7 +66,9 @@ class Llama(nnx.Module):
             out_sharding=("vocab", "embed"),
         )
         self.layers = stack(
-            lambda rngs: DecoderLayer(config, adapter=adapter, rngs=rngs), config.num_layers, rngs
+            lambda rngs: DecoderLayer(config, adapter=adapter, quantize=quantize, rngs=rngs),
+            config.num_layers,
+            rngs,
         )
         self.norm = RMSNorm(config.width, config.rms_norm_eps)
         self.lm_head = (
