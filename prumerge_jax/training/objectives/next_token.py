@@ -121,7 +121,7 @@ def make(config: TrainConfig) -> Objective:
     """
     model = config.sizes
     dtype = jnp.dtype(config.dtype)
-    module = llava_module(model, config.adapter)
+    module = llava_module(model, config.adapter, config.quantize)
     check_row_length(config, visual_capacity(config))
 
     def loss(weights: Weights, batch: RowBatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
