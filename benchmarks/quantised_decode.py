@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from decode import Decoding, shapes_of
 from flax import nnx
-from measuring import begin, interleaved, quartiles_ms, report
+from measuring import add_arguments, begin, interleaved, quartiles_ms, report
 from models import add_geometry_argument, geometry, random_weights
 
 from prumerge_jax.cost import Bits, counts
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps per run")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
+    add_arguments(parser)
     arguments = parser.parse_args(argv)
     begin("quantised_decode", __doc__, minutes=2)
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
