@@ -348,7 +348,7 @@ class Llava:
         """
         processor = self.processor(image_mode, reduction)
         drafts = drafts_of_ids(images, token_ids, processor)
-        engine = self.engine(reduction, drafts, position_ids=position_ids)
+        engine = self.engine(reduction, drafts, max_new_tokens=1, position_ids=position_ids)
         found: dict[int, np.ndarray] = {}
         with self.placed():
             for result in engine.logits(requests_of(drafts, processor)):
