@@ -288,7 +288,8 @@ def fit(
     )
     if config.pages is not None:
         return shapes
-    pages = shapes.pool_pages // 2 if reduction.varying else shapes.pool_pages
+    usual = cache_length - max(visual) // 2 if reduction.varying else cache_length
+    pages = shapes.slots * -(-usual // shapes.page_size)
     if pages_that_fit is not None:
         pages = min(pages, pages_that_fit // shards * shards)
     least = shards * shapes.pages_per_sequence
