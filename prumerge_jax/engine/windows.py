@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from prumerge_jax.data import packing
+from prumerge_jax.data.row_lengths import cut
 from prumerge_jax.data.runs import Run
 from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.data.visual_layout import (
@@ -173,10 +174,11 @@ class WindowPlanner:
             self.model.config.vision.num_patches,
         )
         required = images.required.T.reshape(-1)
+        encoded = encoding.reduction.capacity_for(self.model.config.vision.num_patches)
         admitted, failed = [], []
         for request, numbers in zip(encoding.places.requests, encoding.places.numbers, strict=True):
             needed = required[[number for image in numbers for number in image]]
-            if (needed > capacity).any():
+            if (needed > encoded).any():
                 overflow.append(request)
                 continue
             refused = encoding.places.refused.get(request.key)
@@ -241,8 +243,8 @@ class WindowPlanner:
         return Window(
             [each.request for each in carried.admitted + admitted],
             everything,
-            programs.join(carried.images.tokens + images.tokens),
-            rows,
+            programs.join(carried.images.tokens + images.tokens, capacity=capacity),
+            [cut(each, self.shapes.row_lengths) for each in rows],
             failed,
         )
 
