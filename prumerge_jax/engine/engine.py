@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from prumerge_jax.data import packing
+from prumerge_jax.data.images import Video
+from prumerge_jax.data.pictures import PictureProcessor, default_mode
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.data.visual_layout import Newlines, check_newlines
 from prumerge_jax.engine.core import Core
@@ -154,11 +156,14 @@ class Engine:
             for rows in window.batches:
                 yield from sequence_logits(self.model, window, rows, longest_prompt=longest)
 
-    def warm_up(self) -> None:
+    def warm_up(self, *, videos: bool = False) -> None:
         """Compiles all jitted functions of `generate` by running meaningless requests: one alone,
         and where prefixes are shared two that begin alike.
 
         Where images may need more tokens than the capacity, they run again with room for all.
+
+        Args:
+          videos: whether requests about videos come too.
         """
         vision = self.model.config.vision
         pixels = np.zeros((1, vision.image_size, vision.image_size, 3), np.uint8)
@@ -173,6 +178,17 @@ class Engine:
                 for count in (1, 2) if self.shapes.share_prefixes else (1,):
                     some = [dataclasses.replace(request, key=key) for key in range(count)]
                     collections.deque(same.generate(some), maxlen=0)
+                if videos:
+                    shown = (self._meaningless_video(),)
+                    about = [dataclasses.replace(request, images=shown)]
+                    collections.deque(same.generate(about), maxlen=0)
+
+    def _meaningless_video(self) -> ImageInput:
+        config = self.model.config
+        side = config.vision.image_size
+        processor = PictureProcessor(config, side, default_mode(config))
+        frame = np.zeros((side, side, 3), np.uint8)
+        return ImageInput(*processor(Video([frame])), key="warm-up video")
 
     def _planner(self) -> WindowPlanner:
         return WindowPlanner(
