@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+import prumerge_jax.digits.benchmark  # noqa: F401  # registers itself
 from configs import eval as eval_config
 from prumerge_jax.evaluation import run
 from prumerge_jax.models.config import LlavaConfig

@@ -153,7 +153,7 @@ def our_sums(
     config.learning_rates = (("decoder.*.lora_?", 1e-3),)
     config.adapter = ml_collections.ConfigDict({"rank": RANK, "alpha": ALPHA, "dropout": 0.0})
     config.batch_size = len(samples)
-    config.crops_per_sample = 4
+    config.crops_per_sample = 8
     config.dtype = "float32"
     config.max_length = 256
     parsed = with_sizes(parse(config), golden.config)
