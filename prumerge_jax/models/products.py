@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+from prumerge_jax.models import tuning
+
 FEW_ROWS = 64
-"""Products of fewer rows than this with a weight [d_out, d_in] are sums over its last axis; XLA's
-matrix product on CPUs rearranges the weight for as many rows as it may get."""
+"""Fewer rows than this are the right-hand side of a product with a weight [d_out, d_in]: XLA's
+matrix product on CPUs rearranges its right-hand side, however large."""
 
 
 def contract(x: jax.Array, kernel: jax.Array, *, out_first: bool) -> jax.Array:
@@ -16,10 +18,15 @@ def contract(x: jax.Array, kernel: jax.Array, *, out_first: bool) -> jax.Array:
       kernel: [d_in, d_out] in the dtype of `x`; [d_out, d_in] with `out_first`.
       out_first: which of them.
     """
-    if not out_first:
-        return x @ kernel
+    return out_first_product(x, kernel) if out_first else x @ kernel
+
+
+def out_first_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x W^T` for x [..., d_in] and a weight [d_out, d_in]."""
     rows = x.reshape(-1, x.shape[-1])
-    if 1 < len(rows) < FEW_ROWS and x.dtype == jnp.float32:
-        y = (rows[:, None] * kernel).sum(-1)
-        return y.reshape(*x.shape[:-1], -1)
-    return jnp.einsum("...i,oi->...o", x, kernel)
+    if len(rows) >= FEW_ROWS or tuning.current().kernels != "out_first":
+        return jnp.einsum("...i,oi->...o", x, kernel)
+    product = jnp.einsum("oi,ri->or", kernel, rows)
+    # Without the barrier XLA would exchange the sides, and have no transposition left to do.
+    product = jax.lax.optimization_barrier(product)
+    return product.T.reshape(*x.shape[:-1], -1)
