@@ -9,12 +9,14 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from prumerge_jax.conversion import keys
 from prumerge_jax.conversion.checkpoint_reader import Sources, open_model
 from prumerge_jax.conversion.convert import convert
 from prumerge_jax.conversion.export import export_model
 from prumerge_jax.conversion.keys import Dialect
+from prumerge_jax.conversion.quantised import quantised_kernels
 from prumerge_jax.conversion.tensor_files import ConversionError
 from prumerge_jax.llava import Llava
 from prumerge_jax.models.config import LlavaConfig
@@ -92,6 +94,16 @@ def test_quantised_on_load_is_quantised_on_conversion(
     plain, int8 = (converted(checkpoint, tmp_path, name) for name in (None, "int8"))
     ids = [np.arange(3, 40)]
     exact = Llava.load(plain).logits([None], ids)[0]
+    model = Llava.load(plain, quantize="int4")
+    leaves = {".".join(map(str, p)): v for p, v in nnx.to_flat_state(model._model.state)}
+    promised = {p: v for p, v in leaves.items() if p.startswith("decoder.layers") and "proj" in p}
+    assert {str(v.dtype) for v in promised.values()} == {"int4", "float32"}
+    assert not [p for p in promised if not p.endswith(("kernel_q", "kernel_scale"))]
+    # On the device what the files have, a byte for each code: CPUs do not pack them.
+    sizes = quantised_kernels(CONFIG.text, FORMATS["int4"])
+    codes = sum(v.size for p, v in promised.items() if p.endswith("kernel_q"))
+    scales = sum(4 * v.size for p, v in promised.items() if p.endswith("kernel_scale"))
+    assert sum(sizes.values()) == codes // 2 + scales
     for name in ("int8", "int8x8"):
         (now,) = Llava.load(plain, quantize=name).logits([None], ids)
         (before,) = Llava.load(int8, quantize=name).logits([None], ids)
