@@ -44,7 +44,7 @@ from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import abstract_model
 from prumerge_jax.models.tuning import BY_PLATFORM
-from prumerge_jax.reductions import Reduction, parse
+from prumerge_jax.reductions import Reduction, Stage, parse
 from prumerge_jax.sharding.mesh import (
     logical_spec,
     mesh_on,
@@ -296,7 +296,7 @@ def _plan(
         largest_layout(model, reduction),
         engine,
         compiled,
-        _work(model, engine, visual_tokens),
+        _work(model, engine, visual_tokens, counts.stages_of(model.vision, reduction)),
         resident=bytes_per_chip((state, pages, pool, pool)),
         questions_per_image=questions_per_image if shared else 1,
     )
@@ -358,7 +358,9 @@ def _kernel_bytes(
     return tokens * counts.kv_bytes_per_token(model.text)
 
 
-def _work(model: LlavaConfig, engine: EngineShapes, visual: MeanTokens) -> dict[str, Operation]:
+def _work(
+    model: LlavaConfig, engine: EngineShapes, visual: MeanTokens, stages: tuple[Stage, ...]
+) -> dict[str, Operation]:
     """What each program has to compute and to read, by the cost model; rows count as full."""
     sizes, text = counts.parameters(model), model.text
     width = counts.ACTIVATION_BYTES
@@ -369,7 +371,8 @@ def _work(model: LlavaConfig, engine: EngineShapes, visual: MeanTokens) -> dict[
     context = _valid_tokens(visual)
     return {
         "encode": Operation(
-            engine.batch_size * counts.tower_flops(model.vision), width * sizes.vision_used
+            engine.batch_size * counts.staged_tower_flops(model.vision, stages),
+            width * sizes.vision_used,
         ),
         "read": rows,
         "prefill": rows,

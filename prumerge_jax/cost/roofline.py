@@ -8,6 +8,7 @@ import dataclasses
 
 from prumerge_jax.cost import counts
 from prumerge_jax.models.config import LlavaConfig, TextConfig
+from prumerge_jax.reductions import Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Workload:
       weight_bits: bits per weight of the decoder's blocks and head; tower and projector keep 16.
       questions_per_image: requests that have their image, and `FRONT_TOKENS` of their text in front
         of it, in common; both are computed once for all of them.
+      tower_stages: merges inside the tower.
     """
 
     visual_tokens: float
@@ -86,6 +88,7 @@ class Workload:
     output_tokens: int = 1
     weight_bits: int = 16
     questions_per_image: int = 1
+    tower_stages: tuple[Stage, ...] = ()
 
     @property
     def sequence(self) -> float:
@@ -145,7 +148,7 @@ def operations(config: LlavaConfig, workload: Workload) -> dict[str, list[Operat
     return {
         "vision": [
             Operation(
-                images * counts.tower_flops(config.vision),
+                images * counts.staged_tower_flops(config.vision, workload.tower_stages),
                 counts.ACTIVATION_BYTES * sizes.vision_used,
             )
         ],
