@@ -289,11 +289,17 @@ class WindowPlanner:
 
     def _irreducible(self, request: Request) -> str | None:
         """Why the reduction cannot be applied to the request; None if it can."""
-        layouts = (image.layout for image in request.images)
+        layouts = [image.layout for image in request.images]
         patches = self.model.config.vision.num_patches
         reduces = self.reduction.selects_patches or self.reduction.capacity_for(patches) < patches
         if reduces and any(each is not None and each.frames for each in layouts):
             return f"the reduction {spell(self.reduction)} does not reduce videos; expected 'full'"
+        several = any(each is not None and each.num_crops > 1 for each in layouts)
+        if several and not self.reduction.takes_several_crops:
+            return (
+                f"the reduction {spell(self.reduction)} shares a budget out over the crops of an "
+                "image, which is not built; expected one that reduces each crop alone, as 'top'"
+            )
         return None
 
     def _unread_question(self, request: Request) -> str | None:

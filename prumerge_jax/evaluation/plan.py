@@ -108,7 +108,9 @@ def plan_runs(config: EvalConfig, workdir: pathlib.Path) -> Plan:
     model = config_json.read_config(checkpoint)
     vision = model.vision
     for name in config.reductions:  # one that resizes images may ask for more than there is
-        reductions.parse(name).image_size(vision.image_size, vision.patch_size)
+        reduction = reductions.parse(name)
+        reduction.image_size(vision.image_size, vision.patch_size)
+        reduction.drops(model.text.num_layers)
     for task in config.tasks:
         _check_limit(config.decoding_for(task.benchmark), task, model)
     mesh = _own_mesh(config.mesh)
