@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from prumerge_jax.data import packing
+from prumerge_jax.data.images import Video
+from prumerge_jax.data.pictures import PictureProcessor, default_mode
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.data.visual_layout import Newlines, check_newlines
 from prumerge_jax.engine.core import Core
@@ -101,7 +103,7 @@ class Engine:
         self.core = Core(
             model,
             shapes,
-            self._planner,
+            {None: lambda: self.planner(self.counters)},
             self.counters,
             key_bias=reduction.weighs_tokens,
             drops=self._drops,
@@ -162,7 +164,7 @@ class Engine:
         longest, size = self.shapes.longest_prompt, self.shapes.window_size
         source = iter(requests)
         batches = iter(lambda: list(itertools.islice(source, size)), [])
-        for window in self._planner().windows(batches):
+        for window in self.planner(self.counters).windows(batches):
             yield from window.failed
             for rows in window.batches:
                 yield from sequence_logits(
@@ -182,37 +184,59 @@ class Engine:
             )
         size, source = self.shapes.window_size, iter(requests)
         batches = iter(lambda: list(itertools.islice(source, size)), [])
-        for window in self._planner().windows(batches):
+        for window in self.planner(self.counters).windows(batches):
             yield from window.failed
             for rows in window.batches:
                 yield from sequence_attention(self.model, window, rows)
 
-    def warm_up(self) -> None:
+    def warm_up(self, *, videos: bool = False) -> None:
         """Compiles all jitted functions of `generate` by running meaningless requests: one alone,
-        and where prefixes are shared two that begin alike.
+        and where prefixes are shared two that begin alike, in rows of every length.
 
         Where images may need more tokens than the capacity, they run again with room for all.
+
+        Args:
+          videos: whether requests about videos come too.
         """
         vision = self.model.config.vision
         pixels = np.zeros((1, vision.image_size, vision.image_size, 3), np.uint8)
         image = ImageInput(pixels, key="warm-up")
         token_ids = np.array([0, IMAGE_TOKEN], np.int32)
         sampling = SamplingParams(max_new_tokens=2, stop_ids=())
-        request = Request(0, token_ids, (image,), sampling=sampling, question_ids=token_ids[:1])
+        asked = Request(0, token_ids, (image,), sampling=sampling, question_ids=token_ids[:1])
         patches = vision.num_patches
         for reduction in dict.fromkeys((self.reduction, self.reduction.uncapped())):
             if reduction.capacity_for(patches) >= self.reduction.capacity_for(patches):
-                same = Engine(self.model, reduction, self.shapes, position_ids=self.position_ids)
-                for count in (1, 2) if self.shapes.share_prefixes else (1,):
-                    some = [dataclasses.replace(request, key=key) for key in range(count)]
-                    collections.deque(same.generate(some), maxlen=0)
+                self._run_alone(reduction, asked, self.shapes.row_length)
+                if videos:
+                    shown = dataclasses.replace(asked, images=(self._meaningless_video(),))
+                    self._run_alone(reduction, shown, self.shapes.row_length)
+        text = Request(0, np.zeros(2, np.int32), sampling=sampling)
+        for length in self.shapes.row_lengths[:-1]:
+            self._run_alone(self.reduction, text, length)
 
-    def _planner(self) -> WindowPlanner:
+    def _meaningless_video(self) -> ImageInput:
+        config = self.model.config
+        side = config.vision.image_size
+        processor = PictureProcessor(config, side, default_mode(config))
+        frame = np.zeros((side, side, 3), np.uint8)
+        return ImageInput(*processor(Video([frame])), key="warm-up video")
+
+    def _run_alone(self, reduction: Reduction, request: Request, row_length: int) -> None:
+        """Runs a request, and where prefixes are shared two of them, in an engine of their own."""
+        shapes = dataclasses.replace(self.shapes, row_length=row_length, short_rows=())
+        same = Engine(self.model, reduction, shapes, position_ids=self.position_ids)
+        for count in (1, 2) if shapes.share_prefixes else (1,):
+            some = [dataclasses.replace(request, key=key) for key in range(count)]
+            collections.deque(same.generate(some), maxlen=0)
+
+    def planner(self, counters: Counters) -> WindowPlanner:
+        """Plans windows of this engine's requests."""
         return WindowPlanner(
             self.encoder,
             self.reduction,
             self.position_ids,
-            self.counters,
+            counters,
             self.newlines,
             self.image_budget,
         )

@@ -48,6 +48,12 @@ EVALUATION_SIZES = EngineSizes(32, 256, 2, 64, 8)
 """For thousands of requests, whose short answers free their slots soon."""
 
 
+def serving_sizes() -> EngineSizes:
+    """For requests that come one by one: few wait for others, and decoding seldom waits for many
+    images or long rows."""
+    return EngineSizes(tuning.current().images_at_once, 8, 1, 16, 4)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Shapes of the jitted functions that a user may fix. None of them changes a result.
@@ -66,6 +72,11 @@ class EngineConfig:
         vary, and no more than the devices' memory holds. Too few pages cost waiting, nothing else.
       share_prefixes: whether requests that begin alike, as questions about one image do, have what
         they share computed once.
+      short_rows: ascending lengths, to the first of which that holds what is in them rows are cut
+        that are not full; those of `row_length` and more are left out. Each has programs of its
+        own.
+      pool_capacity: places for each crop's tokens where rows take them from; None takes the
+        reduction's capacity. Engines of equal ones share their programs.
       defaults: the sizes where the fields above are None.
 
     Raises:
@@ -82,6 +93,8 @@ class EngineConfig:
     pages: int | None = None
     decode_steps_per_call: int | None = None
     share_prefixes: bool = True
+    short_rows: tuple[int, ...] = ()
+    pool_capacity: int | None = None
     defaults: EngineSizes = EngineSizes()
 
     def __post_init__(self) -> None:
@@ -126,6 +139,15 @@ class EngineConfig:
             self.decode_steps_per_call or defaults.decode_steps_per_call,
         )
 
+    def with_batches_of(self, crops: int, shards: int) -> "EngineConfig":
+        """A configuration whose batches hold so many crops of one image, unless a size is set."""
+        sizes, needed = self.sizes(shards), crops * shards
+        if self.batch_size or self.window_size or sizes.batch_size >= needed:
+            return self
+        window_size = _next_multiple(sizes.window_size, needed)
+        defaults = dataclasses.replace(self.defaults, batch_size=needed, window_size=window_size)
+        return dataclasses.replace(self, defaults=defaults)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineShapes(EngineSizes):
@@ -140,6 +162,7 @@ class EngineShapes(EngineSizes):
       pages: pages in the pool, over all data shards; by default what all slots need at the longest.
       share_prefixes: see `EngineConfig`. Rows with shared prefixes and rows without are two forms
         of the functions that take rows.
+      short_rows, pool_capacity: see `EngineConfig`.
 
     Raises:
       ValueError: the window is not a multiple of the batch size.
@@ -151,6 +174,13 @@ class EngineShapes(EngineSizes):
     page_size: int = 16
     pages: int | None = None
     share_prefixes: bool = True
+    short_rows: tuple[int, ...] = ()
+    pool_capacity: int | None = None
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Lengths of rows, the whole length last."""
+        return (*(each for each in self.short_rows if each < self.row_length), self.row_length)
 
     @property
     def pages_per_sequence(self) -> int:
@@ -189,8 +219,11 @@ class EngineShapes(EngineSizes):
                 f"least {shards * self.pages_per_sequence}, or cache_length to less"
             )
 
-    def limited_to(self, requests: int, crops: int) -> "EngineShapes":
-        """Shapes no larger than so few requests, of so many crops together, can fill."""
+    def limited_to(self, requests: int, crops: int, kinds: int = 1) -> "EngineShapes":
+        """Shapes no larger than so few requests, of so many crops together, can fill.
+
+        Crops of different `kinds` are encoded in separate batches.
+        """
         enough = 1 << max(requests - 1, 0).bit_length()
         if enough >= self.batch_size:
             return self
@@ -198,7 +231,7 @@ class EngineShapes(EngineSizes):
         return dataclasses.replace(
             self,
             batch_size=min(self.batch_size, pixels),
-            window_size=pixels if pixels < self.batch_size else self.window_size,
+            window_size=pixels * kinds if pixels < self.batch_size else self.window_size,
             prefill_rows=min(self.prefill_rows, enough),
             slots=min(self.slots, enough),
             pages=min(self.pool_pages, enough * self.pages_per_sequence),
@@ -210,7 +243,12 @@ def most_visual_tokens(reduction: Reduction, layout: Layout) -> int:
 
     A capacity does not bound them: images that need more run again with all they can need.
     """
-    capacity = reduction.uncapped().capacity_for(layout.num_patches)
+    frames = layout.frames
+    capacity = reduction.uncapped().capacity_for(layout.pooled**2 if frames else layout.num_patches)
+    if frames and (reduction.selects_patches or capacity < layout.pooled**2):
+        return frames * (capacity + (layout.cls and reduction.frame_cls)) + layout.newline
+    if frames:
+        return layout.span
     if not reduction.selects_patches and capacity == layout.num_patches:
         return layout.span
     rows, _ = layout.shape  # of newlines, where these are asked for
@@ -246,6 +284,9 @@ def fit(
     Raises:
       ValueError: a size that was set does not divide over the shards.
     """
+    if reduction.merges_frames:
+        frames = (each.frames for opening in openings for each in opening.layouts)
+        config = config.with_batches_of(max(frames, default=0), shards)
     text_tokens = np.array([opening.text_tokens for opening in openings] or [0])
     # A capacity does not bound them: images that need more run again with all they can need.
     most = reduction.uncapped().capacity_for(num_patches)
@@ -286,10 +327,13 @@ def fit(
         page_size=config.page_size or tuning.current().page_size,
         pages=config.pages,
         share_prefixes=share_prefixes,
+        short_rows=config.short_rows,
+        pool_capacity=config.pool_capacity,
     )
     if config.pages is not None:
         return shapes
-    pages = shapes.pool_pages // 2 if reduction.varying else shapes.pool_pages
+    usual = cache_length - max(visual) // 2 if reduction.varying else cache_length
+    pages = shapes.slots * -(-usual // shapes.page_size)
     if pages_that_fit is not None:
         pages = min(pages, pages_that_fit // shards * shards)
     least = shards * shapes.pages_per_sequence

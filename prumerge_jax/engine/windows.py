@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from prumerge_jax.data import packing
+from prumerge_jax.data.row_lengths import cut
 from prumerge_jax.data.runs import Run
 from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.data.visual_layout import (
@@ -167,20 +168,22 @@ class WindowPlanner:
         Those one of whose crops needs more tokens than its capacity are added to `overflow`.
         """
         size, _, capacity = images.patch_indices.shape
+        encoded = encoding.reduction.capacity_for(self.model.config.vision.num_patches)
         crops = CropTokens(
             images.lengths.T.reshape(-1),
             images.patch_indices.swapaxes(0, 1).reshape(-1, capacity),
             self.model.config.vision.num_patches,
+            cls_slot=encoded if self.encoder.slots(encoding.reduction) > encoded else None,
         )
         required = images.required.T.reshape(-1)
         admitted, failed = [], []
         for request, numbers in zip(encoding.places.requests, encoding.places.numbers, strict=True):
             needed = required[[number for image in numbers for number in image]]
-            if (needed > capacity).any():
+            if (needed > encoded).any():
                 overflow.append(request)
                 continue
             refused = encoding.places.refused.get(request.key)
-            error = refused or self._irreducible(request) or _broken(required, numbers)
+            error = refused or self._shares_a_budget(request) or _broken(required, numbers)
             runs = () if error else self._runs(request, crops, numbers, encoding.reduction)
             visual_tokens = sum(len(run) for run in runs)
             error = error or self._refusal(request, visual_tokens)
@@ -241,8 +244,8 @@ class WindowPlanner:
         return Window(
             [each.request for each in carried.admitted + admitted],
             everything,
-            programs.join(carried.images.tokens + images.tokens),
-            rows,
+            programs.join(carried.images.tokens + images.tokens, capacity=capacity),
+            [cut(each, self.shapes.row_lengths) for each in rows],
             failed,
         )
 
@@ -287,20 +290,16 @@ class WindowPlanner:
             )
         return None
 
-    def _irreducible(self, request: Request) -> str | None:
-        """Why the reduction cannot be applied to the request; None if it can."""
+    def _shares_a_budget(self, request: Request) -> str | None:
+        """Why the reduction cannot take an image's tiles; None if it can or need not."""
         layouts = [image.layout for image in request.images]
-        patches = self.model.config.vision.num_patches
-        reduces = self.reduction.selects_patches or self.reduction.capacity_for(patches) < patches
-        if reduces and any(each is not None and each.frames for each in layouts):
-            return f"the reduction {spell(self.reduction)} does not reduce videos; expected 'full'"
-        several = any(each is not None and each.num_crops > 1 for each in layouts)
-        if several and not self.reduction.takes_several_crops:
-            return (
-                f"the reduction {spell(self.reduction)} shares a budget out over the crops of an "
-                "image, which is not built; expected one that reduces each crop alone, as 'top'"
-            )
-        return None
+        tiled = any(each is not None and each.num_crops > 1 and not each.frames for each in layouts)
+        if not tiled or self.reduction.takes_several_crops:
+            return None
+        return (
+            f"the reduction {spell(self.reduction)} shares a budget out over the crops of an "
+            "image, which is not built; expected one that reduces each crop alone, as 'top'"
+        )
 
     def _unread_question(self, request: Request) -> str | None:
         """Why the reduction cannot read the request's question; None if it can or need not."""

@@ -114,7 +114,7 @@ def test_visual_features_are_transformers(golden: pathlib.Path):
     requests = [model.request(key, case) for key, case in enumerate(model.cases)]
     engine = make_engine(model, "full")
     seen = set()
-    for window in engine._planner().windows([requests]):
+    for window in engine.planner(engine.counters).windows([requests]):
         for rows in window.batches:
             x = model.model.embed_rows(
                 *(jnp.asarray(a) for a in (rows.ids, window.pool, rows.visual_index))
@@ -183,7 +183,7 @@ def test_pruned_crops_follow_each_other(golden: pathlib.Path):
     requests = [model.request(key, case) for key, case in enumerate(cases)]
     engine = make_engine(model, "prumerge")
     compared = set()
-    for window in engine._planner().windows([requests]):
+    for window in engine.planner(engine.counters).windows([requests]):
         pool = np.asarray(window.pool).reshape(-1, model.config.vision.width)
         for planned, request in zip(window.planned, window.requests, strict=True):
             if request.key in (0, 1):
@@ -226,7 +226,8 @@ def test_more_crops_than_a_window_are_refused_with_the_number(golden: pathlib.Pa
 def test_a_budget_over_crops_is_refused_where_it_would_be_needed(golden: pathlib.Path):
     model = load(golden, "next_vicuna")
     request = model.request(0, "wide_97x61")
-    (window,) = make_engine(model, "hired:tokens=4")._planner().windows([[request]])
+    engine = make_engine(model, "hired:tokens=4")
+    (window,) = engine.planner(engine.counters).windows([[request]])
     assert "shares a budget out over the crops of an image, which is not built" in str(
         window.failed[0].error
     )
@@ -237,9 +238,8 @@ def test_newlines_between_and_budgets_of_pruned_tokens(golden: pathlib.Path):
     request = model.request(0, "wide_97x61")
     found = {}
     for newlines in ("none", "row", "end"):
-        (window,) = (
-            make_engine(model, "prumerge", newlines=newlines)._planner().windows([[request]])
-        )
+        engine = make_engine(model, "prumerge", newlines=newlines)
+        (window,) = engine.planner(engine.counters).windows([[request]])
         found[newlines] = window.planned[0].runs[0].index
     none, row, end = found["none"], found["row"], found["end"]
     assert (none >= 0).all()
@@ -247,7 +247,7 @@ def test_newlines_between_and_budgets_of_pruned_tokens(golden: pathlib.Path):
     assert sorted(row[row >= 0]) == sorted(none)
     assert 1 <= np.count_nonzero(row == -2) <= 8
     engine = make_engine(model, "prumerge", image_budget=7)
-    (window,) = engine._planner().windows([[request]])
+    (window,) = engine.planner(engine.counters).windows([[request]])
     extra_tokens = request.images[0].layout.num_crops
     assert 7 <= len(window.planned[0].runs[0]) <= 7 + extra_tokens
     with pytest.raises(ValueError, match="image_budget is 7 with the reduction full; expected"):
@@ -309,6 +309,23 @@ def test_nothing_compiles_after_warm_up(golden: pathlib.Path):
     assert compiled == []
     assert engine.counters.images == 180
     assert engine.counters.crops > 3 * 180
+
+
+def test_several_images_are_warned_of_and_too_many_tokens_refused(golden: pathlib.Path):
+    model = load(golden, "next_vicuna")
+    with pytest.warns(UserWarning, match="prompt 0 has 2 images; LLaVA-NeXT has been trained on o"):
+        model.processor.check_number(2, "prompt 0")
+    request = model.request(0, "wide_97x61")
+    tokens = request.text_tokens + request.images[0].layout.span
+    engine = make_engine(model, "full")
+    text = dataclasses.replace(model.config.text, max_positions=tokens - 1)
+    engine.model = dataclasses.replace(
+        engine.model, config=dataclasses.replace(model.config, text=text)
+    )
+    engine.encoder = Encoder(engine.model, engine.shapes)
+    (answer,) = engine.generate([request])
+    assert answer.error is not None
+    assert f"the engine takes 128, the model {tokens - 1}. Nothing is truncated" in answer.error
 
 
 class BrokenCrop(Encoder):
