@@ -48,7 +48,7 @@ from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.quantisation import format_named
 from prumerge_jax.models.quantised_weights import check_blocks
 from prumerge_jax.models.tuning import BY_PLATFORM
-from prumerge_jax.reductions import Reduction, parse
+from prumerge_jax.reductions import Reduction, Stage, parse
 from prumerge_jax.sharding.mesh import (
     logical_spec,
     mesh_on,
@@ -347,7 +347,13 @@ def _plan(
         largest_layout(model, reduction),
         engine,
         compiled,
-        _work(model, engine, visual_tokens, held.bits),
+        _work(
+            model,
+            engine,
+            visual_tokens,
+            held.bits,
+            counts.stages_of(model.vision, reduction),
+        ),
         resident=bytes_per_chip((state, pages, pool, pool)),
         pool_bytes=bytes_per_chip(pages),
         sequence_bytes=bytes_per_chip(pages)
@@ -392,7 +398,11 @@ def _kernel_bytes(
 
 
 def _work(
-    model: LlavaConfig, engine: EngineShapes, visual: MeanTokens, bits: Bits
+    model: LlavaConfig,
+    engine: EngineShapes,
+    visual: MeanTokens,
+    bits: Bits,
+    stages: tuple[Stage, ...],
 ) -> dict[str, Operation]:
     """What each program has to compute and to read, by the cost model; rows count as full."""
     sizes, text = counts.parameters(model), model.text
@@ -405,7 +415,8 @@ def _work(
     context = _valid_tokens(visual)
     return {
         "encode": Operation(
-            engine.batch_size * counts.tower_flops(model.vision), width * sizes.vision_used
+            engine.batch_size * counts.staged_tower_flops(model.vision, stages),
+            width * sizes.vision_used,
         ),
         "read": rows,
         "prefill": rows,

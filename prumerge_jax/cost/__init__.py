@@ -10,6 +10,7 @@ from prumerge_jax.cost.counts import (
     kv_bytes_per_token,
     lora_parameters,
     parameters,
+    stages_of,
     training_flops,
     weight_bytes,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "lora_parameters",
     "operations",
     "parameters",
+    "stages_of",
     "training_flops",
     "weight_bytes",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from prumerge_jax.cost.bits import PLAIN, SCALE_BITS, Bits
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig, decoder_linears
 from prumerge_jax.models.llava import projector_depth
-from prumerge_jax.reductions import Stage
+from prumerge_jax.reductions import Reduction, Stage
 
 ACTIVATION_BYTES = 2
 """Bytes per number, but for quantised weights: bfloat16 or float16."""
@@ -104,6 +104,13 @@ def tower_flops(vision: VisionConfig) -> int:
     attention = 2 * (tokens + queries) * width**2 + 2 * queries * vision.num_patches * width
     blocks = whole_blocks(vision) * vision_block_flops(vision)
     return blocks + patch_embedding_flops(vision) + attention
+
+
+def stages_of(vision: VisionConfig, reduction: Reduction) -> tuple[Stage, ...]:
+    """The merges that a reduction makes inside the tower; none for most."""
+    if "groups" not in reduction.needs:
+        return ()
+    return reduction.stages(whole_blocks(vision), vision.num_patches)
 
 
 def staged_tower_flops(vision: VisionConfig, stages: Sequence[Stage]) -> int:

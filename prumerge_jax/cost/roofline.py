@@ -9,6 +9,7 @@ import dataclasses
 from prumerge_jax.cost import counts
 from prumerge_jax.cost.bits import Bits
 from prumerge_jax.models.config import LlavaConfig, TextConfig
+from prumerge_jax.reductions import Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Workload:
       crops_per_image: what the tower sees of an image, or frames of a video.
       questions_per_image: requests that have their image, and `FRONT_TOKENS` of their text in front
         of it, in common; both are computed once for all of them.
+      tower_stages: merges inside the tower.
     """
 
     visual_tokens: float
@@ -91,6 +93,7 @@ class Workload:
     bits: Bits = Bits()
     questions_per_image: int = 1
     crops_per_image: int = 1
+    tower_stages: tuple[Stage, ...] = ()
 
     @property
     def sequence(self) -> float:
@@ -167,7 +170,7 @@ def operations(config: LlavaConfig, workload: Workload) -> dict[str, list[Operat
     return {
         "vision": [
             Operation(
-                crops * counts.tower_flops(config.vision),
+                crops * counts.staged_tower_flops(config.vision, workload.tower_stages),
                 counts.ACTIVATION_BYTES * sizes.vision_used,
             )
         ],

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from prumerge_jax import sharding
 from prumerge_jax.data import packing
+from prumerge_jax.data.asking import asking_columns
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.places import WindowPlaces
 from prumerge_jax.engine.shapes import EngineShapes
@@ -22,7 +23,7 @@ from prumerge_jax.messages import quoted
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.frames import FrameForm
 from prumerge_jax.prumerge import VisualTokens
-from prumerge_jax.reductions import Reduction
+from prumerge_jax.reductions import Drops, Reduction
 
 _Tree = TypeVar("_Tree")
 
@@ -111,8 +112,8 @@ class PlacedModel:
             return tree
         return jax.device_put(tree, self.batch_sharding)
 
-    def put_rows(self, rows: packing.Rows) -> programs.Rows:
-        """The device's part of a plan."""
+    def put_rows(self, rows: packing.Rows, drops: Drops | None = None) -> programs.Rows:
+        """The device's part of a plan; `drops` as in `programs.prefill`."""
         index, weight = (rows.visual_index, None) if rows.taps is None else rows.taps
         return programs.Rows(
             ids=self.put(rows.ids),
@@ -121,6 +122,7 @@ class PlacedModel:
             segment_ids=self.put(rows.segment_ids),
             branch_ids=None if rows.branch_ids is None else self.put(rows.branch_ids),
             visual_weight=None if weight is None else self.put(weight),
+            asking=None if drops is None else self.put(asking_columns(rows)),
         )
 
 

@@ -120,7 +120,9 @@ def plan_runs(config: EvalConfig, workdir: pathlib.Path) -> Plan:
     model = config_json.read_config(checkpoint)
     vision = model.vision
     for name in config.reductions:  # one that resizes images may ask for more than there is
-        reductions.parse(name).image_size(vision.image_size, vision.patch_size)
+        reduction = reductions.parse(name)
+        reduction.image_size(vision.image_size, vision.patch_size)
+        reduction.drops(model.text.num_layers)
     for task in config.tasks:
         if task.benchmark.shows_videos and family_of(model).video is None:
             raise ValueError(

@@ -113,7 +113,7 @@ def _report(plan: Plan, model: Llava, scored: list[ScoredRun]) -> int:
     failed = sum(entry.scores.failed for entry in scored)
     if not is_leader():
         return SOME_FAILED if failed else ALL_ANSWERED
-    print(summary.format_scores(scored))
+    print(summary.format_scores(scored, model.config))
     _say_notes(plan.questions)
     if plan.config.chip is not None:
         quantize = None if plan.quantize is None else plan.quantize.name

@@ -237,6 +237,10 @@ def run_reduction(config: TrainConfig) -> Reduction:
         inference does.
     """
     reduction, vision = reductions.parse(config.reduction), config.sizes.vision
+    try:
+        reductions.require_before_decoder(reduction, "training")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if reduction.image_size(vision.image_size, vision.patch_size) != vision.image_size:
         raise ConfigError(
             f"reduction {config.reduction!r} resizes images, which training does not; "
