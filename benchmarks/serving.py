@@ -1,24 +1,31 @@
 """A load test of the server: requests that arrive as a Poisson process, at several rates.
 
     python benchmarks/serving.py
+    python benchmarks/serving.py --geometry miniature --rates 5 20 50
 
-Every arm is a server in a process of its own, on loopback, for one reduction. Questions about
-random images arrive at each of `--rates` for `--seconds`, whether or not earlier ones were
-answered, and are streamed; every one is asked for `--new_tokens` tokens. A rate is reported with
-percentiles of the time to the first token and of the time per further token. The last row of an
-arm is saturation: `--clients` who always ask again. `one slot` is the first reduction on a server
-that decodes one sequence at a time: an engine without continuous batching.
+One server on loopback (`served.py`) runs all of `--reductions`; their loads come one after the
+other. Questions about scenes of digits arrive at each of `--rates` for `--seconds`, whether or not
+earlier ones were answered, and are streamed. Every reduction gets the same requests at the same
+times; one that does not keep up with a rate gets no higher one. The last load is saturation:
+`--clients` who always ask again. A second server runs the last reduction in static batches, which
+begin and end together: an engine without continuous batching.
 
-The random images of a converted model or the miniature decide how many visual tokens an adaptive
-reduction keeps; `visual_tokens` is their mean.
+Sizes are those of `models.py`, with random weights and drawn counts of visual tokens, or the
+miniature with what it finds in the scenes. Answers have 1 to `--new_tokens` tokens, equally often;
+the miniature's end on their own too.
+
+Columns: `requests_per_s` is what was answered over the time until all were; `first_ms` the time to
+the first token, from before the request is sent, with percentiles; `token_ms` the time per further
+token. The notes say how many requests per second a reduction serves within the time to the first
+token that `full` needs for the 95th percentile.
 """
 
 import argparse
 import asyncio
 import base64
 import dataclasses
-import io
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -28,11 +35,17 @@ from typing import Any
 
 import httpx
 import numpy as np
-from measuring import add_arguments, report
-from PIL import Image
+from measuring import add_arguments, begin, progress, report
 
-QUESTION = "How many digits are there?"
-IMAGES = 16
+from prumerge_jax.digits.questions import draw_with_questions
+
+FULL = "full"
+SCENES = 64
+KEEPS_UP = 0.6
+"""Share of a rate that a server answers that keeps up; the end of a load, after the last arrival,
+is part of its time."""
+START_SECONDS = 60
+"""About what it takes to compile everything."""
 
 
 @dataclasses.dataclass
@@ -48,12 +61,13 @@ class Timing:
 class Server:
     """A server in a process; its address is `url`."""
 
-    def __init__(self, checkpoint: str, reduction: str, slots: int, new_tokens: int) -> None:
-        flags = ["--checkpoint", checkpoint, "--reductions", reduction, "--slots", str(slots)]
-        flags += ["--port", "0", "--max_queue", "100000", "--max_new_tokens", str(new_tokens)]
-        flags += ["--queue_timeout_s", "3600", "--request_timeout_s", "3600"]
-        flags += ["--max_prompt_tokens", "128", "--served_model_name", "model"]
-        command = [sys.executable, "-m", "prumerge_jax.serve", *flags]
+    def __init__(
+        self, reductions: Sequence[str], arguments: argparse.Namespace, *, static: bool = False
+    ) -> None:
+        flags = ["--geometry", arguments.geometry, "--reductions", *reductions]
+        flags += ["--slots", str(arguments.slots), "--new_tokens", str(arguments.new_tokens)]
+        program = pathlib.Path(__file__).with_name("served.py")
+        command = [sys.executable, str(program), *flags, *(["--static"] if static else [])]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.url = self._wait_for(r"listening on (\S+)")
         self._wait_for("(ready)")
@@ -77,21 +91,18 @@ class Server:
 
 
 def bodies(new_tokens: int) -> list[dict[str, Any]]:
-    """One request for each of a few random images."""
-    rng = np.random.default_rng(0)
+    """Requests about scenes, without the model's name."""
+    lengths = np.random.default_rng(0).integers(1, new_tokens + 1, SCENES)
     made = []
-    for _ in range(IMAGES):
-        buffer = io.BytesIO()
-        blobs = Image.fromarray(rng.integers(0, 256, (12, 12, 3)).astype(np.uint8))
-        blobs.resize((336, 336)).save(buffer, "PNG")
-        url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    for index, length in enumerate(lengths.tolist()):
+        scene, questions = draw_with_questions("test", index, seed=0)
+        url = f"data:image/png;base64,{base64.b64encode(scene.png()).decode()}"
         picture = {"type": "image_url", "image_url": {"url": url}}
-        content = [picture, {"type": "text", "text": QUESTION}]
+        content = [picture, {"type": "text", "text": questions[0].text}]
         made.append(
             {
-                "model": "model",
                 "messages": [{"role": "user", "content": content}],
-                "max_tokens": new_tokens,
+                "max_tokens": length,
                 "stream": True,
                 "stream_options": {"include_usage": True},
             }
@@ -115,7 +126,7 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Timing:
 async def arrivals(url: str, asked: Sequence[dict], rate: float, seconds: float) -> list[Timing]:
     """Answers to requests that arrive at a rate."""
     rng = np.random.default_rng(1)
-    gaps = rng.exponential(1 / rate, max(1, int(rate * seconds)))
+    gaps = rng.exponential(1 / rate, max(1, round(rate * seconds)))
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
         waiting = []
@@ -126,14 +137,14 @@ async def arrivals(url: str, asked: Sequence[dict], rate: float, seconds: float)
 
 
 async def saturation(url: str, asked: Sequence[dict], clients: int, seconds: float) -> list[Timing]:
-    """Answers to clients who always ask again."""
+    """Answers to clients who ask again until the time is over."""
     until = time.perf_counter() + seconds
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
 
         async def one(first: int) -> list[Timing]:
             answers = []
-            while time.perf_counter() < until:
+            while not answers or time.perf_counter() < until:
                 answers.append(await ask(client, asked[(first + len(answers)) % len(asked)]))
             return answers
 
@@ -149,61 +160,114 @@ def row(arm: str, load: str, timings: Sequence[Timing], seconds: float) -> dict[
         for timing in timings
         if timing.tokens > 1
     ]
+    token = np.quantile(further, [0.5, 0.95]) if further else np.zeros(2)
     return {
         "reduction": arm,
         "load": load,
+        "requests": len(timings),
         "requests_per_s": len(timings) / seconds,
         "first_ms": float(first[0]),
         "first_ms_p95": float(first[1]),
         "first_ms_p99": float(first[2]),
-        "token_ms_p95": float(np.quantile(further, 0.95)) if further else 0.0,
+        "token_ms": float(token[0]),
+        "token_ms_p95": float(token[1]),
         "tokens_per_s": sum(timing.tokens for timing in timings) / seconds,
         "visual_tokens": float(np.mean([timing.visual for timing in timings])),
     }
 
 
-def measured(server: Server, arm: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measured(
+    server: Server, reduction: str, arm: str, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
     """The rows of an arm."""
-    asked = bodies(arguments.new_tokens)
-    asyncio.run(saturation(server.url, asked, 4, 1.0))  # first touches
+    asked = [{**body, "model": f"model@{reduction}"} for body in bodies(arguments.new_tokens)]
+    asyncio.run(saturation(server.url, asked, 2, 0.0))  # first touches
     rows = []
-    for rate in arguments.rates:
-        print(f"{arm}: {rate:g} requests/s for {arguments.seconds:g} s", flush=True)
+    for rate in sorted(arguments.rates):
         began = time.perf_counter()
         timings = asyncio.run(arrivals(server.url, asked, rate, arguments.seconds))
         rows.append(row(arm, f"{rate:g}/s", timings, time.perf_counter() - began))
-    print(f"{arm}: {arguments.clients} clients for {arguments.seconds:g} s", flush=True)
+        progress(f"{arm}: {rate:g} requests/s, {len(timings)} in {_since(began)}")
+        if rows[-1]["requests_per_s"] < KEEPS_UP * rate:
+            break
     began = time.perf_counter()
     timings = asyncio.run(saturation(server.url, asked, arguments.clients, arguments.seconds))
     rows.append(row(arm, "saturated", timings, time.perf_counter() - began))
+    progress(f"{arm}: {arguments.clients} clients, {len(timings)} requests in {_since(began)}")
     return rows
+
+
+def _since(began: float) -> str:
+    return f"{time.perf_counter() - began:.0f} s"
+
+
+def notes(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> list[str]:
+    """What each reduction serves at the latency that `full` has at its rates."""
+    of = {(each["reduction"], each["load"]): each for each in rows}
+    lines = []
+    for rate in arguments.rates:
+        if (FULL, f"{rate:g}/s") not in of:
+            continue
+        bound = of[FULL, f"{rate:g}/s"]["first_ms_p95"]
+        for arm in dict.fromkeys(arm for arm, _ in of if arm != FULL):
+            served = max(
+                (
+                    other
+                    for other in arguments.rates
+                    if (arm, f"{other:g}/s") in of
+                    and of[arm, f"{other:g}/s"]["first_ms_p95"] <= bound
+                ),
+                default=0.0,
+            )
+            lines.append(
+                f"within the {bound:.0f} ms to the first token (p95) of {FULL} at {rate:g}/s: "
+                f"{arm} at {served:g}/s, {served / rate:.1f} times"
+            )
+    saturated = {
+        arm: each["requests_per_s"] for (arm, load), each in of.items() if load == "saturated"
+    }
+    if FULL in saturated:
+        lines += [
+            f"saturated: {arm} answers {rate / saturated[FULL]:.1f} times the requests of {FULL}"
+            for arm, rate in saturated.items()
+            if arm != FULL
+        ]
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
-    parser.add_argument("--checkpoint", default="miniature", help="model directory, or miniature")
-    parser.add_argument("--reductions", nargs="+", default=["full", "prumerge+", "prumerge"])
-    parser.add_argument("--rates", nargs="+", type=float, default=[5.0, 20.0], help="requests/s")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each load")
-    parser.add_argument("--clients", type=int, default=32, help="at saturation")
+    parser.add_argument("--geometry", default="mid", help="sizes of models.py, or miniature")
+    parser.add_argument("--reductions", nargs="+", default=[FULL, "prumerge+", "prumerge"])
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.2, 0.5], help="requests/s")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each load")
+    parser.add_argument("--clients", type=int, default=16, help="at saturation")
     parser.add_argument("--slots", type=int, default=16, help="sequences decoded at once")
-    parser.add_argument("--new_tokens", type=int, default=24, help="most tokens of an answer")
+    parser.add_argument("--new_tokens", type=int, default=32, help="most tokens of an answer")
     arguments = parser.parse_args(argv)
-    arms = [(reduction, reduction, arguments.slots) for reduction in arguments.reductions]
-    arms.append((f"{arguments.reductions[0]}, one slot", arguments.reductions[0], 1))
-    loads = len(arguments.rates) + 1
-    seconds = len(arms) * (30 + loads * arguments.seconds)
-    print(f"{len(arms)} servers, {loads} loads each: about {seconds / 60:.0f} minutes", flush=True)
+    begin("serving", __doc__, minutes=5)
+    loads = (len(arguments.reductions) + 1) * (len(arguments.rates) + 1)
+    progress(
+        f"{loads} loads of {arguments.seconds:g} s and what is then unanswered, on two servers "
+        f"that take a minute to start: about "
+        f"{(2 * START_SECONDS + loads * arguments.seconds) / 60:.0f} minutes"
+    )
     rows: list[dict[str, Any]] = []
-    for arm, reduction, slots in arms:
-        server = Server(arguments.checkpoint, reduction, slots, arguments.new_tokens)
-        try:
-            rows += measured(server, arm, arguments)
-        finally:
-            server.close()
-    report("serving", arguments, rows)
+    server = Server(arguments.reductions, arguments)
+    try:
+        for reduction in arguments.reductions:
+            rows += measured(server, reduction, reduction, arguments)
+    finally:
+        server.close()
+    last = arguments.reductions[-1]
+    server = Server([last], arguments, static=True)
+    try:
+        rows += measured(server, last, f"{last}, static", arguments)
+    finally:
+        server.close()
+    report("serving", arguments, rows, notes=notes(rows, arguments))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ class CropTokens:
       lengths: int32 [B], valid visual tokens per crop, the extra token included.
       patch_indices: int32 [B, R], the patch each visual token came from; -1 for the extra token.
       num_patches: N, the patches of an unreduced crop.
-      cls: whether the last slot of a frame has the tower's CLS feature; it is in no length.
+      cls_slot: the slot of a frame that has the tower's CLS feature, which is in no length; None
+        where frames have none.
 
     Raises:
       ValueError: the shapes do not fit, or a length is outside of 0 to R.
@@ -45,7 +46,7 @@ class CropTokens:
     lengths: np.ndarray
     patch_indices: np.ndarray
     num_patches: int
-    cls: bool = False
+    cls_slot: int | None = None
 
     def __post_init__(self) -> None:
         if self.patch_indices.ndim != 2 or self.lengths.shape != self.patch_indices.shape[:1]:
@@ -74,7 +75,7 @@ class CropTokens:
     def are_whole(self, rows: Sequence[int]) -> bool:
         """Whether slot r of these crops is their patch r, of all patches."""
         patches = np.arange(self.num_patches)
-        return self.capacity - self.cls == self.num_patches and bool(
+        return self.capacity >= self.num_patches and bool(
             (self.patch_indices[list(rows), : self.num_patches] == patches).all()
         )
 
@@ -152,7 +153,7 @@ def run_of_image(
     on_image = layout.frames > 0 or layout.on_image()
     last = np.where(on_image, positions, 0).max(axis=1)
     offset = np.where(patch < 0, last[crop], positions[crop, patch])
-    if crops.cls and layout.frames:
+    if crops.cls_slot is not None and layout.frames:
         starts = np.searchsorted(crop, np.arange(len(rows)))
         index = np.insert(index, starts, _cls_slots(crops, rows))
         offset = np.insert(offset, starts, np.arange(len(rows)) * layout.tokens_of_frame)
@@ -165,7 +166,8 @@ def run_of_image(
 
 def _cls_slots(crops: CropTokens, rows: Sequence[int]) -> np.ndarray:
     """The slots of the frames' CLS features, int [F]."""
-    return (np.array(rows) + 1) * crops.capacity - 1
+    assert crops.cls_slot is not None
+    return np.array(rows) * crops.capacity + crops.cls_slot
 
 
 def _within(

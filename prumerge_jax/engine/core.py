@@ -6,7 +6,7 @@ with what there is as soon as a slot would stay free without it: a lone request 
 
 import collections
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prumerge_jax.data import packing
 from prumerge_jax.engine.decoding import SlotDecoder
@@ -16,7 +16,7 @@ from prumerge_jax.engine.scoring import Scores, dispatch_scores
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.engine.windows import Counters, Window, WindowPlanner, window_end
 
-_MakePlanner = Callable[[], WindowPlanner]
+MakePlanner = Callable[[], WindowPlanner]
 
 
 class Core:
@@ -30,22 +30,30 @@ class Core:
         self,
         model: PlacedModel,
         shapes: EngineShapes,
-        make_planner: _MakePlanner,
+        planners: Mapping[str | None, MakePlanner],
         counters: Counters,
         *,
         key_bias: bool = False,
     ) -> None:
+        """Prepares a core.
+
+        Args:
+          model, shapes: what runs.
+          planners: make planners for requests of each `Request.reduction`.
+          counters: what has been computed.
+          key_bias: whether keys have a bias.
+        """
         self.model, self.shapes, self.counters = model, shapes, counters
         self.decoder: SlotDecoder | None = None
-        self._make_planner, self._key_bias = make_planner, key_bias
+        self._planners, self._key_bias = planners, key_bias
         self.reset()
 
     def reset(self) -> None:
         """Forgets every request, without answers."""
         if self.decoder is not None:
             self.decoder.cancel_all()
-        self._to_generate = _Lane(self._make_planner, self.shapes.window_size)
-        self._to_score = _Lane(self._make_planner, self.shapes.window_size)
+        self._to_generate = _Lanes(self._planners, self.shapes.window_size)
+        self._to_score = _Lanes(self._planners, self.shapes.window_size)
         self._scores: collections.deque[Scores] = collections.deque()
         self._text_tokens: dict[int, int] = {}
         self._dropped: set[int] = set()
@@ -65,13 +73,19 @@ class Core:
         """Takes a request: to score if it has a continuation, else to generate from.
 
         Raises:
-          ValueError: a request of the same key has not left yet.
+          ValueError: a request of the same key has not left yet, or of a reduction that is not
+            this engine's.
         """
+        if request.reduction not in self._planners:
+            raise ValueError(
+                f"request {request.key} is of reduction {request.reduction!r}; expected one of "
+                f"{[*self._planners]}"
+            )
         if request.key in self._text_tokens or request.key in self._dropped:
             raise ValueError(f"a request with key {request.key} is being answered already")
         self._text_tokens[request.key] = request.text_tokens
-        lane = self._to_score if len(request.continuation) else self._to_generate
-        lane.queue.append(request)
+        lanes = self._to_score if len(request.continuation) else self._to_generate
+        lanes.add(request)
 
     def cancel(self, key: int) -> None:
         """Ends a request; what it held is free at once, and its answer is among the next ones.
@@ -130,10 +144,42 @@ class Core:
             self._ready.append(event)
 
 
-class _Lane:
-    """Requests of one kind, from their queue to packed rows."""
+class _Lanes:
+    """Requests of one kind, by reduction. Their rows come in turns."""
 
-    def __init__(self, make_planner: _MakePlanner, window_size: int) -> None:
+    def __init__(self, planners: Mapping[str | None, MakePlanner], window_size: int) -> None:
+        self._lanes = {name: _Lane(make, window_size) for name, make in planners.items()}
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another request helps to fill the next windows."""
+        return all(lane.has_room for lane in self._lanes.values())
+
+    def add(self, request: Request) -> None:
+        """Queues a request."""
+        self._lanes[request.reduction].queue.append(request)
+
+    def remove(self, key: int) -> bool:
+        """Takes a request out of its queue; False if it is not there."""
+        return any(lane.remove(key) for lane in self._lanes.values())
+
+    def next_rows(self) -> tuple[list[Answer], tuple[Window, packing.Rows] | None]:
+        """The next batch of rows with its window, if there are any, and answers of requests that
+        cannot run."""
+        failed: list[Answer] = []
+        for name, lane in list(self._lanes.items()):
+            refused, rows = lane.next_rows()
+            failed += refused
+            if rows is not None:
+                self._lanes[name] = self._lanes.pop(name)  # it comes last the next time
+                return failed, rows
+        return failed, None
+
+
+class _Lane:
+    """Requests of one kind and reduction, from their queue to packed rows."""
+
+    def __init__(self, make_planner: MakePlanner, window_size: int) -> None:
         self.queue: collections.deque[Request] = collections.deque()
         self._make_planner, self._window_size = make_planner, window_size
         self._windows: Iterator[Window] | None = None

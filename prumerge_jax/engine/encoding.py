@@ -129,7 +129,7 @@ class EncodedImages(NamedTuple):
       tokens: [B, R, Dv] for each batch, on the device.
       lengths: int32 [B, batches], on the host like all that follow.
       required: int32 [B, batches]; see `prumerge.VisualTokens`.
-      patch_indices: int32 [B, batches, R].
+      patch_indices: int32 [B, batches, pool capacity], -1 beyond R.
     """
 
     tokens: list[jax.Array]
@@ -253,10 +253,11 @@ class Encoder:
         size, batches = self.shapes.batch_size, self.shapes.window_size // self.shapes.batch_size
         capacity = self.slots(encoding.reduction)
         lengths, required = np.zeros((2, size, batches), np.int32)
-        patch_indices = np.full((size, batches, capacity), -1, np.int32)
+        places = max(self.shapes.pool_capacity or 0, capacity)
+        patch_indices = np.full((size, batches, places), -1, np.int32)
         for batch, visual in enumerate(encoding.encoded):
-            lengths[:, batch], required[:, batch], patch_indices[:, batch] = jax.device_get(
-                (visual.lengths, visual.required, visual.patch_indices)
+            lengths[:, batch], required[:, batch], patch_indices[:, batch, :capacity] = (
+                jax.device_get((visual.lengths, visual.required, visual.patch_indices))
             )
         tokens = [self.model.put(visual.tokens) for visual in encoding.encoded]
         width = self.model.config.vision.width + encoding.reduction.weighs_tokens

@@ -93,7 +93,11 @@ class Engine:
         self.encoder = Encoder(model, shapes)
         self.counters = Counters()
         self.core = Core(
-            model, shapes, self._planner, self.counters, key_bias=reduction.weighs_tokens
+            model,
+            shapes,
+            {None: lambda: self.planner(self.counters)},
+            self.counters,
+            key_bias=reduction.weighs_tokens,
         )
 
     def submit(self, request: Request) -> None:
@@ -151,14 +155,14 @@ class Engine:
         longest, size = self.shapes.longest_prompt, self.shapes.window_size
         source = iter(requests)
         batches = iter(lambda: list(itertools.islice(source, size)), [])
-        for window in self._planner().windows(batches):
+        for window in self.planner(self.counters).windows(batches):
             yield from window.failed
             for rows in window.batches:
                 yield from sequence_logits(self.model, window, rows, longest_prompt=longest)
 
     def warm_up(self, *, videos: bool = False) -> None:
         """Compiles all jitted functions of `generate` by running meaningless requests: one alone,
-        and where prefixes are shared two that begin alike.
+        and where prefixes are shared two that begin alike, in rows of every length.
 
         Where images may need more tokens than the capacity, they run again with room for all.
 
@@ -170,18 +174,17 @@ class Engine:
         image = ImageInput(pixels, key="warm-up")
         token_ids = np.array([0, IMAGE_TOKEN], np.int32)
         sampling = SamplingParams(max_new_tokens=2, stop_ids=())
-        request = Request(0, token_ids, (image,), sampling=sampling, question_ids=token_ids[:1])
+        asked = Request(0, token_ids, (image,), sampling=sampling, question_ids=token_ids[:1])
         patches = vision.num_patches
         for reduction in dict.fromkeys((self.reduction, self.reduction.uncapped())):
             if reduction.capacity_for(patches) >= self.reduction.capacity_for(patches):
-                same = Engine(self.model, reduction, self.shapes, position_ids=self.position_ids)
-                for count in (1, 2) if self.shapes.share_prefixes else (1,):
-                    some = [dataclasses.replace(request, key=key) for key in range(count)]
-                    collections.deque(same.generate(some), maxlen=0)
+                self._run_alone(reduction, asked, self.shapes.row_length)
                 if videos:
-                    shown = (self._meaningless_video(),)
-                    about = [dataclasses.replace(request, images=shown)]
-                    collections.deque(same.generate(about), maxlen=0)
+                    shown = dataclasses.replace(asked, images=(self._meaningless_video(),))
+                    self._run_alone(reduction, shown, self.shapes.row_length)
+        text = Request(0, np.zeros(2, np.int32), sampling=sampling)
+        for length in self.shapes.row_lengths[:-1]:
+            self._run_alone(self.reduction, text, length)
 
     def _meaningless_video(self) -> ImageInput:
         config = self.model.config
@@ -190,12 +193,21 @@ class Engine:
         frame = np.zeros((side, side, 3), np.uint8)
         return ImageInput(*processor(Video([frame])), key="warm-up video")
 
-    def _planner(self) -> WindowPlanner:
+    def _run_alone(self, reduction: Reduction, request: Request, row_length: int) -> None:
+        """Runs a request, and where prefixes are shared two of them, in an engine of their own."""
+        shapes = dataclasses.replace(self.shapes, row_length=row_length, short_rows=())
+        same = Engine(self.model, reduction, shapes, position_ids=self.position_ids)
+        for count in (1, 2) if shapes.share_prefixes else (1,):
+            some = [dataclasses.replace(request, key=key) for key in range(count)]
+            collections.deque(same.generate(some), maxlen=0)
+
+    def planner(self, counters: Counters) -> WindowPlanner:
+        """Plans windows of this engine's requests."""
         return WindowPlanner(
             self.encoder,
             self.reduction,
             self.position_ids,
-            self.counters,
+            counters,
             self.newlines,
             self.image_budget,
         )

@@ -141,12 +141,14 @@ def encode(
     )
 
 
-@jax.jit
-def join(batches: list[jax.Array]) -> jax.Array:
-    """Encoded batches [B, R, D] interleaved, [B * len(batches), R, D]: row j of batch b becomes
-    row j * len(batches) + b, so that on a mesh no image moves to another device."""
+@functools.partial(jax.jit, static_argnames=("capacity",))
+def join(batches: list[jax.Array], *, capacity: int) -> jax.Array:
+    """Encoded batches [B, R, D] interleaved, [B * len(batches), capacity, D]: row j of batch b
+    becomes row j * len(batches) + b, so that on a mesh no image moves to another device."""
     stacked = jnp.stack(batches, axis=1)
-    return constrain(stacked.reshape(-1, *stacked.shape[2:]), "batch", None, None)
+    joined = stacked.reshape(-1, *stacked.shape[2:])
+    joined = jnp.pad(joined, ((0, 0), (0, capacity - joined.shape[1]), (0, 0)))
+    return constrain(joined, "batch", None, None)
 
 
 @functools.partial(jax.jit, static_argnames=("pages", "page_size", "graphdef", "dtype", "key_bias"))

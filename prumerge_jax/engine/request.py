@@ -120,6 +120,7 @@ class Request:
       continuation: int32 token ids to score after `token_ids`; empty when generating.
       question_ids: int32 token ids of the question's keywords, for reductions that read them.
       sampling: how tokens are drawn; has no effect on scoring.
+      reduction: name of one of a `SharedEngine`'s; None in an engine of one.
 
     Raises:
       ValueError: other than one `IMAGE_TOKEN` per image.
@@ -131,6 +132,7 @@ class Request:
     continuation: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     sampling: SamplingParams = SamplingParams()
     question_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    reduction: str | None = None
 
     def __post_init__(self) -> None:
         placeholders = int(np.count_nonzero(self.token_ids == IMAGE_TOKEN))

@@ -48,6 +48,12 @@ EVALUATION_SIZES = EngineSizes(32, 256, 2, 64, 8)
 """For thousands of requests, whose short answers free their slots soon."""
 
 
+def serving_sizes() -> EngineSizes:
+    """For requests that come one by one: few wait for others, and decoding seldom waits for many
+    images or long rows."""
+    return EngineSizes(tuning.current().images_at_once, 8, 1, 16, 4)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Shapes of the jitted functions that a user may fix. None of them changes a result.
@@ -66,6 +72,11 @@ class EngineConfig:
         vary, and no more than the devices' memory holds. Too few pages cost waiting, nothing else.
       share_prefixes: whether requests that begin alike, as questions about one image do, have what
         they share computed once.
+      short_rows: ascending lengths, to the first of which that holds what is in them rows are cut
+        that are not full; those of `row_length` and more are left out. Each has programs of its
+        own.
+      pool_capacity: places for each crop's tokens where rows take them from; None takes the
+        reduction's capacity. Engines of equal ones share their programs.
       defaults: the sizes where the fields above are None.
 
     Raises:
@@ -82,6 +93,8 @@ class EngineConfig:
     pages: int | None = None
     decode_steps_per_call: int | None = None
     share_prefixes: bool = True
+    short_rows: tuple[int, ...] = ()
+    pool_capacity: int | None = None
     defaults: EngineSizes = EngineSizes()
 
     def __post_init__(self) -> None:
@@ -149,6 +162,7 @@ class EngineShapes(EngineSizes):
       pages: pages in the pool, over all data shards; by default what all slots need at the longest.
       share_prefixes: see `EngineConfig`. Rows with shared prefixes and rows without are two forms
         of the functions that take rows.
+      short_rows, pool_capacity: see `EngineConfig`.
 
     Raises:
       ValueError: the window is not a multiple of the batch size.
@@ -160,6 +174,13 @@ class EngineShapes(EngineSizes):
     page_size: int = 16
     pages: int | None = None
     share_prefixes: bool = True
+    short_rows: tuple[int, ...] = ()
+    pool_capacity: int | None = None
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Lengths of rows, the whole length last."""
+        return (*(each for each in self.short_rows if each < self.row_length), self.row_length)
 
     @property
     def pages_per_sequence(self) -> int:
@@ -305,10 +326,13 @@ def fit(
         page_size=config.page_size or tuning.current().page_size,
         pages=config.pages,
         share_prefixes=config.share_prefixes,
+        short_rows=config.short_rows,
+        pool_capacity=config.pool_capacity,
     )
     if config.pages is not None:
         return shapes
-    pages = shapes.pool_pages // 2 if reduction.varying else shapes.pool_pages
+    usual = cache_length - max(visual) // 2 if reduction.varying else cache_length
+    pages = shapes.slots * -(-usual // shapes.page_size)
     if pages_that_fit is not None:
         pages = min(pages, pages_that_fit // shards * shards)
     least = shards * shapes.pages_per_sequence

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from prumerge_jax.data import packing
+from prumerge_jax.data.row_lengths import cut
 from prumerge_jax.data.runs import Run
 from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.data.visual_layout import (
@@ -169,17 +170,18 @@ class WindowPlanner:
         Those one of whose crops needs more tokens than its capacity are added to `overflow`.
         """
         size, _, capacity = images.patch_indices.shape
+        encoded = encoding.reduction.capacity_for(self.model.config.vision.num_patches)
         crops = CropTokens(
             images.lengths.T.reshape(-1),
             images.patch_indices.swapaxes(0, 1).reshape(-1, capacity),
             self.model.config.vision.num_patches,
-            cls=capacity > encoding.reduction.capacity_for(self.model.config.vision.num_patches),
+            cls_slot=encoded if self.encoder.slots(encoding.reduction) > encoded else None,
         )
         required = images.required.T.reshape(-1)
         admitted, failed = [], []
         for request, numbers in zip(encoding.places.requests, encoding.places.numbers, strict=True):
             needed = required[[number for image in numbers for number in image]]
-            if (needed > capacity - crops.cls).any():
+            if (needed > encoded).any():
                 overflow.append(request)
                 continue
             refused = encoding.places.refused.get(request.key)
@@ -244,8 +246,8 @@ class WindowPlanner:
         return Window(
             [each.request for each in carried.admitted + admitted],
             everything,
-            programs.join(carried.images.tokens + images.tokens),
-            rows,
+            programs.join(carried.images.tokens + images.tokens, capacity=capacity),
+            [cut(each, self.shapes.row_lengths) for each in rows],
             failed,
         )
 

@@ -35,6 +35,9 @@ class Tuning:
         (`llava.inference_layout`). Training needs them stacked.
       kernels: how inference keeps the decoder's linear layers where its layers are a list, as
         [d_in, d_out] or [d_out, d_in] (`layers.Linear`).
+      images_at_once: images that a server encodes in one call; fewer are computed as so many.
+      row_growth: by how much every length of a server's rows is longer than the one before, from
+        128 tokens on; rows are computed to the next length.
       page_size: tokens per page of keys and values, where the configuration leaves it open.
       rotary: how the two halves of a head are swapped.
       projection_barrier: whether inference keeps the query, key and value products apart from the
@@ -46,6 +49,8 @@ class Tuning:
     cache_attention: Literal["xla", "paged_tpu", "paged_gpu"] = "xla"
     layers: Literal["stack", "list"] = "stack"
     kernels: Literal["in_first", "out_first"] = "in_first"
+    images_at_once: int = 4
+    row_growth: int = 4
     page_size: int = 16
     rotary: Literal["roll", "matmul"] = "roll"
     projection_barrier: bool = False
@@ -67,6 +72,10 @@ BY_PLATFORM = {
         # A product of 2816 x 1024 with 8, 16, 32 rows took 1.0, 1.5, 2.4 ms (AVX2), with
         # [d_in, d_out] 2.1, 2.9, 4.1.
         kernels="out_first",
+        # An image of `mid` takes as long alone as among others.
+        images_at_once=1,
+        # A row takes as long as it has tokens.
+        row_growth=2,
         # Attention of 32 sequences of 203 tokens to one layer: 9.7 ms of one core; 12 at 16.
         page_size=32,
         # No separate figure: everything in docs/performance.md was measured with it.

@@ -18,6 +18,7 @@ from prumerge_jax.serve.completions import Completion, EventStream
 from prumerge_jax.serve.errors import ApiError
 from prumerge_jax.serve.gate import Gate, Passage, error_response
 from prumerge_jax.serve.keys import Keys
+from prumerge_jax.serve.pictures import FULL
 from prumerge_jax.serve.protocol import (
     ChatRequest,
     ErrorBody,
@@ -108,7 +109,7 @@ class Server:
         assert passage.hold is not None
         starting = self.service.start(body, passage.hold, passage.arrived)
         generation = await _while_connected(request, starting)
-        passage.logged["reduction"] = generation.ticket.lane
+        passage.logged["reduction"] = generation.reduction
         completion = Completion(passage.id, body.model, self.fingerprint)
         if body.stream:
             pieces = generation.pieces()
@@ -148,7 +149,8 @@ class Server:
                 "reductions": list(model.reductions),
                 "max_prompt_tokens": model.max_prompt_tokens,
                 "max_new_tokens": model.config.max_new_tokens,
-                "image_tokens_full": model.num_patches,
+                "max_images": model.pictures.limit,
+                "max_image_tokens": model.pictures.most_tokens(FULL),
             },
         }
 

@@ -20,23 +20,24 @@ class Chat:
     Attributes:
       turns: texts of the user and the assistant in turn, the user's first and last.
       system: instructions, None where there are none.
-      image: the URL of the image, None where there is none.
+      images: the URLs of the images, which come before the first question.
     """
 
     turns: tuple[str, ...]
     system: str | None
-    image: str | None
+    images: tuple[str, ...]
 
 
-def chat_of(messages: Sequence[Message]) -> Chat:
+def chat_of(messages: Sequence[Message], most_images: int) -> Chat:
     """The conversation of these messages.
 
     Raises:
-      ApiError: 400 where roles do not alternate, or an image is not alone in the first question.
+      ApiError: 400 where roles do not alternate, or images are too many or not in the first
+        question.
     """
     system = None
     turns: list[str] = []
-    image = None
+    images: tuple[str, ...] = ()
     for number, message in enumerate(messages):
         where = f"messages.{number}"
         if isinstance(message, SystemMessage):
@@ -52,20 +53,21 @@ def chat_of(messages: Sequence[Message]) -> Chat:
                 f"the role is {message.role!r}; expected {role!r}, the two in turn",
             )
         urls = _images(message)
-        if urls and (turns or len(urls) > 1):
+        if urls and (turns or len(urls) > most_images):
+            number_taken = "one image" if most_images == 1 else f"{most_images} images"
             raise _refused(
                 f"{where}.content",
                 f"{len(urls)} images {'in a later question' if turns else 'in one question'}; this "
-                "model takes one image, in the first question",
+                f"server takes {number_taken}, in the first question",
             )
-        image = urls[0] if urls else image
+        images = images or tuple(urls)
         text = _text(message)
         if not text.strip() and not urls:
             raise _refused(f"{where}.content", "the text is empty; expected some words")
         turns.append(text)
     if len(turns) % 2 == 0:
         raise _refused("messages", "the last message must be the user's")
-    return Chat(tuple(turns), system, image)
+    return Chat(tuple(turns), system, images)
 
 
 def _text(message: Message) -> str:

@@ -55,6 +55,7 @@ class ServeConfig:
     max_body_bytes: int = _field(32 * _MEBIBYTE, "bytes of a request body; 413 beyond")
     body_timeout_s: float = _field(10.0, "seconds in which a body must arrive; 408 beyond")
     max_connections: int = _field(1000, "open connections; 503 beyond")
+    max_images: int = _field(1, "images of a request, of models that take several")
     max_image_bytes: int = _field(20 * _MEBIBYTE, "bytes of an encoded image; 413 beyond")
     max_image_pixels: int = _field(24_000_000, "pixels of an image; 422 beyond")
     image_timeout_s: float = _field(20.0, "seconds for decoding an image; 422 beyond")

@@ -3,12 +3,14 @@
 import asyncio
 import base64
 import binascii
+import io
 import re
 
-import numpy as np
+from PIL import Image
 
-from prumerge_jax.data.images import ImageError, ImageProcessor
+from prumerge_jax.data.images import ImageError, OneOfSeveral
 from prumerge_jax.data.loading import ReaderPool
+from prumerge_jax.data.pictures import Picture, PictureProcessor
 from prumerge_jax.messages import quoted
 from prumerge_jax.serve.config import ServeConfig
 from prumerge_jax.serve.errors import ApiError
@@ -69,18 +71,32 @@ class Images:
             )
         )
 
-    async def pixels(self, url: str, processor: ImageProcessor) -> np.ndarray:
-        """The pixels of an image as the processor makes them.
+    async def picture(
+        self, url: str, processor: PictureProcessor, *, is_alone: bool = True
+    ) -> Picture:
+        """An image as the processor makes it.
+
+        Args:
+          url: of the image.
+          processor: from images to crops.
+          is_alone: whether it is the only one of its prompt.
 
         Raises:
           ApiError: the URL is not allowed, or the image cannot be used.
         """
         content = await self._content(url)
-        decoding = self._pool.submit(("image", content), processor)
-        pixels = await asyncio.wrap_future(decoding)
-        if isinstance(pixels, ImageError):
-            raise ApiError(422, str(pixels), param="image_url", code="invalid_image")
-        return pixels
+        source = content if is_alone else OneOfSeveral(content)
+        picture = await asyncio.wrap_future(self._pool.submit(("image", source), processor))
+        if isinstance(picture, ImageError):
+            raise ApiError(422, str(picture), param="image_url", code="invalid_image")
+        return picture
+
+    def warm_up(self, processor: PictureProcessor) -> None:
+        """Starts all readers, for which the first images would wait."""
+        dot = io.BytesIO()
+        Image.new("RGB", (1, 1)).save(dot, "PNG")
+        for _ in range(self._config.num_workers):
+            self._pool.submit(("warm-up", dot.getvalue()), processor)
 
     def close(self) -> None:
         """Ends all readers and fetches, whatever they do."""

@@ -7,18 +7,19 @@ from collections.abc import Mapping
 import numpy as np
 
 from prumerge_jax import reductions
-from prumerge_jax.data.images import ImageMode, ImageProcessor
-from prumerge_jax.data.pictures import default_mode
+from prumerge_jax.data.pictures import PictureMode, PictureProcessor
 from prumerge_jax.data.templates import chat_parts
 from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER, IMAGE_TOKEN
 from prumerge_jax.engine.build import Draft, question_ids
-from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.shared import SharedEngine
 from prumerge_jax.llava import Explanation, Llava
 from prumerge_jax.reductions import Reduction
+from prumerge_jax.serve import engines
 from prumerge_jax.serve.chat import Chat
 from prumerge_jax.serve.config import ServeConfig
 from prumerge_jax.serve.errors import ApiError
-from prumerge_jax.serve.scheduler import Core, Scheduler
+from prumerge_jax.serve.pictures import Pictures
+from prumerge_jax.serve.scheduler import Scheduler
 
 
 class ServedModel:
@@ -27,29 +28,22 @@ class ServedModel:
     Attributes:
       name: what clients ask for.
       reductions: what they may choose, by spelling; the first one is the default.
+      lanes: the same, by the engine that runs them.
     """
 
     def __init__(self, llava: Llava, config: ServeConfig) -> None:
         self.llava, self.config = llava, config
         self.tokenizer = llava.tokenizer
-        if default_mode(llava.config) != "pad":
-            raise ValueError(
-                f"--checkpoint {config.checkpoint}: the model cuts images into tiles; the server "
-                "takes models that see an image as one square, such as LLaVA-1.5"
-            )
+        self.pictures = Pictures(llava, config.max_images, config.max_image_pixels)
         self.name = config.served_model_name or pathlib.Path(config.checkpoint).name
         self.reductions: Mapping[str, Reduction] = {
             spelling: reductions.parse(spelling) for spelling in config.reductions
         }
         for reduction in self.reductions.values():
-            llava.image_size(reduction)  # a tower that cannot provide it is told now
-        self._engines: dict[str, Engine] = {}
+            self.pictures.largest(reduction)  # a tower that cannot provide it is told now
+        self.lanes = engines.lanes(self.reductions)
+        self._running: dict[str, SharedEngine] = {}
         self._template = llava.template(config.conversation)
-
-    @property
-    def num_patches(self) -> int:
-        """Visual tokens of an image that nothing reduces."""
-        return self.llava.config.vision.num_patches
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -99,14 +93,17 @@ class ServedModel:
             code="reduction_not_allowed",
         )
 
-    def processor(self, reduction: str, mode: ImageMode) -> ImageProcessor:
-        """Makes an image's pixels for a reduction."""
-        return ImageProcessor(
-            self.llava.image_size(self.reductions[reduction]),
-            self.llava.config.vision.pixel_mean,
-            mode,
-            max_pixels=self.config.max_image_pixels,
-        )
+    def processor(self, reduction: str, mode: PictureMode | None) -> PictureProcessor:
+        """Makes an image's crops for a reduction; None is the model's own mode.
+
+        Raises:
+          ApiError: 400 a mode that model or reduction do not support.
+        """
+        try:
+            chosen = self.reductions[reduction]
+            return self.pictures.processor(chosen, mode or self.pictures.mode)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="image_mode", code="invalid_value") from error
 
     def prompt_ids(self, chat: Chat) -> np.ndarray:
         """Token ids int32 [T] of a conversation's prompt.
@@ -115,12 +112,12 @@ class ServedModel:
           ApiError: 400 a text that cannot be asked, or too many tokens.
         """
         try:
-            visuals = [] if chat.image is None else [IMAGE_PLACEHOLDER]
+            visuals = [IMAGE_PLACEHOLDER] * len(chat.images)
             parts = chat_parts(self._template, chat.turns, visuals, chat.system)
             ids = np.array(self.tokenizer.encode_prompt(parts), np.int32)
         except ValueError as error:
             raise ApiError(400, str(error), param="messages", code="invalid_value") from error
-        count = len(ids) - (chat.image is not None)
+        count = len(ids) - len(chat.images)
         if count > self.max_prompt_tokens:
             raise ApiError(
                 400,
@@ -135,8 +132,16 @@ class ServedModel:
         """Ids int32 [M] of the keywords of the last question, for reductions that read them."""
         return question_ids(self.tokenizer, chat.turns[-1])
 
-    def max_new_tokens(self, asked: int | None, text_tokens: int, param: str) -> int:
+    def max_new_tokens(
+        self, asked: int | None, text_tokens: int, visual_tokens: int, param: str
+    ) -> int:
         """The most tokens of an answer: those asked for, or what fits in any case.
+
+        Args:
+          asked: by the request, in the field `param`; None where it did not.
+          text_tokens: of the prompt.
+          visual_tokens: the most that the images can have.
+          param: the field.
 
         Raises:
           ApiError: 400 more are asked for than the server or the model allows.
@@ -144,7 +149,7 @@ class ServedModel:
         positions = self.llava.config.text.max_positions
         room = min(self.config.max_new_tokens, positions - text_tokens)
         if asked is None:
-            return max(1, min(room, positions - text_tokens - self.num_patches))
+            return max(1, min(room, positions - text_tokens - visual_tokens))
         if asked > room:
             raise ApiError(
                 400,
@@ -156,37 +161,41 @@ class ServedModel:
 
     def scheduler(self) -> Scheduler:
         """What runs requests; nothing is prepared yet."""
-        engines = {name: functools.partial(self._engine, name) for name in self.reductions}
+        makers = {name: functools.partial(self.engine, name) for name in self.lanes}
         capacity = 2 * self.llava.engine_sizes.slots  # the next ones are prefilled in the meantime
-        return Scheduler(engines, capacity, placed=self.llava.placed, prepare=self.prepare)
+        return Scheduler(makers, capacity, placed=self.llava.placed, prepare=self.prepare)
 
-    def _engine(self, name: str) -> Core:
-        """The engine of a reduction, everything compiled."""
-        slots = self.llava.engine_sizes.slots
-        engine = self.llava.engine(
-            self.reductions[name],
-            [self._longest(number) for number in range(slots)],
-            max_new_tokens=self.config.max_new_tokens,
-            position_ids=self.config.position_ids,
+    def lane_of(self, reduction: str) -> str:
+        """The engine that runs requests of a reduction."""
+        return engines.lane_of(self.reductions[reduction])
+
+    def engine(self, lane: str) -> SharedEngine:
+        """A new engine, everything compiled."""
+        engine = engines.shared_engine(
+            self.llava, self.lanes[lane], self.config, self._longest, self.pictures.most_crops
         )
-        engine.warm_up()
-        self._engines[name] = engine
+        self._running[lane] = engine
         return engine
 
-    def _longest(self, number: int) -> Draft:
-        """The longest request that is admitted; two of them have nothing in common."""
-        ids = np.full(self.max_prompt_tokens + 1, number, np.int32)
-        ids[0] = IMAGE_TOKEN
-        return Draft(number, ids, ((str(number), b""),))
+    def _longest(self, reduction: Reduction) -> list[Draft]:
+        """For every slot the longest request that is admitted; they have nothing in common."""
+        layouts = self.pictures.largest(reduction)
+        drafts = []
+        for number in range(self.llava.engine_sizes.slots):
+            ids = np.full(self.max_prompt_tokens + len(layouts), number, np.int32)
+            ids[: len(layouts)] = IMAGE_TOKEN
+            named = tuple((f"{number} {image}", b"") for image in range(len(layouts)))
+            drafts.append(Draft(number, ids, named, layouts=layouts))
+        return drafts
 
     def pages_used(self) -> int:
         """Pages of keys and values that sequences hold, in all engines."""
-        decoders = [engine.core.decoder for engine in self._engines.values()]
+        decoders = [engine.core.decoder for engine in self._running.values()]
         return sum(decoder.taken_pages for decoder in decoders if decoder is not None)
 
     def row_fill(self) -> float:
         """Share of the tokens of packed rows that are no padding; 1 before there were any."""
-        counters = [engine.counters for engine in self._engines.values()]
+        counters = [engine.counters for engine in self._running.values()]
         rows = sum(each.row_tokens for each in counters)
         return sum(each.real_tokens for each in counters) / rows if rows else 1.0
 

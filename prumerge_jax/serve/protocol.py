@@ -105,7 +105,7 @@ class ChatRequest(_Strict):
     reduction: str | None = Field(
         None, max_length=256, description="one that the server was started with"
     )
-    image_mode: Literal["pad", "crop"] | None = None
+    image_mode: Literal["pad", "crop", "anyres"] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:

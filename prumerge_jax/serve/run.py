@@ -9,11 +9,11 @@ from types import FrameType
 import uvicorn
 
 from prumerge_jax.conversion.miniature import model_directory
-from prumerge_jax.engine.shapes import EngineConfig
 from prumerge_jax.llava import Llava
 from prumerge_jax.serve import logs
 from prumerge_jax.serve.app import Server
 from prumerge_jax.serve.config import ServeConfig
+from prumerge_jax.serve.engines import engine_config
 from prumerge_jax.serve.images import Images
 from prumerge_jax.serve.keys import Keys
 from prumerge_jax.serve.metrics import Metrics
@@ -39,13 +39,28 @@ def serve(config: ServeConfig) -> int:
     logs.configure(config.log_json)
     keys = Keys(config.api_key_file)
     listening = listen(config.host, config.port)
-    engine = EngineConfig(slots=config.slots, decode_steps_per_call=config.decode_steps_per_call)
-    llava = Llava.load(config.checkpoint, dtype=config.dtype, engine=engine)
-    model = ServedModel(llava, config)
-    scheduler = model.scheduler()
+    llava = Llava.load(config.checkpoint, dtype=config.dtype, engine=engine_config(config))
     weights = weights_identity(model_directory(config.checkpoint))
+    return serve_model(ServedModel(llava, config), weights, keys, listening)
+
+
+def serve_model(model: ServedModel, weights: str, keys: Keys, listening: socket.socket) -> int:
+    """Serves a model on a bound socket until SIGTERM or SIGINT.
+
+    Args:
+      model: the model, under the limits of its configuration.
+      weights: identity of the weights.
+      keys: who may ask.
+      listening: see `listen`.
+
+    Returns:
+      See `serve`.
+    """
+    config, scheduler = model.config, model.scheduler()
     metrics = Metrics(scheduler.in_flight, weights, model.pages_used, model.row_fill)
-    service = Service(config, model, scheduler, Images(config), metrics)
+    images = Images(config)
+    images.warm_up(model.processor(next(iter(model.reductions)), None))
+    service = Service(config, model, scheduler, images, metrics)
     server = Server(service, keys, f"{weights[:12]}-{metadata.version('prumerge-jax')}")
     if config.metrics_port is not None:
         metrics.serve(config.host, config.metrics_port)

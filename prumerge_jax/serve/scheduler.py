@@ -1,9 +1,9 @@
-"""The thread that owns the device: requests in, tokens out, for every reduction in turn.
+"""The thread that owns the device: requests in, tokens out, for every engine in turn.
 
 The HTTP side speaks to it through an inbox and hears from it by callbacks; it touches no engine.
-Every reduction has an engine, and all share the weights. An engine whose step fails is replaced,
-and the requests that were in it run again: their draws depend on their seeds alone, so they
-yield the same tokens, and those that were delivered are skipped.
+Reductions that can share an engine do, and all share the weights. An engine whose step fails is
+replaced, and the requests that were in it run again: their draws depend on their seeds alone, so
+they yield the same tokens, and those that were delivered are skipped.
 """
 
 import collections
@@ -64,7 +64,7 @@ class Ticket:
     """A request on its way; after `submit` the scheduler's thread alone touches it.
 
     Attributes:
-      lane: the reduction.
+      lane: name of the engine.
       request: its key is the ticket's.
       deliver: called on the scheduler's thread with every event.
       delivered, seen: numbers of tokens that were delivered, and that its present run has yielded;
@@ -114,7 +114,7 @@ class _Wake(NamedTuple):
 
 
 class _Lane:
-    """One reduction: its engine, the requests in it, and those that wait for room.
+    """An engine, the requests in it, and those that wait for room.
 
     Attributes:
       running: requests in the engine, by key.
@@ -206,7 +206,7 @@ class Scheduler:
     """Runs requests on a thread of its own.
 
     Args:
-      make_core: makes the engine of each reduction, everything compiled.
+      make_core: makes each engine, everything compiled.
       capacity: requests in one engine; more wait in front of it, where a failed step does not
         reach them.
       placed: the context in which engines run.

@@ -3,13 +3,13 @@
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import secrets
 import time
 from collections.abc import AsyncIterator
 
-import numpy as np
-
+from prumerge_jax.data.pictures import PictureProcessor
 from prumerge_jax.engine.request import (
     MAX_SEED,
     Answer,
@@ -18,7 +18,7 @@ from prumerge_jax.engine.request import (
     SamplingParams,
 )
 from prumerge_jax.serve.admission import Hold
-from prumerge_jax.serve.chat import chat_of
+from prumerge_jax.serve.chat import Chat, chat_of
 from prumerge_jax.serve.config import ServeConfig
 from prumerge_jax.serve.errors import ApiError
 from prumerge_jax.serve.images import Images
@@ -77,7 +77,7 @@ class Service:
         """
         model = self.model
         reduction = model.reduction(body.model, body.reduction)
-        chat = chat_of(body.messages)
+        chat = chat_of(body.messages, model.pictures.limit)
         if body.stream_options is not None and not body.stream:
             raise ApiError(
                 400,
@@ -86,20 +86,21 @@ class Service:
                 code="invalid_value",
             )
         ids = await asyncio.to_thread(model.prompt_ids, chat)
-        text_tokens = len(ids) - (chat.image is not None)
-        sampling = _sampling(body, model, text_tokens)
-        crops: tuple[ImageInput, ...] = ()
-        if chat.image is not None:
-            pixels = await self._pixels(chat.image, reduction, body.image_mode or "pad", hold)
-            crops = (ImageInput(pixels[None]),)
+        sampling = _sampling(body, model, chat, len(ids) - len(chat.images), reduction)
+        processor = model.processor(reduction, body.image_mode)
+        images = [
+            await self._image(url, processor, hold, is_alone=len(chat.images) == 1)
+            for url in chat.images
+        ]
         request = Request(
             next(self._keys),
             ids,
-            crops,
+            tuple(images),
             sampling=sampling,
             question_ids=model.question_ids(chat),
+            reduction=reduction,
         )
-        generation = Generation(self, request, reduction, body.stops, arrived)
+        generation = Generation(self, request, body.stops, arrived)
         self.scheduler.submit(generation.ticket)
         return generation
 
@@ -111,8 +112,10 @@ class Service:
         """
         started = time.monotonic()
         reduction = self.model.reduction(self.model.name, body.reduction)
-        pixels = await self._pixels(body.image_url.url, reduction, "pad", hold)
-        asked = self.scheduler.call(lambda: self.model.explain(pixels, reduction, body.question))
+        processor = self.model.processor(reduction, "pad")
+        image = await self._image(body.image_url.url, processor, hold)
+        pixels, question = image.crops[0], body.question
+        asked = self.scheduler.call(lambda: self.model.explain(pixels, reduction, question))
         try:
             async with asyncio.timeout(self.config.queue_timeout_s):
                 explanation = await asyncio.wrap_future(asked)
@@ -128,18 +131,24 @@ class Service:
             milliseconds=1e3 * (time.monotonic() - started),
         )
 
-    async def _pixels(self, url: str, reduction: str, mode: str, hold: Hold) -> np.ndarray:
-        processor = self.model.processor(reduction, "crop" if mode == "crop" else "pad")
-        hold.add(3 * processor.image_size**2)
+    async def _image(
+        self, url: str, processor: PictureProcessor, hold: Hold, *, is_alone: bool = True
+    ) -> ImageInput:
+        """One image of a request; equal ones have equal keys."""
         with self.metrics.image_time.time():
             try:
-                return await self.images.pixels(url, processor)
+                picture = await self.images.picture(url, processor, is_alone=is_alone)
             except ApiError as error:
                 self.metrics.rejected_images.labels(error.code or "other").inc()
                 raise
+        hold.add(picture.crops.nbytes)
+        key = hashlib.sha256(picture.crops.tobytes() + repr(picture.layout).encode()).hexdigest()
+        return ImageInput(*picture, key=key)
 
 
-def _sampling(body: ChatRequest, model: ServedModel, text_tokens: int) -> SamplingParams:
+def _sampling(
+    body: ChatRequest, model: ServedModel, chat: Chat, text_tokens: int, reduction: str
+) -> SamplingParams:
     params = ("max_completion_tokens", "max_tokens")
     given = [name for name in params if getattr(body, name) is not None]
     if len(given) > 1 and body.max_tokens != body.max_completion_tokens:
@@ -151,10 +160,11 @@ def _sampling(body: ChatRequest, model: ServedModel, text_tokens: int) -> Sampli
             code="invalid_value",
         )
     name = given[0] if given else "max_tokens"
+    visual = model.pictures.most_tokens(model.reductions[reduction]) if chat.images else 0
     return SamplingParams(
         temperature=body.temperature or 0.0,
         top_p=1.0 if body.top_p is None else body.top_p,
-        max_new_tokens=model.max_new_tokens(getattr(body, name), text_tokens, name),
+        max_new_tokens=model.max_new_tokens(getattr(body, name), text_tokens, visual, name),
         seed=secrets.randbelow(MAX_SEED) if body.seed is None else body.seed,
     )
 
@@ -164,6 +174,7 @@ class Generation:
 
     Attributes:
       ticket: what the scheduler has.
+      reduction: what it asked for.
       finish_reason, usage: set when the pieces have ended.
     """
 
@@ -171,7 +182,6 @@ class Generation:
         self,
         service: Service,
         request: Request,
-        reduction: str,
         stops: tuple[str, ...],
         arrived: float,
     ) -> None:
@@ -184,7 +194,9 @@ class Generation:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        self.ticket = Ticket(reduction, request, deliver)
+        assert request.reduction is not None
+        self.reduction = request.reduction
+        self.ticket = Ticket(service.model.lane_of(self.reduction), request, deliver)
         self.finish_reason: str | None = None
         self.usage = Usage(request.text_tokens, 0, 0, 0)
         self._first = self._last = 0.0
@@ -254,7 +266,7 @@ class Generation:
         self.usage = dataclasses.replace(
             self.usage,
             visual_tokens=answer.usage.visual_tokens,
-            full_tokens=self._service.model.num_patches if has_image else 0,
+            full_tokens=self._service.model.pictures.full_tokens(self.ticket.request.images),
         )
         self.finish_reason = "stop" if self._text.stopped else answer.finish_reason
         metrics, usage = self._service.metrics, self.usage
@@ -265,7 +277,7 @@ class Generation:
         if usage.new_tokens > 1:
             metrics.token_time.observe((self._last - self._first) / (usage.new_tokens - 1))
         if has_image:
-            metrics.visual_tokens.labels(self.ticket.lane).observe(usage.visual_tokens)
+            metrics.visual_tokens.labels(self.reduction).observe(usage.visual_tokens)
         return piece
 
 

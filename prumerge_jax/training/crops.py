@@ -199,7 +199,7 @@ class CropPacker(BatchPacker):
             addressable_rows(encoded.visual.lengths),
             addressable_rows(encoded.visual.patch_indices),
             self._num_patches,
-            cls=self._capacity.cls,
+            cls_slot=slots if self._capacity.cls else None,
         )
 
     def _place(self, window: Any, visual_tokens: jax.Array, image_rows: np.ndarray) -> RowBatch:

@@ -114,7 +114,7 @@ def test_visual_features_are_transformers(golden: pathlib.Path):
     requests = [model.request(key, case) for key, case in enumerate(model.cases)]
     engine = make_engine(model, "full")
     seen = set()
-    for window in engine._planner().windows([requests]):
+    for window in engine.planner(engine.counters).windows([requests]):
         for rows in window.batches:
             x = model.model.embed_rows(
                 *(jnp.asarray(a) for a in (rows.ids, window.pool, rows.visual_index))
@@ -183,7 +183,7 @@ def test_pruned_crops_follow_each_other(golden: pathlib.Path):
     requests = [model.request(key, case) for key, case in enumerate(cases)]
     engine = make_engine(model, "prumerge")
     compared = set()
-    for window in engine._planner().windows([requests]):
+    for window in engine.planner(engine.counters).windows([requests]):
         pool = np.asarray(window.pool).reshape(-1, model.config.vision.width)
         for planned, request in zip(window.planned, window.requests, strict=True):
             if request.key in (0, 1):
@@ -228,9 +228,8 @@ def test_newlines_between_and_budgets_of_pruned_tokens(golden: pathlib.Path):
     request = model.request(0, "wide_97x61")
     found = {}
     for newlines in ("none", "row", "end"):
-        (window,) = (
-            make_engine(model, "prumerge", newlines=newlines)._planner().windows([[request]])
-        )
+        engine = make_engine(model, "prumerge", newlines=newlines)
+        (window,) = engine.planner(engine.counters).windows([[request]])
         found[newlines] = window.planned[0].runs[0].index
     none, row, end = found["none"], found["row"], found["end"]
     assert (none >= 0).all()
@@ -238,7 +237,7 @@ def test_newlines_between_and_budgets_of_pruned_tokens(golden: pathlib.Path):
     assert sorted(row[row >= 0]) == sorted(none)
     assert 1 <= np.count_nonzero(row == -2) <= 8
     engine = make_engine(model, "prumerge", image_budget=7)
-    (window,) = engine._planner().windows([[request]])
+    (window,) = engine.planner(engine.counters).windows([[request]])
     extra_tokens = request.images[0].layout.num_crops
     assert 7 <= len(window.planned[0].runs[0]) <= 7 + extra_tokens
     with pytest.raises(ValueError, match="image_budget is 7 with the reduction full; expected"):

@@ -172,7 +172,7 @@ def test_pruned_tokens_are_crop_by_crop(golden: pathlib.Path):
     model = load(golden)
     requests = [model.request(key, case) for key, case in enumerate(images(model)[:4])]
     engine = make_engine(model, "select-only")
-    for window in engine._planner().windows([requests]):
+    for window in engine.planner(engine.counters).windows([requests]):
         assert all(rows.taps is None for rows in window.batches)
         for planned, request in zip(window.planned, window.requests, strict=True):
             (image,) = request.images

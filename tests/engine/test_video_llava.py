@@ -182,7 +182,7 @@ def test_both_towers_and_the_merge_over_time_are_the_references(golden: pathlib.
 
 def tokens_of(engine: Engine, request: Request) -> tuple[np.ndarray, np.ndarray]:
     """Visual tokens [n, Dv] of a request's last image and the offset of each."""
-    (window,) = engine._planner().windows([[request]])
+    (window,) = engine.planner(engine.counters).windows([[request]])
     assert not window.failed, window.failed
     run = window.planned[0].runs[-1]
     pool = np.asarray(window.pool)

@@ -81,7 +81,7 @@ def miniature() -> Llava:
 
 
 class FakeServer:
-    """A server around fake engines, and a client that speaks to it.
+    """A server around fake engines, or those of a model, and a client that speaks to it.
 
     Attributes:
       cores: every engine that was made.
@@ -93,6 +93,7 @@ class FakeServer:
         fail: Callable[[list[Request]], None] = lambda running: None,
         capacity: int = 4,
         fetcher=None,
+        llava: Llava | None = None,
     ) -> None:
         self.cores: list[FakeCore] = []
 
@@ -100,8 +101,10 @@ class FakeServer:
             self.cores.append(FakeCore(fail))
             return self.cores[-1]
 
-        self.model = ServedModel(miniature(), config)
-        self.scheduler = Scheduler(dict.fromkeys(config.reductions, make), capacity)
+        self.model = ServedModel(llava or miniature(), config)
+        self.scheduler = Scheduler(dict.fromkeys(self.model.lanes, make), capacity)
+        if llava is not None:
+            self.scheduler = self.model.scheduler()
         metrics = Metrics(
             self.scheduler.in_flight, "0" * 64, self.model.pages_used, self.model.row_fill
         )

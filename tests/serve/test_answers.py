@@ -10,6 +10,7 @@ import pytest
 
 from prumerge_jax.serve import service
 from prumerge_jax.serve.config import ServeConfig, parse_flags
+from prumerge_jax.serve.scheduler import Ticket
 from tests.serve.fakes import CONFIG, VISUAL_TOKENS, FakeServer, chat, data_url, miniature, png
 
 IMAGE = data_url(png())
@@ -85,9 +86,14 @@ def test_a_stop_string_ends_the_answer_and_the_work(stream: bool) -> None:
 
 def test_the_reduction_by_field_by_name_and_by_default() -> None:
     server = FakeServer()
-    lanes = []
+    asked = []
     submit = server.scheduler.submit
-    server.scheduler.submit = lambda ticket: (lanes.append(ticket.lane), submit(ticket))[1]
+
+    def watched(ticket: Ticket) -> None:
+        asked.append(ticket.request.reduction)
+        submit(ticket)
+
+    server.scheduler.submit = watched
     bodies = [
         chat(),
         chat(reduction="full"),
@@ -96,7 +102,7 @@ def test_the_reduction_by_field_by_name_and_by_default() -> None:
         chat(reduction="cover:tokens=032"),
     ]
     assert {response.status_code for response in server.ask(*bodies)} == {200}
-    assert lanes == ["prumerge", "full", "cover:tokens=32", "full", "cover:tokens=32"]
+    assert asked == ["prumerge", "full", "cover:tokens=32", "full", "cover:tokens=32"]
 
 
 def test_prompts_are_those_of_the_library() -> None:

@@ -114,6 +114,11 @@ HOSTILE: dict[str, tuple[Any, int, str]] = {
         400,
         "detail is 'low'; expected 'auto'",
     ),
+    "tiles": (
+        chat(image=GOOD, image_mode="anyres"),
+        400,
+        "'anyres' is for models with image_grid_pinpoints",
+    ),
     "a path": (with_images("/etc/passwd"), 415, "expected 'data:image/...;base64,...'"),
     "a file": (with_images("file:///etc/passwd"), 415, "expected 'data:image/...;base64,...'"),
     "text as data": (with_images("data:text/html;base64,AAAA"), 415, "expected 'data:image"),
