@@ -125,16 +125,13 @@ def encode(
     form: FrameForm | None = None,
     slots: int | None = None,
 ) -> VisualTokens:
-    """[B, S, S, 3] uint8, [B, M] int32, [B, N] bool -> reduced visual tokens of capacity R.
+    """[B, S, S, 3] uint8 -> reduced visual tokens of capacity R; arguments as in `encode_images`.
 
-    Question ids are -1 beyond the question; None where the reduction reads none. `present` are the
-    patches that the reduction may see; None for all. `form` is that of frames of videos, which have
-    a tower of their own in some models; see `encode_images`.
+    Question ids are -1 beyond the question; None where the reduction reads none.
     """
     model = nnx.merge(graphdef, state)
-    is_video = form is not None and model.video_tower is not None
     return encode_images(
-        model.video_tower if is_video else model.vision,
+        model.tower(is_video=form is not None),
         pixels,
         reduction,
         dtype=dtype,

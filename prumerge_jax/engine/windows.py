@@ -124,7 +124,9 @@ class WindowPlanner:
         size = self.shapes.window_size
         again = [overflow[start : start + size] for start in range(0, len(overflow), size)]
         if again:
-            yield from self._windows(again, self.reduction.uncapped(), [])
+            beyond: list[Request] = []
+            yield from self._windows(again, self.reduction.uncapped(), beyond)
+            assert not beyond, f"{spell(self.reduction)} needs more than capacity_for says"
 
     def _windows(
         self,

@@ -59,6 +59,10 @@ class LlavaModel(nnx.Module):
             else None
         )
 
+    def tower(self, *, is_video: bool) -> VisionTower:
+        """The tower that sees images, or videos."""
+        return self.video_tower if is_video and self.video_tower is not None else self.vision
+
     def embed_rows(
         self,
         ids: jax.Array,
