@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from prumerge_jax.data.anyres import Window
+from prumerge_jax.data.layout import Layout
 from prumerge_jax.families import published
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig
@@ -41,6 +44,21 @@ def add_geometry_argument(parser: argparse.ArgumentParser) -> None:
 def geometry(name: str) -> LlavaConfig:
     """The sizes of that name; no token ends a sequence, so that all have the asked-for length."""
     return dataclasses.replace(GEOMETRIES[name], eos_token_ids=())
+
+
+def layout_of(config: LlavaConfig, crops: int, frames: int) -> Layout:
+    """What the crops of an image are, the whole image and a square of tiles, or frames.
+
+    No edge is cut off and no newline added: without reduction all patches of all crops are tokens.
+    """
+    grid = config.vision.grid
+    if frames:
+        return Layout(grid, frames=frames, pooled=grid)
+    tiles = math.isqrt(crops - 1)
+    if tiles**2 != crops - 1:
+        raise ValueError(f"--crops is {crops}; expected 1 and a square, such as 5")
+    side = tiles * grid
+    return Layout(grid, (tiles, tiles), Window(0, side, 0, side), (side, side))
 
 
 def random_llava(

@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from drawn import random_requests
 from flax import nnx
 from jax.sharding import Mesh
 from measuring import add_arguments, begin, progress, report
@@ -39,7 +40,6 @@ from models import (
     random_llava_for_inference,
 )
 from prefill import packed_rows
-from scoring import random_requests
 
 from prumerge_jax import prumerge, reductions
 from prumerge_jax.engine import programs

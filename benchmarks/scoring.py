@@ -3,6 +3,8 @@
     python benchmarks/scoring.py
     python benchmarks/scoring.py --output_tokens 8 --means 40 144
     python benchmarks/scoring.py --questions_per_image 18
+    python benchmarks/scoring.py --crops 5
+    python benchmarks/scoring.py --frames 8 --image_size 224 --means 32
 
 Every request is a question of `--text_tokens` about an image (uint8, resized), which comes after 35
 of them. With one output token the engine scores a continuation of one token, with more it decodes
@@ -10,9 +12,10 @@ greedily. Tower, PruMerge step, packing, prefill and decoding all run; but rando
 nothing about how many tokens an image needs, so the counts are drawn from a lognormal distribution
 and put in place of the measured ones before the window is planned. `full` is the same engine with
 all patches, `transformers` is `LlavaForConditionalGeneration` in PyTorch at its best batch size.
-With several questions per image every arm of the engine runs twice: with what they share computed
-once (`shared`), and without, on `--apart_requests` of them, whose rate does not depend on how many
-they are. `--data` splits the engine's rows over this many devices. A CPU is taken as two devices,
+With several crops, or frames of a video, counts are drawn for each (`visual_per_crop`). With
+several questions per image every arm of the engine runs twice: with what they share computed once
+(`shared`), and without, on `--apart_requests` of them, whose rate does not depend on how many they
+are. `--data` splits the engine's rows over this many devices. A CPU is taken as two devices,
 so that each half of its cores has different rows (XLA runs the small products of attention on one
 core per device), at the price of a copy of the weights for each.
 
@@ -33,6 +36,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from drawn import DrawnCounts, drawn_counts, random_requests
 from flax import nnx
 from jax.sharding import Mesh
 from measuring import (
@@ -44,42 +48,24 @@ from measuring import (
     report,
     reset_peak_memory,
 )
-from models import add_geometry_argument, geometry, random_llava_for_inference
+from models import add_geometry_argument, geometry, layout_of, random_llava_for_inference
 
 from prumerge_jax import reductions
 from prumerge_jax.cost import Chip, Workload, images_per_second, operations
-from prumerge_jax.cost.roofline import FRONT_TOKENS
 from prumerge_jax.data.tokens import IMAGE_TOKEN
-from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding, PlacedModel
+from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.engine import Engine
-from prumerge_jax.engine.request import ImageInput, Request, SamplingParams
+from prumerge_jax.engine.request import Request
 from prumerge_jax.engine.shapes import EngineConfig, fit
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.sharding.mesh import make_mesh, replicated, use_mesh
 
 CPU_DEVICES = 2
 USUAL_SHARE = 0.4  # of the peak, all stages together
-SIGMA = 0.45  # of the logarithm of the counts
 FULL, PEER = "full", "transformers"
 SHARED_IMAGES = {FULL: 2, "prumerge+": 6, "prumerge": 7}
 APART_QUESTIONS = {FULL: 4, "prumerge+": 12, "prumerge": 19}
 """What fills rows on a CPU: images with 18 questions each, and questions that share nothing."""
-
-
-class DrawnCounts(Encoder):
-    """An encoder that takes the number of visual tokens of request i to be `counts[i]`."""
-
-    counts: np.ndarray
-
-    def measure(self, encoding: Encoding) -> EncodedImages:
-        """The encoder's images with other lengths; every jitted function runs as it does there."""
-        images = super().measure(encoding)
-        lengths = images.lengths.copy()
-        places = encoding.places
-        for request, ((number,),) in zip(places.requests, places.numbers, strict=True):
-            batch, row = divmod(number, len(lengths))
-            lengths[row, batch] = self.counts[request.key]
-        return images._replace(lengths=lengths)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +76,7 @@ class Arm:
       kind: its reduction, with the mean count where several arms have the same, or `transformers`.
       shared: whether questions share what is in front of them.
       run: all requests once.
-      counts: visual tokens of every request.
+      counts: visual tokens of every request and crop, [requests, crops].
       efficiency: real over computed row tokens of what has run so far.
       questions_per_image: that share their image.
     """
@@ -103,45 +89,14 @@ class Arm:
     questions_per_image: int = 1
 
     @property
+    def tokens(self) -> np.ndarray:
+        """Visual tokens of every request."""
+        return self.counts.sum(axis=1)
+
+    @property
     def name(self) -> str:
         """What it is called while it runs."""
         return f"{self.kind}, shared" if self.shared else self.kind
-
-
-def drawn_counts(number: int, mean: float, most: int, seed: int) -> np.ndarray:
-    """Lognormal counts of this mean, [number] int32, from 1 to `most`."""
-    draws = np.random.default_rng(seed).lognormal(np.log(mean) - SIGMA**2 / 2, SIGMA, number)
-    return np.clip(np.rint(draws), 1, most).astype(np.int32)
-
-
-def random_requests(
-    config: LlavaConfig,
-    number: int,
-    text_tokens: int,
-    output_tokens: int,
-    questions_per_image: int = 1,
-) -> list[Request]:
-    """Questions about random images, each with random text of its own in front."""
-    rng = np.random.default_rng(0)
-    side = config.vision.image_size
-    front_tokens = min(FRONT_TOKENS, text_tokens - 1)
-    requests: list[Request] = []
-    while len(requests) < number:
-        image = ImageInput(
-            rng.integers(0, 256, (1, side, side, 3), np.uint8), key=f"image {len(requests)}"
-        )
-        front = rng.integers(3, config.text.vocab_size, front_tokens)
-        for _ in range(questions_per_image):
-            behind = rng.integers(3, config.text.vocab_size, text_tokens - front_tokens)
-            request = Request(
-                len(requests),
-                np.concatenate([front, [IMAGE_TOKEN], behind]).astype(np.int32),
-                (image,),
-                continuation=behind[: int(output_tokens == 1)].astype(np.int32),
-                sampling=SamplingParams(max_new_tokens=output_tokens),
-            )
-            requests.append(request)
-    return requests[:number]
 
 
 def engine_arm(
@@ -215,17 +170,18 @@ def peer_arm(
 
     listed = ", ".join(f"{size}: {rate:.3g}" for size, rate in rates.items())
     note = f"transformers, images/s by batch size: {listed}; timed at {best}"
-    return Arm(PEER, False, run, np.full(whole, config.vision.num_patches), lambda: 1.0), note
+    return Arm(PEER, False, run, np.full((whole, 1), config.vision.num_patches), lambda: 1.0), note
 
 
 def workload(arm: Arm, arguments: argparse.Namespace, batch: int = 1) -> Workload:
     """What an arm computes, for the cost model."""
     return Workload(
-        float(arm.counts.mean()),
+        float(arm.tokens.mean()),
         arguments.text_tokens,
         batch,
         arguments.output_tokens,
         questions_per_image=arm.questions_per_image,
+        crops_per_image=arm.counts.shape[1],
     )
 
 
@@ -244,6 +200,7 @@ def engine_arms(
 ) -> list[Arm]:
     """`full` and the reductions, with several questions per image each with sharing and without."""
     patches, asked = config.vision.num_patches, arguments.questions_per_image
+    layout = layout_of(config, arguments.crops, arguments.frames)
     shapes = EngineConfig(
         batch_size=arguments.batch_size,
         window_size=arguments.window,
@@ -267,12 +224,14 @@ def engine_arms(
             arguments.text_tokens,
             arguments.output_tokens,
             asked,
+            layout,
         )
-        counts = np.full(len(requests), patches)
+        counts = np.full((len(requests), layout.num_crops), patches)
         if reduction != FULL:
             most = reductions.parse(reduction).capacity_for(patches)
             # Questions about one image have its count.
-            counts = np.repeat(drawn_counts(-(-len(requests) // asked), mean, most, seed=1), asked)
+            drawn = drawn_counts(counts[::asked].size, mean, most, seed=1)
+            counts = np.repeat(drawn.reshape(-1, layout.num_crops), asked, axis=0)
         kind = f"{reduction} {mean:g}" if any(a.kind == reduction for a in arms) else reduction
         for share in (True, False) if asked > 1 else (False,):
             of_kind = full_shapes if reduction == FULL else shapes
@@ -327,6 +286,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     begin("scoring", __doc__, minutes=5)
     config, dtype = geometry(arguments.geometry), jnp.dtype(arguments.dtype)
+    if arguments.image_size:
+        vision = dataclasses.replace(config.vision, image_size=arguments.image_size)
+        config = dataclasses.replace(config, vision=vision)
     chip = peak_rates(arguments.chip, dtype)
     graphdef, state = random_llava_for_inference(config, dtype)
     mesh = make_mesh(data=arguments.data) if arguments.data > 1 else None
@@ -370,9 +332,10 @@ def summary(
                 "shared": arm.shared,
                 "output_tokens": arguments.output_tokens,
                 "questions_per_s": rate,
-                "visual_mean": float(arm.counts.mean()),
-                **{f"p{p}": float(np.percentile(arm.counts, p)) for p in (5, 50, 95)},
-                "max": int(arm.counts.max()),
+                "visual_mean": float(arm.tokens.mean()),
+                "visual_per_crop": float(arm.counts.mean()),
+                **{f"p{p}": float(np.percentile(arm.tokens, p)) for p in (5, 50, 95)},
+                "max": int(arm.tokens.max()),
                 "efficiency": arm.efficiency(),
                 "speedup": speedup,
                 "flop_ratio": full_flops / flops,
@@ -394,6 +357,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_tokens", type=int, default=1)
     parser.add_argument("--text_tokens", type=int, default=60)
     parser.add_argument("--questions_per_image", type=int, default=1)
+    parser.add_argument("--crops", type=int, default=1, help="of every image")
+    parser.add_argument("--frames", type=int, default=0, help="of a video in place of every image")
+    parser.add_argument("--image_size", type=int, help="side of the tower's images")
     parser.add_argument("--means", type=float, nargs="*", help="visual tokens")
     parser.add_argument("--requests", type=int, help="default: what fills rows")
     parser.add_argument("--full_requests", type=int, help="of the arm `full`")
@@ -419,17 +385,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_rate_arguments(parser)
     arguments = parser.parse_args(argv)
     several = arguments.questions_per_image > 1
+    crops = arguments.frames or arguments.crops
     chosen = {
         "means": [144.0, 40.0] if several else [40.0],
-        "requests": (0 if several else 60) if on_cpu else 4096,
-        "full_requests": (0 if several else 6) if on_cpu else 1024,
+        "requests": (0 if several else 60 // crops) if on_cpu else 4096,
+        "full_requests": (0 if several else max(6 // crops, 2)) if on_cpu else 1024,
         "apart_requests": 0 if on_cpu else 1024,
         "batch_size": (2 if several else 8) if on_cpu else 64,
         "rows": (1 if several else 2) if on_cpu else 32,
         "full_rows": (1 if several else 2) if on_cpu else 32,
         # Few images do not spread over devices.
         "data": 1 if several or not on_cpu else CPU_DEVICES,
-        "peer": not several,
+        "peer": not several and crops == 1,
     }
     for name, value in chosen.items():
         if getattr(arguments, name) is None:

@@ -25,6 +25,7 @@ def training() -> ConfigDict:
     config.tokenizer_style = "4.31"
     config.label_protocol = "prumerge"
     config.image_mode = "pad"
+    config.crops_per_sample = placeholder(int)  # room for tiles and frames, mean over a batch
     config.group_by_modality_length = False
 
     config.reduction = "full"  # as prumerge:neighbours=8, see reductions/

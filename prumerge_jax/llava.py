@@ -2,11 +2,10 @@
 
 import contextlib
 import dataclasses
-import functools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, overload
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jax.sharding import Mesh
 from prumerge_jax import reductions, sharding
 from prumerge_jax.conversion import download as downloads
 from prumerge_jax.conversion.miniature import model_directory
-from prumerge_jax.data.images import ImageMode, ImageSource
+from prumerge_jax.data.images import ImageMode, ImageSource, Shown
 from prumerge_jax.data.packing import PositionIds
 from prumerge_jax.data.pictures import Picture, PictureMode, PictureProcessor, default_mode
 from prumerge_jax.data.templates import TEMPLATES, Template, chat_template
@@ -43,6 +42,7 @@ from prumerge_jax.engine.build import (
 from prumerge_jax.engine.embeddings import embed
 from prumerge_jax.engine.encoding import PlacedModel, compute_dtype, data_shards
 from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.explanations import Explanation, explain_crops
 from prumerge_jax.engine.pages import pages_that_fit
 from prumerge_jax.engine.request import Answer, Delta, SamplingParams
 from prumerge_jax.engine.shapes import EngineConfig, EngineSizes, fit
@@ -51,28 +51,11 @@ from prumerge_jax.models import config_json, tuning
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import (
     abstract_model,
-    embed_question,
-    gather_evidence,
     inference_layout,
 )
 from prumerge_jax.reductions import Reduction, ReductionLike, as_reduction
 from prumerge_jax.store import model_directory as directories
 from prumerge_jax.store.manifest import MANIFEST
-
-
-class Explanation(NamedTuple):
-    """What a reduction does to one image.
-
-    Attributes:
-      pixels: uint8 [S, S, 3], the image as the tower sees it.
-      patch_indices: int32 [n], the kept patches in the order of their tokens.
-      assignment: int32 [N], for each patch the index into `patch_indices` of the token it merges
-        into, -1 for none.
-    """
-
-    pixels: np.ndarray
-    patch_indices: np.ndarray
-    assignment: np.ndarray
 
 
 class Llava:
@@ -349,33 +332,44 @@ class Llava:
         """Which patches of an image are kept and where the others go; `overlay` draws it.
 
         Args:
-          image, reduction, image_mode: as in `generate`.
+          image, reduction: as in `generate`.
+          image_mode: one that makes one crop of an image; None is `pad`.
           question: the user's text, for reductions that read it.
 
         Raises:
           ImageError: the image cannot be used.
           ValueError: the reduction reads the question and there is none, or an argument is wrong.
         """
+        mode = "pad" if image_mode is None else image_mode
+        explained = self.explain_crops(
+            image, reduction=reduction, image_mode=mode, question=question
+        )
+        if len(explained) > 1:
+            raise ValueError(
+                f"the image has {len(explained)} crops; expected mode 'pad' or 'crop', or "
+                "explain_crops"
+            )
+        return explained[0]
+
+    def explain_crops(
+        self,
+        image: Shown,
+        *,
+        reduction: ReductionLike = "prumerge",
+        image_mode: PictureMode | None = None,
+        question: str | None = None,
+    ) -> list[Explanation]:
+        """`explain` of every crop of an image in the model's own mode, or every frame of a video.
+
+        A patch that is merged into an earlier frame's goes nowhere. Arguments and errors as in
+        `explain`.
+        """
         reduction = as_reduction(reduction)
         asked = self._question_ids(question, reduction)
         name, source = named_image(image, "image")
-        mode = "pad" if image_mode is None else image_mode
-        pixels = _only_crop(self.processor(mode, reduction)(source, name), name)
+        picture = self.processor(image_mode, reduction)(source, name)
         with self.placed():
-            assignment = _explain(
-                self._model.graphdef,
-                self._model.state,
-                jnp.asarray(pixels[None]),
-                asked,
-                reduction=reduction,
-                dtype=self.dtype,
-            )
-        patches, targets, required = (np.asarray(values)[0] for values in assignment)
-        if required < 0:
-            raise ValueError("the image's CLS attention is not finite; check the weights")
-        is_patch = patches >= 0
-        place = np.append(np.where(is_patch, np.cumsum(is_patch) - 1, -1), -1)  # of target -1: -1
-        return Explanation(pixels, patches[is_patch], place[targets].astype(np.int32))
+            return explain_crops(self._model, picture, reduction, asked)
 
     def embed(
         self,
@@ -431,8 +425,10 @@ class Llava:
                 pages_that_fit=pages_that_fit(model, page_size),
             )
         if model.mesh is None:
-            crops = sum(layout.num_crops for draft in drafts for layout in draft.layouts)
-            shapes = shapes.limited_to(len(drafts), crops)
+            layouts = [layout for draft in drafts for layout in draft.layouts]
+            crops = sum(layout.num_crops for layout in layouts)
+            kinds = len({layout.frames > 0 for layout in layouts})
+            shapes = shapes.limited_to(len(drafts), crops, max(kinds, 1))
         return Engine(
             model,
             reduction,
@@ -573,25 +569,3 @@ def _in_order(answers: Iterable[Answer], prompt_of: Sequence[int]) -> list[Answe
     """Answers by key; an error is raised with the prompt that `prompt_of` has for its key."""
     found = {answer.key: _checked(answer, prompt_of[answer.key]) for answer in answers}
     return [found[key] for key in range(len(prompt_of))]
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "reduction", "dtype"))
-def _explain(
-    graphdef: nnx.GraphDef,
-    state: nnx.State,
-    pixels: jax.Array,
-    question_ids: jax.Array | None,
-    *,
-    reduction: Reduction,
-    dtype: jnp.dtype,
-) -> reductions.Assignment:
-    model = nnx.merge(graphdef, state)
-    evidence = gather_evidence(
-        model.vision,
-        pixels,
-        reduction,
-        dtype=dtype,
-        projector=model.projector,
-        question=embed_question(model.decoder, question_ids, dtype),
-    )
-    return reductions.explain(evidence, reduction)

@@ -16,6 +16,7 @@ Axes: B batch, N patches, R capacity, D width of the vision tower.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
@@ -166,6 +167,18 @@ class VisualTokens(NamedTuple):
     required: jax.Array
 
 
+class Tubes(NamedTuple):
+    """What is known of frames [B] whose patches stand for later ones too.
+
+    Attributes:
+      bound: [B] float32, above which the merged attention of a patch is an outlier.
+      whole: [B] bool, whether no patch is merged into an earlier frame's.
+    """
+
+    bound: jax.Array
+    whole: jax.Array
+
+
 class Selection(NamedTuple):
     """Which patches are kept, and in which slot.
 
@@ -207,6 +220,7 @@ def reduce_tokens(
     attention: jax.Array,
     config: PruMergeConfig,
     present: jax.Array | None = None,
+    tubes: Tubes | None = None,
 ) -> VisualTokens:
     """Selects and merges the visual tokens of every image independently.
 
@@ -217,11 +231,13 @@ def reduce_tokens(
       config: the method's parameters; static under `jax.jit`.
       present: [B, N] bool, patches that may be seen; the others are neither counted nor kept nor
         merged. An image without any has no token. None means all.
+      tubes: of frames that were merged with the ones after them, whose other patches are not
+        `present`; None for images.
 
     Returns:
       `VisualTokens` of capacity R = `config.capacity_for(N)`.
     """
-    chosen = select(attention, config, present)
+    chosen = select(attention, config, present, tubes)
     tokens = selection.rows(hidden, chosen.patch_indices).astype(jnp.float32)
     if config.merge != "none":
         tokens = merge(tokens, hidden, keys, attention, chosen, config)
@@ -236,6 +252,8 @@ def reduce_tokens(
         here = (slot == chosen.kept[:, None])[..., None]
         tokens = jnp.where(here, extra, tokens)
         without = required < 0 if present is None else (required < 0) | ~present.any(-1)
+        if tubes is not None:
+            without |= ~tubes.whole & ~chosen.pruned.any(-1)
         required = jnp.where(without, required, required + 1)
     return VisualTokens(
         tokens=tokens.astype(hidden.dtype),
@@ -246,7 +264,10 @@ def reduce_tokens(
 
 
 def select(
-    attention: jax.Array, config: PruMergeConfig, present: jax.Array | None = None
+    attention: jax.Array,
+    config: PruMergeConfig,
+    present: jax.Array | None = None,
+    tubes: Tubes | None = None,
 ) -> Selection:
     """Chooses the patches to keep, from attention [B, N] alone; of those `present` [B, N]."""
     attention = attention.astype(jnp.float32)
@@ -257,7 +278,7 @@ def select(
         attention = jnp.where(present, attention, -jnp.inf)  # last in every order
 
     rank = selection.descending_rank(attention)
-    number = _number_selected(attention, rank, config, present)
+    number = _number_selected(attention, rank, config, present, tubes)
     selected = rank < number[:, None]
     added = _added(selected, number, config, present)
 
@@ -353,26 +374,19 @@ def number_of_outliers(
     if present is not None:
         attention = jnp.where(present, attention, -jnp.inf)
     rank = selection.descending_rank(attention)
-    return _outliers(attention, rank, iqr_factor, present)
-
-
-def _outliers(
-    attention: jax.Array, rank: jax.Array, iqr_factor: float, present: jax.Array | None
-) -> jax.Array:
-    """`number_of_outliers` of attention that is -inf where no patch is present."""
-    if present is None:
-        q1, q3 = (selection.quantile(attention, rank, q) for q in (0.25, 0.75))
-    else:
-        count = present.sum(-1)
-        q1, q3 = (selection.quantile_of_largest(attention, rank, count, q) for q in (0.25, 0.75))
-    bound = q3 + iqr_factor * (q3 - q1)
+    count = None if present is None else present.sum(-1)
+    bound = selection.outlier_bound(attention, rank, iqr_factor, count)
     return (attention > bound[:, None]).sum(-1)
 
 
 def _number_selected(
-    attention: jax.Array, rank: jax.Array, config: PruMergeConfig, present: jax.Array | None
+    attention: jax.Array,
+    rank: jax.Array,
+    config: PruMergeConfig,
+    present: jax.Array | None,
+    tubes: Tubes | None,
 ) -> jax.Array:
-    """Number of patches that the count rule keeps, [B] int32."""
+    """Number of patches that the count rule keeps, [B] int32; attention is -inf where none is."""
     num_patches = attention.shape[-1]
     available = num_patches if present is None else present.sum(-1, dtype=jnp.int32)
     if config.count_rule == "all":
@@ -381,10 +395,12 @@ def _number_selected(
         fixed = config.fixed_count(num_patches)
         number = jnp.full(attention.shape[:1], fixed, jnp.int32)
     else:
-        number = _outliers(attention, rank, config.iqr_factor, present)
+        count = None if present is None else present.sum(-1)
+        bound = selection.outlier_bound(attention, rank, config.iqr_factor, count)
+        number = (attention > (bound if tubes is None else tubes.bound)[:, None]).sum(-1)
     highest = num_patches if config.max_tokens is None else config.max_tokens
     least, most = (jnp.minimum(bound, available) for bound in (config.min_tokens, highest))
-    return jnp.clip(number, least, most)
+    return jnp.clip(number, least if tubes is None else jnp.where(tubes.whole, least, 0), most)
 
 
 def _added(
@@ -393,56 +409,14 @@ def _added(
     """The patches that spatial sampling adds, [B, N] bool."""
     if config.added_patches == "none":
         return jnp.zeros_like(selected)
+    spread = functools.partial(
+        selection.spread,
+        kind=config.added_patches,
+        stride=config.stride,
+        side=config.lattice_side(selected.shape[-1]),
+    )
     if present is None:
-        return _sampled(selected, number, config, jnp.arange(selected.shape[-1]), None)
+        return spread(selected, number, jnp.arange(selected.shape[-1]), None)
     # Strides count the patches that are present alone, as though there were no others.
     nth, available = selection.count_before(present), present.sum(-1, keepdims=True)
-    return present & _sampled(selected | ~present, number, config, nth, available)
-
-
-def _sampled(
-    unavailable: jax.Array,
-    number: jax.Array,
-    config: PruMergeConfig,
-    patch: jax.Array,
-    available: jax.Array | None,
-) -> jax.Array:
-    """`_added`, as may be of patches that are not present.
-
-    Args:
-      unavailable: [B, N] bool, patches that are selected or not present.
-      number: [B] int32, selected patches.
-      config: the method's parameters.
-      patch: int32 [N] or [B, N], numbers the patches that are present.
-      available: [B, 1] int32, how many those are; None for all N.
-    """
-    num_patches = unavailable.shape[-1]
-    count = num_patches if available is None else available
-    number = number[:, None]
-    if config.added_patches == "raster_fixed":
-        first, end = config.stride // 2, count - 1
-        here = (patch >= first) & (patch < end) & ((patch - first) % config.stride == 0)
-        return jnp.broadcast_to(here, unavailable.shape)
-    if config.added_patches == "raster":
-        # The reference crashes at a stride of 0 (a third of all patches selected): 1 adds all.
-        stride = jnp.maximum(count // jnp.maximum(number, 1) // 3, 1)
-        return (patch % stride == 0) & (patch < count - 1) & ~unavailable
-    if config.added_patches == "uniform":
-        others = count - number
-        return ~unavailable & selection.evenly_spread(
-            selection.count_before(~unavailable),
-            jnp.minimum(number, others),
-            jnp.maximum(others, 1),
-        )
-    side = math.isqrt(num_patches)
-    if side * side != num_patches:
-        raise ValueError(
-            f"added_patches={config.added_patches} needs a square grid; got {num_patches} patches"
-        )
-    points = (jnp.arange(side) ** 2 < number).sum(-1, keepdims=True)  # ceil(sqrt(number))
-    if config.added_patches == "lattice_fixed":
-        points = jnp.full_like(points, config.lattice_side(num_patches))
-    place = jnp.arange(num_patches)
-    on_row = selection.evenly_spread(place // side, points, side)
-    on_column = selection.evenly_spread(place % side, points, side)
-    return on_row & on_column & ~unavailable
+    return present & spread(selected | ~present, number, nth, available)

@@ -54,6 +54,20 @@ def quantile_of_largest(a: jax.Array, rank: jax.Array, count: jax.Array, q: floa
     return jnp.where(share < 0.5, from_below, from_above)
 
 
+def outlier_bound(
+    a: jax.Array, rank: jax.Array, factor: float, count: jax.Array | None = None
+) -> jax.Array:
+    """Q3 + factor * (Q3 - Q1) of every row, [B, N] -> [B], from the descending rank.
+
+    Of the `count` [B] largest entries, where there is one.
+    """
+    if count is None:
+        q1, q3 = (quantile(a, rank, q) for q in (0.25, 0.75))
+    else:
+        q1, q3 = (quantile_of_largest(a, rank, count, q) for q in (0.25, 0.75))
+    return q3 + factor * (q3 - q1)
+
+
 def evenly_spread(index: jax.Array, points: jax.Array, size: jax.Array | int) -> jax.Array:
     """Whether `index` is one of floor((i + 1/2) size / points) for i = 0 ... points - 1."""
 
@@ -61,6 +75,57 @@ def evenly_spread(index: jax.Array, points: jax.Array, size: jax.Array | int) ->
         return (2 * points * (i + 1) + size - 1) // (2 * size)
 
     return points_up_to(index) > points_up_to(index - 1)
+
+
+def spread(
+    unavailable: jax.Array,
+    number: jax.Array,
+    patch: jax.Array,
+    available: jax.Array | None,
+    *,
+    kind: str,
+    stride: int,
+    side: int,
+) -> jax.Array:
+    """Patches spread over an image, [B, N] bool.
+
+    Args:
+      unavailable: [B, N] bool, patches that are selected or not present.
+      number: [B] int32, selected patches.
+      patch: int32 [N] or [B, N], numbers the patches that are present.
+      available: [B, 1] int32, how many those are; None for all N.
+      kind: see `prumerge.PruMergeConfig.added_patches`.
+      stride: of `raster_fixed`.
+      side: points along a side of the lattice of `lattice_fixed`.
+    """
+    num_patches = unavailable.shape[-1]
+    count = num_patches if available is None else available
+    number = number[:, None]
+    if kind == "raster_fixed":
+        first, end = stride // 2, count - 1
+        here = (patch >= first) & (patch < end) & ((patch - first) % stride == 0)
+        return jnp.broadcast_to(here, unavailable.shape)
+    if kind == "raster":
+        # The reference crashes at a stride of 0 (a third of all patches selected): 1 adds all.
+        every = jnp.maximum(count // jnp.maximum(number, 1) // 3, 1)
+        return (patch % every == 0) & (patch < count - 1) & ~unavailable
+    if kind == "uniform":
+        others = count - number
+        return ~unavailable & evenly_spread(
+            count_before(~unavailable),
+            jnp.minimum(number, others),
+            jnp.maximum(others, 1),
+        )
+    width = math.isqrt(num_patches)
+    if width * width != num_patches:
+        raise ValueError(f"added_patches={kind} needs a square grid; got {num_patches} patches")
+    points = (jnp.arange(width) ** 2 < number).sum(-1, keepdims=True)  # ceil(sqrt(number))
+    if kind == "lattice_fixed":
+        points = jnp.full_like(points, side)
+    place = jnp.arange(num_patches)
+    on_row = evenly_spread(place // width, points, width)
+    on_column = evenly_spread(place % width, points, width)
+    return on_row & on_column & ~unavailable
 
 
 def count_before(member: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import gc
 import hashlib
 import os
 import pathlib
@@ -19,7 +20,7 @@ hypothesis.settings.load_profile("repeatable")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
 )
 
 
@@ -74,6 +75,23 @@ def golden() -> pathlib.Path:
     if folder is None:
         pytest.skip("no golden data: set PRUMERGE_GOLDEN to the folder of reference outputs")
     return folder
+
+
+MOST_MAPPINGS = 20_000
+"""Memory mappings of a process, of the 65,530 that Linux grants by default, beyond which tests
+drop what is compiled: every program has several, and LLVM aborts the process without more."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings() -> Iterator[None]:
+    """Drops compiled programs after a module that leaves too many."""
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if mappings.exists() and len(mappings.read_bytes().splitlines()) > MOST_MAPPINGS:
+        import jax  # here, because it reads the variables above when it is first imported
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

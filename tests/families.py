@@ -56,10 +56,21 @@ ONEVISION_TIED = LlavaConfig(
     image_grid_pinpoints=tuple((48 * a, 48 * b) for a in range(1, 7) for b in range(1, 7)),
     anyres_max=9,
 )  # fmt: skip
+VIDEO_LLAVA = LlavaConfig(
+    vision=dataclasses.replace(NEXT_VICUNA.vision, activation="gelu"),
+    text=NEXT_VICUNA.text,
+    image_token_id=250,
+    pad_token_id=None,
+    eos_token_ids=(2,),
+    family="video_llava",
+    video_token_id=251,
+    video_tower=True,
+)
 CONFIGS = {
     "next_vicuna": NEXT_VICUNA,
     "next_mistral": NEXT_MISTRAL,
     "onevision_tied": ONEVISION_TIED,
+    "video_llava": VIDEO_LLAVA,
 }
 
 

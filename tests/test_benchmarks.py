@@ -161,10 +161,10 @@ def test_other_numbers_than_the_cpus_are_an_error(
 def test_drawn_counts_reach_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine of the scoring benchmark computes exactly as many tokens as were drawn."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    scoring, models = importlib.import_module("scoring"), importlib.import_module("models")
+    scoring, models, drawn = map(importlib.import_module, ("scoring", "models", "drawn"))
     config = models.geometry("tiny")
-    counts = scoring.drawn_counts(6, mean=3, most=5, seed=0)
-    requests = scoring.random_requests(config, number=6, text_tokens=4, output_tokens=1)
+    counts = drawn.drawn_counts(6, mean=3, most=5, seed=0)[:, None]
+    requests = drawn.random_requests(config, number=6, text_tokens=4, output_tokens=1)
     dtype = np.dtype(np.float32)
     placed = scoring.PlacedModel(*models.random_llava(config, dtype), config, dtype)
     shapes = EngineShapes(
@@ -176,11 +176,31 @@ def test_drawn_counts_reach_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         prefill_rows=1,
     )
     engine = scoring.Engine(placed, scoring.reductions.parse("prumerge"), shapes)
-    engine.encoder = scoring.DrawnCounts(placed, shapes)
+    engine.encoder = drawn.DrawnCounts(placed, shapes)
     engine.encoder.counts = counts
     visual = {answer.key: answer.usage.visual_tokens for answer in engine.score(requests)}
-    assert [visual[key] for key in range(6)] == counts.tolist()
+    assert [visual[key] for key in range(6)] == counts[:, 0].tolist()
     assert engine.counters.real_tokens == counts.sum() + 6 * (4 + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["--crops=5", "--frames=3"])
+def test_scoring_counts_the_tokens_of_all_crops(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    arguments = (
+        f"{what} --geometry=tiny --text_tokens=8 --means 2 --requests=4 --full_requests=2 "
+        "--repeats=1 --batch_size=8 --data=1"
+    )
+    path = tmp_path / "report.json"
+    importlib.import_module("scoring").main([*arguments.split(), f"--json={path}"])
+    full, pruned = json.loads(path.read_text())["results"]
+    crops = int(what[-1])
+    patches = importlib.import_module("models").geometry("tiny").vision.num_patches
+    assert full["visual_mean"] == crops * full["visual_per_crop"] == crops * patches
+    assert pruned["visual_mean"] == pytest.approx(crops * pruned["visual_per_crop"])
+    assert pruned["flop_ratio"] > 1
 
 
 def test_scoring_compares_questions_that_share_with_questions_apart(

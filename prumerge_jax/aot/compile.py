@@ -41,6 +41,8 @@ class Program:
       kernel_flops: FLOPs of hand-written kernels, for which XLA estimates nothing.
       compile_seconds: how long XLA took.
       kernel_bytes: bytes that those kernels read.
+      steps: steps of one run; what is said of times and links is said of one step, to which a run's
+        own work belongs in part.
     """
 
     name: str
@@ -51,16 +53,17 @@ class Program:
     kernel_flops: float
     compile_seconds: float
     kernel_bytes: float = 0.0
+    steps: int = 1
 
     def compute_seconds(self, chip: Chip) -> float:
         """XLA's cycles, and kernels at the peak."""
         kernels = max(self.kernel_flops / chip.flops, self.kernel_bytes / chip.bandwidth)
-        return self.cost.cycles / tpu(chip).clock + kernels
+        return self.cost.cycles / self.steps / tpu(chip).clock + kernels
 
     def interconnect_seconds(self, chip: Chip) -> float:
         """What the collectives move, at the peak of all links of a chip."""
         received = sum(traffic.bytes for traffic in self.cost.collectives.values())
-        return received / tpu(chip).interconnect
+        return received / self.steps / tpu(chip).interconnect
 
     def seconds(self, chip: Chip) -> float:
         """One run, where all collectives overlap with computing."""
@@ -87,8 +90,9 @@ def compile_program(
     lowered: jax.stages.Lowered,
     kernel_flops: float = 0.0,
     kernel_bytes: float = 0.0,
+    steps: int = 1,
 ) -> Program:
-    """Compiles one program.
+    """Compiles one program, whose outermost loop runs `steps` times if nothing else says how often.
 
     Raises:
       DoesNotFit: its arguments and temporaries exceed the memory of a chip.
@@ -111,10 +115,11 @@ def compile_program(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        cost=program_cost(text),
+        cost=program_cost(text, steps),
         kernel_flops=kernel_flops,
         compile_seconds=seconds,
         kernel_bytes=kernel_bytes,
+        steps=steps,
     )
 
 
@@ -230,7 +235,7 @@ def program_lines(programs: Sequence[tuple[Program, int]], chip: Chip) -> list[s
     """A table of programs and how often each runs, and their collectives."""
     lines = [
         f"{'program':<12}{'runs':>5}{'arguments':>11}{'temporary':>11}{'outputs':>9}"
-        f"{'compute ms':>12}{'links ms':>10}   GiB per chip; time of one run"
+        f"{'compute ms':>12}{'links ms':>10}   GiB per chip; time of one run, or step"
     ]
     for program, runs in programs:
         gib = (size / 2**30 for size in (program.arguments, program.temporaries, program.outputs))
@@ -246,6 +251,6 @@ def program_lines(programs: Sequence[tuple[Program, int]], chip: Chip) -> list[s
             f"{traffic.executions} {kind} {traffic.bytes / 1e9:.2f} GB"
             for kind, traffic in program.cost.collectives.items()
         ]
-        note = " (a loop of unknown length counts once)" if program.cost.open_loops else ""
+        note = f" (of {program.steps} steps)" if program.cost.open_loops else ""
         lines.append(f"  {program.name}: {', '.join(parts) or 'none'}{note}")
     return lines

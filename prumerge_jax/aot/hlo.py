@@ -43,7 +43,8 @@ class ProgramCost:
       collectives: by kind (`all-gather`, ...).
       cycles: XLA's estimate for everything but kernels and waiting for collectives; 0 where the
         backend makes none (only TPU's does).
-      open_loops: loops whose trip count is not a constant; what they hold counts once.
+      open_loops: loops whose trip count is not a constant; what they hold counts as often as the
+        caller says.
     """
 
     collectives: Mapping[str, Traffic]
@@ -51,8 +52,13 @@ class ProgramCost:
     open_loops: int
 
 
-def program_cost(text: str) -> ProgramCost:
+def program_cost(text: str, open_trips: int = 1) -> ProgramCost:
     """Reads the text of an optimised module (`compiled.as_text()`).
+
+    Args:
+      text: the module.
+      open_trips: how often outermost loops run whose trip count is not a constant; such loops
+        inside of others run once.
 
     Raises:
       ValueError: the text has no entry computation.
@@ -60,7 +66,7 @@ def program_cost(text: str) -> ProgramCost:
     module = _parse(text)
     found: dict[tuple[str, str, int], tuple[str, int, int]] = {}
     cycles = open_loops = 0
-    for computation, runs in _executions(module):
+    for computation, runs in _executions(module, open_trips):
         for instruction in module.computations[computation]:
             cycles += runs * instruction.cycles
             open_loops += instruction.opcode == "while" and not _trips(module, instruction)
@@ -144,17 +150,17 @@ def _instruction(name: str, text: str, opcode: re.Match[str], *, is_root: bool) 
     )
 
 
-def _executions(module: _Module) -> Iterator[tuple[str, int]]:
+def _executions(module: _Module, open_trips: int) -> Iterator[tuple[str, int]]:
     """Every computation that the entry reaches, and how often it runs."""
-    pending = [(module.entry, 1)]
+    pending = [(module.entry, 1, False)]
     while pending:
-        computation, runs = pending.pop()
+        computation, runs, in_loop = pending.pop()
         yield computation, runs
         for instruction in module.computations[computation]:
-            inner = runs
-            if instruction.opcode == "while":
-                inner *= _trips(module, instruction) or 1
-            pending += [(name, inner) for name in instruction.called]
+            inner, is_loop = runs, instruction.opcode == "while"
+            if is_loop:
+                inner *= _trips(module, instruction) or (1 if in_loop else open_trips)
+            pending += [(name, inner, in_loop or is_loop) for name in instruction.called]
 
 
 def _trips(module: _Module, loop: _Instruction) -> int | None:

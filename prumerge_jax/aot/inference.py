@@ -1,7 +1,8 @@
 """What inference needs of a TPU slice: its jitted functions compiled, not run.
 
-No weights, images or TPU are needed. `decode` is one step of all slots; how many follow is unknown.
-Its sequences have the assumed mean of visual tokens, the question, and half of the answer.
+No weights, images or TPU are needed. `decode` is one step of all slots, with its part of what a
+call of several steps does once. Its sequences have the assumed mean of visual tokens, the question,
+and half of the answer.
 """
 
 import dataclasses
@@ -285,7 +286,12 @@ def _plan(
             compile_program("encode", encode, of_tower),
             compile_program("read", read, of_rows),
             compile_program("prefill", prefill, of_rows),
-            compile_program("decode", decode, kernel_bytes=read_by_kernel),
+            compile_program(
+                "decode",
+                decode,
+                kernel_bytes=read_by_kernel,
+                steps=engine.decode_steps_per_call,
+            ),
         )
     return InferencePlan(
         topology,

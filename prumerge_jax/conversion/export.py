@@ -234,7 +234,7 @@ def _with_adapter(model: StoredModel, weight: Weight) -> Iterator[tuple[str, np.
 def _with_image_token(config: LlavaConfig) -> LlavaConfig:
     if config.image_token_id is not None:
         return config
-    if family_of(config).takes_video:
+    if family_of(config).video is not None:
         raise ConversionError(
             f"the model is an original {family_of(config).title} without ids for images and "
             "videos, which --to=hf needs; convert a checkpoint of transformers"

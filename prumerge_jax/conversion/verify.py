@@ -131,7 +131,7 @@ def _probe(config: LlavaConfig) -> _Probe:
 def _with_any_tokens(config: LlavaConfig) -> LlavaConfig:
     """The same with ids for images and videos, which an original directory does not name."""
     rows = config.text.vocab_size
-    video = rows - 2 if family_of(config).takes_video else None
+    video = rows - 2 if family_of(config).video is not None else None
     return dataclasses.replace(config, image_token_id=rows - 1, video_token_id=video)
 
 

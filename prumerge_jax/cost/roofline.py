@@ -76,6 +76,7 @@ class Workload:
       batch: requests computed together.
       output_tokens: per request; the first one comes from the prefill.
       weight_bits: bits per weight of the decoder's blocks and head; tower and projector keep 16.
+      crops_per_image: what the tower sees of an image, or frames of a video.
       questions_per_image: requests that have their image, and `FRONT_TOKENS` of their text in front
         of it, in common; both are computed once for all of them.
     """
@@ -86,6 +87,7 @@ class Workload:
     output_tokens: int = 1
     weight_bits: int = 16
     questions_per_image: int = 1
+    crops_per_image: int = 1
 
     @property
     def sequence(self) -> float:
@@ -108,6 +110,11 @@ class Workload:
     def images(self) -> float:
         """Images of the batch."""
         return self.batch / self.questions_per_image
+
+    @property
+    def crops(self) -> float:
+        """Crops of the batch."""
+        return self.images * self.crops_per_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,17 +146,18 @@ def operations(config: LlavaConfig, workload: Workload) -> dict[str, list[Operat
     patches = config.vision.num_patches
     # PruMerge reads the hidden state and the key of every patch.
     image_bytes = 2 * patches * config.vision.width * counts.ACTIVATION_BYTES
-    merge = Operation(images * counts.merge_flops(config.vision), images * image_bytes)
+    crops = workload.crops
+    merge = Operation(crops * counts.merge_flops(config.vision), crops * image_bytes)
     projected = images * workload.visual_tokens * counts.projector_flops(config)
     contexts = [workload.sequence + step for step in range(1, workload.output_tokens)]
     return {
         "vision": [
             Operation(
-                images * counts.tower_flops(config.vision),
+                crops * counts.tower_flops(config.vision),
                 counts.ACTIVATION_BYTES * sizes.vision_used,
             )
         ],
-        "merge": [merge] if workload.visual_tokens < patches else [],
+        "merge": [merge] if workload.visual_tokens < patches * workload.crops_per_image else [],
         "projector": [Operation(projected, counts.ACTIVATION_BYTES * sizes.projector)],
         "prefill": [
             Operation(

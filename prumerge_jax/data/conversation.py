@@ -2,8 +2,8 @@
 
 The label rules are those of LLaVA's `train.py`, of LLaVA-NeXT's, and of the PruMerge repository,
 which is a fork of LLaVA 1.1.3; `LabelProtocol` names where that differs.
-A sample is one entry of LLaVA's data file: `{"id", "image" (optional), "conversations": [{"from":
-"human" or "gpt", "value"}, ...]}`.
+A sample is one entry of LLaVA's data file: `{"id", "image", "images" or "video" (optional),
+"conversations": [{"from": "human" or "gpt", "value"}, ...]}`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,12 @@ import numpy as np
 
 from prumerge_jax.data.templates import Template, prompt_parts, training_prompt, turn_parts
 from prumerge_jax.data.tokenizer import Tokenizer
-from prumerge_jax.data.tokens import IGNORE, IMAGE_PLACEHOLDER, IMAGE_TOKEN
+from prumerge_jax.data.tokens import (
+    IGNORE,
+    IMAGE_PLACEHOLDER,
+    IMAGE_TOKEN,
+    VIDEO_PLACEHOLDER,
+)
 
 LabelProtocol = Literal["prumerge", "llava-1.2"]
 """Whose label lengths to use for the rounds after the first.
@@ -30,6 +35,11 @@ class SampleError(ValueError):
     """A training sample breaks LLaVA's format; the message names its id."""
 
 
+def has_image(sample: Mapping[str, Any]) -> bool:
+    """Whether an entry shows an image or a video."""
+    return any(name in sample for name in ("image", "images", "video"))
+
+
 def sample_turns(sample: Mapping[str, Any]) -> list[str]:
     """The turns of a sample, human first, with `<image>\\n` moved to the front of its turn.
 
@@ -37,7 +47,8 @@ def sample_turns(sample: Mapping[str, Any]) -> list[str]:
 
     Raises:
       SampleError: the turns do not alternate, a role or the conversation is missing, or a sample
-        with an image does not mention it in exactly one turn.
+        with an image or a video does not mention it in exactly one turn, or several images not
+        once each.
     """
     name = f"sample {sample.get('id', '(no id)')!r}"
     try:
@@ -59,8 +70,12 @@ def sample_turns(sample: Mapping[str, Any]) -> list[str]:
         if not isinstance(text, str):
             raise SampleError(f"{name}: turn {number} is {text!r}; expected a string")
     texts = [text for _, text in turns]
-    if "image" not in sample:
+    if not has_image(sample):
         return texts
+    if "images" in sample:
+        return _check_several(texts, len(sample["images"]), name)
+    if "video" in sample:
+        texts = [text.replace(VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER) for text in texts]
     mentions = sum(IMAGE_PLACEHOLDER in text for text in texts)
     if mentions != 1:
         raise SampleError(
@@ -68,6 +83,17 @@ def sample_turns(sample: Mapping[str, Any]) -> list[str]:
             "has one image"
         )
     return [_image_first(text) for text in texts]
+
+
+def _check_several(texts: list[str], images: int, name: str) -> list[str]:
+    """The turns, which keep their placeholders where they are, one for each image."""
+    mentions = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+    if mentions != images or any(IMAGE_PLACEHOLDER in answer for answer in texts[1::2]):
+        raise SampleError(
+            f"{name}: {IMAGE_PLACEHOLDER} appears {mentions} times; expected once for each of the "
+            f"{images} images, in turns of human"
+        )
+    return texts
 
 
 def _image_first(text: str) -> str:
@@ -117,14 +143,14 @@ def label_mask(
     turns = sample_turns(sample)
     if template.human is not None and template.labels == "rounds":
         text = training_prompt(template, turns)
-        return label_rounds(tokenizer, template, text, "image" in sample, protocol, max_length)
+        return label_rounds(tokenizer, template, text, has_image(sample), protocol, max_length)
     if template.human is not None:
         label = label_turns if template.labels == "turns" else label_answers
-        return label(tokenizer, template, turns, "image" in sample)
+        return label(tokenizer, template, turns, has_image(sample))
     if len(turns) != 2 or IMAGE_PLACEHOLDER not in turns[0]:
         raise SampleError(
             f"sample {sample.get('id', '(no id)')!r}: {len(turns)} turns, image: "
-            f"{'image' in sample}; template {template.name!r} expects an image and a caption"
+            f"{has_image(sample)}; template {template.name!r} expects an image and a caption"
         )
     return label_caption(tokenizer, training_prompt(template, turns))
 

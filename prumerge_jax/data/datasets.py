@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from prumerge_jax.data import llava_json, samples
+from prumerge_jax.data import conversation, llava_json, samples
 from prumerge_jax.data.samples import Sample
 from prumerge_jax.messages import did_you_mean, quoted
 
@@ -130,7 +130,7 @@ class _LlavaJson:
     def records(self) -> Records:
         with exclusive(self._directory):
             builder = samples.prepare(llava_json.LlavaJson, self._config, self._directory)
-        has_image = np.array(["image" in entry for entry in self._config.entries])
+        has_image = np.array([conversation.has_image(entry) for entry in self._config.entries])
         skipped = llava_json.skipped_entries(builder)
         llava_json.warn_of_skipped(self._config, skipped)
         source = samples.record_source(builder, "train")
@@ -142,6 +142,10 @@ class _LlavaJson:
             sample: Sample = {"id": str(entry["id"]), "conversations": turns}
             if "image" in entry:
                 sample["image"] = b""
+            if "images" in entry:
+                sample["images"] = [b""] * len(entry["images"])
+            if "video" in entry:
+                sample["video"] = ""
             yield sample
 
 

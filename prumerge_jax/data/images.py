@@ -37,11 +37,28 @@ class Video:
     frames: Sequence[ImageSource]
 
 
+@dataclasses.dataclass(frozen=True)
+class VideoFile:
+    """A video that is decoded when its frames are wanted: a file, or a folder of frames.
+
+    Attributes:
+      path: see `video.load_video`.
+      num_frames: how many of its frames are taken; None for as many as the model was trained with.
+    """
+
+    path: str | os.PathLike[str]
+    num_frames: int | None = None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class OneOfSeveral:
     """An image that is not the only one of its prompt; some models cut it otherwise."""
 
-    source: ImageSource | Video
+    source: "Shown"
+
+
+Shown = ImageSource | Video | VideoFile
+"""What a prompt may be about."""
 
 
 ImageMode = Literal["pad", "crop"]

@@ -33,7 +33,8 @@ class Layout:
       newline: whether, where nothing is pruned, a newline ends every row of the mosaic, or the
         image if it has no tiles, or the video.
       frames: number of frames of a video; 0 for an image.
-      pooled: tokens along one side of a frame where nothing is pruned.
+      pooled: tokens along one side of a frame.
+      cls: whether the tower's CLS feature stands in front of each frame where nothing is pruned.
     """
 
     grid: int
@@ -43,6 +44,7 @@ class Layout:
     newline: bool = False
     frames: int = 0
     pooled: int = 0
+    cls: bool = False
 
     @property
     def num_patches(self) -> int:
@@ -55,10 +57,15 @@ class Layout:
         return self.frames or 1 + self.tiles[0] * self.tiles[1]
 
     @property
+    def tokens_of_frame(self) -> int:
+        """Tokens of a frame where nothing is pruned."""
+        return self.pooled**2 + self.cls
+
+    @property
     def span(self) -> int:
         """Tokens of the image where nothing is pruned, newlines included."""
         if self.frames:
-            return self.frames * self.pooled**2 + self.newline
+            return self.frames * self.tokens_of_frame + self.newline
         rows, columns = self.shape
         newlines = rows if any(self.tiles) else 1
         return self.num_patches + rows * columns + self.newline * newlines
@@ -94,8 +101,12 @@ class Layout:
         """int32 [C, N]: the position of every patch among the `span` tokens of the whole image.
 
         Several patches of a mosaic that is shrunk share one. Patches beyond the window have that of
-        the nearest in it.
+        the nearest in it. Of a video [F, tokens along a side squared]: the patches of frames are
+        pooled first.
         """
+        if self.frames:
+            first = np.arange(self.frames, dtype=np.int32)[:, None] * self.tokens_of_frame
+            return first + self.cls + np.arange(self.pooled**2, dtype=np.int32)
         row, column = self.mosaic_places()
         rows, columns = self.shape
         window = self.window

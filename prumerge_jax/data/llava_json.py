@@ -1,9 +1,10 @@
 """The data set `llava_json`: any fine-tuning file in LLaVA's form with its image folder.
 
 The file is a JSON list of `{"id", "image" (optional, relative to the folder), "conversations"}`;
-`image` is left out where a sample is text alone. All samples are checked before the first record
-is written, and every image is decoded once while the records are written. Image files are stored
-byte for byte, not resized.
+`image` is left out where a sample is text alone, and a list where a sample has several. `video` in
+its place is a video file, or a folder of frames. All samples are checked before the first record is
+written, and every image is decoded once while the records are written. Image files are stored byte
+for byte, not resized; videos stay where they are, and are read when they are shown.
 """
 
 import concurrent.futures
@@ -65,8 +66,8 @@ class LlavaJsonConfig(tfds.core.BuilderConfig):
         digest = hashlib.sha256(read_regular(file))
         digest.update(os.fsencode(folder.resolve()) + bytes([self.skip_bad_images]))
         for entry in self.entries:
-            if "image" in entry:
-                status = os.stat(folder / entry["image"])
+            for name in shown_files(entry):
+                status = os.stat(folder / name)
                 digest.update(b"%d %d;" % (status.st_size, status.st_mtime_ns))
         self.name = f"{file.stem[:40]}-{digest.hexdigest()[:12]}"
 
@@ -74,7 +75,7 @@ class LlavaJsonConfig(tfds.core.BuilderConfig):
 class LlavaJson(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of `llava_json`, with the one split `train` in the order of the file."""
 
-    VERSION = tfds.core.Version("2.0.0")
+    VERSION = tfds.core.Version("3.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -84,6 +85,10 @@ class LlavaJson(tfds.core.GeneratorBasedBuilder):
                 {
                     "id": tfds.features.Text(),
                     "image": tfds.features.Tensor(shape=(), dtype=np.object_),
+                    "images": tfds.features.Sequence(
+                        tfds.features.Tensor(shape=(), dtype=np.object_)
+                    ),
+                    "video": tfds.features.Text(),
                     "conversations": samples.conversation_feature(),
                 }
             ),
@@ -99,11 +104,11 @@ class LlavaJson(tfds.core.GeneratorBasedBuilder):
         folder = pathlib.Path(config.image_folder)
         faults: dict[int, str] = {}
         stored = 0
-        for index, image in enumerate(_read_images(config.entries, folder)):
-            if isinstance(image, images.ImageError):
-                faults[index] = _cut(str(image))
+        for index, read in enumerate(_read_images(config.entries, folder)):
+            if isinstance(read, images.ImageError):
+                faults[index] = _cut(str(read))
             elif not faults or config.skip_bad_images:
-                yield stored, _record(config.entries[index], image)
+                yield stored, _record(config.entries[index], read, folder)
                 stored += 1
         if faults and (not config.skip_bad_images or not stored):
             raise ValueError(
@@ -144,7 +149,8 @@ def read_checked(json_file: pathlib.Path, image_folder: pathlib.Path) -> list[di
     entries = _read_json(json_file)
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{json_file}: expected a JSON list with at least one sample")
-    if any(isinstance(entry, Mapping) and "image" in entry for entry in entries):
+    entries = [_with_images(entry) for entry in entries]
+    if any(isinstance(entry, Mapping) and conversation.has_image(entry) for entry in entries):
         if image_folder == pathlib.Path():
             raise ValueError(
                 f"data.image_folder is not set, but samples of {json_file} have images"
@@ -162,6 +168,22 @@ def read_checked(json_file: pathlib.Path, image_folder: pathlib.Path) -> list[di
             "remove them:\n" + _shown(faults)
         )
     return entries
+
+
+def shown_files(entry: Mapping[str, Any]) -> list[str]:
+    """The image files of a checked entry, or its video, relative to the folder."""
+    if "images" in entry:
+        return list(entry["images"])
+    return [entry[name] for name in ("image", "video") if name in entry]
+
+
+def _with_images(entry: Any) -> Any:
+    """An entry whose `image` is a list with `images` in its place; a list of one is that image."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("image"), list):
+        return entry
+    rest = {name: value for name, value in entry.items() if name != "image"}
+    listed = entry["image"]
+    return {**rest, "image": listed[0]} if len(listed) == 1 else {**rest, "images": listed}
 
 
 def stored_turns(entry: Mapping[str, Any]) -> list[Turn]:
@@ -212,8 +234,16 @@ def _cut(text: str) -> str:
     return text if len(text) <= _FAULT_LENGTH else f"{text[: _FAULT_LENGTH - 1]}…"
 
 
-def _record(entry: Mapping[str, Any], image: bytes) -> dict[str, Any]:
-    return {"id": str(entry["id"]), "image": image, "conversations": stored_turns(entry)}
+def _record(
+    entry: Mapping[str, Any], read: Sequence[bytes], folder: pathlib.Path
+) -> dict[str, Any]:
+    return {
+        "id": str(entry["id"]),
+        "image": read[0] if "image" in entry else b"",
+        "images": list(read) if "images" in entry else [],
+        "video": str((folder / entry["video"]).resolve()) if "video" in entry else "",
+        "conversations": stored_turns(entry),
+    }
 
 
 def _fault(entry: Any, image_folder: pathlib.Path) -> str | None:
@@ -229,7 +259,8 @@ def _fault(entry: Any, image_folder: pathlib.Path) -> str | None:
         return str(error)
     if len(turns) < 2:
         return f"{name}: a question without an answer; expected at least one turn of human and gpt"
-    for text in (str(entry["id"]), str(entry.get("image", "")), *turns):
+    shown = [str(entry.get(name, "")) for name in ("image", "images", "video")]
+    for text in (str(entry["id"]), *shown, *turns):
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -237,15 +268,31 @@ def _fault(entry: Any, image_folder: pathlib.Path) -> str | None:
                 f"{name}: half of a surrogate pair (\\u{ord(text[error.start]):04x}) in "
                 f"{quoted(text)}; expected valid Unicode"
             )
-    if "image" not in entry:
+    if not conversation.has_image(entry):
         # To the reference these are plain characters; far more often the image was forgotten.
         if any(IMAGE_PLACEHOLDER in turn for turn in turns):
             return f"{name}: {IMAGE_PLACEHOLDER} in a text without image; expected an image path"
         return None
     if any(IMAGE_PLACEHOLDER in answer for answer in turns[1::2]):
         return f"{name}: {IMAGE_PLACEHOLDER} appears in an answer; expected it in a turn of human"
-    fault = _image_fault(entry["image"], image_folder)
+    if "video" in entry:
+        fault = _path_fault(entry["video"], image_folder, "video")
+        return fault and f"{name}: {fault}"
+    given = entry["images"] if "images" in entry else [entry["image"]]
+    faults = (_image_fault(image, image_folder) for image in given)
+    fault = next((each for each in faults if each), None)
     return fault and f"{name}: {fault}"
+
+
+def _path_fault(video: Any, folder: pathlib.Path, kind: str) -> str | None:
+    if not isinstance(video, str) or not video:
+        return f"{kind} is {quoted(video)}; expected a path"
+    path = pathlib.PurePosixPath(video)
+    if path.is_absolute() or ".." in path.parts:
+        return f"{kind} {quoted(video)} leads out of the image folder; expected a path below it"
+    if not (folder / path).exists():
+        return f"no {kind} {quoted(str(folder / path), 200)}; expected it below image_folder"
+    return None
 
 
 def _image_fault(image: Any, image_folder: pathlib.Path) -> str | None:
@@ -268,22 +315,22 @@ def _image_fault(image: Any, image_folder: pathlib.Path) -> str | None:
 
 def _read_images(
     entries: Sequence[Mapping[str, Any]], folder: pathlib.Path
-) -> Iterator[bytes | images.ImageError]:
-    """The encoded image of every entry (empty for text alone), or why it cannot be decoded."""
+) -> Iterator[list[bytes] | images.ImageError]:
+    """The encoded images of every entry, none of text alone and of a video, or why one cannot be
+    decoded."""
 
-    def read(entry: Mapping[str, Any]) -> bytes | images.ImageError:
-        if "image" not in entry:
-            return b""
-        file = folder / entry["image"]
-        name = f"sample {quoted(entry['id'])}: {file}"
-        try:
-            content = read_regular(file)
-            images.load_image(content, name)
-        except images.ImageError as error:
-            return error
-        except (OSError, ValueError) as error:
-            return images.ImageError(f"{name}: {error}")
-        return content
+    def read(entry: Mapping[str, Any]) -> list[bytes] | images.ImageError:
+        contents = []
+        for path in [] if "video" in entry else shown_files(entry):
+            name = f"sample {quoted(entry['id'])}: {folder / path}"
+            try:
+                contents.append(read_regular(folder / path))
+                images.load_image(contents[-1], name)
+            except images.ImageError as error:
+                return error
+            except (OSError, ValueError) as error:
+                return images.ImageError(f"{name}: {error}")
+        return contents
 
     # Decoding releases the interpreter's lock. `load_image` changes the filters of warnings, which
     # threads share; they are restored here.

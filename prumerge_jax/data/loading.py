@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from prumerge_jax.data.images import ImageError, ImageSource, OneOfSeveral, Video
+from prumerge_jax.data.images import ImageError, OneOfSeveral, Shown
 from prumerge_jax.messages import shortened
 
 TIMEOUT_SECONDS = 120
 """Time after which a reader is taken to hang on its image."""
 
-Named = tuple[str, ImageSource | Video | OneOfSeveral]
+Named = tuple[str, Shown | OneOfSeveral]
 """What to call an image in an error, and where it is."""
 
 _Pixels = TypeVar("_Pixels")

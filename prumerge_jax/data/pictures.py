@@ -16,15 +16,17 @@ from prumerge_jax.data.images import (
     MAX_PIXELS,
     ImageError,
     ImageMode,
-    ImageSource,
     OneOfSeveral,
+    Shown,
     Video,
+    VideoFile,
     image_size,
     load_image,
     preprocess,
 )
 from prumerge_jax.data.layout import Layout, anyres_layout
 from prumerge_jax.data.loading import Named
+from prumerge_jax.data.video import load_video
 from prumerge_jax.families import family_of
 from prumerge_jax.messages import quoted
 from prumerge_jax.models.config import LlavaConfig
@@ -82,13 +84,13 @@ class PictureProcessor:
                 f"reduction wants images of {self.crop_size}; choose another"
             )
 
-    def __call__(
-        self, shown: ImageSource | Video | OneOfSeveral, name: str | None = None
-    ) -> Picture:
+    def __call__(self, shown: Shown | OneOfSeveral, name: str | None = None) -> Picture:
         """The crops of an image, or the frames of a video; errors as in `load_image`."""
         source, mode = self._source_and_mode(shown)
-        if isinstance(source, Video):
+        if isinstance(source, Video | VideoFile):
             layout = self._layout_of_video(source, name)
+            if isinstance(source, VideoFile):
+                source = load_video(source.path, num_frames=layout.frames)
             return Picture(self._frames(source, name), layout)
         image = load_image(source, name, max_pixels=self.max_pixels)
         layout = self._layout((image.height, image.width), mode)
@@ -101,29 +103,38 @@ class PictureProcessor:
         """The layout of an image of this height and width in pixels that is alone in its prompt."""
         return self._layout(size, self.mode)
 
-    def _source_and_mode(
-        self, source: ImageSource | Video | OneOfSeveral
-    ) -> tuple[ImageSource | Video, PictureMode]:
+    def _source_and_mode(self, source: Shown | OneOfSeveral) -> tuple[Shown, PictureMode]:
         """LLaVA-OneVision does not cut several images into tiles."""
         if not isinstance(source, OneOfSeveral):
             return source, self.mode
         is_cut = self.mode == "anyres" and self.config.anyres_max is None
         return source.source, "anyres" if is_cut else "pad" if self.mode == "anyres" else self.mode
 
-    def _layout_of_video(self, video: Video, name: str | None) -> Layout:
-        """Frames of half the side, rounded up, in tokens (LLaVA-OneVision)."""
+    def _layout_of_video(self, video: Video | VideoFile, name: str | None) -> Layout:
         name = name or "video"
-        if self.config.anyres_max is None:
+        rule = family_of(self.config).video
+        if rule is None:
             raise ImageError(f"{name}: a video; the model takes images alone")
-        if not video.frames:
+        if isinstance(video, Video):
+            frames = len(video.frames)
+        else:
+            frames = rule.num_frames if video.num_frames is None else video.num_frames
+        if frames < 1:
             raise ImageError(f"{name}: no frames; expected at least one")
         grid = self.crop_size // self.config.vision.patch_size
-        return Layout(grid, newline=True, frames=len(video.frames), pooled=-(-grid // 2))
+        return Layout(
+            grid,
+            newline=self.config.image_newline,
+            frames=frames,
+            pooled=-(-grid // rule.pooling),
+            cls=rule.cls,
+        )
 
     def _frames(self, video: Video, name: str | None) -> np.ndarray:
-        """The frames squeezed to S x S (bicubic on uint8), uint8 [F, S, S, 3]."""
+        """The pixels of the frames, uint8 [F, S, S, 3]."""
         name = name or "video"
-        pixels, sizes = [], set()
+        pixels: list[np.ndarray] = []
+        sizes = set()
         for index, source in enumerate(video.frames):
             frame = load_image(source, f"frame {index} of {name}", max_pixels=self.max_pixels)
             sizes.add(frame.size)
@@ -132,9 +143,17 @@ class PictureProcessor:
                     f"frame {index} of {name} has {frame.width} x {frame.height} pixels; expected "
                     "all frames of a video to have one size"
                 )
-            squeezed = frame.resize((self.crop_size,) * 2, Image.Resampling.BICUBIC)
-            pixels.append(np.asarray(squeezed))
+            pixels.append(self._frame(frame))
         return np.stack(pixels)
+
+    def _frame(self, frame: Image.Image) -> np.ndarray:
+        """A frame squeezed to S x S (bicubic on uint8), or its central square, as the model's."""
+        rule = family_of(self.config).video
+        assert rule is not None  # else there is no layout
+        if rule.squeezed:
+            squeezed = frame.resize((self.crop_size,) * 2, Image.Resampling.BICUBIC)
+            return np.asarray(squeezed)
+        return preprocess(frame, self.crop_size, "crop", self.config.vision.pixel_mean)
 
     def _layout(self, size: Size, mode: PictureMode) -> Layout:
         grid = self.crop_size // self.config.vision.patch_size
@@ -154,26 +173,30 @@ class PictureProcessor:
 
         LLaVA-NeXT takes several, but has not been trained on them: a warning says so.
         """
-        if images > 1 and not self.config.image_grid_pinpoints:
+        takes_video = family_of(self.config).video is not None
+        if images > 1 and not (self.config.image_grid_pinpoints or takes_video):
             raise ValueError(f"{name} has {images} images; the model takes one image per prompt")
-        if images > 1 and self.config.anyres_max is None:
+        if images > 1 and not takes_video:
             warnings.warn(
                 f"{name} has {images} images; LLaVA-NeXT has been trained on one per prompt",
                 stacklevel=2,
             )
 
     def layouts(self, images: Iterable[Named]) -> tuple[Layout, ...]:
-        """The layouts of images by their headers alone; none where all are one crop as it is.
+        """The layouts of images by their headers alone; none of one that is one crop as it is.
 
         An image whose header cannot be read gets any layout.
         """
-        if not self.config.image_newline:
+        images = tuple(images)
+        if not self.config.image_newline and not any(
+            isinstance(shown, Video | VideoFile | OneOfSeveral) for _, shown in images
+        ):
             return ()
         return tuple(self._expected_layout(source) for _, source in images)
 
-    def _expected_layout(self, shown: ImageSource | Video | OneOfSeveral) -> Layout:
+    def _expected_layout(self, shown: Shown | OneOfSeveral) -> Layout:
         source, mode = self._source_and_mode(shown)
-        if isinstance(source, Video):
+        if isinstance(source, Video | VideoFile):
             return self._layout_of_video(source, None)
         if mode != "anyres":
             return self._layout((1, 1), mode)

@@ -19,8 +19,14 @@ import grain
 import numpy as np
 
 from prumerge_jax.data import samples
-from prumerge_jax.data.conversation import LabelledText, LabelProtocol, label_mask
-from prumerge_jax.data.images import ImageProcessor
+from prumerge_jax.data.conversation import (
+    LabelledText,
+    LabelProtocol,
+    has_image,
+    label_mask,
+)
+from prumerge_jax.data.images import ImageProcessor, OneOfSeveral, VideoFile
+from prumerge_jax.data.pictures import Picture, PictureProcessor
 from prumerge_jax.data.samples import Sample
 from prumerge_jax.data.templates import Template
 from prumerge_jax.data.tokenizer import Tokenizer
@@ -38,6 +44,8 @@ class Example:
       token_ids: int32 [T], BOS first, `IMAGE_TOKEN` (-200) where the image's tokens go.
       labels: int32 [T], the token itself where it is learned and -100 elsewhere.
       mismatch: the sample's rounds did not add up, so nothing of it is learned; to be counted.
+      pictures: crops of every image and frames of every video, in the order of their tokens, of
+        models that take more than one crop; `pixels` then has no side.
     """
 
     id: str
@@ -46,6 +54,7 @@ class Example:
     token_ids: np.ndarray
     labels: np.ndarray
     mismatch: bool
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +66,14 @@ class Preprocessor:
     Attributes:
       tokenizer: its style says how `</s>` between rounds is read.
       template: one with a training form, such as `vicuna_v1` or `plain`.
-      processor: from image files to the tower's pixels.
+      processor: from image files to the tower's pixels, or to pictures.
       protocol: whose rule of label lengths.
       max_length: tokens that a sample is later cut to; a longer one is not checked for mismatch.
     """
 
     tokenizer: Tokenizer
     template: Template
-    processor: ImageProcessor
+    processor: ImageProcessor | PictureProcessor
     protocol: LabelProtocol = "prumerge"
     max_length: int = 2048
 
@@ -76,18 +85,35 @@ class Preprocessor:
           ImageError: the image cannot be used; the message names the sample.
         """
         text = self.label(sample)
-        size = self.processor.image_size
-        pixels = np.zeros((size, size, 3), np.uint8)
-        if "image" in sample:
-            pixels = self.processor(sample["image"], f"image of sample {quoted(sample['id'])}")
+        pixels = np.zeros((0, 0, 3), np.uint8)
+        pictures: tuple[Picture, ...] = ()
+        name = f"image of sample {quoted(sample['id'])}"
+        if isinstance(self.processor, PictureProcessor):
+            pictures = self._pictures(self.processor, sample)
+        elif "image" in sample:
+            pixels = self.processor(sample["image"], name)
+        else:
+            size = self.processor.image_size
+            pixels = np.zeros((size, size, 3), np.uint8)
         return Example(
             id=sample["id"],
             pixels=pixels,
-            has_image="image" in sample,
+            has_image=has_image(sample),
             token_ids=text.ids,
             labels=text.labels,
             mismatch=text.mismatch,
+            pictures=pictures,
         )
+
+    def _pictures(self, processor: PictureProcessor, sample: Sample) -> tuple[Picture, ...]:
+        """Crops of a sample's images, or the frames of its video."""
+        name = f"of sample {quoted(sample['id'])}"
+        if "video" in sample:
+            return (processor(VideoFile(sample["video"]), f"video {name}"),)
+        if "images" in sample:
+            several = enumerate(sample["images"])
+            return tuple(processor(OneOfSeveral(s), f"image {n} {name}") for n, s in several)
+        return (processor(sample["image"], f"image {name}"),) if "image" in sample else ()
 
     def label(self, sample: Sample) -> LabelledText:
         """Token ids and labels alone; the image file is not read."""

@@ -11,10 +11,16 @@ Turn = TypedDict("Turn", {"from": str, "value": str})
 
 
 class Sample(TypedDict):
-    """An entry of LLaVA's data file with the encoded image file in place of its path."""
+    """An entry of LLaVA's data file with the encoded image file in place of its path.
+
+    Several images, or a video, are in place of the image; the video as the path of its file or
+    folder of frames, which is read when it is shown.
+    """
 
     id: str
     image: NotRequired[bytes]
+    images: NotRequired[list[bytes]]
+    video: NotRequired[str]
     conversations: list[Turn]
 
 
@@ -24,7 +30,8 @@ def conversation_feature() -> tfds.features.Sequence:
 
 
 def from_record(record: Mapping[str, Any]) -> Sample:
-    """Reads a stored record: text is bytes, `image` an undecoded file, empty when there is none."""
+    """Reads a stored record: text is bytes, `image` an undecoded file, empty when there is none;
+    `images` and `video`, where a data set has them, likewise."""
     stored = record["conversations"]
     turns: list[Turn] = [
         {"from": role.decode(), "value": value.decode()}
@@ -33,6 +40,10 @@ def from_record(record: Mapping[str, Any]) -> Sample:
     sample: Sample = {"id": record["id"].decode(), "conversations": turns}
     if record["image"]:
         sample["image"] = record["image"]
+    if len(several := record.get("images", ())):
+        sample["images"] = [bytes(image) for image in several]
+    if video := record.get("video", b""):
+        sample["video"] = video.decode()
     return sample
 
 

@@ -36,6 +36,8 @@ class CropTokens:
       lengths: int32 [B], valid visual tokens per crop, the extra token included.
       patch_indices: int32 [B, R], the patch each visual token came from; -1 for the extra token.
       num_patches: N, the patches of an unreduced crop.
+      cls_slot: the slot of a frame that has the tower's CLS feature, which is in no length; None
+        where frames have none.
 
     Raises:
       ValueError: the shapes do not fit, or a length is outside of 0 to R.
@@ -44,6 +46,7 @@ class CropTokens:
     lengths: np.ndarray
     patch_indices: np.ndarray
     num_patches: int
+    cls_slot: int | None = None
 
     def __post_init__(self) -> None:
         if self.patch_indices.ndim != 2 or self.lengths.shape != self.patch_indices.shape[:1]:
@@ -72,8 +75,8 @@ class CropTokens:
     def are_whole(self, rows: Sequence[int]) -> bool:
         """Whether slot r of these crops is their patch r, of all patches."""
         patches = np.arange(self.num_patches)
-        return self.capacity == self.num_patches and bool(
-            (self.patch_indices[list(rows)] == patches).all()
+        return self.capacity >= self.num_patches and bool(
+            (self.patch_indices[list(rows), : self.num_patches] == patches).all()
         )
 
 
@@ -126,11 +129,11 @@ def run_of_image(
     newlines: Newlines = "none",
     budget: int | None = None,
 ) -> Run:
-    """The run of an image whose tokens a reduction chose, crop by crop.
+    """The run of an image or video whose tokens a reduction chose, crop by crop.
 
-    Crop follows crop, the tokens of each in the order of their slots; see `Newlines` for others.
-    A token takes the position of its patch in the image without reduction, an extra token the
-    largest of its crop.
+    Crop follows crop, frame follows frame, the tokens of each in the order of their slots; see
+    `Newlines` for others. A token takes the position of its patch in the image without reduction,
+    an extra token the largest of its crop.
 
     Args:
       crops: the encoded batch.
@@ -138,7 +141,7 @@ def run_of_image(
       rows: the rows of the encoded batch that hold the crops, in their order.
       newlines: where newlines go.
       budget: most patches to keep of all crops together, see `share_out`; each crop keeps those of
-        its first slots. Extra tokens come on top. None for no limit.
+        its first slots. Extra tokens and CLS features come on top. None for no limit.
     """
     slots = [np.arange(crops.lengths[row], dtype=np.int32) for row in rows]
     if budget is not None:
@@ -147,13 +150,24 @@ def run_of_image(
     patch = crops.patch_indices.reshape(-1)[index]
     crop = np.repeat(np.arange(len(rows)), [slot.size for slot in slots])
     positions = layout.positions()
-    last = np.where(layout.on_image(), positions, 0).max(axis=1)
+    on_image = layout.frames > 0 or layout.on_image()
+    last = np.where(on_image, positions, 0).max(axis=1)
     offset = np.where(patch < 0, last[crop], positions[crop, patch])
+    if crops.cls_slot is not None and layout.frames:
+        starts = np.searchsorted(crop, np.arange(len(rows)))
+        index = np.insert(index, starts, _cls_slots(crops, rows))
+        offset = np.insert(offset, starts, np.arange(len(rows)) * layout.tokens_of_frame)
     if newlines == "row" and any(layout.tiles):
         index, offset = _with_newline_per_row(layout, index, offset, crop, patch)
     elif newlines == "end":
         index, offset = np.append(index, NEWLINE), np.append(offset, layout.span - 1)
     return Run(index.astype(np.int32), offset.astype(np.int32), layout.span)
+
+
+def _cls_slots(crops: CropTokens, rows: Sequence[int]) -> np.ndarray:
+    """The slots of the frames' CLS features, int [F]."""
+    assert crops.cls_slot is not None
+    return np.array(rows) * crops.capacity + crops.cls_slot
 
 
 def _within(
@@ -197,6 +211,10 @@ def run_of_whole_image(crops: CropTokens, layout: Layout, rows: Sequence[int]) -
       rows: the rows of the encoded batch that hold the crops, in their order.
     """
     patches = np.array(rows)[:, None] * crops.capacity + np.arange(layout.num_patches)
+    if layout.pooled == layout.grid:
+        first = _cls_slots(crops, rows)[:, None]
+        index = (np.append(first, patches, axis=1) if layout.cls else patches).reshape(-1)
+        return Run(index.astype(np.int32), np.arange(layout.span, dtype=np.int32), layout.span)
     if layout.frames:
         return _run_of_frames(patches, layout)
     whole = _one_tap(patches[0])

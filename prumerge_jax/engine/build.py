@@ -14,7 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from prumerge_jax.data.images import ImageError, ImageSource, OneOfSeveral, Video, load_image
+from prumerge_jax.data.images import (
+    ImageError,
+    OneOfSeveral,
+    Shown,
+    Video,
+    VideoFile,
+    load_image,
+)
 from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.loading import Named, stream_pixels
 from prumerge_jax.data.pictures import PictureProcessor
@@ -31,9 +38,9 @@ from prumerge_jax.engine.request import (
 from prumerge_jax.messages import quoted, shortened
 from prumerge_jax.reductions import keywords
 
-Images = Sequence[ImageSource | Video | Sequence[ImageSource | Video] | None]
-"""The image of every prompt: a path, bytes, PIL image, uint8 [H, W, 3] or data URL; a `Video`; a
-tuple of them where the model takes several; None asks without."""
+Images = Sequence[Shown | Sequence[Shown] | None]
+"""The image of every prompt: a path, bytes, PIL image, uint8 [H, W, 3] or data URL; a `Video` or
+`VideoFile`; a tuple of them where the model takes several; None asks without."""
 
 GREEDY = SamplingParams()
 
@@ -231,7 +238,7 @@ def question_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return np.array(tokenizer.encode(keywords(text)), np.int32)
 
 
-def named_image(source: object, name: str) -> tuple[str, ImageSource | Video]:
+def named_image(source: object, name: str) -> tuple[str, Shown]:
     """An image and what to call it in an error.
 
     Args:
@@ -245,6 +252,8 @@ def named_image(source: object, name: str) -> tuple[str, ImageSource | Video]:
         return name, _from_data_url(source, name)
     if isinstance(source, str | os.PathLike):
         return f"{name} ({shortened(os.fspath(source))})", source
+    if isinstance(source, VideoFile):
+        return f"{name} ({shortened(os.fspath(source.path))})", source
     if isinstance(source, bytes | Image.Image | np.ndarray | Video):
         return name, source
     raise ValueError(
@@ -275,15 +284,13 @@ def check_list(values: object, name: str) -> None:
         raise ValueError(f"expected a list of {name}, got {kind} {quoted(values)}")
 
 
-def _count(images: ImageSource | Video | Sequence[ImageSource | Video] | None) -> int:
+def _count(images: Shown | Sequence[Shown] | None) -> int:
     if isinstance(images, list | tuple):
         return len(images)
     return int(images is not None)
 
 
-def _images_of(
-    images: ImageSource | Video | Sequence[ImageSource | Video] | None, prompt: int
-) -> tuple[Named, ...]:
+def _images_of(images: Shown | Sequence[Shown] | None, prompt: int) -> tuple[Named, ...]:
     """The images of a prompt; a missing file is found here."""
     if images is None:
         return ()
@@ -297,8 +304,10 @@ def _images_of(
     return tuple((name, OneOfSeveral(source)) for name, source in several)
 
 
-def _existing(image: ImageSource | Video, name: str) -> tuple[str, ImageSource | Video]:
+def _existing(image: Shown, name: str) -> tuple[str, Shown]:
     name, source = named_image(image, name)
     if isinstance(source, str | os.PathLike) and not os.path.isfile(source):
         load_image(source, name)  # says what is wrong with it
+    if isinstance(source, VideoFile) and not os.path.exists(source.path):
+        raise ImageError(f"{name}: no such file or folder; expected a video")
     return name, source

@@ -17,8 +17,10 @@ from prumerge_jax.data import packing
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.places import WindowPlaces
 from prumerge_jax.engine.shapes import EngineShapes
+from prumerge_jax.families import family_of
 from prumerge_jax.messages import quoted
 from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.models.frames import FrameForm
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.reductions import Reduction
 
@@ -136,12 +138,35 @@ class EncodedImages(NamedTuple):
     patch_indices: np.ndarray
 
 
+def frame_form(config: LlavaConfig, reduction: Reduction) -> FrameForm | None:
+    """How a model's videos are encoded under a reduction; None where as images are.
+
+    Where nothing is pruned, frames are pooled after the projector.
+    """
+    rule, vision = family_of(config).video, config.vision
+    if rule is None:
+        return None
+    reduces = reduction.selects_patches or reduction.capacity_for(vision.num_patches) < (
+        vision.num_patches
+    )
+    pooled = -(-vision.grid // rule.pooling) if reduces and rule.pooling > 1 else None
+    form = FrameForm(pooled, rule.cls and reduction.frame_cls)
+    differs = form != FrameForm() or config.video_tower or reduction.merges_frames
+    return form if differs else None
+
+
 class Encoder:
     """Encodes the crops of windows of requests."""
 
     def __init__(self, model: PlacedModel, shapes: EngineShapes) -> None:
         self.model, self.shapes = model, shapes
         self._idle: dict[tuple[int, int], jax.Array] = {}
+
+    def slots(self, reduction: Reduction) -> int:
+        """Token slots of every crop: those of the reduction, and one for a frame's CLS feature."""
+        form = frame_form(self.model.config, reduction)
+        capacity = reduction.capacity_for(self.model.config.vision.num_patches)
+        return capacity + (form is not None and form.cls)
 
     def places(self, reduction: Reduction) -> WindowPlaces:
         """An empty window."""
@@ -150,6 +175,8 @@ class Encoder:
             self.model.shards,
             grid=self.model.config.vision.grid,
             reads_question=reduction.question_tokens > 0,
+            apart=frame_form(self.model.config, reduction) is not None,
+            whole_videos=reduction.merges_frames,
         )
 
     def encode(self, places: WindowPlaces, reduction: Reduction) -> Encoding:
@@ -174,20 +201,27 @@ class Encoder:
         model, size, vision = self.model, self.shapes.batch_size, self.model.config.vision
         pixels = np.zeros((size, vision.image_size, vision.image_size, 3), np.uint8)
         on_image = np.ones((size, vision.num_patches), bool)
+        first_frame = np.ones(size, bool)
         questions = [np.zeros(0, np.int32)] * size
         for row in range(size):
             crop = places.crops.get(batch * size + row)
             if crop is not None:
                 pixels[row], on_image[row] = crop.pixels, crop.on_image
-                questions[row] = crop.question_ids
+                questions[row], first_frame[row] = crop.question_ids, crop.is_first
+        form = frame_form(model.config, reduction)
+        is_video = places.holds_videos(batch)
+        has_edges = not is_video and self._has_edges(reduction)
         return programs.encode(
             model.graphdef,
             model.state,
             model.put(pixels),
             self._question_ids(questions, reduction),
-            model.put(on_image) if self._has_edges(reduction) else None,
+            model.put(on_image) if has_edges else None,
+            model.put(first_frame) if is_video and reduction.merges_frames else None,
             reduction=reduction,
             dtype=model.dtype,
+            form=form if is_video else None,
+            slots=None if form is None else self.slots(reduction),
         )
 
     def _has_edges(self, reduction: Reduction) -> bool:
@@ -217,7 +251,7 @@ class Encoder:
     def measure(self, encoding: Encoding) -> EncodedImages:
         """Waits for a window's images and fetches what the host must know of them."""
         size, batches = self.shapes.batch_size, self.shapes.window_size // self.shapes.batch_size
-        capacity = encoding.reduction.capacity_for(self.model.config.vision.num_patches)
+        capacity = self.slots(encoding.reduction)
         lengths, required = np.zeros((2, size, batches), np.int32)
         places = max(self.shapes.pool_capacity or 0, capacity)
         patch_indices = np.full((size, batches, places), -1, np.int32)

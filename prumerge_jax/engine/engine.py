@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from prumerge_jax.data import packing
+from prumerge_jax.data.images import Video
+from prumerge_jax.data.pictures import PictureProcessor, default_mode
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.data.visual_layout import Newlines, check_newlines
 from prumerge_jax.engine.core import Core
@@ -158,11 +160,14 @@ class Engine:
             for rows in window.batches:
                 yield from sequence_logits(self.model, window, rows, longest_prompt=longest)
 
-    def warm_up(self) -> None:
+    def warm_up(self, *, videos: bool = False) -> None:
         """Compiles all jitted functions of `generate` by running meaningless requests: one alone,
         and where prefixes are shared two that begin alike, in rows of every length.
 
         Where images may need more tokens than the capacity, they run again with room for all.
+
+        Args:
+          videos: whether requests about videos come too.
         """
         vision = self.model.config.vision
         pixels = np.zeros((1, vision.image_size, vision.image_size, 3), np.uint8)
@@ -174,9 +179,19 @@ class Engine:
         for reduction in dict.fromkeys((self.reduction, self.reduction.uncapped())):
             if reduction.capacity_for(patches) >= self.reduction.capacity_for(patches):
                 self._run_alone(reduction, asked, self.shapes.row_length)
+                if videos:
+                    shown = dataclasses.replace(asked, images=(self._meaningless_video(),))
+                    self._run_alone(reduction, shown, self.shapes.row_length)
         text = Request(0, np.zeros(2, np.int32), sampling=sampling)
         for length in self.shapes.row_lengths[:-1]:
             self._run_alone(self.reduction, text, length)
+
+    def _meaningless_video(self) -> ImageInput:
+        config = self.model.config
+        side = config.vision.image_size
+        processor = PictureProcessor(config, side, default_mode(config))
+        frame = np.zeros((side, side, 3), np.uint8)
+        return ImageInput(*processor(Video([frame])), key="warm-up video")
 
     def _run_alone(self, reduction: Reduction, request: Request, row_length: int) -> None:
         """Runs a request, and where prefixes are shared two of them, in an engine of their own."""

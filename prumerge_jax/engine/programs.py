@@ -17,6 +17,7 @@ from flax import nnx
 from prumerge_jax.models import attention
 from prumerge_jax.models.attention import KVPages
 from prumerge_jax.models.config import MAX_STOP_IDS
+from prumerge_jax.models.frames import FrameForm
 from prumerge_jax.models.llama import PartialHidden
 from prumerge_jax.models.llava import embed_question, encode_images
 from prumerge_jax.prumerge import VisualTokens
@@ -107,31 +108,39 @@ class Segments(NamedTuple):
     sampling: Sampling
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "reduction", "dtype"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "reduction", "dtype", "form", "slots"))
 def encode(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     pixels: jax.Array,
     question_ids: jax.Array | None = None,
     present: jax.Array | None = None,
+    first_frame: jax.Array | None = None,
     *,
     reduction: Reduction,
     dtype: jnp.dtype,
+    form: FrameForm | None = None,
+    slots: int | None = None,
 ) -> VisualTokens:
     """[B, S, S, 3] uint8, [B, M] int32, [B, N] bool -> reduced visual tokens of capacity R.
 
     Question ids are -1 beyond the question; None where the reduction reads none. `present` are the
-    patches that the reduction may see; None for all.
+    patches that the reduction may see; None for all. `form` is that of frames of videos, which have
+    a tower of their own in some models; see `encode_images`.
     """
     model = nnx.merge(graphdef, state)
+    is_video = form is not None and model.video_tower is not None
     return encode_images(
-        model.vision,
+        model.video_tower if is_video else model.vision,
         pixels,
         reduction,
         dtype=dtype,
         projector=model.projector,
         question=embed_question(model.decoder, question_ids, dtype),
         present=present,
+        first_frame=first_frame,
+        form=form,
+        slots=slots,
     )
 
 

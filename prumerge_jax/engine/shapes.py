@@ -139,6 +139,15 @@ class EngineConfig:
             self.decode_steps_per_call or defaults.decode_steps_per_call,
         )
 
+    def with_batches_of(self, crops: int, shards: int) -> "EngineConfig":
+        """A configuration whose batches hold so many crops of one image, unless a size is set."""
+        sizes, needed = self.sizes(shards), crops * shards
+        if self.batch_size or self.window_size or sizes.batch_size >= needed:
+            return self
+        window_size = _next_multiple(sizes.window_size, needed)
+        defaults = dataclasses.replace(self.defaults, batch_size=needed, window_size=window_size)
+        return dataclasses.replace(self, defaults=defaults)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineShapes(EngineSizes):
@@ -210,8 +219,11 @@ class EngineShapes(EngineSizes):
                 f"least {shards * self.pages_per_sequence}, or cache_length to less"
             )
 
-    def limited_to(self, requests: int, crops: int) -> "EngineShapes":
-        """Shapes no larger than so few requests, of so many crops together, can fill."""
+    def limited_to(self, requests: int, crops: int, kinds: int = 1) -> "EngineShapes":
+        """Shapes no larger than so few requests, of so many crops together, can fill.
+
+        Crops of different `kinds` are encoded in separate batches.
+        """
         enough = 1 << max(requests - 1, 0).bit_length()
         if enough >= self.batch_size:
             return self
@@ -219,7 +231,7 @@ class EngineShapes(EngineSizes):
         return dataclasses.replace(
             self,
             batch_size=min(self.batch_size, pixels),
-            window_size=pixels if pixels < self.batch_size else self.window_size,
+            window_size=pixels * kinds if pixels < self.batch_size else self.window_size,
             prefill_rows=min(self.prefill_rows, enough),
             slots=min(self.slots, enough),
             pages=min(self.pool_pages, enough * self.pages_per_sequence),
@@ -231,7 +243,12 @@ def most_visual_tokens(reduction: Reduction, layout: Layout) -> int:
 
     A capacity does not bound them: images that need more run again with all they can need.
     """
-    capacity = reduction.uncapped().capacity_for(layout.num_patches)
+    frames = layout.frames
+    capacity = reduction.uncapped().capacity_for(layout.pooled**2 if frames else layout.num_patches)
+    if frames and (reduction.selects_patches or capacity < layout.pooled**2):
+        return frames * (capacity + (layout.cls and reduction.frame_cls)) + layout.newline
+    if frames:
+        return layout.span
     if not reduction.selects_patches and capacity == layout.num_patches:
         return layout.span
     rows, _ = layout.shape  # of newlines, where these are asked for
@@ -267,6 +284,9 @@ def fit(
     Raises:
       ValueError: a size that was set does not divide over the shards.
     """
+    if reduction.merges_frames:
+        frames = (each.frames for opening in openings for each in opening.layouts)
+        config = config.with_batches_of(max(frames, default=0), shards)
     text_tokens = np.array([opening.text_tokens for opening in openings] or [0])
     # A capacity does not bound them: images that need more run again with all they can need.
     most = reduction.uncapped().capacity_for(num_patches)
@@ -311,7 +331,8 @@ def fit(
     )
     if config.pages is not None:
         return shapes
-    pages = shapes.pool_pages // 2 if reduction.varying else shapes.pool_pages
+    usual = cache_length - max(visual) // 2 if reduction.varying else cache_length
+    pages = shapes.slots * -(-usual // shapes.page_size)
     if pages_that_fit is not None:
         pages = min(pages, pages_that_fit // shards * shards)
     least = shards * shapes.pages_per_sequence

@@ -168,13 +168,14 @@ class WindowPlanner:
         Those one of whose crops needs more tokens than its capacity are added to `overflow`.
         """
         size, _, capacity = images.patch_indices.shape
+        encoded = encoding.reduction.capacity_for(self.model.config.vision.num_patches)
         crops = CropTokens(
             images.lengths.T.reshape(-1),
             images.patch_indices.swapaxes(0, 1).reshape(-1, capacity),
             self.model.config.vision.num_patches,
+            cls_slot=encoded if self.encoder.slots(encoding.reduction) > encoded else None,
         )
         required = images.required.T.reshape(-1)
-        encoded = encoding.reduction.capacity_for(self.model.config.vision.num_patches)
         admitted, failed = [], []
         for request, numbers in zip(encoding.places.requests, encoding.places.numbers, strict=True):
             needed = required[[number for image in numbers for number in image]]
@@ -182,7 +183,7 @@ class WindowPlanner:
                 overflow.append(request)
                 continue
             refused = encoding.places.refused.get(request.key)
-            error = refused or self._irreducible(request) or _broken(required, numbers)
+            error = refused or _broken(required, numbers)
             runs = () if error else self._runs(request, crops, numbers, encoding.reduction)
             visual_tokens = sum(len(run) for run in runs)
             error = error or self._refusal(request, visual_tokens)
@@ -287,15 +288,6 @@ class WindowPlanner:
                 f"the limit is {limit}. Lower max_new_tokens, or raise cache_length if the model "
                 "allows"
             )
-        return None
-
-    def _irreducible(self, request: Request) -> str | None:
-        """Why the reduction cannot be applied to the request; None if it can."""
-        layouts = (image.layout for image in request.images)
-        patches = self.model.config.vision.num_patches
-        reduces = self.reduction.selects_patches or self.reduction.capacity_for(patches) < patches
-        if reduces and any(each is not None and each.frames for each in layouts):
-            return f"the reduction {spell(self.reduction)} does not reduce videos; expected 'full'"
         return None
 
     def _unread_question(self, request: Request) -> str | None:

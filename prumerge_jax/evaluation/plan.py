@@ -17,11 +17,14 @@ from prumerge_jax.evaluation.answers import Fingerprint
 from prumerge_jax.evaluation.config import Decoding, EvalConfig, TaskConfig
 from prumerge_jax.evaluation.journal import check_same_run
 from prumerge_jax.evaluation.questions import Task, TaskQuestions
+from prumerge_jax.families import FAMILIES, family_of
 from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.reductions import Reduction
 from prumerge_jax.sharding.agreement import is_leader
 from prumerge_jax.store.manifest import read_manifest, weights_identity
+
+_VIDEO_MODELS = " or ".join(family.title for family in FAMILIES.values() if family.video)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +113,11 @@ def plan_runs(config: EvalConfig, workdir: pathlib.Path) -> Plan:
     for name in config.reductions:  # one that resizes images may ask for more than there is
         reductions.parse(name).image_size(vision.image_size, vision.patch_size)
     for task in config.tasks:
+        if task.benchmark.shows_videos and family_of(model).video is None:
+            raise ValueError(
+                f"{task.benchmark.name} asks about videos, and {family_of(model).title} takes "
+                f"images alone; expected a model such as {_VIDEO_MODELS}"
+            )
         _check_limit(config.decoding_for(task.benchmark), task, model)
     mesh = _own_mesh(config.mesh)
     dtype = config.dtype or read_manifest(checkpoint).arrays["decoder.embed_tokens"].dtype

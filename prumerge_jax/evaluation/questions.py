@@ -10,6 +10,9 @@ import numpy as np
 from prumerge_jax.evaluation.answers import Answers
 from prumerge_jax.evaluation.benchmarks.base import Benchmark
 
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".gif")
+"""Endings that are tried for a video, in this order; without any it is a folder of frames."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -76,7 +79,10 @@ class TaskQuestions:
             raise FileNotFoundError(
                 f"image folder {folder} does not exist; pass --config.images=DIR"
             )
-        if not any(_exists(folder, name) for name in dict.fromkeys(names)):
+        if not any(_exists(folder, name) for name in dict.fromkeys(names)) and not any(
+            self.task.benchmark.shows_videos and video_file(folder / name).exists()
+            for name in dict.fromkeys(names)
+        ):
             raise FileNotFoundError(
                 f"none of the images of {self.task.questions} is in {folder}, such as "
                 f"{names[0]!r:.80}; pass the folder that they are relative to: --config.images=DIR"
@@ -88,7 +94,10 @@ class TaskQuestions:
         if not isinstance(image, str) or folder is None:
             return None
         try:
-            inside = (folder / image).resolve().is_relative_to(folder.resolve())
+            file = folder / image
+            if self.task.benchmark.shows_videos:
+                file = video_file(file)
+            inside = file.resolve().is_relative_to(folder.resolve())
         except (OSError, ValueError, RuntimeError) as error:  # NUL, too long, a circle of links
             return f"image {image!r:.80} is not a usable path: {error!s:.80}"
         if inside:
@@ -114,6 +123,15 @@ class TaskQuestions:
         """
         if self.upload_problem is None:
             self.task.benchmark.upload(self.questions, answers, self.annotations, folder)
+
+
+def video_file(path: pathlib.Path) -> pathlib.Path:
+    """The file of a video whose ending is not known; the path itself where there is none."""
+    for suffix in VIDEO_SUFFIXES:
+        file = path.with_name(path.name + suffix)
+        if file.is_file():
+            return file
+    return path
 
 
 def _exists(folder: pathlib.Path, name: str) -> bool:

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import tqdm
 
+from prumerge_jax.data.images import VideoFile
 from prumerge_jax.data.loading import Named
 from prumerge_jax.data.pictures import PictureMode, default_mode
 from prumerge_jax.engine.build import Draft, RequestBuilder
@@ -30,8 +31,9 @@ from prumerge_jax.evaluation.benchmarks.base import Question
 from prumerge_jax.evaluation.config import Decoding
 from prumerge_jax.evaluation.journal import Journal, RowOutcome
 from prumerge_jax.evaluation.order import by_image
-from prumerge_jax.evaluation.questions import Task, TaskQuestions
+from prumerge_jax.evaluation.questions import Task, TaskQuestions, video_file
 from prumerge_jax.llava import Llava
+from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.reductions import Reduction, spell
 from prumerge_jax.sharding.agreement import gather, is_leader
 
@@ -167,7 +169,7 @@ def answer(
         engine = answerer.engine()
         with model.placed():
             if todo:
-                engine.warm_up()
+                engine.warm_up(videos=rows.task.benchmark.shows_videos)
             started = time.monotonic()
             _commit(journal, answerer.outcomes(engine, todo), len(todo), engine)
         seconds = time.monotonic() - started
@@ -253,13 +255,10 @@ class _Answerer:
         self.sampling = SamplingParams(
             decoding.temperature, decoding.top_p, limit, seed=decoding.seed
         )
-        mode: PictureMode = rows.task.benchmark.image_mode(decoding.protocol)
-        if model.config.image_grid_pinpoints:  # the benchmarks' modes are LLaVA-1.5's
-            mode = default_mode(model.config)
         self.builder = RequestBuilder(
             model.tokenizer,
             model.template(decoding.conversation),
-            model.processor(mode, reduction),
+            model.processor(picture_mode(model.config, rows.task, decoding), reduction),
             decoding.num_workers,
         )
         self.prompts = [self._prompt(question) for question in rows.questions]
@@ -326,6 +325,9 @@ class _Answerer:
             return ((f"image of row {self.first_row[image] + 1}", image),)
         assert self.rows.task.images is not None  # Rows checked it
         path = self.rows.task.images / image
+        if self.rows.task.benchmark.shows_videos:
+            path = video_file(path)
+            return ((str(path), VideoFile(path)),)
         return ((str(path), path),)
 
     def _outcome(self, result: Answer) -> RowOutcome:
@@ -402,6 +404,12 @@ def _count_figures(counts: np.ndarray) -> dict[str, float | None]:
     return {
         f"visual_tokens_{name}": float(value) for name, value in zip(names, figures, strict=True)
     }
+
+
+def picture_mode(config: LlavaConfig, task: Task, decoding: Decoding) -> PictureMode:
+    """How images become pixels: where the family pads them, as the benchmark wants."""
+    own = default_mode(config)
+    return task.benchmark.image_mode(decoding.protocol) if own == "pad" else own
 
 
 def write_metrics(path: pathlib.Path, metrics: Mapping[str, float | None]) -> None:

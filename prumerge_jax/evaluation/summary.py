@@ -10,12 +10,13 @@ import jax
 import numpy as np
 
 from prumerge_jax import cost
+from prumerge_jax.data.images import Shown, VideoFile
 from prumerge_jax.evaluation import runner
 from prumerge_jax.evaluation.plan import Plan, Run
-from prumerge_jax.evaluation.questions import TaskQuestions
+from prumerge_jax.evaluation.questions import TaskQuestions, video_file
 from prumerge_jax.evaluation.report.bootstrap import Interval, paired_bootstrap
 from prumerge_jax.evaluation.report.html import Example, Report, TokensByGroup, write_report
-from prumerge_jax.evaluation.report.overlay import overlay
+from prumerge_jax.evaluation.report.overlay import overlays
 from prumerge_jax.evaluation.report.results import BASELINE, Row, format_table
 from prumerge_jax.evaluation.runner import RunScores
 from prumerge_jax.llava import Llava
@@ -149,17 +150,25 @@ def _examples(plan: Plan, model: Llava, questions: TaskQuestions) -> list[Exampl
 def _example(model: Llava, run: Run, image: str, question: str) -> Example | None:
     task = run.questions.task
     assert task.images is not None  # TaskQuestions.check_images
-    mode = task.benchmark.image_mode(run.decoding.protocol)
+    path = task.images / image
+    shown: Shown = VideoFile(video_file(path)) if task.benchmark.shows_videos else path
+    mode = runner.picture_mode(model.config, task, run.decoding)
     try:
-        explained = model.explain(
-            task.images / image, reduction=run.reduction, image_mode=mode, question=question
+        explained = model.explain_crops(
+            shown, reduction=run.reduction, image_mode=mode, question=question
         )
     except ValueError:  # a bad image is in errors.jsonl already
         return None
     drawing = io.BytesIO()
-    overlay(*explained).savefig(drawing, format="png", dpi=60)
-    count = len(explained.patch_indices)
-    caption = f"{count} of {len(explained.assignment)} patches are kept"
+    dots = 60 if len(explained) == 1 else 40
+    overlays(explained).savefig(drawing, format="png", dpi=dots)
+    kept, patches = (
+        sum(len(part) for part in parts)
+        for parts in zip(*((e.patch_indices, e.assignment) for e in explained), strict=True)
+    )
+    caption = f"{kept} of {patches} patches are kept"
+    if len(explained) > 1:
+        caption += f" of {len(explained)} {'frames' if task.benchmark.shows_videos else 'crops'}"
     return Example(f"{image}, {run.name}", drawing.getvalue(), caption)
 
 

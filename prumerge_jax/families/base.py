@@ -32,6 +32,24 @@ class ImageProcessor:
 
 
 @dataclasses.dataclass(frozen=True)
+class VideoRule:
+    """How a family sees videos.
+
+    Attributes:
+      num_frames: frames that are taken of a longer video.
+      squeezed: whether frames are squeezed into a square; else all but the central square is cut
+        off.
+      pooling: a frame has this many times fewer tokens along a side than an image, rounded up.
+      cls: whether the tower's CLS feature stands in front of the patches of a frame.
+    """
+
+    num_frames: int
+    squeezed: bool = False
+    pooling: int = 1
+    cls: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """A relative of LLaVA-1.5.
 
@@ -45,7 +63,7 @@ class Family:
       processor: its processor files.
       image_mode: how images become pixels unless told otherwise, see `data.pictures.PictureMode`.
       towers: root of each tower's tensors in a checkpoint, by our name of the tower.
-      takes_video: whether videos can be asked about.
+      video: how videos are seen; None where they cannot be asked about.
       sizes: the published configurations by name.
     """
 
@@ -61,7 +79,7 @@ class Family:
     towers: Mapping[str, str] = dataclasses.field(
         default_factory=lambda: {"vision": "vision_tower"}
     )
-    takes_video: bool = False
+    video: VideoRule | None = None
 
 
 def parse_model(

@@ -5,7 +5,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from prumerge_jax.families.base import Family, ImageProcessor, grid_pinpoints, parse_model
+from prumerge_jax.families.base import (
+    Family,
+    ImageProcessor,
+    VideoRule,
+    grid_pinpoints,
+    parse_model,
+)
 from prumerge_jax.families.fields import ConversionError, Section
 from prumerge_jax.families.towers import SIGLIP_SO400M, parse_siglip
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
@@ -110,7 +116,7 @@ LLAVA_ONEVISION = Family(
         expected=_processor_fields,
     ),
     image_mode="anyres",
-    takes_video=True,
+    video=VideoRule(num_frames=32, squeezed=True, pooling=2),
     sizes={
         "llava-onevision-0.5b": dataclasses.replace(_7B, text=_QWEN2_05B),
         "llava-onevision-7b": _7B,

@@ -3,12 +3,12 @@
 import dataclasses
 from typing import Any
 
-from prumerge_jax.families.base import Family, ImageProcessor, parse_model
+from prumerge_jax.families.base import Family, ImageProcessor, VideoRule, parse_model
 from prumerge_jax.families.fields import Section
 from prumerge_jax.families.towers import parse_clip
 from prumerge_jax.models.config import LlavaConfig, VisionConfig
 
-_FRAMES = 8
+_VIDEO = VideoRule(num_frames=8, cls=True)
 _CLIP_L_224 = VisionConfig(image_size=224)
 
 
@@ -40,7 +40,7 @@ def fields(config: LlavaConfig) -> dict[str, Any]:
     return {
         "video_token_index": config.video_token_id,
         "image_seq_length": patches,
-        "video_seq_length": _FRAMES * (patches + 1),
+        "video_seq_length": _VIDEO.num_frames * (patches + 1),
     }
 
 
@@ -65,7 +65,7 @@ VIDEO_LLAVA = Family(
         },
     ),
     image_mode="crop",
-    takes_video=True,
+    video=_VIDEO,
     towers={"vision": "image_tower", "video_tower": "video_tower"},
     sizes={
         "video-llava-7b": dataclasses.replace(

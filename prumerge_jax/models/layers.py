@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from prumerge_jax.models import tuning
 from prumerge_jax.models.dropout import bernoulli_mask
 from prumerge_jax.sharding.mesh import Axes, unshard_embed
 
 # Scaled by the fan-in: the usual 0.02 at LLaMA's widths, with which a small model hardly trains.
 _fan_in = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
 FEW_ROWS = 64
-"""Products of fewer rows than this with a weight [d_out, d_in] are sums over its last axis; XLA's
-matrix product on CPUs rearranges the weight for as many rows as it may get."""
+"""Fewer rows than this are the right-hand side of a product with a weight [d_out, d_in]: XLA's
+matrix product on CPUs rearranges its right-hand side, however large."""
 # PEFT's default for A: Kaiming uniform with a = sqrt(5), that is uniform within 1/sqrt(fan_in).
 _kaiming = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -111,11 +112,18 @@ class Linear(nnx.Module):
         if not self.out_first:
             return x @ unshard_embed(self.kernel[...].astype(x.dtype), *self.axes)
         kernel = unshard_embed(self.kernel[...].astype(x.dtype), *self.axes[::-1])
-        rows = x.reshape(-1, x.shape[-1])
-        if 1 < len(rows) < FEW_ROWS and x.dtype == jnp.float32:
-            y = (rows[:, None] * kernel).sum(-1)
-            return y.reshape(*x.shape[:-1], -1)
+        return out_first_product(x, kernel)
+
+
+def out_first_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x W^T` for x [..., d_in] and a weight [d_out, d_in]."""
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) >= FEW_ROWS or tuning.current().kernels != "out_first":
         return jnp.einsum("...i,oi->...o", x, kernel)
+    product = jnp.einsum("oi,ri->or", kernel, rows)
+    # Without the barrier XLA would exchange the sides, and have no transposition left to do.
+    product = jax.lax.optimization_barrier(product)
+    return product.T.reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):

@@ -20,7 +20,14 @@ from prumerge_jax.models.attention import KVPages, attend_to_pages, write_to_pag
 from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.decoder_layer import QKV, DecoderLayer, PackedRows, split_key
-from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, rematerialise, stack
+from prumerge_jax.models.layers import (
+    AdapterConfig,
+    Linear,
+    RMSNorm,
+    out_first_product,
+    rematerialise,
+    stack,
+)
 from prumerge_jax.models.rotary import rotation
 from prumerge_jax.sharding.mesh import constrain, unshard_embed
 
@@ -78,7 +85,7 @@ class Llama(nnx.Module):
         if self.lm_head is not None:
             return self.lm_head(hidden).astype(jnp.float32)
         embedding = unshard_embed(self.embed_tokens[...].astype(hidden.dtype), "vocab", "embed")
-        return (hidden @ embedding.T).astype(jnp.float32)
+        return out_first_product(hidden, embedding).astype(jnp.float32)
 
     def __call__(
         self,

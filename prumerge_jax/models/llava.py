@@ -16,6 +16,7 @@ from flax import nnx
 from prumerge_jax import prumerge, reductions, sharding
 from prumerge_jax.models import tuning
 from prumerge_jax.models.config import NEWLINE, LlavaConfig, VisionConfig
+from prumerge_jax.models.frames import FrameForm, pool_evidence, with_slots
 from prumerge_jax.models.layers import AdapterConfig, Linear
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.patch_attention import substitute_attention
@@ -111,6 +112,9 @@ def encode_images(
     projector: "Projector | None" = None,
     question: tuple[jax.Array, jax.Array] | None = None,
     present: jax.Array | None = None,
+    first_frame: jax.Array | None = None,
+    form: FrameForm | None = None,
+    slots: int | None = None,
 ) -> prumerge.VisualTokens:
     """Pixels to reduced visual tokens, one compiled step of fixed shape.
 
@@ -122,15 +126,32 @@ def encode_images(
       projector: for reductions that look at projected patches.
       question: for reductions that read it, see `embed_question`.
       present: [B, N] bool, patches that the reduction may see; None for all.
+      first_frame: see `reductions.Evidence`.
+      form: what is special about frames; None for images.
+      slots: token slots per image, at least the reduction's capacity, which None means.
 
     Raises:
       ValueError: the reduction needs evidence that is not there.
     """
     reduction = reductions.as_reduction(reduction)
+    form = form or FrameForm()
+    needs = reduction.needs | ({"cls"} if form.cls else set())
     evidence = gather_evidence(
-        vision, pixels, reduction, dtype=dtype, projector=projector, question=question
+        vision,
+        pixels,
+        reduction,
+        dtype=dtype,
+        projector=projector,
+        question=question,
+        needs=needs,
     )
-    return reductions.reduce(dataclasses.replace(evidence, present=present), reduction)
+    if form.pooled is not None:
+        evidence = pool_evidence(evidence, form.pooled, projector)
+    evidence = dataclasses.replace(evidence, present=present, first_frame=first_frame)
+    visual = reductions.reduce(evidence, reduction)
+    return (
+        visual if slots is None else with_slots(visual, slots, evidence.cls if form.cls else None)
+    )
 
 
 def gather_evidence(
@@ -141,12 +162,13 @@ def gather_evidence(
     dtype: jnp.dtype,
     projector: "Projector | None" = None,
     question: tuple[jax.Array, jax.Array] | None = None,
+    needs: frozenset[str] | None = None,
 ) -> reductions.Evidence:
     """What the tower shows of images [B, S, S, 3] uint8, as far as a reduction needs it.
 
-    Arguments as in `encode_images`.
+    Arguments as in `encode_images`; `needs` are the reduction's, and more where it is given.
     """
-    needs, config = reduction.needs, vision.config
+    needs, config = reduction.needs if needs is None else needs, vision.config
     of_cls = {"cls", "head_attention", "feature_attention", "last_head_attention", "groups"}
     if without_cls := sorted(needs & of_cls if not config.cls_token else ()):
         raise ValueError(

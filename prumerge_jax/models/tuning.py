@@ -69,8 +69,8 @@ BY_PLATFORM = {
         # XLA's CPU products take no slices: a decoding step of one slot took 610 ms with the layers
         # in a stack and 236 in a list; one of eight slots 1033 and 717.
         layers="list",
-        # A product of 1024 x 2816 with 8, 16, 32 rows took 1.1, 1.5, 3.2 ms of one core (AVX2),
-        # as a matrix product with [d_in, d_out] 2.0, 2.7, 4.8.
+        # A product of 2816 x 1024 with 8, 16, 32 rows took 1.0, 1.5, 2.4 ms (AVX2), with
+        # [d_in, d_out] 2.1, 2.9, 4.1.
         kernels="out_first",
         # An image of `mid` takes as long alone as among others.
         images_at_once=1,

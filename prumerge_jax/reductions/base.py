@@ -37,6 +37,7 @@ class Evidence:
       groups: what the tokens stand for, where the tower merged some; `hidden`, `keys` and
         `attention` then have as many as are left.
       present: [B, N] bool, False for patches of the padding around an image.
+      first_frame: [B] bool, of the frames of videos, one after the other: those that begin one.
     """
 
     hidden: jax.Array
@@ -53,6 +54,7 @@ class Evidence:
     question: tuple[jax.Array, jax.Array] | None = None
     groups: Groups | None = None
     present: jax.Array | None = None
+    first_frame: jax.Array | None = None
 
 
 class Assignment(NamedTuple):
@@ -117,6 +119,20 @@ class Reduction(Protocol):
     def capacity_for(self, num_patches: int) -> int:
         """R: token slots per image of `num_patches` patches."""
         ...
+
+    @property
+    def merges_frames(self) -> bool:
+        """Whether what stays alike in consecutive frames of a video is merged.
+
+        `Evidence.first_frame` then says where videos begin; none is split over batches.
+        """
+        return False
+
+    @property
+    def frame_cls(self) -> bool:
+        """Whether the tower's CLS feature stands in front of every frame, of models that show it
+        where nothing is pruned."""
+        return not self.selects_patches
 
     def uncapped(self) -> Self:
         """The same reduction with room for the most tokens that any image can need."""

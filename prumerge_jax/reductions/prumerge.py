@@ -1,14 +1,16 @@
 """PruMerge and its published settings, `full` among them, as reductions."""
 
 import dataclasses
-from typing import Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
 from prumerge_jax import prumerge, selection
+from prumerge_jax.options import Bounds
 from prumerge_jax.reductions.base import Assignment, Evidence, Reduction
 from prumerge_jax.reductions.registry import register
+from prumerge_jax.reductions.temporal import merge_frames
 
 _ATTENTION = {
     ("23", "wide"): "attention",
@@ -17,6 +19,16 @@ _ATTENTION = {
     ("22", "mean"): "head_attention",
 }
 """Which field of the evidence has the attention of a layer and its heads."""
+
+
+class _Seen(NamedTuple):
+    """The arguments of `prumerge.reduce_tokens`."""
+
+    hidden: jax.Array
+    keys: jax.Array
+    attention: jax.Array
+    present: jax.Array | None
+    tubes: prumerge.Tubes | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +40,15 @@ class PruMerge(prumerge.PruMergeConfig, Reduction):
         in the reference code, `22` the one that made the features.
       heads: `wide` is one head as wide as the tower, as in the reference code; `mean` the mean over
         the tower's own heads.
+      temporal: similarity from which a patch of a video is merged into the one at its place in the
+        frame before, see `temporal.merge_frames`; above 1 none is. None: every frame by itself.
+      keep_cls: see `Reduction.frame_cls`; None: where nothing is pruned.
     """
 
     layer: Literal["23", "22"] = "23"
     heads: Literal["wide", "mean"] = "wide"
+    temporal: Annotated[float, Bounds(0, 2)] | None = None
+    keep_cls: bool | None = None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -54,6 +71,16 @@ class PruMerge(prumerge.PruMergeConfig, Reduction):
         """Whether tokens come in the order of their patches."""
         return self.order == "raster"
 
+    @property
+    def merges_frames(self) -> bool:
+        """Whether `temporal` is set."""
+        return self.temporal is not None and self.selects_patches
+
+    @property
+    def frame_cls(self) -> bool:
+        """`keep_cls`, if it is set."""
+        return not self.selects_patches if self.keep_cls is None else self.keep_cls
+
     def attention(self, evidence: Evidence) -> jax.Array:
         """The attention that decides, [B, N] float32."""
         attention = getattr(evidence, _ATTENTION[self.layer, self.heads])
@@ -65,15 +92,36 @@ class PruMerge(prumerge.PruMergeConfig, Reduction):
 
     def reduce(self, evidence: Evidence) -> prumerge.VisualTokens:
         """Selects and merges the patches of every image."""
-        attention = self.attention(evidence)
+        seen = self._seen(evidence)
         return prumerge.reduce_tokens(
-            evidence.hidden, evidence.keys, attention, self, evidence.present
+            seen.hidden, seen.keys, seen.attention, self, seen.present, seen.tubes
+        )
+
+    def _seen(self, evidence: Evidence) -> "_Seen":
+        """What is reduced: patches, or where frames are merged their tubes.
+
+        Quartiles are those of a frame's own attention; all else is of its tubes.
+        """
+        attention = self.attention(evidence)
+        first_frame = evidence.first_frame
+        if self.temporal is None or not self.merges_frames or first_frame is None:
+            return _Seen(evidence.hidden, evidence.keys, attention, evidence.present)
+        rank = selection.descending_rank(attention)
+        bound = selection.outlier_bound(attention, rank, self.iqr_factor)
+        merged = merge_frames(evidence.hidden, evidence.keys, attention, first_frame, self.temporal)
+        return _Seen(
+            merged.hidden.astype(evidence.hidden.dtype),
+            merged.keys,
+            merged.attention,
+            merged.fresh,
+            prumerge.Tubes(bound, merged.fresh.all(-1)),
         )
 
     def explain(self, evidence: Evidence) -> Assignment:
         """Kept patches, and for the others the most similar token that takes them in."""
-        chosen = prumerge.select(self.attention(evidence), self, evidence.present)
-        targets = merge_targets(evidence.keys, chosen, self)
+        seen = self._seen(evidence)
+        chosen = prumerge.select(seen.attention, self, seen.present, seen.tubes)
+        targets = merge_targets(seen.keys, chosen, self)
         return Assignment(chosen.patch_indices, targets, chosen.kept)
 
 

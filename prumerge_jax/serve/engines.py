@@ -89,10 +89,7 @@ def _common_shapes(engines: Sequence[Engine], most_crops: int) -> EngineShapes:
     def most(name: str) -> int:
         return max(getattr(engine.shapes, name) for engine in engines)
 
-    capacities = (
-        engine.reduction.uncapped().capacity_for(engine.model.config.vision.num_patches)
-        for engine in engines
-    )
+    capacities = (engine.encoder.slots(engine.reduction.uncapped()) for engine in engines)
     longest, whole_batches = most("longest_prompt"), -(-most_crops // shapes.batch_size)
     return dataclasses.replace(
         shapes,

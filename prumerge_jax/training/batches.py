@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from prumerge_jax.data import packing
 from prumerge_jax.data.pipeline import Example
-from prumerge_jax.data.runs import Run
+from prumerge_jax.data.runs import NO_SLOT, Run, Taps
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.data.visual_layout import CropTokens, runs
 from prumerge_jax.messages import quoted
@@ -42,6 +42,7 @@ class RowBatch(NamedTuple):
 
     Attributes:
       visual_tokens: [B, R, Dv] of all images of the global batch; its dtype is the compute dtype.
+      visual_weight: see `LlavaModel.embed_rows`; None where no token is interpolated.
     """
 
     ids: Leaf
@@ -50,6 +51,7 @@ class RowBatch(NamedTuple):
     segment_ids: Leaf
     targets: Leaf
     visual_tokens: Leaf
+    visual_weight: Leaf | None = None
 
 
 class GlobalBatch(NamedTuple):
@@ -113,7 +115,7 @@ class BatchPacker:
 
     def __init__(
         self,
-        encode: Callable[[jax.Array], Any],
+        encode: Callable[..., Any],
         *,
         num_patches: int,
         shape: RowShape,
@@ -223,20 +225,23 @@ class BatchPacker:
         required = addressable_rows(visual.required)
         capacity = visual.tokens.shape[1]
         for example, needed in zip(examples, required, strict=True):
-            if not example.has_image:
-                continue
-            check_finite(example, int(needed))
-            if needed > capacity:
-                raise ValueError(
-                    f"the image of sample {quoted(example.id)} needs {needed} visual tokens, the "
-                    f"capacity is {capacity}; give the reduction more, as in --config.reduction="
-                    f"prumerge:capacity={needed}, or none for the most any image can need"
-                )
+            if example.has_image:
+                self._check_required(example, np.array([needed]), capacity)
         return CropTokens(
             addressable_rows(visual.lengths),
             addressable_rows(visual.patch_indices),
             self._num_patches,
         )
+
+    def _check_required(self, example: Example, required: np.ndarray, capacity: int) -> None:
+        """Raises what `_measure` does for the tokens that a sample's crops need, [crops]."""
+        check_finite(example, int(required.min(initial=0)))
+        if (needed := int(required.max(initial=0))) > capacity:
+            raise ValueError(
+                f"the image of sample {quoted(example.id)} needs {needed} visual tokens, the "
+                f"capacity is {capacity}; give the reduction more, as in --config.reduction="
+                f"prumerge:capacity={needed}, or none for the most any image can need"
+            )
 
     def _empty(self, window: packing.Rows) -> packing.Rows:
         return empty_rows(window)
@@ -250,9 +255,10 @@ class BatchPacker:
         self, rows: packing.Rows, visual_tokens: jax.Array, image_rows: np.ndarray
     ) -> RowBatch:
         # The plan numbers the images of this process, the arrays those of the global batch.
-        image, slot = np.divmod(rows.visual_index, visual_tokens.shape[1])
+        given, weight = (rows.visual_index, None) if rows.taps is None else rows.taps
+        image, slot = np.divmod(given, visual_tokens.shape[1])
         visual_index = image_rows[image] * visual_tokens.shape[1] + slot
-        visual_index = np.where(rows.visual_index < 0, rows.visual_index, visual_index)
+        visual_index = np.where(given < 0, given, visual_index)
         return RowBatch(
             ids=to_global_array(rows.ids, self._mesh),
             visual_index=to_global_array(visual_index.astype(np.int32), self._mesh),
@@ -260,6 +266,7 @@ class BatchPacker:
             segment_ids=to_global_array(rows.segment_ids, self._mesh),
             targets=to_global_array(rows.targets, self._mesh),
             visual_tokens=visual_tokens,
+            visual_weight=None if weight is None else to_global_array(weight, self._mesh),
         )
 
 
@@ -301,4 +308,10 @@ def empty_rows(rows: packing.Rows) -> packing.Rows:
         prefix_start_of=none,
         prefix_length_of=none,
         branch_ids=None,
+        taps=None if rows.taps is None else _empty_taps(rows.taps),
     )
+
+
+def _empty_taps(taps: Taps) -> Taps:
+    """Taps of the same shape that are of no token."""
+    return Taps(np.full_like(taps.slots, NO_SLOT), np.zeros_like(taps.weight))

@@ -17,6 +17,7 @@ from prumerge_jax.data.images import ImageMode
 from prumerge_jax.data.packing import PositionIds
 from prumerge_jax.data.sentencepiece_tokenizer import Style
 from prumerge_jax.data.templates import trainable
+from prumerge_jax.families import family_of
 from prumerge_jax.messages import did_you_mean, quoted
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.layers import AdapterConfig
@@ -99,6 +100,8 @@ class TrainConfig:
       data: the samples.
       conversation: name of the chat template.
       tokenizer_style, label_protocol, image_mode: see `Style`, `LabelProtocol`, `ImageMode`.
+      crops_per_sample: room for tiles, images and frames of a sample, on average over a batch; None
+        is as many as one image or video can have.
       group_by_modality_length: batches of images and batches of text alone, as in LLaVA.
       reduction: spelling of the token reduction, see `reductions.parse`.
       position_ids: see `packing.pack_window`.
@@ -126,6 +129,7 @@ class TrainConfig:
     tokenizer_style: Style = "4.31"
     label_protocol: LabelProtocol = "prumerge"
     image_mode: ImageMode = "pad"
+    crops_per_sample: int | None = None
     group_by_modality_length: bool = False
     reduction: str = "full"
     position_ids: PositionIds = "compact"
@@ -140,7 +144,7 @@ class TrainConfig:
     run: ExecutionConfig = ExecutionConfig()
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size", "steps", "max_length")
+        _at_least(self, 1, "batch_size", "steps", "max_length", "crops_per_sample")
         _at_least(self, 0, "seed")
         reductions.parse(self.reduction)
         if not (math.isfinite(self.epochs) and self.epochs > 0):
@@ -161,6 +165,20 @@ class TrainConfig:
         """The model's sizes, once they are known."""
         assert self.model is not None
         return self.model
+
+    @property
+    def shows_crops(self) -> bool:
+        """Whether images may be several crops, or videos shown."""
+        return bool(self.sizes.image_grid_pinpoints) or family_of(self.sizes).video is not None
+
+    @property
+    def room_for_crops(self) -> int:
+        """`crops_per_sample`, once the model's sizes are known."""
+        if self.crops_per_sample is not None or not self.shows_crops:
+            return self.crops_per_sample or 1
+        side, video = self.sizes.vision.image_size, family_of(self.sizes).video
+        tiles = [high * wide // side**2 for high, wide in self.sizes.image_grid_pinpoints]
+        return max(1 + max(tiles, default=0), video.num_frames if video else 1)
 
     @property
     def row_length(self) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from prumerge_jax.data import pipeline
 from prumerge_jax.data.datasets import DataConfig, Dataset, exclusive, open_dataset
 from prumerge_jax.data.images import ImageProcessor
+from prumerge_jax.data.pictures import PictureProcessor
 from prumerge_jax.data.pipeline import Example, Preprocessor
 from prumerge_jax.data.templates import chat_template
 from prumerge_jax.data.tokenizer import Tokenizer
@@ -68,19 +69,26 @@ def open_conversations(
       fewest_visual_tokens: lower bound of the tokens of an image.
 
     Raises:
-      ValueError: the model cuts images into tiles.
+      ValueError: samples show what the model does not take.
     """
-    if config.sizes.image_grid_pinpoints:
-        raise ValueError(
-            f"training on images cut into tiles is not supported (family {config.sizes.family!r}); "
-            "expected a model whose images are one crop, as LLaVA-1.5"
-        )
     dataset = open_dataset(config.data)
     vision = config.sizes.vision
+    processor: ImageProcessor | PictureProcessor
+    if config.shows_crops:
+        mode = "anyres" if config.sizes.image_grid_pinpoints else config.image_mode
+        processor = PictureProcessor(config.sizes, vision.image_size, mode)
+    else:
+        processor = ImageProcessor(vision.image_size, vision.pixel_mean, config.image_mode)
+    for sample in dataset.conversations() if not config.shows_crops else ():
+        if "images" in sample or "video" in sample:
+            raise ValueError(
+                f"sample {quoted(sample['id'])} shows several images or a video; the model takes "
+                "one image per sample"
+            )
     preprocess = Preprocessor(
         tokenizer,
         chat_template(config.conversation),
-        ImageProcessor(vision.image_size, vision.pixel_mean, config.image_mode),
+        processor,
         config.label_protocol,
         config.row_length,
     )
@@ -194,7 +202,7 @@ def _count_targets(
     return {"samples": samples, "without": without, "first": first}
 
 
-def kept_tokens(token_ids: np.ndarray, visual_tokens: int, length: int) -> int:
+def kept_tokens(token_ids: np.ndarray, visual_tokens: int | np.ndarray, length: int) -> int:
     """Number of leading tokens of a sample that fit into `length` once its image is inserted.
 
     LLaVA cuts at the same place; fewer visual tokens leave room for more text. An image that would
@@ -202,10 +210,12 @@ def kept_tokens(token_ids: np.ndarray, visual_tokens: int, length: int) -> int:
 
     Args:
       token_ids: int32 [T], with `IMAGE_TOKEN` (-200) where the image's tokens go.
-      visual_tokens: tokens of an image.
+      visual_tokens: tokens of an image, or int [images] of each.
       length: row length.
     """
-    ends = np.cumsum(np.where(token_ids == IMAGE_TOKEN, visual_tokens, 1))
+    widths = np.ones(token_ids.shape, np.int64)
+    widths[token_ids == IMAGE_TOKEN] = visual_tokens
+    ends = np.cumsum(widths)
     return int(np.searchsorted(ends, length, side="right"))
 
 

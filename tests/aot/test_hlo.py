@@ -79,11 +79,18 @@ def test_a_tpu_program() -> None:
         ),
     ],
 )
-def test_a_loop_of_unknown_length_counts_once(fixed: str, open_ended: str) -> None:
+@pytest.mark.parametrize("trips", [1, 16])
+def test_a_loop_of_unknown_length_counts_as_often_as_is_said(
+    fixed: str, open_ended: str, trips: int
+) -> None:
     assert fixed in TPU
-    cost = program_cost(TPU.replace(fixed, open_ended))
-    assert cost.collectives["all-gather"].executions == 1
+    text = TPU.replace(fixed, open_ended)
+    cost = program_cost(text, trips)
+    assert cost.collectives["all-gather"].executions == trips
     assert cost.open_loops == 1
+    # What stands outside of the loop counts once.
+    once = program_cost(text).cycles
+    assert cost.cycles - once == (trips - 1) * (program_cost(text, 2).cycles - once)
 
 
 def test_text_of_something_else_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Frames of videos from folders and animations."""
 
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ def test_frames_are_evenly_spread():
     assert spread(10, 4) == [0, 3, 6, 9]
     assert spread(3, 5) == [0, 0, 1, 1, 2]
     assert spread(7, 1) == [0]
+    assert spread(20, 8, "starts") == np.arange(0, 20, 20 / 8).astype(int).tolist()
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: pathlib.Path):
@@ -40,8 +42,37 @@ def test_what_is_no_video_is_said_in_a_line(tmp_path: pathlib.Path):
     with pytest.raises(ImageError, match="no frames; expected files that end in"):
         load_video(tmp_path)
     (tmp_path / "film.gif").write_bytes(b"GIF89a")
-    for name in ("film.gif", "missing.gif"):
-        with pytest.raises(ImageError, match=r"expected a folder of frames or an animated GIF"):
-            load_video(tmp_path / name)
+    with pytest.raises(ImageError, match=r"film\.gif: .*; the animated GIF is damaged"):
+        load_video(tmp_path / "film.gif")
+    with pytest.raises(ImageError, match=r"missing\.mp4: no such file; expected a folder of fr"):
+        load_video(tmp_path / "missing.mp4")
     with pytest.raises(ValueError, match="num_frames is 0; expected at least 1"):
         load_video(tmp_path, num_frames=0)
+    with pytest.raises(ValueError, match="sampling is 'some'; expected 'ends' or 'starts'"):
+        load_video(tmp_path, sampling="some")
+
+
+def test_a_video_file_gives_its_frames(tmp_path: pathlib.Path):
+    av = pytest.importorskip("av")
+    file = tmp_path / "video.mp4"
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        for level in range(0, 100, 10):
+            pixels = np.full((16, 32, 3), 50 + level, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    video = load_video(file, num_frames=4)
+    assert [frame.size for frame in video.frames] == [(32, 16)] * 4
+    means = [np.asarray(frame).mean() for frame in video.frames]
+    np.testing.assert_allclose(means, [50, 80, 110, 140], atol=4)
+    (tmp_path / "text.mp4").write_text("not a video")
+    with pytest.raises(ImageError, match=r"text\.mp4: InvalidDataError: .*; expected a video file"):
+        load_video(tmp_path / "text.mp4")
+
+
+def test_video_files_need_the_extra(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "video.mp4").write_bytes(b"\0" * 8)
+    with pytest.raises(ImageError, match=r"needs PyAV: pip install 'prumerge_jax\[video\]'; or"):
+        load_video(tmp_path / "video.mp4")

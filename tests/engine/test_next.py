@@ -301,6 +301,23 @@ def test_nothing_compiles_after_warm_up(golden: pathlib.Path):
     assert engine.counters.crops > 3 * 180
 
 
+def test_several_images_are_warned_of_and_too_many_tokens_refused(golden: pathlib.Path):
+    model = load(golden, "next_vicuna")
+    with pytest.warns(UserWarning, match="prompt 0 has 2 images; LLaVA-NeXT has been trained on o"):
+        model.processor.check_number(2, "prompt 0")
+    request = model.request(0, "wide_97x61")
+    tokens = request.text_tokens + request.images[0].layout.span
+    engine = make_engine(model, "full")
+    text = dataclasses.replace(model.config.text, max_positions=tokens - 1)
+    engine.model = dataclasses.replace(
+        engine.model, config=dataclasses.replace(model.config, text=text)
+    )
+    engine.encoder = Encoder(engine.model, engine.shapes)
+    (answer,) = engine.generate([request])
+    assert answer.error is not None
+    assert f"the engine takes 128, the model {tokens - 1}. Nothing is truncated" in answer.error
+
+
 class BrokenCrop(Encoder):
     """An encoder whose tower has no finite numbers for crop 2 of the window."""
 

@@ -150,8 +150,6 @@ def test_videos_alone_and_beside_an_image_are_transformers(golden: pathlib.Path)
         sampling = SamplingParams(max_new_tokens=8)
         requests.append(Request(key, token_ids, in_order, sampling=sampling))
     check(model, ["video/five", "mixed/image_video"], requests)
-    (answer,) = make_engine(model, "prumerge").generate(requests[:1])
-    assert answer.error == "the reduction prumerge does not reduce videos; expected 'full'"
 
 
 def test_videos_that_cannot_be_shown_are_said_in_a_line(golden: pathlib.Path):

@@ -240,7 +240,7 @@ def test_failures_after_the_answers_cost_their_own_file(
     def broken(*_: Any) -> None:
         raise OSError(28, "No space left on device", "x.png")
 
-    monkeypatch.setattr(summary, "overlay", broken)
+    monkeypatch.setattr(summary, "overlays", broken)
     assert run.evaluate(pope_config(files), tmp_path) == run.NOT_WRITTEN
     assert metrics_of(tmp_path)["accuracy_random"] is not None
     assert "report.html was not written: OSError: [Errno 28]" in capsys.readouterr().err

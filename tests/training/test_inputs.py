@@ -15,6 +15,7 @@ from PIL import Image
 
 from configs import common
 from prumerge_jax.data.tokenizer import Tokenizer
+from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.models.config import LlavaConfig, VisionConfig
 from prumerge_jax.training import inputs
 from prumerge_jax.training.config import parse, with_sizes
@@ -213,9 +214,49 @@ def test_labels_are_checked_against_the_run_s_own_row_length(
         assert found == {"s0": mismatched, "s1": False}
 
 
-def test_models_that_cut_images_into_tiles_are_refused(
-    config: ml_collections.ConfigDict, tokenizer: Tokenizer
+def test_images_in_tiles_several_images_and_videos(
+    tokenizer: Tokenizer, tmp_path: pathlib.Path
 ) -> None:
-    sizes = dataclasses.replace(MODEL, image_grid_pinpoints=((16, 8),))
-    with pytest.raises(ValueError, match="training on images cut into tiles is not supported"):
-        inputs.open_conversations(with_sizes(parse(config), sizes), tokenizer, 1)
+    """From a file in LLaVA's form to pictures and labels; what a model does not take is named."""
+    side = MODEL.vision.image_size
+    for name, size in (("a", (2 * side, side)), ("b", (side, side))):
+        Image.new("RGB", size, (90, 0, 9)).save(tmp_path / f"{name}.png")
+    frames = tmp_path / "film"
+    frames.mkdir()
+    for number in range(5):
+        Image.new("RGB", (20, 30), (9 * number, 0, 0)).save(frames / f"{number}.png")
+    entries = [
+        ("one", {"image": "a.png"}, "<image>\nA 3?"),
+        ("two", {"image": ["a.png", "b.png"]}, "<image> or <image>: where is a 3?"),
+        ("film", {"video": "film"}, "A 3? <video>"),
+    ]
+    samples = [
+        {"id": name, **shown, "conversations": [
+            {"from": "human", "value": text}, {"from": "gpt", "value": "no"}]}
+        for name, shown, text in entries
+    ]  # fmt: skip
+    config = write(tmp_path, [])
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    config.data.image_folder = str(tmp_path)
+    config.data.json_file = str(tmp_path / "samples.json")
+    sizes = dataclasses.replace(
+        MODEL, family="llava_onevision", image_newline=True, anyres_max=9,
+        image_grid_pinpoints=((side, side), (side, 2 * side)),
+    )  # fmt: skip
+    parsed = with_sizes(parse(config), sizes)
+    assert parsed.room_for_crops == 32
+    data = inputs.open_conversations(parsed, tokenizer, 1).prepare()
+    found = {example.id: example for (example,) in itertools.islice(data.batches(0, [0]), 3)}
+    crops = {name: [len(p.crops) for p in e.pictures] for name, e in found.items()}
+    assert crops == {"one": [3], "two": [1, 1], "film": [32]}
+    for name, example in found.items():
+        assert np.count_nonzero(example.token_ids == IMAGE_TOKEN) == len(crops[name])
+        assert tokenizer.decode(example.labels[example.labels >= 0].tolist()) == "no"
+    with pytest.raises(ValueError, match="sample 'two' shows several images or a video; the model"):
+        inputs.open_conversations(with_sizes(parse(config), MODEL), tokenizer, 1)
+    samples[1]["conversations"][0]["value"] = "<image> only"
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    with pytest.raises(
+        ValueError, match="<image> appears 1 times; expected once for each of the 2"
+    ):
+        inputs.open_conversations(parsed, tokenizer, 1)

@@ -88,6 +88,7 @@ class Benchmark(abc.ABC, Generic[Annotations]):
         images are not grouped.
       crops_in_llava_1_5: Whether protocol llava-1.5 crops the images (llava/eval/model_vqa.py and
         model_vqa_science.py of v1.1) instead of padding them.
+      shows_videos: Whether a question's image is the name of a video, without its ending.
       needs_annotations: Whether scoring, or writing the upload, fails without annotations. If not,
         `score` returns what it can say without, which is nothing where a server or a judge knows.
     """
@@ -98,6 +99,7 @@ class Benchmark(abc.ABC, Generic[Annotations]):
     position_ids: PositionIds = "compact"
     reductions: str = "full prumerge+ prumerge"
     crops_in_llava_1_5: bool = False
+    shows_videos: bool = False
     needs_annotations: bool = True
     scores: bool = True
     default_options: ClassVar[Mapping[str, Any] | None] = None

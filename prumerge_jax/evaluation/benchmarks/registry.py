@@ -8,11 +8,13 @@ from prumerge_jax.evaluation.benchmarks.llava_bench import LlavaBench
 from prumerge_jax.evaluation.benchmarks.mm_vet import MmVet
 from prumerge_jax.evaluation.benchmarks.mmbench import MMBENCH, MMBENCH_CN
 from prumerge_jax.evaluation.benchmarks.mme import Mme
+from prumerge_jax.evaluation.benchmarks.nextqa import NextQa
 from prumerge_jax.evaluation.benchmarks.own_questions import OwnQuestions
 from prumerge_jax.evaluation.benchmarks.pope import Pope
 from prumerge_jax.evaluation.benchmarks.scienceqa import ScienceQa
 from prumerge_jax.evaluation.benchmarks.seed_bench import SeedBench
 from prumerge_jax.evaluation.benchmarks.textvqa import TextVqa
+from prumerge_jax.evaluation.benchmarks.video_qa import ACTIVITYNET_QA, MSRVTT_QA, MSVD_QA
 from prumerge_jax.evaluation.benchmarks.vizwiz import VizWiz
 from prumerge_jax.evaluation.benchmarks.vqav2 import VqaV2
 from prumerge_jax.options import unknown
@@ -75,6 +77,10 @@ for _benchmark in (
     SeedBench(),
     LlavaBench(),
     MmVet(),
+    MSVD_QA,
+    MSRVTT_QA,
+    ACTIVITYNET_QA,
+    NextQa(),
     OwnQuestions(),
 ):
     register(_benchmark)

@@ -1,7 +1,7 @@
 """An overlay: which patches of an image a reduction keeps, and what it merges into them."""
 
 import colorsys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.patheffects
 import numpy as np
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 PANEL_INCHES = 6.5
+SMALL_PANEL_INCHES = 3.25
 DOTS_PER_INCH = 150
 DIM = 0.3
 """Brightness of a patch that was not kept."""
@@ -35,14 +36,48 @@ def overlay(pixels: np.ndarray, patch_indices: np.ndarray, assignment: np.ndarra
     Raises:
       ValueError: the arrays do not fit together.
     """
+    if not patch_indices.size:
+        raise ValueError("patch_indices names no patch; expected 1 or more, no padding")
+    return overlays([(pixels, patch_indices, assignment)])
+
+
+def overlays(explained: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Figure:
+    """The panels of `overlay` for every crop of an image or frame of a video, one below the other.
+
+    Args:
+      explained: arguments of `overlay` for each; a crop may keep no patch at all.
+
+    Raises:
+      ValueError: the arrays do not fit together.
+    """
+    rows = len(explained)
+    size = PANEL_INCHES if rows == 1 else SMALL_PANEL_INCHES
+    figure = Figure(figsize=(3 * size, rows * (size + 0.5)), dpi=DOTS_PER_INCH)
+    figure.subplots_adjust(
+        left=0.005, right=0.995, bottom=0.01 / rows, top=1 - 0.07 / rows, wspace=0.02
+    )
+    panels = figure.subplots(rows, 3, squeeze=False)
+    for number, (of_crop, each) in enumerate(zip(panels, explained, strict=True)):
+        what = "image" if rows == 1 else f"crop or frame {number}"
+        _draw_crop(of_crop, *each, what, size)
+    return figure
+
+
+def _draw_crop(
+    panels: np.ndarray,
+    pixels: np.ndarray,
+    patch_indices: np.ndarray,
+    assignment: np.ndarray,
+    what: str,
+    inches: float,
+) -> None:
+    """Draws into three axes, each `inches` wide."""
     grid = _check(pixels, patch_indices, assignment)
     is_kept = np.isin(np.arange(grid**2), patch_indices)
     is_pruned_and_merged = (assignment >= 0) & ~is_kept
-    figure = Figure(figsize=(3 * PANEL_INCHES, PANEL_INCHES + 0.5), dpi=DOTS_PER_INCH)
-    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.01, top=0.93, wspace=0.02)
-    image, kept, merged = figure.subplots(1, 3)
+    image, kept, merged = panels
     for axes, drawn, title in (
-        (image, pixels, f"image, {grid**2} patches"),
+        (image, pixels, f"{what}, {grid**2} patches"),
         (kept, _lit(pixels, is_kept), f"{is_kept.sum()} kept, numbered in order"),
         (
             merged,
@@ -51,18 +86,17 @@ def overlay(pixels: np.ndarray, patch_indices: np.ndarray, assignment: np.ndarra
         ),
     ):
         axes.imshow(drawn, extent=(0, grid, grid, 0))  # one unit is one patch
-        axes.set_title(title)
+        axes.set_title(title, fontsize=None if inches == PANEL_INCHES else "small")
         axes.axis("off")
 
     order = list(enumerate(patch_indices.tolist()))
     slots = {patch: slot for slot, patch in reversed(order)}  # the first slot of each patch wins
-    font = min(72 * PANEL_INCHES / grid * min(0.5, 1.25 / len(str(len(order)))), 16.0)
+    font = min(72 * inches / grid * min(0.5, 1.25 / len(str(len(order)))), 16.0)
     for axes, frame_width in ((kept, 0.6), (merged, 1.4)):
         _draw_frames(axes, slots, grid, frame_width)
         _draw_numbers(axes, slots, grid, font)
     pruned = np.flatnonzero(is_pruned_and_merged).tolist()
     _draw_numbers(merged, {patch: int(assignment[patch]) for patch in pruned}, grid, 0.7 * font)
-    return figure
 
 
 def _check(pixels: np.ndarray, patch_indices: np.ndarray, assignment: np.ndarray) -> int:
@@ -77,9 +111,9 @@ def _check(pixels: np.ndarray, patch_indices: np.ndarray, assignment: np.ndarray
             f"that divides the image's side {size}"
         )
     count = patch_indices.size
-    if not count or patch_indices.min() < 0 or patch_indices.max() >= assignment.size:
+    if count and (patch_indices.min() < 0 or patch_indices.max() >= assignment.size):
         raise ValueError(
-            f"patch_indices must name 1 or more patches from 0 to {assignment.size - 1}, no padding"
+            f"patch_indices must name patches from 0 to {assignment.size - 1}, no padding"
         )
     if assignment.min() < -1 or assignment.max() >= count:
         raise ValueError(f"assignment must be between -1 and {count - 1}, the last kept token")
@@ -115,7 +149,7 @@ def _lit(pixels: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
 def _tinted(pixels: np.ndarray, assignment: np.ndarray, count: int) -> np.ndarray:
     """The image in grey, in the kept token's colour where a patch merges, dim where it does not."""
     is_merged = (assignment >= 0)[:, None]
-    colour = np.where(is_merged, 255 * TINT * _colours(count)[assignment], 0.0)
+    colour = np.where(is_merged, 255 * TINT * _colours(max(count, 1))[assignment], 0.0)
     brightness = np.where(is_merged, 1 - TINT, DIM)
     grey = pixels.mean(axis=-1, keepdims=True)
     size = len(pixels)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PAGES_AT_A_TIME = 16
+PAGES_AT_A_TIME = 8
 """Pages that one turn of the loop takes; up to as many less one are read in vain per step."""
 _LOWEST = -1e30
 """In place of minus infinity, whose difference to itself is NaN."""

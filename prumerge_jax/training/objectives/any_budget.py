@@ -204,6 +204,11 @@ def _check(
     config: TrainConfig, options: AnyBudget, most: int, teacher: TeacherShape | None
 ) -> None:
     name = "config.objective_options"
+    if config.shows_crops:
+        raise ConfigError(
+            f"objective is 'any_budget', which draws counts of images that are one crop; family "
+            f"{config.sizes.family!r} trains with 'next_token'"
+        )
     check_row_length(config, most)
     if options.lower[0] > most:
         raise ConfigError(

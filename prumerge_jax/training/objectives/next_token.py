@@ -12,13 +12,16 @@ from jax.sharding import Mesh, NamedSharding
 from prumerge_jax import reductions
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE
+from prumerge_jax.engine.encoding import frame_form
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.llava import LlavaModel, encode_images
 from prumerge_jax.models.vision_tower import VisionTower
+from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.reductions import Reduction
 from prumerge_jax.sharding.mesh import constrain, logical_spec
 from prumerge_jax.training.batches import BatchPacker, RowBatch, RowShape
 from prumerge_jax.training.config import ConfigError, TrainConfig
+from prumerge_jax.training.crops import CropCapacity, CropPacker
 from prumerge_jax.training.inputs import TrainingSource, open_conversations
 from prumerge_jax.training.objectives.registry import Objective, Packer
 from prumerge_jax.training.weights import (
@@ -60,7 +63,7 @@ def hidden_states(
     model: LlavaModel, batch: RowBatch, *, dropout_key: jax.Array | None, remat: str
 ) -> jax.Array:
     """Final hidden states [rows, T, D]; arguments as in `next_token_loss`."""
-    x = model.embed_rows(batch.ids, batch.visual_tokens, batch.visual_index)
+    x = model.embed_rows(batch.ids, batch.visual_tokens, batch.visual_index, batch.visual_weight)
     return model.decoder(
         constrain(x, "batch", None, None),
         batch.positions,
@@ -136,6 +139,8 @@ def make(config: TrainConfig) -> Objective:
         return open_conversations(config, tokenizer, fewest_visual_tokens(config))
 
     def packer(tokenizer: Tokenizer, frozen: Weights, mesh: Mesh, total_steps: int) -> Packer:
+        if config.shows_crops:
+            return crop_packer(config, frozen, mesh)
         return BatchPacker(
             ImageEncoder(config, frozen, mesh),
             num_patches=model.vision.num_patches,
@@ -145,6 +150,50 @@ def make(config: TrainConfig) -> Objective:
 
     rates = trained_paths(module.variables, config.learning_rates)
     return Objective(module, loss, rates, dtype, open_source, packer)
+
+
+def crop_packer(config: TrainConfig, weights: Weights, mesh: Mesh) -> CropPacker:
+    """The packer of a model whose images are cut into tiles, or that is shown videos.
+
+    Args:
+      config: configuration of the run, model sizes included.
+      weights: all weights of the run; those of its towers are used.
+      mesh: the devices.
+    """
+    model, reduction = config.sizes, run_reduction(config)
+    vision, form = model.vision, frame_form(model, reduction)
+    reduces = reduction.selects_patches or (
+        reduction.capacity_for(vision.num_patches) < vision.num_patches
+    )
+    cls = form is not None and form.cls
+    encode = functools.partial(
+        encode_images,
+        reduction=reduction,
+        dtype=jnp.dtype(config.dtype),
+        slots=reduction.capacity_for(vision.num_patches) + cls,
+    )
+
+    def images(tower: VisionTower, pixels: jax.Array, on_image: jax.Array) -> VisualTokens:
+        return encode(tower, pixels, present=on_image if reduces else None)
+
+    def videos(tower: VisionTower, pixels: jax.Array, first: jax.Array) -> VisualTokens:
+        return encode(
+            tower, pixels, first_frame=first if reduction.merges_frames else None, form=form
+        )
+
+    encoders = [ImageEncoder(config, weights, mesh, images)]
+    if form is not None:
+        tower = "video_tower" if model.video_tower else "vision"
+        encoders.append(ImageEncoder(config, weights, mesh, videos, tower=tower))
+    capacity = CropCapacity(
+        per_sample=config.room_for_crops,
+        side=vision.image_size,
+        num_patches=vision.num_patches,
+        cls=cls,
+        selects=reduction.selects_patches,
+        interpolates=model.anyres_max is not None and not reduction.selects_patches,
+    )
+    return CropPacker(encoders, capacity=capacity, shape=row_shape(config, mesh), mesh=mesh)
 
 
 def check_row_length(config: TrainConfig, visual_tokens: int) -> None:
@@ -174,7 +223,8 @@ def abstract_rows(config: TrainConfig, shards: int) -> RowBatch:
     """
     row = jax.ShapeDtypeStruct((config.run.rows_per_shard * shards, config.row_length), jnp.int32)
     width = config.sizes.vision.width + run_reduction(config).weighs_tokens
-    tokens = (config.batch_size, visual_capacity(config), width)
+    crops = config.batch_size * config.room_for_crops
+    tokens = (crops, visual_capacity(config), width)
     visual = jax.ShapeDtypeStruct(tokens, jnp.dtype(config.dtype))
     return RowBatch(row, row, row, row, row, visual)
 
@@ -206,8 +256,10 @@ def visual_capacity(config: TrainConfig) -> int:
 
 
 def fewest_visual_tokens(config: TrainConfig) -> int:
-    """Lower bound of the visual tokens per image; a reduction that depends on it may keep one."""
-    return 1 if run_reduction(config).varying else visual_capacity(config)
+    """Lower bound of the visual tokens per image; a reduction that depends on it may keep one, and
+    frames have fewer than images."""
+    varies = run_reduction(config).varying or config.shows_crops
+    return 1 if varies else visual_capacity(config)
 
 
 class ImageEncoder:
@@ -217,8 +269,9 @@ class ImageEncoder:
       config: configuration of the run, model sizes included.
       weights: all weights of the run, or their shapes; those of the tower are used.
       mesh: the devices; every image is kept on its data shard.
-      encode: (tower, pixels) -> a tree of arrays [B, ...]; by default the visual tokens of the
+      encode: (tower, pixels, ...) -> a tree of arrays [B, ...]; by default the visual tokens of the
         run's reduction.
+      tower: `vision`, or the model's other tower.
     """
 
     def __init__(
@@ -226,9 +279,10 @@ class ImageEncoder:
         config: TrainConfig,
         weights: Weights | Shapes,
         mesh: Mesh,
-        encode: Callable[[VisionTower, jax.Array], Any] | None = None,
+        encode: Callable[..., Any] | None = None,
+        tower: str = "vision",
     ) -> None:
-        prefix = "vision."
+        prefix = f"{tower}."
         vision = config.sizes.vision
         module = AbstractModule.of(lambda seed: VisionTower(vision, rngs=nnx.Rngs(seed)))
         self._weights = {path: weights[prefix + path] for path in module.variables}
@@ -238,14 +292,15 @@ class ImageEncoder:
             )
         of_tower = encode
 
-        def of_weights(weights: Weights, pixels: jax.Array) -> Any:
-            return of_tower(module.merge(weights), pixels)
+        def of_weights(weights: Weights, *crops: jax.Array) -> Any:
+            return of_tower(module.merge(weights), *crops)
 
         self._encode = jax.jit(of_weights, out_shardings=NamedSharding(mesh, logical_spec("batch")))
 
-    def __call__(self, pixels: jax.Array) -> Any:
-        """[B, S, S, 3] uint8 -> what `encode` makes of it, dispatched and not waited for."""
-        return self._encode(self._weights, pixels)
+    def __call__(self, *crops: jax.Array) -> Any:
+        """[B, S, S, 3] uint8, and what else `encode` takes [B, ...] -> what it makes of them,
+        dispatched and not waited for."""
+        return self._encode(self._weights, *crops)
 
     def lower(self, pixels: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
         """The function for pixels of this shape, where the weights are shapes too."""
