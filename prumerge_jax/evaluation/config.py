@@ -217,7 +217,8 @@ def engine_config(fields: Mapping[str, Any], mesh: Mapping[str, int]) -> EngineC
     """
     given = {k: v for k, v in _mapping("engine", fields).items() if v is not None}
     types = {field.name: field.type for field in dataclasses.fields(EngineConfig)}
-    del types["defaults"]
+    for name in ("defaults", "short_rows", "pool_capacity"):  # these are not for flags
+        del types[name]
     _check_names("engine", given, sorted(types))
     for name, value in given.items():
         _typed(f"engine.{name}", value, bool if types[name] is bool else int)
