@@ -68,10 +68,11 @@ def abstract_weights(model: LlavaConfig, mesh: Mesh, held: Held) -> tuple[nnx.Gr
 
 def quantised_shapes(state: nnx.State) -> set[tuple[int, int]]:
     """[d_in, d_out] of a chip's part of the kernels that are quantised by channel."""
+    leaves = dict(nnx.to_flat_state(state))
     shapes = set()
-    for path, leaf in nnx.to_flat_state(state):
+    for path, leaf in leaves.items():
         if path[-1] == SCALE and leaf.shape[-2] == 1:
-            codes = dict(nnx.to_flat_state(state))[(*path[:-1], CODES)][...]
+            codes = leaves[(*path[:-1], CODES)].get_value()
             d_in, d_out = codes.sharding.shard_shape(codes.shape)[-2:]
             shapes.add((d_in, d_out))
     return shapes

@@ -4,9 +4,11 @@ import re
 
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from prumerge_jax.aot.assumptions import MeanTokens
-from prumerge_jax.aot.compile import Program
+from prumerge_jax.aot.compile import Program, bytes_per_chip
+from prumerge_jax.aot.held import Held, abstract_weights, quantised_shapes
 from prumerge_jax.aot.hlo import ProgramCost
 from prumerge_jax.aot.inference import InferencePlan, plan_inference
 from prumerge_jax.aot.topology import Topology
@@ -14,6 +16,8 @@ from prumerge_jax.cost import CHIPS, Operation
 from prumerge_jax.data.layout import Layout
 from prumerge_jax.engine.shapes import EngineConfig, EngineShapes
 from prumerge_jax.models.config import published
+from prumerge_jax.models.quantisation import FORMATS
+from prumerge_jax.sharding.mesh import make_mesh
 
 GIB = 2**30
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
@@ -32,6 +36,20 @@ def test_shapes_that_do_not_divide_are_refused_before_anything_is_compiled() -> 
     slice_of_8 = Topology("v5e:2x4", CHIPS["tpu-v5e"], (None,) * 8)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch_size 2 does not divide over the 4 data shards"):
         plan_inference(published("tiny"), SMALL, "prumerge+", slice_of_8, ONE | {"fsdp": 4})
+
+
+def test_what_a_plan_holds_in_fewer_bits() -> None:
+    model, mesh = published("tiny"), make_mesh(1, 1, 2)
+    held = Held(jnp.dtype(jnp.bfloat16), FORMATS["int4"], jnp.dtype(jnp.int8))
+    _, state = abstract_weights(model, mesh, held)
+    width, inner = model.text.width, model.text.mlp_width
+    assert {(width, inner // 2), (inner // 2, width)} <= quantised_shapes(state)
+    leaves = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    path = ("decoder", "layers", "mlp", "up_proj", "kernel_q")
+    assert bytes_per_chip(leaves[path]) == model.text.num_layers * width * inner // 2 // 2
+    of_blocks = Held(held.dtype, FORMATS["nf4"], None)
+    assert not quantised_shapes(abstract_weights(model, mesh, of_blocks)[1])
+    assert (held.bits.kernels, held.bits.cache) == (4, 8)
 
 
 def program(name: str, cycles: int, open_loops: int = 0) -> Program:
