@@ -13,10 +13,10 @@ from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.models import attention
 from prumerge_jax.models.attention import KVPages
 from prumerge_jax.models.config import LlavaConfig
-from prumerge_jax.models.llava import abstract_model
+from prumerge_jax.models.llava import abstract_in_stack
 from prumerge_jax.models.quantisation import Format, QuantParam
 from prumerge_jax.models.quantised_weights import CODES, SCALE
-from prumerge_jax.sharding.mesh import weight_shardings
+from prumerge_jax.sharding.mesh import use_mesh, weight_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Held:
 
 def abstract_weights(model: LlavaConfig, mesh: Mesh, held: Held) -> tuple[nnx.GraphDef, nnx.State]:
     """A model's structure and its weights as shapes with shardings, as `Llava.load` lays them."""
-    graphdef, abstract = abstract_model(model, quantize=held.quantize)
+    with use_mesh(mesh):
+        graphdef, abstract = abstract_in_stack(model, held.quantize)
     shardings = dict(nnx.to_flat_state(weight_shardings(abstract, mesh)))
     return graphdef, nnx.from_flat_state(
         {

@@ -116,17 +116,29 @@ class Linear(nnx.Module):
         b = unshard_embed(self.lora_b[...].astype(x.dtype), None, self.axes[1])
         return y + self.adapter.scale * (x @ a @ b)
 
-    def put_out_first(self) -> None:
-        """Keeps the kernel as [d_out, d_in] from now on; what it was before is deleted."""
+    @property
+    def is_wide(self) -> bool:
+        """Whether d_out is larger than d_in, of a kernel [d_in, d_out] without `quantize`."""
+        d_in, d_out = self.kernel.shape[-2:]
+        return d_out > d_in
+
+    def put_out_first(self) -> list[jax.Array]:
+        """Keeps the kernel, or a stack of them, as [d_out, d_in] from now on.
+
+        Returns:
+          The arrays that held it, which the layer needs no longer.
+        """
+        held = []
         for name, axes in self._kernel_axes().items():
             weight = getattr(self, name)
             kernel = weight[...]
+            axes = (None,) * (kernel.ndim - 2) + axes[::-1]
             with nnx.use_eager_sharding(False):
-                turned = type(weight)(jnp.matrix_transpose(kernel), out_sharding=axes[::-1])
+                turned = type(weight)(jnp.matrix_transpose(kernel), out_sharding=axes)
             setattr(self, name, turned)
-            jax.block_until_ready(turned[...])
-            kernel.delete()
+            held.append(kernel)
         self.out_first = True
+        return held
 
     def _kernel_axes(self) -> dict[str, Axes]:
         """Logical axes of what holds the kernel, by attribute, as for [d_in, d_out]."""

@@ -360,16 +360,39 @@ def inference_layout(graphdef: nnx.GraphDef, state: nnx.State) -> tuple[nnx.Grap
       graphdef, state: a split `LlavaModel`; weights that are laid out anew are deleted, one after
         the other.
     """
-    preferred = tuning.current()
-    if preferred.layers == "stack":
-        return graphdef, state
     model = nnx.merge(graphdef, state)
-    _take_apart(model.decoder)
-    if preferred.kernels == "out_first":
-        for _, module in nnx.iter_modules(model.decoder):
-            if isinstance(module, Linear):
-                module.put_out_first()
+    if tuning.current().layers == "list":
+        _take_apart(model.decoder)
+    for linear in _out_first(model.decoder):
+        held = linear.put_out_first()
+        jax.block_until_ready(nnx.state(linear))
+        for array in held:
+            array.delete()
     return nnx.split(model)
+
+
+def abstract_in_stack(
+    config: LlavaConfig, quantize: Format | None = None
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """`abstract_model` in `inference_layout`, where that keeps the layers in a stack."""
+
+    def create() -> LlavaModel:
+        model = LlavaModel(config, quantize=quantize, rngs=nnx.Rngs(0))
+        for linear in _out_first(model.decoder):
+            linear.put_out_first()
+        return model
+
+    with nnx.use_eager_sharding(False):
+        return nnx.split(nnx.eval_shape(create))
+
+
+def _out_first(decoder: Llama) -> list[Linear]:
+    """The decoder's linear layers whose kernels inference keeps as [d_out, d_in]."""
+    kernels = tuning.current().kernels
+    linears = [each for _, each in nnx.iter_modules(decoder) if isinstance(each, Linear)]
+    if kernels == "wide_out_first":
+        return [each for each in linears if each.quantize is None and each.is_wide]
+    return linears if kernels == "out_first" else []
 
 
 def _take_apart(decoder: Llama) -> None:
