@@ -104,8 +104,8 @@ def empty_pages(
     """
     if key_bias and dtype == jnp.int8:
         raise ValueError(
-            "int8 keys and values take no tokens that count several times (merge=mean); leave "
-            "cache_dtype out"
+            "int8 keys and values take no tokens that count several times (merge=mean) or leave "
+            "inside the decoder (fastv); leave cache_dtype out"
         )
     head_dim = widened(config.head_dim) if key_bias else config.head_dim
     form = _form(dtype, head_dim, implementation)
