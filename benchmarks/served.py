@@ -55,11 +55,32 @@ class DrawnCounts(Encoder):
         return images._replace(lengths=lengths)
 
 
-class StaticBatches:
-    """An engine whose requests begin together, `slots` at once, when all earlier ones are done."""
+class WholeAnswers:
+    """An engine whose answers are as long as was asked for: no token ends one."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    def submit(self, request: Request) -> None:
+        """Queues a request."""
+        sampling = dataclasses.replace(request.sampling, stop_ids=())
+        self._core.submit(dataclasses.replace(request, sampling=sampling))
+
+    def cancel(self, key: int) -> None:
+        """Ends a request."""
+        self._core.cancel(key)
+
+    def step(self) -> list[Delta | Answer]:
+        """Runs a little."""
+        return self._core.step()
+
+
+class StaticBatches(WholeAnswers):
+    """One whose requests begin together, `slots` at once, when all earlier ones are done."""
 
     def __init__(self, core: Core, slots: int) -> None:
-        self._core, self._slots = core, slots
+        super().__init__(core)
+        self._slots = slots
         self._waiting: dict[int, Request] = {}
         self._running: set[int] = set()
 
@@ -68,18 +89,17 @@ class StaticBatches:
         self._waiting[request.key] = request
 
     def cancel(self, key: int) -> None:
-        """Ends a request."""
-        if key in self._waiting:  # it runs with its batch, as an engine of this kind would have it
-            return
-        self._core.cancel(key)
+        """Ends a request that runs; one that waits runs with its batch nevertheless."""
+        if key in self._running:
+            super().cancel(key)
 
     def step(self) -> list[Delta | Answer]:
         """Runs a little."""
         if not self._running:
             for key in list(self._waiting)[: self._slots]:
                 self._running.add(key)
-                self._core.submit(self._waiting.pop(key))
-        events = self._core.step()
+                super().submit(self._waiting.pop(key))
+        events = super().step()
         self._running -= {event.key for event in events if isinstance(event, Answer)}
         return events
 
@@ -99,7 +119,7 @@ class DrawnModel(ServedModel):
                 each.encoder = encoder = DrawnCounts(each.model, each.shapes)
                 encoder.counts = drawn_counts(DRAWS, mean, most, seed=1)
         slots = self.llava.engine_sizes.slots
-        return StaticBatches(engine, slots) if self.is_static else engine
+        return StaticBatches(engine, slots) if self.is_static else WholeAnswers(engine)
 
 
 def random_model(name: str, config: ServeConfig) -> Llava:
@@ -126,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint=arguments.geometry,
         served_model_name="model",
         reductions=tuple(arguments.reductions),
+        position_ids="original" if arguments.geometry == MINIATURE else "compact",
         slots=arguments.slots,
         max_prompt_tokens=128,
         max_new_tokens=arguments.new_tokens,

@@ -11,8 +11,7 @@ times; one that does not keep up with a rate gets no higher one. The last load i
 begin and end together: an engine without continuous batching.
 
 Sizes are those of `models.py`, with random weights and drawn counts of visual tokens, or the
-miniature with what it finds in the scenes. Answers have 1 to `--new_tokens` tokens, equally often;
-the miniature's end on their own too.
+miniature with what it finds in the scenes. Answers have 1 to `--new_tokens` tokens, equally often.
 
 Columns: `requests_per_s` is what was answered over the time until all were; `first_ms` the time to
 the first token, from before the request is sent, with percentiles; `token_ms` the time per further

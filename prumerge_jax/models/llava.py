@@ -20,6 +20,7 @@ from prumerge_jax.models.frames import FrameForm, pool_evidence, with_slots
 from prumerge_jax.models.layers import AdapterConfig, Linear
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.patch_attention import substitute_attention
+from prumerge_jax.models.quantisation import Format
 from prumerge_jax.models.tower_layers import head_attention
 from prumerge_jax.models.vision_tower import VisionFeatures, VisionTower, gelu
 
@@ -34,14 +35,19 @@ class LlavaModel(nnx.Module):
     """
 
     def __init__(
-        self, config: LlavaConfig, *, adapter: AdapterConfig | None = None, rngs: nnx.Rngs
+        self,
+        config: LlavaConfig,
+        *,
+        adapter: AdapterConfig | None = None,
+        quantize: Format | None = None,
+        rngs: nnx.Rngs,
     ) -> None:
         self.vision = VisionTower(config.vision, rngs=rngs)
         self.video_tower = VisionTower(config.vision, rngs=rngs) if config.video_tower else None
         self.projector = Projector(
             config.projector, config.vision.width, config.text.width, rngs=rngs
         )
-        self.decoder = Llama(config.text, adapter=adapter, rngs=rngs)
+        self.decoder = Llama(config.text, adapter=adapter, quantize=quantize, rngs=rngs)
         self.image_newline = (
             nnx.Param(
                 nnx.initializers.normal(config.text.width**-0.5)(
@@ -334,11 +340,13 @@ def projector_depth(kind: str) -> int:
 
 
 def abstract_model(
-    config: LlavaConfig, adapter: AdapterConfig | None = None
+    config: LlavaConfig, adapter: AdapterConfig | None = None, quantize: Format | None = None
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's structure and the shapes, dtypes and logical axes of its weights; no arrays."""
     with nnx.use_eager_sharding(False):
-        model = nnx.eval_shape(lambda: LlavaModel(config, adapter=adapter, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(
+            lambda: LlavaModel(config, adapter=adapter, quantize=quantize, rngs=nnx.Rngs(0))
+        )
     return nnx.split(model)
 
 

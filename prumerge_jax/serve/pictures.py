@@ -33,8 +33,10 @@ class Pictures:
         self._llava, self.limit, self._max_pixels = llava, limit, max_pixels
         self.mode: PictureMode = default_mode(llava.config)
         self._known: dict[Reduction, list[tuple[Layout, ...]]] = {}
-        if limit > 1 and not llava.config.image_grid_pinpoints:
-            raise ValueError(f"--max_images is {limit}; the model takes one image per prompt")
+        try:
+            self.processor(FULL, self.mode).check_number(limit, "a prompt")
+        except ValueError as error:
+            raise ValueError(f"--max_images {limit}: {error}") from error
 
     def processor(self, reduction: Reduction, mode: PictureMode) -> PictureProcessor:
         """Makes an image's crops for a reduction.

@@ -117,5 +117,5 @@ def test_images_are_limited() -> None:
 
 
 def test_one_image_where_the_model_takes_one() -> None:
-    with pytest.raises(ValueError, match="--max_images is 2; the model takes one image per prompt"):
+    with pytest.raises(ValueError, match="--max_images 2: .* the model takes one image"):
         FakeServer(dataclasses.replace(CONFIG, checkpoint="miniature"))
