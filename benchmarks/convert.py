@@ -2,10 +2,12 @@
 
     python benchmarks/convert.py
     python benchmarks/convert.py --model llava-1.5-13b --layers 0 --export
+    python benchmarks/convert.py --layers 0 --quantize int8 nf4
 
 Writes a random bfloat16 checkpoint in llava-hf's layout, sharded, converts it, loads what came out
-onto a mesh of eight CPU devices, and converts back if asked, each in a separate process. The
-devices are parts of the host's memory: all shards together are as large as the checkpoint.
+onto a mesh of eight CPU devices, and converts back or into fewer bits if asked, each in a separate
+process. The devices are parts of the host's memory: all shards together are as large as the
+checkpoint.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,7 @@ from prumerge_jax.conversion.tensor_files import TensorInfo
 from prumerge_jax.families import published
 from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.models.quantisation import FORMATS
 from prumerge_jax.sharding.mesh import make_mesh
 from prumerge_jax.store import model_directory as directory
 from prumerge_jax.training.weights import llava_module
@@ -82,7 +85,18 @@ def to_hf(source: pathlib.Path, target: pathlib.Path) -> None:
     export_model(source, target, Dialect.HF)
 
 
+def to_format(name: str) -> Callable[[pathlib.Path, pathlib.Path], None]:
+    """A step into a format of fewer bits."""
+
+    def step(source: pathlib.Path, target: pathlib.Path) -> None:
+        convert(open_model(Sources(source)), target, quantize=name)
+
+    step.__doc__ = f"Checkpoint -> our directory in {name}."
+    return step
+
+
 STEPS = {step.__name__: step for step in (to_ours, to_devices, to_hf)}
+STEPS |= {f"to_{name}": to_format(name) for name in FORMATS}
 
 
 def timed(step: str, source: str, target: str, nbytes: int) -> None:
@@ -110,6 +124,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--scratch", help="where to work; needs three times the checkpoint's size")
     parser.add_argument("--export", action="store_true", help="convert back as well")
+    parser.add_argument(
+        "--quantize", nargs="*", default=[], choices=sorted(FORMATS), help="formats to convert into"
+    )
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     begin("convert", __doc__, minutes=1)
@@ -127,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         steps = [("to_ours", checkpoint, ours), ("to_devices", ours, back)]
         if arguments.export:
             steps.append(("to_hf", ours, back))
+        steps += [(f"to_{name}", checkpoint, f"{scratch}/{name}") for name in arguments.quantize]
         flags = f"--xla_force_host_platform_device_count={DEVICES}"
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         results = []

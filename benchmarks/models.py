@@ -16,6 +16,7 @@ from prumerge_jax.families import published
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 from prumerge_jax.models.layers import AdapterConfig
 from prumerge_jax.models.llava import LlavaModel, inference_layout
+from prumerge_jax.models.quantisation import QuantParam
 
 GEOMETRIES = {
     "tiny": published("tiny"),
@@ -82,7 +83,15 @@ def random_weights(
 
     def create() -> nnx.State:
         key = jax.random.key(0, impl="unsafe_rbg")  # compiles several times faster
-        return jax.tree.map(lambda weight: weight.astype(dtype), nnx.state(make(nnx.Rngs(key))))
+        weights = nnx.to_flat_state(nnx.state(make(nnx.Rngs(key))))
+        return nnx.from_flat_state(
+            {
+                path: weight
+                if isinstance(weight, QuantParam)
+                else weight.replace(weight[...].astype(dtype))
+                for path, weight in weights
+            }
+        )
 
     with nnx.use_eager_sharding(False):
         graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))

@@ -47,6 +47,7 @@ def training() -> ConfigDict:
         }
     )
     config.dtype = "bfloat16"
+    config.quantize = placeholder(str)  # nf4, int8 or int4: of the frozen layers; QLoRA
     config.remat = "full"
     config.seed = 42
 

@@ -35,6 +35,9 @@ def get_config() -> ConfigDict:
         }
     )
     config.dtype = placeholder(str)  # None: as stored
+    # Format of the decoder's kernels: int8, int8x8, int4 or nf4. None: the checkpoint's own.
+    config.quantize = placeholder(str)
+    config.cache_dtype = placeholder(str)  # int8: keys and values in 8 bits. None: as computed
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
     # Shapes of the jitted functions, see engine/shapes.py. None: fitted to questions and mesh.
     config.engine = ConfigDict(

@@ -4,18 +4,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prumerge_jax.data.images import Video as Video
+    from prumerge_jax.data.images import VideoFile as VideoFile
     from prumerge_jax.engine.request import Answer as Answer
     from prumerge_jax.engine.request import Request as Request
     from prumerge_jax.engine.request import SamplingParams as SamplingParams
     from prumerge_jax.llava import Llava as Llava
 
-__all__ = ["Answer", "Llava", "Request", "SamplingParams"]
+__all__ = ["Answer", "Llava", "Request", "SamplingParams", "Video", "VideoFile"]
 
 _HOMES = {
     "Answer": "prumerge_jax.engine.request",
     "Llava": "prumerge_jax.llava",
     "Request": "prumerge_jax.engine.request",
     "SamplingParams": "prumerge_jax.engine.request",
+    "Video": "prumerge_jax.data.images",
+    "VideoFile": "prumerge_jax.data.images",
 }
 
 

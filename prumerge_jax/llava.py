@@ -40,7 +40,12 @@ from prumerge_jax.engine.build import (
     requests_of,
 )
 from prumerge_jax.engine.embeddings import embed
-from prumerge_jax.engine.encoding import PlacedModel, compute_dtype, data_shards
+from prumerge_jax.engine.encoding import (
+    PlacedModel,
+    compute_dtype,
+    data_shards,
+    named_cache_dtype,
+)
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.explanations import Explanation, explain_crops
 from prumerge_jax.engine.pages import pages_that_fit
@@ -53,6 +58,8 @@ from prumerge_jax.models.llava import (
     abstract_model,
     inference_layout,
 )
+from prumerge_jax.models.quantisation import Format, QuantParam, format_named
+from prumerge_jax.models.quantised_weights import check_blocks, chosen_format, read_weights
 from prumerge_jax.reductions import Reduction, ReductionLike, as_reduction
 from prumerge_jax.store import model_directory as directories
 from prumerge_jax.store.manifest import MANIFEST
@@ -89,6 +96,8 @@ class Llava:
         engine: EngineConfig | None = None,
         mesh: Mesh | None = None,
         revision: str | None = None,
+        quantize: str | None = None,
+        cache_dtype: str | None = None,
     ) -> "Llava":
         """Loads a directory that `convert_weights.py` or `train.py` wrote.
 
@@ -102,12 +111,21 @@ class Llava:
             Each weight is read straight into its shards.
           revision: a commit of the Hugging Face repository that `directory` then names; without
             it nothing is downloaded.
+          quantize: format of the kernels of the decoder's layers, `int8`, `int8x8`, `int4` or
+            `nf4`; by default that of the directory. Kernels are quantised one by one as they are
+            read.
+          cache_dtype: `int8` keeps keys and values in 8 bits, with a scale per token and head; by
+            default they have the dtype of computation.
 
         Raises:
           ConversionError: the revision is no commit, or cannot be downloaded.
           DirectoryError: the directory is incomplete or altered; the message names the file.
-          ValueError: another dtype, or a size of the engine that does not divide over the mesh.
+          ValueError: another dtype or format, a format that the directory's weights cannot be
+            brought into, or a size of the engine that does not divide over the mesh.
         """
+        if quantize is not None:
+            format_named(quantize)
+        cache = named_cache_dtype(cache_dtype)
         chosen = None if dtype is None else compute_dtype(dtype)
         (engine or EngineConfig()).sizes(data_shards(mesh))
         if revision is not None:
@@ -123,7 +141,8 @@ class Llava:
         config = config_json.read_config(root)
         tokenizer = load_tokenizer(tokenizer_file(root))
         _check_vocabulary(tokenizer, config)
-        model = _read_weights(root, config, chosen, mesh)
+        model = _read_weights(root, config, chosen, mesh, chosen_format(root, quantize))
+        model = dataclasses.replace(model, cache_dtype=cache)
         return cls(model, tokenizer, engine=engine)
 
     @property
@@ -312,7 +331,7 @@ class Llava:
         """
         processor = self.processor(image_mode, reduction)
         drafts = drafts_of_ids(images, token_ids, processor)
-        engine = self.engine(reduction, drafts, position_ids=position_ids)
+        engine = self.engine(reduction, drafts, max_new_tokens=1, position_ids=position_ids)
         found: dict[int, np.ndarray] = {}
         with self.placed():
             for result in engine.logits(requests_of(drafts, processor)):
@@ -519,10 +538,16 @@ class Llava:
 
 
 def _read_weights(
-    root: pathlib.Path, config: LlavaConfig, dtype: jnp.dtype | None, mesh: Mesh | None
+    root: pathlib.Path,
+    config: LlavaConfig,
+    dtype: jnp.dtype | None,
+    mesh: Mesh | None,
+    form: Format | None,
 ) -> PlacedModel:
     """Reads a verified directory, each weight straight into its shards."""
-    graphdef, abstract = abstract_model(config, config_json.read_adapter(root))
+    graphdef, abstract = abstract_model(config, config_json.read_adapter(root), form)
+    if mesh is not None:
+        check_blocks(config.text, form, mesh.shape)
     stored = directories.read_manifest(root).arrays
     compute = dtype or jnp.dtype(stored["decoder.embed_tokens"].dtype)
     shardings = None if mesh is None else sharding.weight_shardings(abstract, mesh)
@@ -530,11 +555,13 @@ def _read_weights(
     leaves = dict(nnx.to_flat_state(abstract))
     targets = {
         ".".join(map(str, path)): jax.ShapeDtypeStruct(
-            leaf.shape, compute, sharding=placed[path].get_value() if path in placed else None
+            leaf.shape,
+            leaf.dtype if isinstance(leaf, QuantParam) else compute,
+            sharding=placed[path].get_value() if path in placed else None,
         )
         for path, leaf in leaves.items()
     }
-    arrays = directories.load_arrays(root, targets)
+    arrays = read_weights(root, targets, form)
     state = nnx.from_flat_state(
         {path: leaf.replace(arrays[".".join(map(str, path))]) for path, leaf in leaves.items()}
     )

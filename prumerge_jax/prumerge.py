@@ -89,8 +89,8 @@ class PruMergeConfig:
             return self.capacity
         if self.count_rule == "all":
             return num_patches
-        # At most a quarter of all values can be above the third quartile.
-        most = self.fixed_count(num_patches) if self.count_rule == "top" else num_patches // 4
+        is_fixed = self.count_rule == "top"
+        most = self.fixed_count(num_patches) if is_fixed else self.most_outliers(num_patches)
         most = max(self.min_tokens, most)
         if self.max_tokens is not None:
             most = min(most, self.max_tokens)
@@ -103,6 +103,10 @@ class PruMergeConfig:
             "lattice_fixed": most + self.lattice_side(num_patches) ** 2,
         }[self.added_patches]
         return most + self.extra_token
+
+    def most_outliers(self, num_patches: int) -> int:
+        """Upper bound of the number of patches that the count rule `iqr` keeps."""
+        return num_patches // 4  # of all values can be above the third quartile
 
     def fixed_count(self, num_patches: int) -> int:
         """Number of patches that the count rule `top` keeps."""

@@ -1,7 +1,9 @@
 """`python -m prumerge_jax.cli.checks`."""
 
+import json
 import pathlib
 
+import numpy as np
 import pytest
 
 from prumerge_jax import reductions
@@ -25,6 +27,23 @@ def test_every_check_names_reductions(name: str) -> None:
 def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         checks.main(["checks.py", *arguments])
+
+
+@pytest.mark.slow
+def test_adaptation_shows_where_two_models_look(tmp_path: pathlib.Path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        checks.main(
+            ["checks.py", "--check=adaptation", f"--workdir={tmp_path}", "--scenes=2",
+             "--reduction=full"]
+        )  # fmt: skip
+    assert not ended.value.code, ended.value.code
+    assert "on digits x, miniature-any-budget" in capsys.readouterr().out
+    found = json.loads((tmp_path / "adaptation.json").read_text())["full"]
+    for figures in found.values():
+        assert len(figures["visual"]) == 3
+        assert 0 < min(figures["visual"]) <= max(figures["visual"]) < 1
+    before, after = (np.array(each["visual"]) for each in found.values())
+    assert abs(before - after).max() > 1e-3
 
 
 @pytest.mark.slow

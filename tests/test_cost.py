@@ -133,19 +133,41 @@ def test_kv_memory():
 
 
 def test_quantised_weights_shrink_the_decoder_alone():
-    sizes = cost.parameters(CONFIG_7B)
-    decoder = sizes.blocks + sizes.head
+    blocks = cost.parameters(CONFIG_7B).blocks
     full = cost.weight_bytes(CONFIG_7B)
-    assert full - cost.weight_bytes(CONFIG_7B, 8) == decoder
-    assert full - cost.weight_bytes(CONFIG_7B, 4) == 1.5 * decoder
+    for name, bits in (("int8", 8), ("int8x8", 8), ("int4", 4), ("nf4", 4.5)):
+        saved = full - cost.weight_bytes(CONFIG_7B, cost.Bits.of(name))
+        assert saved == blocks * (16 - bits) / 8
     steps = {
-        bits: cost.operations(CONFIG_7B, cost.Workload(40, 60, weight_bits=bits))
-        for bits in (16, 4)
+        bits: cost.operations(CONFIG_7B, cost.Workload(40, 60, bits=cost.Bits.of(bits)))
+        for bits in (None, "int8", "int4")
     }
-    assert steps[16]["vision"] == steps[4]["vision"]
-    prefill, quantised = steps[16]["prefill"][0], steps[4]["prefill"][0]
+    assert steps[None]["vision"] == steps["int4"]["vision"]
+    prefill, quantised = steps[None]["prefill"][0], steps["int4"]["prefill"][0]
     assert prefill.flops == quantised.flops
-    assert prefill.bytes - quantised.bytes == 1.5 * decoder
+    assert prefill.bytes - quantised.bytes == 1.5 * blocks
+
+
+def test_int8_products_run_at_their_own_peak():
+    chip = cost.CHIPS["tpu-v5e"]
+    plain, eight = (
+        cost.operations(CONFIG_7B, cost.Workload(576, 60, 32, bits=cost.Bits.of(name)))["prefill"][
+            0
+        ]
+        for name in ("int8", "int8x8")
+    )
+    of_down = 4096 * 11008 / (4 * 4096**2 + 3 * 4096 * 11008)
+    blocks = 2 * 32 * 636 * cost.parameters(CONFIG_7B).blocks
+    assert eight.int8_flops == pytest.approx(blocks * (1 - of_down))
+    saved = plain.seconds(chip) - eight.seconds(chip)
+    assert saved == pytest.approx(eight.int8_flops / chip.flops / 2)
+    with pytest.raises(ValueError, match="int8_ops"):
+        eight.seconds(cost.Chip(1e12, 1e12))
+
+
+def test_int8_keys_and_values_have_a_scale_per_token_and_head():
+    bits = cost.Bits.of(None, "int8")
+    assert cost.kv_bytes_per_token(CONFIG_7B.text, bits) == 2 * 32 * 32 * (128 + 4)
 
 
 FLOORS = """

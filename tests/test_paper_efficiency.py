@@ -49,7 +49,20 @@ def test_inferred_text_lengths_explain_the_published_table():
 
 def test_low_bits_need_an_8_bit_peak():
     with pytest.raises(ValueError, match="4 bit needs Chip.int8_ops"):
-        paper_efficiency.efficiency(VICUNA["llava-1.5-7b"], 70, 4, cost.CHIPS["h100"])
+        paper_efficiency.efficiency(VICUNA["llava-1.5-7b"], 70, 4, cost.CHIPS["tpu7x"])
+
+
+def test_our_rows_have_their_own_bits():
+    rows = {(r["chip"], r["format"]): r for r in paper_efficiency.our_rows("llava-1.5-7b")}
+    plain, int8, both = (rows["v100", name] for name in ("16 bit", "int8", "int8x8"))
+    # At batch 1 the weights' traffic bounds a step: half of it, half of the time.
+    assert plain["prefill_40_bound"] == plain["decode_40_bound"] == "memory"
+    assert_prints(plain["prefill_40"], "14.7")
+    assert_prints(plain["decode_40"], "14.7")
+    assert_prints(int8["decode_40"], "7.53")
+    assert int8["decode_576"] == pytest.approx(int8["decode_40"], rel=0.05)
+    # LLM-Viewer's V100 has fewer operations at 8 bits than at 16.
+    assert both["prefill_576"] > int8["prefill_576"]
 
 
 def test_the_table_is_printed(capsys, tmp_path):

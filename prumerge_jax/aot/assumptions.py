@@ -46,6 +46,7 @@ def mean_visual_tokens(spelling: str, vision: VisionConfig) -> MeanTokens:
       ValueError: the reduction is not valid, or the tower cannot provide for it.
     """
     reduction = reductions.parse(spelling)
+    reductions.require_before_decoder(reduction, "planning")
     side = reduction.image_size(vision.image_size, vision.patch_size) // vision.patch_size
     capacity = reduction.capacity_for(side**2)
     name, _, written = spelling.partition(":")

@@ -5,15 +5,16 @@ rest; they leave out waiting, launches and the host.
 """
 
 import dataclasses
+import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from prumerge_jax.aot.hlo import ProgramCost, program_cost
+from prumerge_jax.aot.hlo import ProgramCost, arrays_in_memory, program_cost
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import Chip, Tpu, counts
 from prumerge_jax.models.attention import backend_for
@@ -70,6 +71,10 @@ class Program:
         return max(self.compute_seconds(chip), self.interconnect_seconds(chip))
 
 
+class CopiesWeights(RuntimeError):
+    """A program holds what was quantised in 16 or more bits."""
+
+
 class DoesNotFit(RuntimeError):
     """XLA found no way to run a program in the memory of a chip."""
 
@@ -90,12 +95,21 @@ def compile_program(
     lowered: jax.stages.Lowered,
     kernel_flops: float = 0.0,
     kernel_bytes: float = 0.0,
+    quantised: Collection[tuple[int, int]] = (),
     steps: int = 1,
 ) -> Program:
     """Compiles one program, whose outermost loop runs `steps` times if nothing else says how often.
 
+    Args:
+      name: of the program.
+      lowered: what to compile.
+      kernel_flops, kernel_bytes: see `Program`.
+      quantised: shapes, as a chip holds them, of kernels that must not exist in 16 or more bits.
+      steps: see above.
+
     Raises:
       DoesNotFit: its arguments and temporaries exceed the memory of a chip.
+      CopiesWeights: one of those kernels does.
     """
     start = time.perf_counter()
     try:
@@ -110,6 +124,7 @@ def compile_program(
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None  # every backend that plans are made for has both
     assert text is not None
+    check_no_copies(name, text, quantised)
     return Program(
         name,
         arguments=memory.argument_size_in_bytes,
@@ -123,15 +138,28 @@ def compile_program(
     )
 
 
+def check_no_copies(name: str, text: str, quantised: Collection[tuple[int, int]]) -> None:
+    """Raises CopiesWeights where a program, as HLO text, stores one of these kernels [d_in, d_out],
+    either way round, in 16 or more bits."""
+    if not quantised:
+        return
+    kernels = {shape for d_in, d_out in quantised for shape in ((d_in, d_out), (d_out, d_in))}
+    for dtype, shape in sorted(arrays_in_memory(text)):
+        if dtype in ("bf16", "f16", "f32") and shape[-2:] in kernels:
+            raise CopiesWeights(
+                f"{name} holds {dtype}{list(shape)}: a copy of a quantised kernel, which would "
+                "cost more than the quantised weights save"
+            )
+
+
 def bytes_per_chip(tree: object) -> int:
     """What the arrays of a tree of shapes with shardings take on one chip, without padding."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shard = leaf.sharding.shard_shape(leaf.shape)
-        size = leaf.dtype.itemsize
-        for side in shard:
-            size *= side
-        total += size
+        is_integer = jnp.issubdtype(leaf.dtype, jnp.integer)  # some have 4 bits
+        bits = jnp.iinfo(leaf.dtype).bits if is_integer else 8 * leaf.dtype.itemsize
+        total += math.prod(shard) * bits // 8
     return total
 
 

@@ -88,6 +88,31 @@ def program_cost(text: str, open_trips: int = 1) -> ProgramCost:
     return ProgramCost(totals, cycles, open_loops)
 
 
+def arrays_in_memory(text: str) -> set[tuple[str, tuple[int, ...]]]:
+    """Dtype and shape, without sides of 1, of everything that a module's program stores.
+
+    What exists only within a fusion has no place in memory and is not among them.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
+    module = _parse(text)
+    found: set[tuple[str, tuple[int, ...]]] = set()
+    pending, seen = [module.entry], set()
+    while pending:
+        computation = pending.pop()
+        if computation in seen:
+            continue
+        seen.add(computation)
+        for instruction in module.computations[computation]:
+            for dtype, sides in _ARRAY.findall(instruction.shape):
+                shape = (int(side) for side in sides.split(",") if side)
+                found.add((dtype, tuple(side for side in shape if side != 1)))
+            if instruction.opcode in ("while", "conditional", "call"):
+                pending += instruction.called
+    return found
+
+
 class _Instruction(NamedTuple):
     name: str
     is_root: bool

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from prumerge_jax.aot.assumptions import MeanTokens, largest_layout, mean_of_image
@@ -29,32 +28,37 @@ from prumerge_jax.aot.compile import (
     placed,
     program_lines,
     tower_kernel_flops,
+    tpu,
 )
+from prumerge_jax.aot.held import Held, abstract_pages, abstract_weights, quantised_shapes
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
+from prumerge_jax.cost.bits import Bits
 from prumerge_jax.cost.roofline import FRONT_TOKENS, Operation, Workload
 from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
+from prumerge_jax.engine.encoding import named_cache_dtype
 from prumerge_jax.engine.request import Opening
 from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit, most_visual_tokens
-from prumerge_jax.models import attention
-from prumerge_jax.models.attention import KVPages, tokens_read
+from prumerge_jax.models.attention import tokens_read
 from prumerge_jax.models.attention.pages import form_for
 from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
-from prumerge_jax.models.llava import abstract_model
+from prumerge_jax.models.quantisation import format_named
+from prumerge_jax.models.quantised_weights import check_blocks
 from prumerge_jax.models.tuning import BY_PLATFORM
-from prumerge_jax.reductions import Reduction, parse
+from prumerge_jax.reductions import Reduction, Stage, parse
 from prumerge_jax.sharding.mesh import (
     logical_spec,
     mesh_on,
     use_mesh,
-    weight_shardings,
 )
 
 ASSUMED_TEXT_TOKENS, ASSUMED_NEW_TOKENS = 60, 64
 """Tokens of a question and of its answer, where the engine's lengths are left open."""
+SEQUENCE_TOKENS = 150
+"""Tokens of the sequences that a plan counts the room for: question, 40 visual tokens, answer."""
 ASSUMED_IMAGES = 8
 """Images whose questions rows are made for."""
 
@@ -75,6 +79,11 @@ class InferencePlan:
       work: by program, what it computes on all chips together, by the cost model.
       resident: bytes per chip of weights, pages of keys and values, and four windows of visual
         tokens.
+      pool_bytes: of it, those of the pages.
+      sequence_bytes: bytes per chip of the keys and values of one sequence of
+        `SEQUENCE_TOKENS`, in pages.
+      quantize, cache_dtype: format of the decoder's kernels and dtype of keys and values; None for
+        `dtype`.
       questions_per_image: assumed number of questions that share what is in front of them.
       rejected: why meshes that were tried before this one do not fit.
     """
@@ -89,6 +98,10 @@ class InferencePlan:
     programs: tuple[Program, ...]
     work: Mapping[str, Operation]
     resident: int
+    pool_bytes: int
+    sequence_bytes: int
+    quantize: str | None = None
+    cache_dtype: str | None = None
     questions_per_image: int = 1
     rejected: tuple[str, ...] = ()
 
@@ -96,6 +109,12 @@ class InferencePlan:
     def memory(self) -> int:
         """Peak bytes per chip: what is resident, and the largest working set of a program."""
         return peak_bytes(self.resident, self.programs)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of `SEQUENCE_TOKENS` per chip that have room for their keys and values."""
+        others = self.memory - self.pool_bytes
+        return max(int((tpu(self.topology.chip).memory - others) // self.sequence_bytes), 0)
 
     @property
     def prompts(self) -> float:
@@ -117,7 +136,10 @@ class InferencePlan:
             f"{self.topology.name}: {used} of {len(self.topology.devices)} chips, mesh "
             + " ".join(f"{axis}={size}" for axis, size in self.mesh.items()),
             *(f"  rejected: {reason}" for reason in self.rejected),
-            f"{self.reduction} in {self.dtype}, assumed {self.visual_tokens.mean:.4g} visual "
+            f"{self.reduction} in {self.dtype}"
+            + (f", kernels in {self.quantize}" if self.quantize else "")
+            + (f", keys and values in {self.cache_dtype}" if self.cache_dtype else "")
+            + f", assumed {self.visual_tokens.mean:.4g} visual "
             f"tokens per image ({self.visual_tokens.reason}), {self.questions_per_image} "
             f"question(s) about each and {ASSUMED_TEXT_TOKENS} tokens of text: "
             f"{self.prompts:.0f} prompts in the rows of a read or prefill",
@@ -128,6 +150,9 @@ class InferencePlan:
             f"{_valid_tokens(self.visual_tokens):.4g} tokens each, {self.shapes.pool_pages} pages "
             f"of {self.shapes.page_size}, for sequences of up to {self.shapes.cache_length}",
             memory_line(self.memory, self.resident, chip),
+            f"room for the keys and values of {self.sequences} sequences of {SEQUENCE_TOKENS} "
+            "tokens per chip, those of the pool included",
+            *self._copies(),
             *program_lines([(program, 1) for program in self.programs], chip),
             "model TFLOP, roofline of these chips and the share of it that XLA's estimate reaches:",
         ]
@@ -140,6 +165,14 @@ class InferencePlan:
             )
         return [*lines, CAVEAT]
 
+    def _copies(self) -> list[str]:
+        """What was checked of quantised kernels."""
+        if self.quantize is None:
+            return []
+        if format_named(self.quantize).block:
+            return [f"{self.quantize} kernels are expanded to {self.dtype} in memory, one by one"]
+        return [f"no program holds a {self.dtype} copy of a quantised kernel"]
+
 
 def plan_inference(
     model: LlavaConfig,
@@ -150,6 +183,8 @@ def plan_inference(
     dtype: jnp.dtype = jnp.bfloat16,
     *,
     questions_per_image: int = 1,
+    quantize: str | None = None,
+    cache_dtype: str | None = None,
 ) -> InferencePlan:
     """Compiles an engine's programs for a slice, on this mesh or the next larger that fits.
 
@@ -162,12 +197,20 @@ def plan_inference(
       mesh: sizes of the mesh's axes; those that are tried next have more `tensor`.
       dtype: dtype of weights and computation.
       questions_per_image: how many questions share the text and the image in front of them.
+      quantize: format of the decoder's kernels, None for `dtype`.
+      cache_dtype: dtype of keys and values, `int8` or None for `dtype`.
 
     Raises:
       ValueError: the mesh is larger than the slice, a shape does not divide over its shards, or
         the reduction is not valid.
       DoesNotFit: no mesh of the slice has the memory.
+      CopiesWeights: a program holds a quantised kernel in 16 bits.
     """
+    held = Held(
+        jnp.dtype(dtype),
+        None if quantize is None else format_named(quantize),
+        named_cache_dtype(cache_dtype),
+    )
     page_size = engine.page_size or BY_PLATFORM["tpu"].page_size
     resized = _resized(model, parse(reduction))
     shapes = fit(
@@ -181,9 +224,7 @@ def plan_inference(
     )
     plan, rejected = first_that_fits(
         _larger(mesh, model, len(topology.devices)),
-        functools.partial(
-            _plan, model, shapes, reduction, topology, jnp.dtype(dtype), questions_per_image
-        ),
+        functools.partial(_plan, model, shapes, reduction, topology, held, questions_per_image),
         topology,
         "has the memory; make the engine's shapes smaller or take a larger slice",
     )
@@ -224,12 +265,14 @@ def _plan(
     engine: EngineShapes,
     spelling: str,
     topology: Topology,
-    dtype: jnp.dtype,
+    held: Held,
     questions_per_image: int,
     sizes: Sizes,
 ) -> InferencePlan:
+    dtype = held.dtype
     mesh = mesh_on(topology.devices, **sizes)
-    graphdef, state = _abstract_state(model, mesh, dtype)
+    check_blocks(model.text, held.quantize, mesh.shape)
+    graphdef, state = abstract_weights(model, mesh, held)
     visual_tokens = mean_of_image(spelling, model)
     reduction = parse(spelling)
     model = _resized(model, reduction)
@@ -251,11 +294,11 @@ def _plan(
     if shared:
         rows = rows._replace(branch_ids=row)  # type: ignore[arg-type]
     with use_mesh(mesh):
-        slots, pages = _abstract_slots(engine, mesh), _abstract_pages(model, engine, mesh, dtype)
+        slots, pages = _abstract_slots(engine, mesh), abstract_pages(model, engine, mesh, held)
         places = jax.ShapeDtypeStruct(row.shape, jnp.int32, sharding=batch)
         tables = jax.ShapeDtypeStruct((engine.slots, engine.table_width), jnp.int32, sharding=batch)
         active = jax.ShapeDtypeStruct((engine.slots,), jnp.bool, sharding=batch)
-        read_by_kernel = _kernel_bytes(model, engine, visual_tokens, dtype) / mesh.size
+        read_by_kernel = _kernel_bytes(model, engine, visual_tokens, held) / mesh.size
         pairs = splash_pairs(
             engine.row_length, causal=True, max_segment_length=engine.longest_prompt
         )
@@ -282,14 +325,16 @@ def _plan(
             active,
             steps=engine.decode_steps_per_call,
         )
+        kernels = quantised_shapes(state)
         compiled = (
             compile_program("encode", encode, of_tower),
-            compile_program("read", read, of_rows),
-            compile_program("prefill", prefill, of_rows),
+            compile_program("read", read, of_rows, quantised=kernels),
+            compile_program("prefill", prefill, of_rows, quantised=kernels),
             compile_program(
                 "decode",
                 decode,
                 kernel_bytes=read_by_kernel,
+                quantised=kernels,
                 steps=engine.decode_steps_per_call,
             ),
         )
@@ -302,25 +347,23 @@ def _plan(
         largest_layout(model, reduction),
         engine,
         compiled,
-        _work(model, engine, visual_tokens),
+        _work(
+            model,
+            engine,
+            visual_tokens,
+            held.bits,
+            counts.stages_of(model.vision, reduction),
+        ),
         resident=bytes_per_chip((state, pages, pool, pool)),
+        pool_bytes=bytes_per_chip(pages),
+        sequence_bytes=bytes_per_chip(pages)
+        * mesh.shape["data"]
+        * mesh.shape["fsdp"]
+        * -(-SEQUENCE_TOKENS // engine.page_size)
+        // engine.pool_pages,
+        quantize=None if held.quantize is None else held.quantize.name,
+        cache_dtype=None if held.cache_dtype is None else held.cache_dtype.name,
         questions_per_image=questions_per_image if shared else 1,
-    )
-
-
-def _abstract_state(
-    model: LlavaConfig, mesh: Mesh, dtype: jnp.dtype
-) -> tuple[nnx.GraphDef, nnx.State]:
-    """A model's structure and its weights as shapes with shardings, as `Llava.load` lays them."""
-    graphdef, abstract = abstract_model(model)
-    shardings = dict(nnx.to_flat_state(weight_shardings(abstract, mesh)))
-    return graphdef, nnx.from_flat_state(
-        {
-            path: leaf.replace(
-                jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[path].get_value())
-            )
-            for path, leaf in nnx.to_flat_state(abstract)
-        }
     )
 
 
@@ -329,17 +372,6 @@ def _abstract_slots(engine: EngineShapes, mesh: Mesh) -> programs.Slots:
     shapes = jax.eval_shape(lambda: programs.empty_slots(slots=engine.slots))
     batch = NamedSharding(mesh, logical_spec("batch"))
     return placed(shapes, batch)
-
-
-def _abstract_pages(
-    model: LlavaConfig, engine: EngineShapes, mesh: Mesh, dtype: jnp.dtype
-) -> KVPages:
-    """The pool as shapes with shardings."""
-    shapes = jax.eval_shape(
-        lambda: attention.empty_pages(model.text, engine.pool_pages, engine.page_size, dtype)
-    )
-    spec = attention.pages_spec(model.text, dtype)
-    return placed(shapes, NamedSharding(mesh, spec))
 
 
 def _pairs(engine: EngineShapes) -> float:
@@ -354,34 +386,44 @@ def _valid_tokens(visual: MeanTokens) -> float:
 
 
 def _kernel_bytes(
-    model: LlavaConfig, engine: EngineShapes, visual: MeanTokens, dtype: jnp.dtype
+    model: LlavaConfig, engine: EngineShapes, visual: MeanTokens, held: Held
 ) -> float:
     """What the attention kernel of a decode step reads, on all chips together; 0 without one."""
+    dtype = held.page_dtype
     if form_for(dtype, model.text.head_dim) == "xla":
         return 0.0
     lengths = np.full(engine.slots, round(_valid_tokens(visual)))
     tokens = tokens_read(lengths, engine.page_size, dtype, model.text.head_dim)
-    return tokens * counts.kv_bytes_per_token(model.text)
+    return tokens * counts.kv_bytes_per_token(model.text, held.bits)
 
 
-def _work(model: LlavaConfig, engine: EngineShapes, visual: MeanTokens) -> dict[str, Operation]:
+def _work(
+    model: LlavaConfig,
+    engine: EngineShapes,
+    visual: MeanTokens,
+    bits: Bits,
+    stages: tuple[Stage, ...],
+) -> dict[str, Operation]:
     """What each program has to compute and to read, by the cost model; rows count as full."""
     sizes, text = counts.parameters(model), model.text
     width = counts.ACTIVATION_BYTES
     positions = engine.prefill_rows * engine.row_length
     flops: float = 2 * counts.block_parameters(text) * positions
     flops += counts.attention_flops(text, _pairs(engine))
-    rows = Operation(flops, width * sizes.blocks)
+    of_blocks = 2 * counts.block_parameters(text) * counts.int8_share(text, bits)
+    rows = Operation(flops, sizes.blocks * bits.kernels / 8, of_blocks * positions)
     context = _valid_tokens(visual)
     return {
         "encode": Operation(
-            engine.batch_size * counts.tower_flops(model.vision), width * sizes.vision_used
+            engine.batch_size * counts.staged_tower_flops(model.vision, stages),
+            width * sizes.vision_used,
         ),
         "read": rows,
         "prefill": rows,
         "decode": Operation(
             engine.slots * counts.decode_flops(text, context),
-            width * (sizes.blocks + sizes.head)
-            + engine.slots * context * counts.kv_bytes_per_token(text),
+            counts.decoder_bytes(model, bits)
+            + engine.slots * context * counts.kv_bytes_per_token(text, bits),
+            engine.slots * of_blocks,
         ),
     }

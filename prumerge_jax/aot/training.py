@@ -36,6 +36,8 @@ from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
 from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.models.quantisation import format_named
+from prumerge_jax.models.quantised_weights import check_blocks
 from prumerge_jax.sharding.mesh import logical_spec, mesh_on, use_mesh
 from prumerge_jax.training.config import TrainConfig, parse, with_sizes
 from prumerge_jax.training.objectives.next_token import (
@@ -253,6 +255,11 @@ def _check_divides(config: TrainConfig, sizes: Sizes) -> None:
     heads = config.sizes.text.num_kv_heads
     if heads % tensor:
         raise DoesNotFit(f"{heads} heads do not divide by {tensor}")
+    form = None if config.quantize is None else format_named(config.quantize)
+    try:
+        check_blocks(config.sizes.text, form, sizes)
+    except ValueError as error:
+        raise DoesNotFit(str(error)) from None
 
 
 def _abstract_step(

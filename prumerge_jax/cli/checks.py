@@ -8,11 +8,14 @@ neighbours   merging against selection, at 5, 10, 20 and 32 neighbours
 minimum      what a minimum of tokens costs, and what it brings
 iterative    PruMerge applied again to its own output, at several budgets
 weight       what the weight of a merged token brings, at several budgets
+text         what dropping tokens of the prompt's text costs, beside as many of the image's
 robustness   noise, blur, clutter and low contrast, for --reduction
+adaptation   what an adapter changes: attention to the image and to its digits, before and after,
+             for --checkpoint BEFORE,AFTER
 
-Each is a run of eval.py, with its table and its report of what every reduction keeps of the first
-images, and a table of the token counts: mean, coefficient of variation, share of images below 16,
-and how many times fewer tokens than patches. A run that was interrupted resumes.
+Each but the last is a run of eval.py, with its table and its report of what every reduction keeps
+of the first images, and a table of the token counts: mean, coefficient of variation, share of
+images below 16, and how many times fewer tokens than patches. A run that was interrupted resumes.
 """
 
 import json
@@ -45,9 +48,15 @@ REDUCTIONS: Mapping[str, str] = {
         f"cover:tokens={n} cover:tokens={n},merge=mean,size_bias=False cover:tokens={n},merge=mean"
         for n in (54, 27, 18)
     ),
+    "text": "full "
+    + " ".join(
+        f"fastv:layer=1,keep={keep},of=text fastv:layer=1,keep={keep}"
+        for keep in (0.9, 0.75, 0.5, 0.25)
+    ),
 }
 """What each check compares."""
-ROBUSTNESS = "robustness"
+ROBUSTNESS, ADAPTATION = "robustness", "adaptation"
+BEFORE_AND_AFTER = "miniature,miniature-any-budget"
 CLEAN = "clean"
 
 
@@ -58,9 +67,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _flags() -> flags.FlagValues:
     values = command_line.strings(
-        ("check", None, f"one of {', '.join([*REDUCTIONS, ROBUSTNESS])}"),
+        ("check", None, f"one of {', '.join([*REDUCTIONS, ROBUSTNESS, ADAPTATION])}"),
         ("workdir", None, "directory of the runs; new, or to be resumed"),
-        ("checkpoint", "miniature", "model directory, or miniature for the shipped model"),
+        (
+            "checkpoint",
+            None,
+            "model directory; by default miniature, the shipped model; of adaptation two, "
+            f"{BEFORE_AND_AFTER}",
+        ),
         ("split", "validation", "validation, or test for figures to report"),
         ("reduction", "full prumerge cover:tokens=54", "what robustness compares"),
     )
@@ -72,9 +86,13 @@ def _main(argv: Sequence[str]) -> int:
     values = _flags()
     command_line.parse(argv, values, __doc__)
     command_line.require(values, "check", "workdir")
-    if values.check not in (*REDUCTIONS, ROBUSTNESS):
+    if values.check not in (*REDUCTIONS, ROBUSTNESS, ADAPTATION):
         raise ValueError(f"--check {values.check}: expected {values['check'].help}")
     workdir = pathlib.Path(values.workdir)
+    if values.check == ADAPTATION:
+        return _adaptation(values, workdir)
+    if values.checkpoint is None:
+        values["checkpoint"].value = "miniature"
     if values.check == ROBUSTNESS:
         return _robustness(values, workdir)
     config = _config(values, REDUCTIONS[values.check])
@@ -120,6 +138,20 @@ def _robustness(values: flags.FlagValues, workdir: pathlib.Path) -> int:
         accuracies[kind] = _metrics(workdir / kind)
     _print_robustness(accuracies)
     return worst
+
+
+def _adaptation(values: flags.FlagValues, workdir: pathlib.Path) -> int:
+    """Attention of two models; always 0."""
+    from prumerge_jax.digits import adaptation
+
+    adaptation.compare_models(
+        (values.checkpoint or BEFORE_AND_AFTER).split(","),
+        values.reduction,
+        split=values.split,
+        scenes=values.scenes,
+        output=workdir / "adaptation.json",
+    )
+    return 0
 
 
 def _metrics(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:

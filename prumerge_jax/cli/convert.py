@@ -5,6 +5,7 @@ convert_weights.py --input llava-v1.5-7b --vision_tower clip-vit-large-patch14-3
     --allow_pickle --output llava-1.5-7b
 convert_weights.py --input vicuna-7b-v1.5 --adapter llava-v1.5-7b-lora-prunemerge
     --vision_tower clip-vit-large-patch14-336 --allow_pickle --merge --output prumerge-7b
+convert_weights.py --input llava-1.5-7b-hf --output llava-1.5-7b-int8 --quantize int8
 convert_weights.py --input llava-1.5-7b --push USER/llava-1.5-7b
 convert_weights.py --to hf --input llava-1.5-7b --output llava-1.5-7b-hf
 """
@@ -22,7 +23,8 @@ _MAX_KL = 0.01
 
 _READ_WITH = {
     **dict.fromkeys(
-        ("dtype", "vision_tower", "projector", "adapter", "allow_pickle", "verify"), ("jax",)
+        ("dtype", "quantize", "vision_tower", "projector", "adapter", "allow_pickle", "verify"),
+        ("jax",),
     ),
     **dict.fromkeys(("download", "revision"), ("jax",)),
     "adapter_base": ("jax", "peft"),
@@ -63,6 +65,13 @@ def _flags() -> flags.FlagValues:
         None,
         ["float32", "float16", "bfloat16"],
         "dtype of all weights; by default as stored",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "quantize",
+        None,
+        ["int8", "int8x8", "int4", "nf4"],
+        "format of the kernels of the decoder's layers; docs/quantisation.md",
         flag_values=values,
     )
     for name, help_text in (
@@ -115,6 +124,10 @@ def _check(values: flags.FlagValues) -> None:
     unused = [name for name, targets in _READ_WITH.items() if values.to not in targets]
     if unused := [name for name in unused if values[name].value]:
         raise ValueError(f"--to={values.to} takes no --{' --'.join(unused)}")
+    if values.quantize and values.verify:
+        raise ValueError(
+            "--verify compares equal weights, which --quantize changes: convert with one of them"
+        )
     for name in ("merge", "adapter_base"):
         if values.to == "jax" and values[name].value and not values.adapter:
             raise ValueError(f"--{name} is about an adapter; give it as --adapter")
@@ -162,7 +175,7 @@ def _import(folder: pathlib.Path, values: flags.FlagValues) -> None:
         check_comparable(model.config)
     dtype = jax.numpy.dtype(values.dtype) if values.dtype else None
     with tqdm.tqdm(total=model.nbytes, unit="B", unit_scale=True) as bar:
-        report = convert(model, output, dtype=dtype, progress=bar.update)
+        report = convert(model, output, dtype=dtype, quantize=values.quantize, progress=bar.update)
     print(f"{output}: {report.summary()}")
     if not model.has_tokenizer:
         print(missing_tokenizer_warning(output, model.tokenizer_name), file=sys.stderr)

@@ -70,7 +70,7 @@ def _plan(config: ConfigDict, slice_name: str, questions_per_image: int) -> int:
     import jax
 
     from prumerge_jax import reductions
-    from prumerge_jax.aot.compile import DoesNotFit
+    from prumerge_jax.aot.compile import CopiesWeights, DoesNotFit
     from prumerge_jax.aot.inference import plan_inference
     from prumerge_jax.aot.topology import topology
     from prumerge_jax.engine.encoding import compute_dtype
@@ -93,8 +93,10 @@ def _plan(config: ConfigDict, slice_name: str, questions_per_image: int) -> int:
                 config.mesh,
                 dtype,
                 questions_per_image=questions_per_image,
+                quantize=config.quantize,
+                cache_dtype=config.cache_dtype,
             )
-        except DoesNotFit as error:
+        except (CopiesWeights, DoesNotFit) as error:
             raise ValueError(f"{spelling}: {error}") from error
         print("\n".join(plan.lines()), flush=True)
     return 0

@@ -23,6 +23,7 @@ from prumerge_jax.conversion.hf_config import (
 from prumerge_jax.conversion.hf_files import OPENAI_TOWER, SIGLIP_TOWER
 from prumerge_jax.conversion.input_folder import check_folder
 from prumerge_jax.conversion.keys import Dialect
+from prumerge_jax.conversion.packed import PackedCheckpoint, unpacked, without_packing
 from prumerge_jax.conversion.safetensors_io import SafetensorsFile, open_safetensors
 from prumerge_jax.conversion.tensor_files import (
     Checkpoint,
@@ -195,10 +196,12 @@ class _Opener:
         where = folder / "config.json"
         family = self.detections[folder].family
         assert family is not None  # `detect` found one
-        config = family.parse(Section(load_object(where), str(where)))
+        values = load_object(where)
+        config = family.parse(Section(without_packing(values), str(where)))
         config = with_stops(folder, with_processor(folder, config))
         expected = keys.expected_shapes(keys.weights(config)) | keys.unused_tower_tensors(config)
-        self.add_model(self.open_weights(folder), Dialect.HF, expected, folder, config)
+        checkpoint = self.unpacked(self.open_weights(folder), values, str(where))
+        self.add_model(checkpoint, Dialect.HF, expected, folder, config)
         return config
 
     def add_model(
@@ -232,7 +235,8 @@ class _Opener:
         values = load_object(folder / "config.json")
         in_file = keeps_in_file_tower(values)
         vision = self.vision_config(values, in_file)
-        config = parse_llava(values, str(folder / "config.json"), vision)
+        where = str(folder / "config.json")
+        config = parse_llava(without_packing(values), where, vision)
         expected = keys.expected_shapes(
             [*keys.projector_weights(config), *keys.decoder_weights(config.text)]
         )
@@ -244,7 +248,7 @@ class _Opener:
                 return "unfreeze_mm_vision_tower is not set: mm_vision_tower is used instead"
             return keys.ignored_reason(canonical)
 
-        checkpoint = self.open_weights(folder)
+        checkpoint = self.unpacked(self.open_weights(folder), values, where)
         self.add_model(checkpoint, Dialect.LLAVA, expected, folder, config, leave_out)
         if not in_file:
             self.open_tower(config.vision)
@@ -384,6 +388,16 @@ class _Opener:
             self.check_pickle_allowed(index)
             return open_indexed(index, TorchFile, ".bin")
         return self.open_single(folder, ("pytorch_model.bin",))
+
+    def unpacked(self, checkpoint: Checkpoint, values: Mapping[str, Any], where: str) -> Checkpoint:
+        """See `packed.unpacked`."""
+        plain = unpacked(checkpoint, values, where)
+        if isinstance(plain, PackedCheckpoint) and self.sources.merge:
+            raise ConversionError(
+                f"{where}: the base is quantised ({plain.method}); --merge adds an adapter to an "
+                "unquantised base: give that, or keep the adapter"
+            )
+        return plain
 
     def open_single(self, folder: pathlib.Path, names: tuple[str, ...]) -> Checkpoint:
         """The first of these files that exists."""

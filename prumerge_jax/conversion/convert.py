@@ -13,9 +13,12 @@ import numpy as np
 from prumerge_jax.conversion import keys
 from prumerge_jax.conversion.checkpoint_reader import OpenedModel
 from prumerge_jax.conversion.keys import Weight
+from prumerge_jax.conversion.quantised import assemble_quantised, quantised_kernels
 from prumerge_jax.conversion.report import Report
 from prumerge_jax.conversion.safetensors_io import encode
 from prumerge_jax.conversion.tensor_files import ConversionError, Tensor, is_finite
+from prumerge_jax.models.quantisation import Format, format_named
+from prumerge_jax.models.quantised_weights import CODES, SCALE
 from prumerge_jax.store.atomic import require_new, require_space
 from prumerge_jax.store.manifest import size_and_sha256
 from prumerge_jax.store.model_directory import DirectoryWriter
@@ -33,6 +36,7 @@ def convert(
     output: str | os.PathLike[str],
     *,
     dtype: np.dtype | None = None,
+    quantize: str | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Report:
     """Writes a model directory from a checkpoint.
@@ -40,7 +44,9 @@ def convert(
     Args:
       model: see `checkpoint_reader.open_model`.
       output: the directory to write; it must not exist.
-      dtype: dtype of all weights but adapters; None keeps each weight's.
+      dtype: dtype of all weights but adapters and quantised ones; None keeps each weight's.
+      quantize: format of the kernels of the decoder's layers (`quantisation.FORMATS`); None keeps
+        them as they are. Layers are read and quantised one at a time.
       progress: called with the number of checkpoint bytes done since the last call.
 
     Raises:
@@ -50,23 +56,39 @@ def convert(
       OSError: a file cannot be read or written.
     """
     table, tensors = keys.weights(model.config), dict(model.tensors)
-    dtypes = {weight.path: _target_dtype(weight, tensors, dtype) for weight in table}
+    form = None if quantize is None else format_named(quantize)
+    kernels = quantised_kernels(model.config.text, form)
+    dtypes = {
+        weight.path: _target_dtype(weight, tensors, dtype)
+        for weight in table
+        if weight.path not in kernels
+    }
     if model.adapter is not None:
         adapters = list(keys.adapter_weights(model.config.text, model.adapter.config.rank))
         tensors.update(model.adapter.tensors)
         dtypes |= {weight.path: _target_dtype(weight, tensors, None) for weight in adapters}
         table += adapters
     require_new(output)
-    require_space(output, sum(math.prod(w.shape) * dtypes[w.path].itemsize for w in table))
-    report = Report(model)
+    require_space(
+        output,
+        sum(math.prod(w.shape) * dtypes[w.path].itemsize for w in table if w.path in dtypes)
+        + sum(kernels.values()),
+    )
+    report = Report(model, quantize=quantize)
     writer = DirectoryWriter(
         output,
         model.config,
         adapter=model.adapter.config if model.adapter else None,
+        quantize=quantize,
         source=report.source(),
     )
     with writer, _hashing(model.files) as digests:
         for weight in table:
+            if weight.path in kernels:
+                assert form is not None  # else there would be none
+                nbytes = kernels[weight.path]
+                _write_quantised(writer, report, weight, tensors, form, nbytes, progress)
+                continue
             array = assemble(weight, tensors, dtypes[weight.path], progress)
             writer.write_array(weight.path, array)
             report.add(weight, tensors, array.dtype)
@@ -81,8 +103,26 @@ def convert(
             f"{path.parent.name}/{path.name}": digest.result()[1]
             for path, digest in digests.items()
         }
+        writer.source |= report.quantisation()
         writer.write_file(REPORT, json.dumps(report.to_json(), indent=1).encode())
     return report
+
+
+def _write_quantised(
+    writer: DirectoryWriter,
+    report: Report,
+    weight: Weight,
+    tensors: Mapping[str, Tensor],
+    form: Format,
+    nbytes: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Writes codes and scales of one kernel, which have so many bytes."""
+    stem = weight.path.removesuffix("kernel")
+    quantised, error = assemble_quantised(weight, tensors, form, progress)
+    writer.write_array(stem + CODES, quantised.codes)
+    writer.write_array(stem + SCALE, quantised.scale)
+    report.add_quantised(weight, error, nbytes)
 
 
 def assemble(

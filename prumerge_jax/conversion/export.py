@@ -22,6 +22,7 @@ from prumerge_jax.conversion.torch_bin import encode
 from prumerge_jax.families import family_of
 from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig, decoder_linears
+from prumerge_jax.models.quantised_weights import stored_format
 from prumerge_jax.store import model_directory as directories
 from prumerge_jax.store.atomic import StagedDirectory, require_new, require_space
 
@@ -116,6 +117,12 @@ def export_model(
       DirectoryError: `folder` is not a model directory, or `output` exists.
     """
     require_new(output)
+    if form := stored_format(folder):
+        reason = "adapters are merged into the unquantised base alone" if merge else "it is ours"
+        raise ConversionError(
+            f"{folder} holds {form.name} weights, which no other library reads, and {reason}: "
+            "export the directory that it was quantised from"
+        )
     adapter = config_json.read_adapter(folder)  # before every file is hashed
     if adapter is None and merge:
         raise ConversionError(f"{folder} holds no adapters: leave --merge out")

@@ -4,11 +4,13 @@
 `python -m prumerge_jax.cost` prints those times.
 """
 
+from prumerge_jax.cost.bits import Bits
 from prumerge_jax.cost.counts import (
     Parameters,
     kv_bytes_per_token,
     lora_parameters,
     parameters,
+    stages_of,
     training_flops,
     weight_bytes,
 )
@@ -25,6 +27,7 @@ from prumerge_jax.cost.roofline import (
 
 __all__ = [
     "CHIPS",
+    "Bits",
     "Chip",
     "Operation",
     "Parameters",
@@ -36,6 +39,7 @@ __all__ = [
     "lora_parameters",
     "operations",
     "parameters",
+    "stages_of",
     "training_flops",
     "weight_bytes",
 ]

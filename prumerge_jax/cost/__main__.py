@@ -5,9 +5,11 @@ import dataclasses
 from collections.abc import Sequence
 
 from prumerge_jax.cost import counts
+from prumerge_jax.cost.bits import Bits
 from prumerge_jax.cost.roofline import CHIPS, Chip, Workload, floor_seconds, operations
 from prumerge_jax.families import published
 from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.models.quantisation import FORMATS
 
 VISUAL_TOKENS = (576, 144, 40)
 BATCHES = (1, 8, 32)
@@ -19,7 +21,7 @@ def floor_lines(
     config: LlavaConfig,
     chip: Chip,
     text_tokens: int,
-    weight_bits: int,
+    bits: Bits,
     questions_per_image: int = 1,
 ) -> list[str]:
     """Roofline times per question, from the vision tower to the last output token."""
@@ -28,7 +30,9 @@ def floor_lines(
         asked = f", {questions_per_image} questions share each image"
     lines = [
         f"{chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e12:.2f} TB/s, {text_tokens} text "
-        f"tokens, {weight_bits}-bit decoder weights{asked}; "
+        f"tokens, {bits.kernels:g} bits per weight of the decoder's layers"
+        f"{', products of int8 numbers' if bits.int8_products else ''}, {bits.cache} per number of "
+        f"keys and values{asked}; "
         "ms per question at 1 to 32 output tokens:",
         f"{'batch':>5}{'visual':>8}{'vision+merge':>14}{'prefill':>16}"
         + "".join(f"{f'{n} out':>11}" for n in OUTPUT_TOKENS)
@@ -40,7 +44,7 @@ def floor_lines(
                 visual,
                 text_tokens,
                 batch,
-                weight_bits=weight_bits,
+                bits=bits,
                 questions_per_image=questions_per_image,
             )
             seconds = floor_seconds(config, workload, chip)
@@ -60,12 +64,12 @@ def floor_lines(
     return lines
 
 
-def page_lines(config: LlavaConfig, text_tokens: int) -> list[str]:
+def page_lines(config: LlavaConfig, text_tokens: int, bits: Bits) -> list[str]:
     """What a sequence's keys and values take in pages, at its longest."""
     lines = []
     for visual in VISUAL_TOKENS:
         tokens = visual + text_tokens + max(OUTPUT_TOKENS)
-        size = counts.kv_bytes(config.text, tokens, PAGE_SIZE) / 1e6
+        size = counts.kv_bytes(config.text, tokens, PAGE_SIZE, bits) / 1e6
         lines.append(
             f"{visual} visual tokens: keys and values of {tokens} tokens in pages of {PAGE_SIZE}: "
             f"{size:.0f} MB a sequence"
@@ -79,7 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="llava-1.5-7b", help="a published size")
     parser.add_argument("--chip", default="h100", choices=sorted(CHIPS))
     parser.add_argument("--text_tokens", type=int, default=60, help="prompt tokens per request")
-    parser.add_argument("--weight_bits", type=int, default=16, choices=(16, 8, 4))
+    parser.add_argument(
+        "--quantize", choices=sorted(FORMATS), help="format of the decoder's kernels"
+    )
+    parser.add_argument("--cache_dtype", choices=("int8",), help="dtype of keys and values")
     parser.add_argument(
         "--questions_per_image", type=int, default=1, help="that share what is in front of them"
     )
@@ -100,14 +107,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     chip = CHIPS[arguments.chip].achievable(
         arguments.compute_fraction, arguments.bandwidth_fraction
     )
+    bits = Bits.of(arguments.quantize, arguments.cache_dtype)
     print(f"Floors of {arguments.model} on one {arguments.chip}, assumed achievable:")
-    for line in page_lines(config, arguments.text_tokens):
+    for line in page_lines(config, arguments.text_tokens, bits):
         print(line)
     for line in floor_lines(
         config,
         chip,
         arguments.text_tokens,
-        arguments.weight_bits,
+        bits,
         arguments.questions_per_image,
     ):
         print(line)

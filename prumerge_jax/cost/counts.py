@@ -7,9 +7,10 @@ Embedding lookups, norms, activation functions and softmax are not counted.
 import dataclasses
 from collections.abc import Sequence
 
+from prumerge_jax.cost.bits import PLAIN, SCALE_BITS, Bits
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig, decoder_linears
 from prumerge_jax.models.llava import projector_depth
-from prumerge_jax.reductions import Stage
+from prumerge_jax.reductions import Reduction, Stage
 
 ACTIVATION_BYTES = 2
 """Bytes per number, but for quantised weights: bfloat16 or float16."""
@@ -105,6 +106,13 @@ def tower_flops(vision: VisionConfig) -> int:
     return blocks + patch_embedding_flops(vision) + attention
 
 
+def stages_of(vision: VisionConfig, reduction: Reduction) -> tuple[Stage, ...]:
+    """The merges that a reduction makes inside the tower; none for most."""
+    if "groups" not in reduction.needs:
+        return ()
+    return reduction.stages(whole_blocks(vision), vision.num_patches)
+
+
 def staged_tower_flops(vision: VisionConfig, stages: Sequence[Stage]) -> int:
     """`tower_flops` with merges inside the tower, counted from the layer after each."""
     patches, block = vision.num_patches, vision_block_flops(vision)
@@ -154,22 +162,37 @@ def attention_flops(text: TextConfig, pairs: float) -> float:
     return 4 * pairs * text.num_heads * text.head_dim * text.num_layers
 
 
-def kv_bytes_per_token(text: TextConfig) -> int:
-    """Keys and values of all layers at 16 bit."""
-    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * ACTIVATION_BYTES
+def kv_bytes_per_token(text: TextConfig, bits: Bits = PLAIN) -> int:
+    """Keys and values of all layers."""
+    of_head = text.head_dim * bits.cache + (SCALE_BITS if bits.cache == 8 else 0)
+    return 2 * text.num_layers * text.num_kv_heads * of_head // 8
 
 
-def kv_bytes(text: TextConfig, tokens: int, page_size: int = 1) -> int:
+def kv_bytes(text: TextConfig, tokens: int, page_size: int = 1, bits: Bits = PLAIN) -> int:
     """Keys and values of a sequence of so many tokens, in pages of so many."""
-    return -(-tokens // page_size) * page_size * kv_bytes_per_token(text)
+    return -(-tokens // page_size) * page_size * kv_bytes_per_token(text, bits)
 
 
-def weight_bytes(config: LlavaConfig, weight_bits: int = 16) -> float:
+def weight_bytes(config: LlavaConfig, bits: Bits = PLAIN) -> float:
     """Resident weights: the tower as PruMerge needs it, projector, embedding, decoder."""
     counts = parameters(config)
     kept = counts.vision_used + counts.projector + counts.newline
     kept += counts.embedding + counts.norms
-    return ACTIVATION_BYTES * kept + (counts.blocks + counts.head) * weight_bits / 8
+    return ACTIVATION_BYTES * kept + decoder_bytes(config, bits)
+
+
+def decoder_bytes(config: LlavaConfig, bits: Bits = PLAIN) -> float:
+    """Weights that a step of decoding reads: the blocks and the head."""
+    counts = parameters(config)
+    return counts.blocks * bits.kernels / 8 + counts.head * ACTIVATION_BYTES
+
+
+def int8_share(text: TextConfig, bits: Bits) -> float:
+    """Share of the blocks' products that are of int8 numbers: all but those of `down_proj`."""
+    if not bits.int8_products:
+        return 0.0
+    sizes = {name: i * o for name, (i, o) in decoder_linears(text).items()}
+    return 1 - sizes["down_proj"] / sum(sizes.values())
 
 
 def training_flops(

@@ -7,7 +7,9 @@ bandwidth. Activations, norms, launches, padding and host work are free: floors,
 import dataclasses
 
 from prumerge_jax.cost import counts
+from prumerge_jax.cost.bits import Bits
 from prumerge_jax.models.config import LlavaConfig, TextConfig
+from prumerge_jax.reductions import Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Chip:
     Attributes:
       flops: FLOP/s at 16 bit, dense.
       bandwidth: bytes/s of the main memory.
-      int8_ops: operations/s at 8 bit, or None where no table here needs it.
+      int8_ops: operations/s at 8 bit, or None where no figure is known.
       tpu: what only a plan for a TPU needs.
     """
 
@@ -51,12 +53,14 @@ class Tpu:
 
 CHIPS = {
     "v100": Chip(112e12, 0.900e12, int8_ops=62e12),  # as LLM-Viewer has it
-    "a100": Chip(312e12, 2.04e12),
-    "h100": Chip(989e12, 3.35e12),
-    "h200": Chip(989e12, 4.8e12),
-    "tpu-v5e": Chip(197e12, 0.819e12, tpu=Tpu("TPU v5 lite", 15.75 * 2**30, 200e9, 1.5e9)),
-    "tpu-v5p": Chip(459e12, 2.765e12, tpu=Tpu("TPU v5", 95.74 * 2**30, 600e9, 1.75e9)),
-    "tpu-v6e": Chip(918e12, 1.640e12, tpu=Tpu("TPU v6 lite", 31.25 * 2**30, 400e9, 1.75e9)),
+    "a100": Chip(312e12, 2.04e12, int8_ops=624e12),
+    "h100": Chip(989e12, 3.35e12, int8_ops=1979e12),
+    "h200": Chip(989e12, 4.8e12, int8_ops=1979e12),
+    "tpu-v5e": Chip(197e12, 0.819e12, 394e12, tpu=Tpu("TPU v5 lite", 15.75 * 2**30, 200e9, 1.5e9)),
+    "tpu-v5p": Chip(459e12, 2.765e12, 918e12, tpu=Tpu("TPU v5", 95.74 * 2**30, 600e9, 1.75e9)),
+    "tpu-v6e": Chip(
+        918e12, 1.640e12, 1836e12, tpu=Tpu("TPU v6 lite", 31.25 * 2**30, 400e9, 1.75e9)
+    ),
     "tpu7x": Chip(2307e12, 7.380e12),
 }
 """Datasheet peaks."""
@@ -75,19 +79,21 @@ class Workload:
       text_tokens: prompt tokens per request.
       batch: requests computed together.
       output_tokens: per request; the first one comes from the prefill.
-      weight_bits: bits per weight of the decoder's blocks and head; tower and projector keep 16.
+      bits: bits per weight of the decoder's blocks, and of keys and values.
       crops_per_image: what the tower sees of an image, or frames of a video.
       questions_per_image: requests that have their image, and `FRONT_TOKENS` of their text in front
         of it, in common; both are computed once for all of them.
+      tower_stages: merges inside the tower.
     """
 
     visual_tokens: float
     text_tokens: float
     batch: int = 1
     output_tokens: int = 1
-    weight_bits: int = 16
+    bits: Bits = Bits()
     questions_per_image: int = 1
     crops_per_image: int = 1
+    tower_stages: tuple[Stage, ...] = ()
 
     @property
     def sequence(self) -> float:
@@ -123,14 +129,23 @@ class Operation:
 
     flops: float
     bytes: float
+    int8_flops: float = 0.0
+    """Of `flops`, those of int8 numbers."""
 
     def seconds(self, chip: Chip) -> float:
         """Roofline time."""
-        return max(self.flops / chip.flops, self.bytes / chip.bandwidth)
+        return max(self._compute_seconds(chip), self.bytes / chip.bandwidth)
 
     def bound(self, chip: Chip) -> str:
         """`compute` or `memory`, whichever takes longer."""
-        return "compute" if self.flops / chip.flops >= self.bytes / chip.bandwidth else "memory"
+        return "compute" if self._compute_seconds(chip) >= self.bytes / chip.bandwidth else "memory"
+
+    def _compute_seconds(self, chip: Chip) -> float:
+        if not self.int8_flops:
+            return self.flops / chip.flops
+        if chip.int8_ops is None:
+            raise ValueError("products of int8 numbers need Chip.int8_ops, which is not known")
+        return (self.flops - self.int8_flops) / chip.flops + self.int8_flops / chip.int8_ops
 
 
 def operations(config: LlavaConfig, workload: Workload) -> dict[str, list[Operation]]:
@@ -141,8 +156,10 @@ def operations(config: LlavaConfig, workload: Workload) -> dict[str, list[Operat
     """
     sizes = counts.parameters(config)
     text, batch, images = config.text, workload.batch, workload.images
-    weights = (sizes.blocks + sizes.head) * workload.weight_bits / 8
-    kv = batch * counts.kv_bytes_per_token(text)
+    weights = counts.decoder_bytes(config, workload.bits)
+    kv = batch * counts.kv_bytes_per_token(text, workload.bits)
+    of_blocks = 2 * batch * counts.block_parameters(text)
+    int8_token = of_blocks * counts.int8_share(text, workload.bits)
     patches = config.vision.num_patches
     # PruMerge reads the hidden state and the key of every patch.
     image_bytes = 2 * patches * config.vision.width * counts.ACTIVATION_BYTES
@@ -153,7 +170,7 @@ def operations(config: LlavaConfig, workload: Workload) -> dict[str, list[Operat
     return {
         "vision": [
             Operation(
-                crops * counts.tower_flops(config.vision),
+                crops * counts.staged_tower_flops(config.vision, workload.tower_stages),
                 counts.ACTIVATION_BYTES * sizes.vision_used,
             )
         ],
@@ -163,10 +180,13 @@ def operations(config: LlavaConfig, workload: Workload) -> dict[str, list[Operat
             Operation(
                 batch * _prefill_flops(text, workload),
                 weights + kv * workload.computed,
+                int8_token * workload.computed,
             )
         ],
         "decode": [
-            Operation(batch * counts.decode_flops(text, context), weights + kv * context)
+            Operation(
+                batch * counts.decode_flops(text, context), weights + kv * context, int8_token
+            )
             for context in contexts
         ],
     }

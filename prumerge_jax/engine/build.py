@@ -229,7 +229,9 @@ def drafts_of_ids(
                 "expected one for each"
             )
         layouts = processor.layouts(named)
-        drafts.append(Draft(key, ids.astype(np.int32), named, layouts=layouts))
+        # Nothing is generated, so nothing else may be long.
+        sampling = SamplingParams(max_new_tokens=1)
+        drafts.append(Draft(key, ids.astype(np.int32), named, sampling=sampling, layouts=layouts))
     return drafts
 
 

@@ -15,6 +15,7 @@ from prumerge_jax.engine.request import Answer, Delta, Request, Usage
 from prumerge_jax.engine.scoring import Scores, dispatch_scores
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.engine.windows import Counters, Window, WindowPlanner, window_end
+from prumerge_jax.reductions import Drops
 
 MakePlanner = Callable[[], WindowPlanner]
 
@@ -34,6 +35,7 @@ class Core:
         counters: Counters,
         *,
         key_bias: bool = False,
+        drops: Drops | None = None,
     ) -> None:
         """Prepares a core.
 
@@ -42,10 +44,11 @@ class Core:
           planners: make planners for requests of each `Request.reduction`.
           counters: what has been computed.
           key_bias: whether keys have a bias.
+          drops: which tokens leave the decoder.
         """
         self.model, self.shapes, self.counters = model, shapes, counters
         self.decoder: SlotDecoder | None = None
-        self._planners, self._key_bias = planners, key_bias
+        self._planners, self._key_bias, self._drops = planners, key_bias, drops
         self.reset()
 
     def reset(self) -> None:
@@ -118,7 +121,9 @@ class Core:
             if rows is None:
                 break
             if self.decoder is None:
-                self.decoder = SlotDecoder(self.model, self.shapes, key_bias=self._key_bias)
+                self.decoder = SlotDecoder(
+                    self.model, self.shapes, key_bias=self._key_bias, drops=self._drops
+                )
             self.decoder.take(*rows, dropped=self._dropped)
             self._dropped -= {rows[0].requests[index].key for index in rows[1].requests}
         if self.decoder is not None:
@@ -129,7 +134,8 @@ class Core:
         self._hand_out(failed)
         if rows is not None:
             longest = self.shapes.longest_prompt
-            self._scores.append(dispatch_scores(self.model, *rows, longest_prompt=longest))
+            scores = dispatch_scores(self.model, *rows, longest_prompt=longest, drops=self._drops)
+            self._scores.append(scores)
         if len(self._scores) > (rows is not None):
             self._hand_out(self._scores.popleft().answers())
 

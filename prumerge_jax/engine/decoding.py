@@ -23,6 +23,7 @@ from prumerge_jax.engine.request import Answer, Delta, FinishReason, Request
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.engine.windows import Window
 from prumerge_jax.models.config import MAX_STOP_IDS
+from prumerge_jax.reductions import Drops
 
 
 class SlotDecoder:
@@ -32,16 +33,23 @@ class SlotDecoder:
       pools: the pages of each data shard.
     """
 
-    def __init__(self, model: PlacedModel, shapes: EngineShapes, *, key_bias: bool = False) -> None:
-        self.model, self.shapes = model, shapes
+    def __init__(
+        self,
+        model: PlacedModel,
+        shapes: EngineShapes,
+        *,
+        key_bias: bool = False,
+        drops: Drops | None = None,
+    ) -> None:
+        self.model, self.shapes, self._drops = model, shapes, drops
         self.slots = model.commit(programs.empty_slots(slots=shapes.slots))
         pages = programs.empty_pages(
             model.graphdef,
             model.state,
             pages=shapes.pool_pages,
             page_size=shapes.page_size,
-            dtype=model.dtype,
-            key_bias=key_bias,
+            dtype=model.page_dtype,
+            key_bias=key_bias or drops is not None,
         )
         self.pages = model.commit(pages)
         self.pools = [PagePool(shapes.pool_pages // model.shards) for _ in range(model.shards)]
@@ -157,9 +165,10 @@ class SlotDecoder:
             model.state,
             self.pages,
             window.pool,
-            model.put_rows(rows),
+            model.put_rows(rows, self._drops),
             model.put(prompts.places),
             max_segment_length=self.shapes.longest_prompt,
+            drops=self._drops,
         )
         for source, target in prompts.copies(self.shapes.slots * self.shapes.page_size):
             self.pages = programs.copy_in_pages(

@@ -10,7 +10,7 @@ from flax import nnx
 
 from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.models.llava import encode_images
-from prumerge_jax.reductions import Reduction
+from prumerge_jax.reductions import Reduction, require_before_decoder
 
 
 def embed(
@@ -24,8 +24,10 @@ def embed(
       reduction: one that reads no question.
 
     Raises:
-      ValueError: the reduction reads the question, or an image's attention is not finite.
+      ValueError: the reduction reads the question or drops tokens in the decoder, or an image's
+        attention is not finite.
     """
+    require_before_decoder(reduction, "embedding")
     if reduction.question_tokens:
         raise ValueError("the reduction reads the question; embeddings are made of images alone")
     whole = reduction.uncapped()

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from prumerge_jax import sharding
 from prumerge_jax.data import packing
+from prumerge_jax.data.asking import asking_columns
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.places import WindowPlaces
 from prumerge_jax.engine.shapes import EngineShapes
@@ -22,7 +23,7 @@ from prumerge_jax.messages import quoted
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.frames import FrameForm
 from prumerge_jax.prumerge import VisualTokens
-from prumerge_jax.reductions import Reduction
+from prumerge_jax.reductions import Drops, Reduction
 
 _Tree = TypeVar("_Tree")
 
@@ -44,6 +45,17 @@ def compute_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
     return chosen
 
 
+def named_cache_dtype(name: str | None) -> jnp.dtype | None:
+    """The dtype of keys and values in pages that a user names; None keeps that of computation.
+
+    Raises:
+      ValueError: another name than int8.
+    """
+    if name not in (None, "int8"):
+        raise ValueError(f"cache_dtype is {quoted(name)}; expected int8, or None")
+    return None if name is None else jnp.dtype(jnp.int8)
+
+
 def data_shards(mesh: Mesh | None) -> int:
     """Number of shards that a mesh splits a batch into; 1 without a mesh."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
@@ -58,6 +70,7 @@ class PlacedModel:
       config: its sizes.
       dtype: compute dtype.
       mesh: devices to split images, rows and slots over; None means one device.
+      cache_dtype: dtype of keys and values in pages: int8, or None for that of computation.
     """
 
     graphdef: nnx.GraphDef
@@ -65,6 +78,12 @@ class PlacedModel:
     config: LlavaConfig
     dtype: jnp.dtype
     mesh: Mesh | None = None
+    cache_dtype: jnp.dtype | None = None
+
+    @property
+    def page_dtype(self) -> jnp.dtype:
+        """Dtype of keys and values in pages."""
+        return self.cache_dtype or self.dtype
 
     @property
     def shards(self) -> int:
@@ -93,8 +112,8 @@ class PlacedModel:
             return tree
         return jax.device_put(tree, self.batch_sharding)
 
-    def put_rows(self, rows: packing.Rows) -> programs.Rows:
-        """The device's part of a plan."""
+    def put_rows(self, rows: packing.Rows, drops: Drops | None = None) -> programs.Rows:
+        """The device's part of a plan; `drops` as in `programs.prefill`."""
         index, weight = (rows.visual_index, None) if rows.taps is None else rows.taps
         return programs.Rows(
             ids=self.put(rows.ids),
@@ -103,6 +122,7 @@ class PlacedModel:
             segment_ids=self.put(rows.segment_ids),
             branch_ids=None if rows.branch_ids is None else self.put(rows.branch_ids),
             visual_weight=None if weight is None else self.put(weight),
+            asking=None if drops is None else self.put(asking_columns(rows)),
         )
 
 

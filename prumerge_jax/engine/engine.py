@@ -26,6 +26,7 @@ from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.data.visual_layout import Newlines, check_newlines
 from prumerge_jax.engine.core import Core
 from prumerge_jax.engine.encoding import Encoder, PlacedModel
+from prumerge_jax.engine.probing import SequenceAttention, sequence_attention
 from prumerge_jax.engine.request import (
     Answer,
     Delta,
@@ -37,7 +38,7 @@ from prumerge_jax.engine.request import (
 from prumerge_jax.engine.scoring import sequence_logits
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.engine.windows import Counters, WindowPlanner
-from prumerge_jax.reductions import Reduction, spell
+from prumerge_jax.reductions import Drops, Reduction, spell
 
 
 class Engine:
@@ -74,8 +75,9 @@ class Engine:
 
         Raises:
           ValueError: a shape does not divide over the data shards of the mesh, other position ids,
-            newlines that do not exist or the model does not have, or a budget for tokens that are
-            not in the order of their attention.
+            newlines that do not exist or the model does not have, a budget for tokens that are
+            not in the order of their attention, or shared prefixes with a reduction that drops
+            tokens by what is asked.
         """
         shapes.check_shards(model.shards)
         packing.check_position_ids(position_ids)
@@ -92,12 +94,19 @@ class Engine:
         self.image_budget = image_budget
         self.encoder = Encoder(model, shapes)
         self.counters = Counters()
+        self._drops = _drops_of(reduction, model, position_ids)
+        if self._drops is not None and shapes.share_prefixes:
+            raise ValueError(
+                f"the reduction {spell(reduction)} drops tokens by what is asked; questions cannot "
+                "share any: expected share_prefixes=False"
+            )
         self.core = Core(
             model,
             shapes,
             {None: lambda: self.planner(self.counters)},
             self.counters,
             key_bias=reduction.weighs_tokens,
+            drops=self._drops,
         )
 
     def submit(self, request: Request) -> None:
@@ -158,7 +167,27 @@ class Engine:
         for window in self.planner(self.counters).windows(batches):
             yield from window.failed
             for rows in window.batches:
-                yield from sequence_logits(self.model, window, rows, longest_prompt=longest)
+                yield from sequence_logits(
+                    self.model, window, rows, longest_prompt=longest, drops=self._drops
+                )
+
+    def attention(self, requests: Iterable[Request]) -> Iterator[SequenceAttention | Answer]:
+        """What the last token of every prompt attends to; an answer where it cannot run.
+
+        Raises:
+          ValueError: the engine shares prefixes, or tokens leave its decoder.
+        """
+        if self.shapes.share_prefixes or self._drops is not None:
+            raise ValueError(
+                f"attention with the reduction {spell(self.reduction)} and share_prefixes="
+                f"{self.shapes.share_prefixes}; expected share_prefixes=False, and tokens that stay"
+            )
+        size, source = self.shapes.window_size, iter(requests)
+        batches = iter(lambda: list(itertools.islice(source, size)), [])
+        for window in self.planner(self.counters).windows(batches):
+            yield from window.failed
+            for rows in window.batches:
+                yield from sequence_attention(self.model, window, rows)
 
     def warm_up(self, *, videos: bool = False) -> None:
         """Compiles all jitted functions of `generate` by running meaningless requests: one alone,
@@ -229,3 +258,13 @@ class Engine:
                 yield from core.step()
         finally:
             core.reset()
+
+
+def _drops_of(
+    reduction: Reduction, model: PlacedModel, position_ids: packing.PositionIds
+) -> Drops | None:
+    """What leaves the decoder; with original positions no token gets another one."""
+    drops = reduction.drops(model.config.text.num_layers)
+    if drops is None or position_ids == "compact":
+        return drops
+    return drops._replace(renumbered=False)

@@ -105,9 +105,8 @@ def _explain(
     form: FrameForm | None,
 ) -> reductions.Assignment:
     model = nnx.merge(graphdef, state)
-    is_video = form is not None and model.video_tower is not None
     evidence = gather_evidence(
-        model.video_tower if is_video else model.vision,
+        model.tower(is_video=form is not None),
         pixels,
         reduction,
         dtype=dtype,

@@ -9,6 +9,8 @@ import collections
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from prumerge_jax.engine.encoding import PlacedModel
 
 SHARE_OF_FREE_MEMORY = 0.8
@@ -88,6 +90,11 @@ class PagePool:
                 raise ValueError(f"page {page} is free; expected one that was taken")
 
 
+def token_and_head_bytes(head_dim: int, dtype: jnp.dtype) -> int:
+    """Bytes of the key, or the value, of one token and head; int8 has a float32 scale."""
+    return head_dim * jnp.dtype(dtype).itemsize + (4 if dtype == jnp.int8 else 0)
+
+
 def pages_that_fit(model: PlacedModel, page_size: int) -> int | None:
     """Number of pages, in all data shards together, that the devices' free memory holds.
 
@@ -102,6 +109,7 @@ def pages_that_fit(model: PlacedModel, page_size: int) -> int | None:
         return None
     text = model.config.text
     heads = text.num_kv_heads // split if text.num_kv_heads % split == 0 else text.num_kv_heads
-    page_bytes = 2 * text.num_layers * heads * page_size * text.head_dim * model.dtype.itemsize
+    token_bytes = token_and_head_bytes(text.head_dim, model.page_dtype)
+    page_bytes = 2 * text.num_layers * heads * page_size * token_bytes
     free = memory["bytes_limit"] - memory.get("bytes_in_use", 0)
     return model.shards * int(SHARE_OF_FREE_MEMORY * free / page_bytes)

@@ -20,8 +20,9 @@ from prumerge_jax.models.config import MAX_STOP_IDS
 from prumerge_jax.models.frames import FrameForm
 from prumerge_jax.models.llama import PartialHidden
 from prumerge_jax.models.llava import embed_question, encode_images
+from prumerge_jax.models.token_drops import plan_of
 from prumerge_jax.prumerge import VisualTokens
-from prumerge_jax.reductions import Reduction
+from prumerge_jax.reductions import Drops, Reduction
 from prumerge_jax.sharding.mesh import constrain
 
 
@@ -30,7 +31,8 @@ class Rows(NamedTuple):
 
     Where visual tokens are interpolated, `visual_index` is [rows, T, K], see
     `LlavaModel.embed_rows`, and `visual_weight` [rows, T, K] float32.
-    With `branch_ids` and without are two forms of the functions that take rows.
+    With `branch_ids` and without are two forms of the functions that take rows. `asking` is there
+    for reductions that drop tokens, see `asking_columns`.
     """
 
     ids: jax.Array
@@ -39,6 +41,7 @@ class Rows(NamedTuple):
     segment_ids: jax.Array
     visual_weight: jax.Array | None = None
     branch_ids: jax.Array | None = None
+    asking: jax.Array | None = None
 
 
 class Sampling(NamedTuple):
@@ -122,16 +125,13 @@ def encode(
     form: FrameForm | None = None,
     slots: int | None = None,
 ) -> VisualTokens:
-    """[B, S, S, 3] uint8, [B, M] int32, [B, N] bool -> reduced visual tokens of capacity R.
+    """[B, S, S, 3] uint8 -> reduced visual tokens of capacity R; arguments as in `encode_images`.
 
-    Question ids are -1 beyond the question; None where the reduction reads none. `present` are the
-    patches that the reduction may see; None for all. `form` is that of frames of videos, which have
-    a tower of their own in some models; see `encode_images`.
+    Question ids are -1 beyond the question; None where the reduction reads none.
     """
     model = nnx.merge(graphdef, state)
-    is_video = form is not None and model.video_tower is not None
     return encode_images(
-        model.video_tower if is_video else model.vision,
+        model.tower(is_video=form is not None),
         pixels,
         reduction,
         dtype=dtype,
@@ -170,7 +170,7 @@ def empty_pages(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("graphdef", "max_segment_length"), donate_argnames=("pages",)
+    jax.jit, static_argnames=("graphdef", "max_segment_length", "drops"), donate_argnames=("pages",)
 )
 def prefill(
     graphdef: nnx.GraphDef,
@@ -181,6 +181,7 @@ def prefill(
     places: jax.Array,
     *,
     max_segment_length: int,
+    drops: Drops | None = None,
 ) -> tuple[jax.Array, KVPages]:
     """Runs packed rows, whose segments have at most `max_segment_length` tokens.
 
@@ -191,6 +192,7 @@ def prefill(
       rows: the plan.
       places: [rows, T] int32, where each token's keys and values go (`attention.write_to_pages`).
       max_segment_length: see `attention.attend`.
+      drops: which visual tokens leave the layers; the pool then keeps a bias with every key.
 
     Returns:
       Hidden states [rows, T, D], and the pool.
@@ -206,6 +208,7 @@ def prefill(
         places,
         branch_ids=rows.branch_ids,
         key_bias=model.key_bias(visual_tokens, rows.visual_index),
+        drop_plan=plan_of(drops, rows.visual_index, rows.asking),
         max_segment_length=max_segment_length,
     )
     return hidden, attention.over_shards(pages)
@@ -220,7 +223,7 @@ def copy_in_pages(
     return attention.over_shards(copied)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_segment_length"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "max_segment_length", "drops"))
 def hidden_before_last_mlp(
     graphdef: nnx.GraphDef,
     state: nnx.State,
@@ -228,6 +231,7 @@ def hidden_before_last_mlp(
     rows: Rows,
     *,
     max_segment_length: int,
+    drops: Drops | None = None,
 ) -> PartialHidden:
     """`prefill` for scoring: no keys and values are kept, and `log_likelihoods` finishes what it
     needs."""
@@ -240,6 +244,7 @@ def hidden_before_last_mlp(
         rows.segment_ids,
         branch_ids=rows.branch_ids,
         key_bias=model.key_bias(visual_tokens, rows.visual_index),
+        drop_plan=plan_of(drops, rows.visual_index, rows.asking),
         max_segment_length=max_segment_length,
     )
 

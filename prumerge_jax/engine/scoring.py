@@ -14,6 +14,7 @@ from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.request import Answer, SequenceLogits
 from prumerge_jax.engine.windows import Window
 from prumerge_jax.models.llama import PartialHidden
+from prumerge_jax.reductions import Drops
 
 HEAD_POSITIONS = 64
 """Positions that one call of the scoring head takes."""
@@ -40,18 +41,28 @@ class Scores(NamedTuple):
 
 
 def dispatch_scores(
-    model: PlacedModel, window: Window, rows: packing.Rows, *, longest_prompt: int
+    model: PlacedModel,
+    window: Window,
+    rows: packing.Rows,
+    *,
+    longest_prompt: int,
+    drops: Drops | None = None,
 ) -> Scores:
     """Runs packed rows and the scoring head at every target, in calls of `HEAD_POSITIONS` each."""
-    partial = _partial_hidden(model, window, rows, longest_prompt)
+    partial = _partial_hidden(model, window, rows, longest_prompt, drops)
     return Scores(window, rows, _log_likelihoods(model, partial, rows))
 
 
 def sequence_logits(
-    model: PlacedModel, window: Window, rows: packing.Rows, *, longest_prompt: int
+    model: PlacedModel,
+    window: Window,
+    rows: packing.Rows,
+    *,
+    longest_prompt: int,
+    drops: Drops | None = None,
 ) -> Iterator[SequenceLogits]:
     """The logits of every sequence in packed rows, visual tokens and newlines in place."""
-    partial = _partial_hidden(model, window, rows, longest_prompt)
+    partial = _partial_hidden(model, window, rows, longest_prompt, drops)
     for place, request in enumerate(rows.requests.tolist()):
         positions = rows.positions_of(place)
         parts = []
@@ -66,14 +77,19 @@ def sequence_logits(
 
 
 def _partial_hidden(
-    model: PlacedModel, window: Window, rows: packing.Rows, longest_prompt: int
+    model: PlacedModel,
+    window: Window,
+    rows: packing.Rows,
+    longest_prompt: int,
+    drops: Drops | None,
 ) -> PartialHidden:
     return programs.hidden_before_last_mlp(
         model.graphdef,
         model.state,
         window.pool,
-        model.put_rows(rows),
+        model.put_rows(rows, drops),
         max_segment_length=longest_prompt,
+        drops=drops,
     )
 
 

@@ -296,7 +296,8 @@ def fit(
     row_length, cache_length = config.row_length, config.cache_length
     sizes = config.sizes(shards)
     shared = None
-    if config.share_prefixes:
+    share_prefixes = config.share_prefixes and not reduction.drops_tokens
+    if share_prefixes:
         limit = max_positions if row_length is None else min(row_length, max_positions)
         sample = openings[:SAMPLE_OF_GROUPS]
         counts = [
@@ -325,7 +326,7 @@ def fit(
         cache_length=cache_length,
         page_size=config.page_size or tuning.current().page_size,
         pages=config.pages,
-        share_prefixes=config.share_prefixes,
+        share_prefixes=share_prefixes,
         short_rows=config.short_rows,
         pool_capacity=config.pool_capacity,
     )

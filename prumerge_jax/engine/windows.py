@@ -124,7 +124,9 @@ class WindowPlanner:
         size = self.shapes.window_size
         again = [overflow[start : start + size] for start in range(0, len(overflow), size)]
         if again:
-            yield from self._windows(again, self.reduction.uncapped(), [])
+            beyond: list[Request] = []
+            yield from self._windows(again, self.reduction.uncapped(), beyond)
+            assert not beyond, f"{spell(self.reduction)} needs more than capacity_for says"
 
     def _windows(
         self,
@@ -183,7 +185,7 @@ class WindowPlanner:
                 overflow.append(request)
                 continue
             refused = encoding.places.refused.get(request.key)
-            error = refused or _broken(required, numbers)
+            error = refused or self._shares_a_budget(request) or _broken(required, numbers)
             runs = () if error else self._runs(request, crops, numbers, encoding.reduction)
             visual_tokens = sum(len(run) for run in runs)
             error = error or self._refusal(request, visual_tokens)
@@ -289,6 +291,17 @@ class WindowPlanner:
                 "allows"
             )
         return None
+
+    def _shares_a_budget(self, request: Request) -> str | None:
+        """Why the reduction cannot take an image's tiles; None if it can or need not."""
+        layouts = [image.layout for image in request.images]
+        tiled = any(each is not None and each.num_crops > 1 and not each.frames for each in layouts)
+        if not tiled or self.reduction.takes_several_crops:
+            return None
+        return (
+            f"the reduction {spell(self.reduction)} shares a budget out over the crops of an "
+            "image, which is not built; expected one that reduces each crop alone, as 'top'"
+        )
 
     def _unread_question(self, request: Request) -> str | None:
         """Why the reduction cannot read the request's question; None if it can or need not."""

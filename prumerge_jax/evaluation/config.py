@@ -22,6 +22,7 @@ from prumerge_jax.engine.shapes import EVALUATION_SIZES, EngineConfig
 from prumerge_jax.evaluation.benchmarks.base import PROTOCOLS, Benchmark, TaskFiles
 from prumerge_jax.evaluation.benchmarks.registry import BENCHMARKS, benchmark, unnamed_benchmark
 from prumerge_jax.messages import quoted
+from prumerge_jax.models.quantisation import FORMATS
 from prumerge_jax.options import unknown
 from prumerge_jax.reductions import parse_list, with_budgets
 
@@ -37,7 +38,7 @@ FIELDS = (
         "baselines",
         "decoding",
     ),
-    *("dtype", "mesh", "engine", "chip"),
+    *("dtype", "quantize", "cache_dtype", "mesh", "engine", "chip"),
 )
 
 
@@ -116,6 +117,8 @@ class EvalConfig:
       decoding: how answers are made.
       position_ids: None takes each benchmark's default.
       dtype: None computes as stored.
+      quantize: format of the decoder's kernels; None is the checkpoint's own.
+      cache_dtype: dtype of keys and values, int8 or None for that of computation.
       mesh: sizes of the mesh's axes.
       engine: shapes of the jitted functions.
       chip: chip to compare the speed with; None prints no comparison.
@@ -129,6 +132,8 @@ class EvalConfig:
     decoding: Decoding
     position_ids: PositionIds | None
     dtype: jnp.dtype | None
+    quantize: str | None
+    cache_dtype: str | None
     mesh: Mapping[str, int]
     engine: EngineConfig
     chip: str | None
@@ -166,6 +171,7 @@ def parse_config(config: ConfigDict) -> EvalConfig:
         if _typed(f"mesh.{axis}", size, int) < 1:
             raise ValueError(f"--config.mesh.{axis}={size}: expected at least 1")
     dtype, chip = _optional(fields, "dtype", str), _optional(fields, "chip", str)
+    quantize, cache = (_optional(fields, name, str) for name in ("quantize", "cache_dtype"))
     tasks = _tasks(fields, options)
     usual = (tasks[0].benchmark if len(tasks) == 1 else Benchmark).reductions
     names = usual if fields["reduction"] is None else _typed("reduction", fields["reduction"], str)
@@ -178,6 +184,8 @@ def parse_config(config: ConfigDict) -> EvalConfig:
         decoding=Decoding(**decoding),
         position_ids=decoding.get("position_ids"),
         dtype=None if dtype is None else jnp.dtype(_one_of("dtype", dtype, DTYPES)),
+        quantize=None if quantize is None else _one_of("quantize", quantize, FORMATS),
+        cache_dtype=None if cache is None else _one_of("cache_dtype", cache, ("int8",)),
         mesh=mesh,
         engine=engine_config(fields["engine"], mesh),
         chip=None if chip is None else _one_of("chip", chip, sorted(cost.CHIPS)),

@@ -20,6 +20,8 @@ from prumerge_jax.evaluation.questions import Task, TaskQuestions
 from prumerge_jax.families import FAMILIES, family_of
 from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.models.quantisation import Format
+from prumerge_jax.models.quantised_weights import chosen_format
 from prumerge_jax.reductions import Reduction
 from prumerge_jax.sharding.agreement import is_leader
 from prumerge_jax.store.manifest import read_manifest, weights_identity
@@ -58,6 +60,7 @@ class Plan:
       checkpoint: the model's directory.
       model: its sizes.
       dtype: compute dtype.
+      quantize: format of the decoder's kernels, None for none.
       mesh: its devices, all of this process; None is the first one.
       weights: hash of its weights.
       questions: one entry per benchmark.
@@ -69,6 +72,7 @@ class Plan:
     checkpoint: pathlib.Path
     model: LlavaConfig
     dtype: jnp.dtype
+    quantize: Format | None
     mesh: Mesh | None
     weights: str
     questions: tuple[TaskQuestions, ...]
@@ -82,8 +86,13 @@ class Plan:
         folder = self.workdir
         if not is_single or self.config.baselines:
             folder = folder / questions.task.benchmark.name / re.sub(r"[^\w+.=-]", "_", name)
+        computed = str(self.dtype)
+        if self.quantize is not None:
+            computed += f", {self.quantize.name} kernels"
+        if self.config.cache_dtype is not None:
+            computed += f", {self.config.cache_dtype} cache"
         fingerprint = runner.fingerprint(
-            self.weights, str(self.dtype), questions.task, reduction, decoding
+            self.weights, computed, questions.task, reduction, decoding
         )
         return Run(questions, name, reduction, decoding, fingerprint, folder)
 
@@ -111,7 +120,9 @@ def plan_runs(config: EvalConfig, workdir: pathlib.Path) -> Plan:
     model = config_json.read_config(checkpoint)
     vision = model.vision
     for name in config.reductions:  # one that resizes images may ask for more than there is
-        reductions.parse(name).image_size(vision.image_size, vision.patch_size)
+        reduction = reductions.parse(name)
+        reduction.image_size(vision.image_size, vision.patch_size)
+        reduction.drops(model.text.num_layers)
     for task in config.tasks:
         if task.benchmark.shows_videos and family_of(model).video is None:
             raise ValueError(
@@ -128,6 +139,7 @@ def plan_runs(config: EvalConfig, workdir: pathlib.Path) -> Plan:
         checkpoint=checkpoint,
         model=model,
         dtype=jnp.dtype(dtype),
+        quantize=chosen_format(checkpoint, config.quantize),
         mesh=mesh,
         weights=weights_identity(checkpoint),
         questions=tuple(

@@ -10,6 +10,7 @@ import jax
 import ml_collections
 
 from prumerge_jax import reductions
+from prumerge_jax.cost import Bits
 from prumerge_jax.evaluation import runner, summary
 from prumerge_jax.evaluation.answers import read_answers
 from prumerge_jax.evaluation.config import EvalConfig, parse_config
@@ -48,7 +49,12 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
     _require_same_files(plan)
     _say_notes(plan.questions)
     model = Llava.load(
-        plan.checkpoint, dtype=settings.dtype, engine=settings.engine, mesh=plan.mesh
+        plan.checkpoint,
+        dtype=settings.dtype,
+        engine=settings.engine,
+        mesh=plan.mesh,
+        quantize=settings.quantize,
+        cache_dtype=settings.cache_dtype,
     )
     return _report(plan, model, _score_runs(plan, model))
 
@@ -107,11 +113,13 @@ def _report(plan: Plan, model: Llava, scored: list[ScoredRun]) -> int:
     failed = sum(entry.scores.failed for entry in scored)
     if not is_leader():
         return SOME_FAILED if failed else ALL_ANSWERED
-    print(summary.format_scores(scored))
+    print(summary.format_scores(scored, model.config))
     _say_notes(plan.questions)
     if plan.config.chip is not None:
+        quantize = None if plan.quantize is None else plan.quantize.name
+        bits = Bits.of(quantize, plan.config.cache_dtype)
         for entry in scored:
-            print(summary.against_floor(entry, model, plan.config.chip))
+            print(summary.against_floor(entry, model, plan.config.chip, bits))
     problems = [problem for entry in scored for problem in entry.scores.problems]
     path = plan.workdir / "report.html"
     try:

@@ -20,6 +20,7 @@ from prumerge_jax.evaluation.report.overlay import overlays
 from prumerge_jax.evaluation.report.results import BASELINE, Row, format_table
 from prumerge_jax.evaluation.runner import RunScores
 from prumerge_jax.llava import Llava
+from prumerge_jax.models.config import LlavaConfig
 
 EXAMPLES = 3
 """Images of each benchmark whose kept patches the report shows."""
@@ -36,28 +37,31 @@ class ScoredRun:
     scores: RunScores
 
 
-def format_scores(scored: Sequence[ScoredRun]) -> str:
+def format_scores(scored: Sequence[ScoredRun], model: LlavaConfig) -> str:
     """The tables in plain text."""
-    return format_table(_rows(scored))
+    return format_table(_rows(scored, model))
 
 
-def against_floor(entry: ScoredRun, model: Llava, chip: str) -> str:
-    """Achieved questions per second against the cost model's floor for one such chip."""
+def against_floor(entry: ScoredRun, model: Llava, chip: str, bits: cost.Bits) -> str:
+    """Achieved questions per second against the cost model's floor for one such chip; `bits` says
+    how the model is held."""
     metrics, name = entry.scores.metrics, entry.run.name
     questions, images = metrics["questions_per_second"], metrics["images_per_second"]
     if not questions:
         return f"{name}: not timed; all answers were there"
     batch = model.engine_sizes.slots
+    vision = dataclasses.replace(
+        model.config.vision, image_size=model.image_size(entry.run.reduction)
+    )
+    sizes = dataclasses.replace(model.config, vision=vision)
     workload = cost.Workload(
         visual_tokens=float(metrics["visual_tokens_mean"] or 0),
         text_tokens=float(metrics["text_tokens_mean"] or 0),
         batch=batch,
         output_tokens=max(round(float(metrics["new_tokens_mean"] or 1)), 1),
+        bits=bits,
+        tower_stages=cost.stages_of(vision, entry.run.reduction),
     )
-    vision = dataclasses.replace(
-        model.config.vision, image_size=model.image_size(entry.run.reduction)
-    )
-    sizes = dataclasses.replace(model.config, vision=vision)
     seconds = cost.floor_seconds(sizes, workload, cost.CHIPS[chip])
     shares = dict.fromkeys(_PER_IMAGE, (images or 0) / questions)
     shares["prefill"] = float(metrics["computed_over_request_tokens"] or 1)
@@ -78,7 +82,7 @@ def write(path: pathlib.Path, plan: Plan, model: Llava, scored: Sequence[ScoredR
     report = Report(
         title=f"Visual token reduction: {names}",
         facts=_facts(plan, scored),
-        rows=_rows(scored),
+        rows=_rows(scored, model.config),
         examples=[
             example for questions in plan.questions for example in _examples(plan, model, questions)
         ],
@@ -87,12 +91,12 @@ def write(path: pathlib.Path, plan: Plan, model: Llava, scored: Sequence[ScoredR
     write_report(path, report)
 
 
-def _rows(scored: Sequence[ScoredRun]) -> list[Row]:
+def _rows(scored: Sequence[ScoredRun], model: LlavaConfig) -> list[Row]:
     full = {id(entry.run.questions): entry.scores for entry in scored if entry.run.name == BASELINE}
-    return [_row(entry, full.get(id(entry.run.questions))) for entry in scored]
+    return [_row(entry, full.get(id(entry.run.questions)), model) for entry in scored]
 
 
-def _row(entry: ScoredRun, full: RunScores | None) -> Row:
+def _row(entry: ScoredRun, full: RunScores | None, model: LlavaConfig) -> Row:
     benchmark, scores = entry.run.questions.task.benchmark, entry.scores
     speed, speedup = scores.metrics["questions_per_second"], None
     if full is not None and speed and full.metrics["questions_per_second"]:
@@ -116,7 +120,16 @@ def _row(entry: ScoredRun, full: RunScores | None) -> Row:
         speedup=speedup,
         difference=_difference(scores, full, benchmark.headline),
         computed_share=scores.metrics["computed_over_request_tokens"],
+        layer_tokens=_layer_tokens(entry, model.text.num_layers),
     )
+
+
+def _layer_tokens(entry: ScoredRun, depth: int) -> float | None:
+    """Mean over layers and images of the visual tokens; None where all of them see as many."""
+    drops, counts = entry.run.reduction.drops(depth), entry.scores.visual_tokens
+    if drops is None or not counts.size:
+        return None
+    return float(np.mean([drops.layer_average(count, depth) for count in counts.tolist()]))
 
 
 def _difference(scores: RunScores, full: RunScores | None, metric: str) -> Interval | None:

@@ -1,7 +1,7 @@
 """One layer of the LLaMA decoder, in the pieces between which attention happens."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -10,8 +10,9 @@ from prumerge_jax.models.attention import attend
 from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm
+from prumerge_jax.models.quantisation import FORMATS, Format
 from prumerge_jax.models.rotary import Rotation, rotate
-from prumerge_jax.sharding.mesh import constrain
+from prumerge_jax.sharding.mesh import Axes, constrain
 
 
 class QKV(NamedTuple):
@@ -44,12 +45,17 @@ class DecoderLayer(nnx.Module):
     """A pre-norm block, in the pieces between which attention happens."""
 
     def __init__(
-        self, config: TextConfig, *, adapter: AdapterConfig | None, rngs: nnx.Rngs
+        self,
+        config: TextConfig,
+        *,
+        adapter: AdapterConfig | None,
+        quantize: Format | None,
+        rngs: nnx.Rngs,
     ) -> None:
         self.input_layernorm = RMSNorm(config.width, config.rms_norm_eps)
-        self.self_attn = AttentionProjections(config, adapter=adapter, rngs=rngs)
+        self.self_attn = AttentionProjections(config, adapter=adapter, quantize=quantize, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.width, config.rms_norm_eps)
-        self.mlp = SwiGLU(config, adapter=adapter, rngs=rngs)
+        self.mlp = SwiGLU(config, adapter=adapter, quantize=quantize, rngs=rngs)
 
     def qkv_projections(self, x: jax.Array, dropout_key: jax.Array | None = None) -> QKV:
         """[B, T, D] -> queries, keys and values, not yet split into heads."""
@@ -103,17 +109,28 @@ class AttentionProjections(nnx.Module):
     """The four projections of grouped-query attention; the output's has no bias."""
 
     def __init__(
-        self, config: TextConfig, *, adapter: AdapterConfig | None, rngs: nnx.Rngs
+        self,
+        config: TextConfig,
+        *,
+        adapter: AdapterConfig | None,
+        quantize: Format | None,
+        rngs: nnx.Rngs,
     ) -> None:
         width, inner = config.width, config.num_heads * config.head_dim
         shared = config.num_kv_heads * config.head_dim
         into, out = ("embed", "heads"), ("heads", "embed")
         self.head_dim = config.head_dim
         bias = config.qkv_bias
-        self.q_proj = Linear(width, inner, into, bias=bias, adapter=adapter, rngs=rngs)
-        self.k_proj = Linear(width, shared, into, bias=bias, adapter=adapter, rngs=rngs)
-        self.v_proj = Linear(width, shared, into, bias=bias, adapter=adapter, rngs=rngs)
-        self.o_proj = Linear(inner, width, out, adapter=adapter, rngs=rngs)
+
+        def linear(d_in: int, d_out: int, axes: Axes, bias: bool) -> Linear:
+            return Linear(
+                d_in, d_out, axes, bias=bias, adapter=adapter, quantize=quantize, rngs=rngs
+            )
+
+        self.q_proj = linear(width, inner, into, bias)
+        self.k_proj = linear(width, shared, into, bias)
+        self.v_proj = linear(width, shared, into, bias)
+        self.o_proj = linear(inner, width, out, False)
 
     def qkv(self, x: jax.Array, dropout_key: jax.Array | None) -> QKV:
         """[B, T, D] -> [B, T, H * Dh] and twice [B, T, K * Dh]."""
@@ -125,12 +142,21 @@ class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(
-        self, config: TextConfig, *, adapter: AdapterConfig | None, rngs: nnx.Rngs
+        self,
+        config: TextConfig,
+        *,
+        adapter: AdapterConfig | None,
+        quantize: Format | None,
+        rngs: nnx.Rngs,
     ) -> None:
         width, inner = config.width, config.mlp_width
-        self.gate_proj = Linear(width, inner, ("embed", "mlp"), adapter=adapter, rngs=rngs)
-        self.up_proj = Linear(width, inner, ("embed", "mlp"), adapter=adapter, rngs=rngs)
-        self.down_proj = Linear(inner, width, ("mlp", "embed"), adapter=adapter, rngs=rngs)
+        options: dict[str, Any] = {"adapter": adapter, "rngs": rngs}
+        into, out = ("embed", "mlp"), ("mlp", "embed")
+        self.gate_proj = Linear(width, inner, into, quantize=quantize, **options)
+        self.up_proj = Linear(width, inner, into, quantize=quantize, **options)
+        # Its input has outliers, which int8 activations would lose the others for.
+        weight_only = quantize and FORMATS[quantize.stored_as]
+        self.down_proj = Linear(inner, width, out, quantize=weight_only, **options)
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""

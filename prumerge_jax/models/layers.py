@@ -12,15 +12,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prumerge_jax.models import tuning
 from prumerge_jax.models.dropout import bernoulli_mask
+from prumerge_jax.models.products import contract
+from prumerge_jax.models.quantisation import (
+    Format,
+    Quantised,
+    QuantParam,
+    product,
+    quantise,
+)
 from prumerge_jax.sharding.mesh import Axes, unshard_embed
 
 # Scaled by the fan-in: the usual 0.02 at LLaMA's widths, with which a small model hardly trains.
 _fan_in = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
-FEW_ROWS = 64
-"""Fewer rows than this are the right-hand side of a product with a weight [d_out, d_in]: XLA's
-matrix product on CPUs rearranges its right-hand side, however large."""
 # PEFT's default for A: Kaiming uniform with a = sqrt(5), that is uniform within 1/sqrt(fan_in).
 _kaiming = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -58,10 +62,15 @@ class Linear(nnx.Module):
 
     Attributes:
       kernel: [d_in, d_out], the transpose of PyTorch's weight; [d_out, d_in] with `out_first`.
+      kernel_q, kernel_scale: in place of `kernel`, its codes and scales (`quantisation.Quantised`)
+        in the format `quantize`.
       out_first: whether the kernel is kept the other way round, see `put_out_first`.
       bias: [d_out] or None.
       lora_a, lora_b: [d_in, rank] and [rank, d_out]; absent without an adapter.
     """
+
+    kernel_q: QuantParam
+    kernel_scale: QuantParam
 
     def __init__(
         self,
@@ -71,12 +80,21 @@ class Linear(nnx.Module):
         *,
         bias: bool = False,
         adapter: AdapterConfig | None = None,
+        quantize: Format | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        self.kernel = nnx.Param(_fan_in(rngs.params(), (d_in, d_out)), out_sharding=axes)
-        self.bias = nnx.Param(jnp.zeros((d_out,)), out_sharding=axes[1:]) if bias else None
         self.axes = axes
+        self.quantize = quantize
         self.out_first = False
+        kernel = _fan_in(rngs.params(), (d_in, d_out))
+        if quantize is None:
+            self.kernel = nnx.Param(kernel, out_sharding=axes)
+        else:
+            for (name, its_axes), array in zip(
+                self._kernel_axes().items(), quantise(kernel, quantize), strict=True
+            ):
+                setattr(self, name, QuantParam(array, out_sharding=its_axes))
+        self.bias = nnx.Param(jnp.zeros((d_out,)), out_sharding=axes[1:]) if bias else None
         self.adapter = adapter
         if adapter is not None:
             a = _kaiming(rngs.params(), (d_in, adapter.rank))
@@ -98,32 +116,52 @@ class Linear(nnx.Module):
         b = unshard_embed(self.lora_b[...].astype(x.dtype), None, self.axes[1])
         return y + self.adapter.scale * (x @ a @ b)
 
-    def put_out_first(self) -> None:
-        """Keeps the kernel as [d_out, d_in] from now on; what it was before is deleted."""
-        kernel = self.kernel[...]
-        with nnx.use_eager_sharding(False):
-            self.kernel = nnx.Param(jnp.matrix_transpose(kernel), out_sharding=self.axes[::-1])
-        jax.block_until_ready(self.kernel[...])
-        kernel.delete()
+    @property
+    def is_wide(self) -> bool:
+        """Whether d_out is larger than d_in, of a kernel [d_in, d_out] without `quantize`."""
+        d_in, d_out = self.kernel.shape[-2:]
+        return d_out > d_in
+
+    def put_out_first(self) -> list[jax.Array]:
+        """Keeps the kernel, or a stack of them, as [d_out, d_in] from now on.
+
+        Returns:
+          The arrays that held it, which the layer needs no longer.
+        """
+        held = []
+        for name, axes in self._kernel_axes().items():
+            weight = getattr(self, name)
+            kernel = weight[...]
+            axes = (None,) * (kernel.ndim - 2) + axes[::-1]
+            with nnx.use_eager_sharding(False):
+                turned = type(weight)(jnp.matrix_transpose(kernel), out_sharding=axes)
+            setattr(self, name, turned)
+            held.append(kernel)
         self.out_first = True
+        return held
+
+    def _kernel_axes(self) -> dict[str, Axes]:
+        """Logical axes of what holds the kernel, by attribute, as for [d_in, d_out]."""
+        if self.quantize is None:
+            return {"kernel": self.axes}
+        groups = self.axes[0] if self.quantize.block else None
+        return {"kernel_q": self.axes, "kernel_scale": (groups, self.axes[1])}
 
     def _product(self, x: jax.Array) -> jax.Array:
         """`x W`."""
-        if not self.out_first:
-            return x @ unshard_embed(self.kernel[...].astype(x.dtype), *self.axes)
-        kernel = unshard_embed(self.kernel[...].astype(x.dtype), *self.axes[::-1])
-        return out_first_product(x, kernel)
 
+        def gathered(weight: jax.Array, axes: Axes) -> jax.Array:
+            return unshard_embed(weight, *(axes[::-1] if self.out_first else axes))
 
-def out_first_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x W^T` for x [..., d_in] and a weight [d_out, d_in]."""
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) >= FEW_ROWS or tuning.current().kernels != "out_first":
-        return jnp.einsum("...i,oi->...o", x, kernel)
-    product = jnp.einsum("oi,ri->or", kernel, rows)
-    # Without the barrier XLA would exchange the sides, and have no transposition left to do.
-    product = jax.lax.optimization_barrier(product)
-    return product.T.reshape(*x.shape[:-1], -1)
+        axes = self._kernel_axes()
+        if self.quantize is None:
+            kernel = gathered(self.kernel[...].astype(x.dtype), axes["kernel"])
+            return contract(x, kernel, out_first=self.out_first)
+        quantised = Quantised(
+            gathered(self.kernel_q[...], axes["kernel_q"]),
+            gathered(self.kernel_scale[...], axes["kernel_scale"]),
+        )
+        return product(x, quantised, self.quantize, out_first=self.out_first)
 
 
 class RMSNorm(nnx.Module):

@@ -20,19 +20,16 @@ from prumerge_jax.models.attention import KVPages, attend_to_pages, write_to_pag
 from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.decoder_layer import QKV, DecoderLayer, PackedRows, split_key
-from prumerge_jax.models.layers import (
-    AdapterConfig,
-    Linear,
-    RMSNorm,
-    out_first_product,
-    rematerialise,
-    stack,
-)
+from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, rematerialise, stack
+from prumerge_jax.models.products import out_first_product
+from prumerge_jax.models.quantisation import Format
 from prumerge_jax.models.rotary import rotation
+from prumerge_jax.models.token_drops import DroppingRows, DropPlan, attention_of
 from prumerge_jax.sharding.mesh import constrain, unshard_embed
 
 Index = jax.Array | int
 """Number of a layer."""
+_Kept = jax.Array | None
 
 
 class PartialHidden(NamedTuple):
@@ -58,7 +55,12 @@ class Llama(nnx.Module):
     layers: DecoderLayer | nnx.List
 
     def __init__(
-        self, config: TextConfig, *, adapter: AdapterConfig | None = None, rngs: nnx.Rngs
+        self,
+        config: TextConfig,
+        *,
+        adapter: AdapterConfig | None = None,
+        quantize: Format | None = None,
+        rngs: nnx.Rngs,
     ) -> None:
         normal = nnx.initializers.normal(0.02)
         self.config = config
@@ -67,7 +69,9 @@ class Llama(nnx.Module):
             out_sharding=("vocab", "embed"),
         )
         self.layers = stack(
-            lambda rngs: DecoderLayer(config, adapter=adapter, rngs=rngs), config.num_layers, rngs
+            lambda rngs: DecoderLayer(config, adapter=adapter, quantize=quantize, rngs=rngs),
+            config.num_layers,
+            rngs,
         )
         self.norm = RMSNorm(config.width, config.rms_norm_eps)
         self.lm_head = (
@@ -111,7 +115,8 @@ class Llama(nnx.Module):
           [B, T, D].
         """
         rows = PackedRows(rotation(positions, self.config), segment_ids, key_bias=key_bias)
-        return self.norm(self._rows(x, rows, remat=remat, dropout_key=dropout_key))
+        x, _ = self._rows(x, rows, remat=remat, dropout_key=dropout_key)
+        return self.norm(x)
 
     def prefill(
         self,
@@ -123,6 +128,7 @@ class Llama(nnx.Module):
         *,
         branch_ids: jax.Array | None = None,
         key_bias: jax.Array | None = None,
+        drop_plan: DropPlan | None = None,
         max_segment_length: int | None = None,
     ) -> tuple[jax.Array, KVPages]:
         """Final hidden states [B, T, D] of packed rows, whose keys and values go into pages.
@@ -132,21 +138,23 @@ class Llama(nnx.Module):
           pages: the pool.
           places: [B, T] int32, see `attention.write_to_pages`.
           branch_ids, key_bias, max_segment_length: see `attention.attend`.
+          drop_plan: what leaves the layers; then there are no branches and no other bias.
         """
         at = rotation(positions, self.config)
         rows = PackedRows(at, segment_ids, branch_ids, max_segment_length, key_bias)
+        x = without_padding(x, segment_ids)
+        dropping, kept = self._dropping(x, rows, positions, drop_plan)
 
         # The pool travels in the carry and is written in place.
         def body(
-            carry: tuple[jax.Array, KVPages], layer: DecoderLayer, index: Index, _: None
-        ) -> tuple[tuple[jax.Array, KVPages], None]:
-            x, pages = carry
-            attended, heads = layer.attend(_projection_barrier(layer.qkv_projections(x)), rows)
+            carry: tuple[jax.Array, KVPages, _Kept], layer: DecoderLayer, index: Index, _: None
+        ) -> tuple[tuple[jax.Array, KVPages, _Kept], None]:
+            x, pages, kept = carry
+            x, attended, heads, kept = _attend(layer, index, x, rows, dropping, kept)
             pages = write_to_pages(pages, heads.k, heads.v, index, self.config.num_layers, places)
-            return (layer.after_attention(x, attended), pages), None
+            return (layer.after_attention(x, attended), pages, kept), None
 
-        carry = (without_padding(x, segment_ids), pages)
-        (x, pages), _ = self._through_layers(body, carry, self.config.num_layers)
+        (x, pages, _), _ = self._through_layers(body, (x, pages, kept), self.config.num_layers)
         return self.norm(x), pages
 
     def hidden_before_last_mlp(
@@ -157,6 +165,7 @@ class Llama(nnx.Module):
         *,
         branch_ids: jax.Array | None = None,
         key_bias: jax.Array | None = None,
+        drop_plan: DropPlan | None = None,
         max_segment_length: int | None = None,
     ) -> PartialHidden:
         """Packed rows up to the last layer's attention; `last_mlp_at` computes the rest for some.
@@ -167,9 +176,10 @@ class Llama(nnx.Module):
         at = rotation(positions, self.config)
         rows = PackedRows(at, segment_ids, branch_ids, max_segment_length, key_bias)
         last = self.config.num_layers - 1
-        x = self._rows(x, rows, num_layers=last)
-        layer = self._layer(last)
-        attended, _ = layer.attend(_projection_barrier(layer.qkv_projections(x)), rows)
+        x = without_padding(x, segment_ids)
+        dropping, kept = self._dropping(x, rows, positions, drop_plan)
+        x, kept = self._rows(x, rows, num_layers=last, dropping=dropping, kept=kept)
+        x, attended, _, _ = _attend(self._layer(last), last, x, rows, dropping, kept)
         return PartialHidden(x, attended)
 
     def last_mlp_at(self, hidden: PartialHidden, index: jax.Array) -> jax.Array:
@@ -177,6 +187,35 @@ class Llama(nnx.Module):
         x, attended = (part.reshape(-1, *part.shape[2:])[index][None] for part in hidden)
         layer = self._layer(self.config.num_layers - 1)
         return self.norm(layer.feed_forward(layer.add_attention_output(x, attended))[0])
+
+    def attention_from(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        raters: jax.Array,
+        *,
+        key_bias: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attention that every token gets from some, mean over heads, [L, B, T] float32.
+
+        Args:
+          x, positions, segment_ids, key_bias: as in `prefill`.
+          raters: [B, T] float32, weights of the tokens whose attention it is.
+        """
+        rows = PackedRows(rotation(positions, self.config), segment_ids, key_bias=key_bias)
+        at = jnp.arange(x.shape[1])
+        seen = (segment_ids[:, :, None] == segment_ids[:, None]) & (at[None] <= at[:, None])
+
+        def body(
+            x: jax.Array, layer: DecoderLayer, index: Index, _: None
+        ) -> tuple[jax.Array, jax.Array]:
+            attended, heads = layer.attend(layer.qkv_projections(x), rows)
+            got = attention_of(heads.q, heads.k, raters, seen)
+            return layer.after_attention(x, attended), got
+
+        x = without_padding(x, segment_ids)
+        return self._through_layers(body, x, self.config.num_layers)[1]
 
     def decode(
         self,
@@ -230,7 +269,9 @@ class Llama(nnx.Module):
         num_layers: int | None = None,
         remat: str | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
+        dropping: DroppingRows | None = None,
+        kept: _Kept = None,
+    ) -> tuple[jax.Array, _Kept]:
         """Packed rows through layers: the one pass of training and scoring.
 
         Args:
@@ -239,26 +280,40 @@ class Llama(nnx.Module):
           num_layers: how many of the first layers; by default all.
           remat: see `layers.rematerialise`; None is inference, of which no gradient is taken.
           dropout_key: where given, adapters drop their inputs.
+          dropping, kept: see `_attend`; in inference.
 
         Returns:
-          [B, T, D], before the final norm.
+          [B, T, D], before the final norm, and the tokens that are left.
         """
         count = self.config.num_layers if num_layers is None else num_layers
         keys = None if dropout_key is None else jax.random.split(dropout_key, count)
 
         def body(
-            x: jax.Array, layer: DecoderLayer, _: Index, key: jax.Array | None
-        ) -> tuple[jax.Array, None]:
+            carry: tuple[jax.Array, _Kept], layer: DecoderLayer, index: Index, key: jax.Array | None
+        ) -> tuple[tuple[jax.Array, _Kept], None]:
+            x, kept = carry
             drop = split_key(key, 3)
-            projected = layer.qkv_projections(x, drop[0])
             if remat is None:
-                projected = _projection_barrier(projected)
-            attended = layer.attend(projected, rows)[0]
-            return layer.after_attention(x, attended, drop[1], drop[2]), None
+                x, attended, _, kept = _attend(layer, index, x, rows, dropping, kept)
+            else:
+                attended = layer.attend(layer.qkv_projections(x, drop[0]), rows)[0]
+            return (layer.after_attention(x, attended, drop[1], drop[2]), kept), None
 
-        x = without_padding(x, rows.segment_ids)
-        x, _ = self._through_layers(body, x, count, keys=keys, remat=remat)
-        return x
+        carry = (without_padding(x, rows.segment_ids), kept)
+        carry, _ = self._through_layers(body, carry, count, keys=keys, remat=remat)
+        return carry
+
+    def _dropping(
+        self, x: jax.Array, rows: PackedRows, positions: jax.Array, plan: DropPlan | None
+    ) -> tuple[DroppingRows | None, _Kept]:
+        """Rows whose visual tokens leave, and those of the first layer; twice None without a plan.
+
+        x [B, T, D] has no padding that is not zero.
+        """
+        if plan is None:
+            return None, None
+        dropping = DroppingRows.before_layers(x, plan, self.config, rows, positions)
+        return dropping, dropping.everything()
 
     def _through_layers(
         self,
@@ -312,6 +367,29 @@ class Llama(nnx.Module):
             return self.layers[int(index)]
         graphdef, weights = nnx.split(self.layers)
         return nnx.merge(graphdef, jax.tree.map(lambda stacked: stacked[index], weights))
+
+
+def _attend(
+    layer: DecoderLayer,
+    index: Index,
+    x: jax.Array,
+    rows: PackedRows,
+    dropping: DroppingRows | None,
+    kept: _Kept,
+) -> tuple[jax.Array, jax.Array, QKV, _Kept]:
+    """A layer's attention in inference: its input, output and heads, and the tokens left behind it.
+
+    Args:
+      layer, index: the layer and its number.
+      x: [B, T, D], its input.
+      rows: what attention needs.
+      dropping: the same where visual tokens leave, else None.
+      kept: [B, T] bool, the tokens that are left; None where none leaves.
+    """
+    if dropping is not None and kept is not None:
+        return dropping.attend(layer, index, x, kept)
+    attended, heads = layer.attend(_projection_barrier(layer.qkv_projections(x)), rows)
+    return x, attended, heads, None
 
 
 def _projection_barrier(projected: QKV) -> QKV:

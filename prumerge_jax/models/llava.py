@@ -20,6 +20,7 @@ from prumerge_jax.models.frames import FrameForm, pool_evidence, with_slots
 from prumerge_jax.models.layers import AdapterConfig, Linear
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.patch_attention import substitute_attention
+from prumerge_jax.models.quantisation import Format
 from prumerge_jax.models.tower_layers import head_attention
 from prumerge_jax.models.vision_tower import VisionFeatures, VisionTower, gelu
 
@@ -34,14 +35,19 @@ class LlavaModel(nnx.Module):
     """
 
     def __init__(
-        self, config: LlavaConfig, *, adapter: AdapterConfig | None = None, rngs: nnx.Rngs
+        self,
+        config: LlavaConfig,
+        *,
+        adapter: AdapterConfig | None = None,
+        quantize: Format | None = None,
+        rngs: nnx.Rngs,
     ) -> None:
         self.vision = VisionTower(config.vision, rngs=rngs)
         self.video_tower = VisionTower(config.vision, rngs=rngs) if config.video_tower else None
         self.projector = Projector(
             config.projector, config.vision.width, config.text.width, rngs=rngs
         )
-        self.decoder = Llama(config.text, adapter=adapter, rngs=rngs)
+        self.decoder = Llama(config.text, adapter=adapter, quantize=quantize, rngs=rngs)
         self.image_newline = (
             nnx.Param(
                 nnx.initializers.normal(config.text.width**-0.5)(
@@ -52,6 +58,10 @@ class LlavaModel(nnx.Module):
             if config.image_newline
             else None
         )
+
+    def tower(self, *, is_video: bool) -> VisionTower:
+        """The tower that sees images, or videos."""
+        return self.video_tower if is_video and self.video_tower is not None else self.vision
 
     def embed_rows(
         self,
@@ -330,11 +340,13 @@ def projector_depth(kind: str) -> int:
 
 
 def abstract_model(
-    config: LlavaConfig, adapter: AdapterConfig | None = None
+    config: LlavaConfig, adapter: AdapterConfig | None = None, quantize: Format | None = None
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's structure and the shapes, dtypes and logical axes of its weights; no arrays."""
     with nnx.use_eager_sharding(False):
-        model = nnx.eval_shape(lambda: LlavaModel(config, adapter=adapter, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(
+            lambda: LlavaModel(config, adapter=adapter, quantize=quantize, rngs=nnx.Rngs(0))
+        )
     return nnx.split(model)
 
 
@@ -348,16 +360,39 @@ def inference_layout(graphdef: nnx.GraphDef, state: nnx.State) -> tuple[nnx.Grap
       graphdef, state: a split `LlavaModel`; weights that are laid out anew are deleted, one after
         the other.
     """
-    preferred = tuning.current()
-    if preferred.layers == "stack":
-        return graphdef, state
     model = nnx.merge(graphdef, state)
-    _take_apart(model.decoder)
-    if preferred.kernels == "out_first":
-        for _, module in nnx.iter_modules(model.decoder):
-            if isinstance(module, Linear):
-                module.put_out_first()
+    if tuning.current().layers == "list":
+        _take_apart(model.decoder)
+    for linear in _out_first(model.decoder):
+        held = linear.put_out_first()
+        jax.block_until_ready(nnx.state(linear))
+        for array in held:
+            array.delete()
     return nnx.split(model)
+
+
+def abstract_in_stack(
+    config: LlavaConfig, quantize: Format | None = None
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """`abstract_model` in `inference_layout`, where that keeps the layers in a stack."""
+
+    def create() -> LlavaModel:
+        model = LlavaModel(config, quantize=quantize, rngs=nnx.Rngs(0))
+        for linear in _out_first(model.decoder):
+            linear.put_out_first()
+        return model
+
+    with nnx.use_eager_sharding(False):
+        return nnx.split(nnx.eval_shape(create))
+
+
+def _out_first(decoder: Llama) -> list[Linear]:
+    """The decoder's linear layers whose kernels inference keeps as [d_out, d_in]."""
+    kernels = tuning.current().kernels
+    linears = [each for _, each in nnx.iter_modules(decoder) if isinstance(each, Linear)]
+    if kernels == "wide_out_first":
+        return [each for each in linears if each.quantize is None and each.is_wide]
+    return linears if kernels == "out_first" else []
 
 
 def _take_apart(decoder: Llama) -> None:

@@ -12,16 +12,24 @@ from prumerge_jax.reductions import (  # noqa: F401  # they register themselves
     downsample,
     evolution,
     grouping,
+    in_decoder,
     in_tower,
     iterative,
     prumerge,
     question,
     set_rules,
 )
-from prumerge_jax.reductions.apply import ReductionLike, as_reduction, explain, reduce
+from prumerge_jax.reductions.apply import (
+    ReductionLike,
+    as_reduction,
+    explain,
+    reduce,
+    require_before_decoder,
+)
 from prumerge_jax.reductions.base import Assignment, Evidence, Reduction, kept_rows
 from prumerge_jax.reductions.baselines import Baseline
 from prumerge_jax.reductions.downsample import Downsample
+from prumerge_jax.reductions.drops import Drops
 from prumerge_jax.reductions.prumerge import PruMerge
 from prumerge_jax.reductions.question import keywords
 from prumerge_jax.reductions.registry import (
@@ -39,8 +47,8 @@ from prumerge_jax.reductions.set_rules import SetRule
 from prumerge_jax.reductions.stages import Stage
 
 __all__ = [
-    "Assignment", "Baseline", "Downsample", "Evidence", "PruMerge", "Reduction", "ReductionLike",
-    "as_reduction", "equal_count_baselines", "explain", "kept_rows", "keywords", "names",
-    "parameters", "parse", "parse_list", "reduce", "register", "SetRule", "spell", "Stage",
-    "with_budgets", "with_parameters",
+    "Assignment", "Baseline", "Downsample", "Drops", "Evidence", "PruMerge", "Reduction",
+    "ReductionLike", "as_reduction", "equal_count_baselines", "explain", "kept_rows", "keywords",
+    "names", "parameters", "parse", "parse_list", "reduce", "register", "require_before_decoder",
+    "SetRule", "spell", "Stage", "with_budgets", "with_parameters",
 ]  # fmt: skip

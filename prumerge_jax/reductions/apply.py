@@ -43,6 +43,23 @@ def explain(evidence: Evidence, reduction: ReductionLike) -> Assignment:
     return _supplied(evidence, reduction).explain(evidence)
 
 
+def require_before_decoder(reduction: Reduction, where: str) -> None:
+    """Refuses a reduction that drops tokens inside the decoder.
+
+    Args:
+      reduction: what was asked for.
+      where: what cannot do that, as `training`.
+
+    Raises:
+      ValueError: it is one.
+    """
+    if reduction.drops_tokens:
+        raise ValueError(
+            f"the reduction {spell(reduction)} drops tokens inside the decoder, which is emulated "
+            f"for comparisons and saves nothing; {where} expects one that reduces before it"
+        )
+
+
 def _supplied(evidence: Evidence, reduction: ReductionLike) -> Reduction:
     reduction = as_reduction(reduction)
     missing = sorted(name for name in reduction.needs if getattr(evidence, name) is None)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from prumerge_jax import selection
 from prumerge_jax.prumerge import VisualTokens
+from prumerge_jax.reductions.drops import Drops
 from prumerge_jax.reductions.stages import Groups, Stage
 
 
@@ -115,6 +116,24 @@ class Reduction(Protocol):
         `reduce` then returns tokens of width D + 1, with the logarithm of the number last.
         """
         return False
+
+    @property
+    def takes_several_crops(self) -> bool:
+        """Whether an image of several crops can be reduced, each crop alone."""
+        return True
+
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether visual tokens leave inside the decoder; `drops` says which."""
+        return False
+
+    def drops(self, depth: int) -> Drops | None:
+        """What leaves a decoder of `depth` layers; None where `drops_tokens` is false.
+
+        Raises:
+          ValueError: the decoder has too few layers.
+        """
+        return None
 
     def capacity_for(self, num_patches: int) -> int:
         """R: token slots per image of `num_patches` patches."""

@@ -19,8 +19,14 @@ from prumerge_jax.reductions.set_rules import Top
 class Hired(Top):
     """The most attended patches: what HiRED keeps of an image that is one crop.
 
-    An image of several crops shares its budget out by `crop_budgets`.
+    An image of several crops would share its budget out by `crop_budgets`, for which the engine
+    does not gather the first layer's attention; it is refused.
     """
+
+    @property
+    def takes_several_crops(self) -> bool:
+        """False: its crops are not reduced each alone."""
+        return False
 
 
 def crop_budgets(

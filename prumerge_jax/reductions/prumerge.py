@@ -81,6 +81,11 @@ class PruMerge(prumerge.PruMergeConfig, Reduction):
         """`keep_cls`, if it is set."""
         return not self.selects_patches if self.keep_cls is None else self.keep_cls
 
+    def most_outliers(self, num_patches: int) -> int:
+        """All patches where frames are merged: means are compared with another frame's quartiles
+        than those of what they are means of."""
+        return num_patches if self.merges_frames else super().most_outliers(num_patches)
+
     def attention(self, evidence: Evidence) -> jax.Array:
         """The attention that decides, [B, N] float32."""
         attention = getattr(evidence, _ATTENTION[self.layer, self.heads])

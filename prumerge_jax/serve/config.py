@@ -90,7 +90,7 @@ class ServeConfig:
             raise ValueError("--reductions is empty; expected for example 'prumerge+ full'")
         for spelling in self.reductions:
             try:
-                reductions.parse(spelling)
+                reductions.require_before_decoder(reductions.parse(spelling), "serving")
             except ValueError as error:
                 raise ValueError(f"--reductions: {error}") from None
         if len(set(self.reductions)) < len(self.reductions):

@@ -13,6 +13,7 @@ import tensorstore
 from orbax.checkpoint import v1 as ocp
 
 from prumerge_jax.store.errors import DirectoryError
+from prumerge_jax.store.packing import is_packed, pack, packed_shape, unpack
 
 # Bytes of one stored piece of a weight: what a device reads beyond its own shard is less than this
 # at each edge.
@@ -22,11 +23,14 @@ _CHUNK_BYTES = 32 << 20
 def save(folder: pathlib.Path, array: np.ndarray | jax.Array) -> None:
     """Writes one weight; each process writes its shards, and all return together.
 
-    A numpy array is not copied; it must not change during the call.
+    A numpy array is not copied, but for integers of four bits, which are written packed; it must
+    not change during the call.
 
     Raises:
       DirectoryError: it cannot be written, for example because the disk is full.
     """
+    if is_packed(array.dtype):
+        array = pack(array)
     context = ocp.Context()
     saving = context.array.saving
     # One uncompressed file per chunk. OCDBT would buffer a second copy of the weight, and random
@@ -52,19 +56,25 @@ class ArrayFile:
     """The array that `save` wrote. Not through Orbax, which holds a weight on the host twice."""
 
     def __init__(
-        self, folder: pathlib.Path, shape: tuple[int, ...], *, is_read_in_parts: bool = False
+        self,
+        folder: pathlib.Path,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        *,
+        is_read_in_parts: bool = False,
     ) -> None:
         """Opens it.
 
         Args:
           folder: what `save` was given.
           shape: expected shape.
+          dtype: what the manifest says; of integers of four bits the file has only the bytes.
           is_read_in_parts: keep what was read, so that parts that share a piece read it once.
 
         Raises:
           DirectoryError: it is missing, malformed, or of another shape.
         """
-        self._folder, self._shape = folder.resolve(), shape
+        self._folder, self._shape, self._dtype = folder.resolve(), shape, dtype
         cache = {"cache_pool": {"total_bytes_limit": 1 << 40}} if is_read_in_parts else {}
         try:
             (header,) = self._folder.rglob(".zarray")
@@ -75,7 +85,7 @@ class ArrayFile:
                 "context": cache,
             }
             self._stored = tensorstore.open(spec, open=True, read=True).result()
-            if self._stored.shape != shape:
+            if self._stored.shape != (packed_shape(shape) if is_packed(dtype) else shape):
                 raise ValueError(f"its shape is {self._stored.shape}")
         except (ValueError, OSError) as error:
             raise DirectoryError(f"{folder} cannot be read as {shape}: {error}") from error
@@ -83,26 +93,44 @@ class ArrayFile:
     def read(self, index: Any = ()) -> np.ndarray:
         """The part at a numpy index, by default all, in the stored dtype.
 
+        Args:
+          index: slices; of integers of four bits the last axis is cut between pairs.
+
         Raises:
           DirectoryError: a file is missing or truncated.
         """
+        if not is_packed(self._dtype):
+            return self._bytes(index)
+        index = index if isinstance(index, tuple) else (index,)
+        if len(index) == len(self._shape):
+            start, stop, _ = index[-1].indices(self._shape[-1])
+            if start % 2 or stop % 2:
+                raise DirectoryError(
+                    f"{self._folder}: columns {start} to {stop} do not begin and end between "
+                    "pairs of 4-bit integers; split the weight over fewer devices"
+                )
+            index = (*index[:-1], slice(start // 2, stop // 2))
+        return unpack(self._bytes(index), self._dtype)
+
+    def _bytes(self, index: Any) -> np.ndarray:
+        """The part of the file at an index, as it is stored."""
         try:
             return self._stored[index].read().result()
         except (ValueError, OSError) as error:
             raise DirectoryError(f"{self._folder} cannot be read: {error}") from error
 
     def sha256(self) -> str:
-        """SHA-256 (hex) of the array's bytes in C order, however they are cut into files.
+        """SHA-256 (hex) of the stored bytes in C order, however they are cut into files.
 
         Reads as many rows at a time as one stored piece has.
         """
         digest = hashlib.sha256()
         if not self._shape:
-            digest.update(self.read().tobytes())
+            digest.update(self._bytes(()).tobytes())
             return digest.hexdigest()
         pieces: Any = self._stored.chunk_layout.read_chunk.shape
         for start in range(0, self._shape[0], pieces[0]):
-            rows = self.read(slice(start, min(start + pieces[0], self._shape[0])))
+            rows = self._bytes(slice(start, min(start + pieces[0], self._shape[0])))
             digest.update(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 

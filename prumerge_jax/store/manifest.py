@@ -40,13 +40,17 @@ class StoredArray:
 
     Attributes:
       shape: layers stacked on the leading axis.
-      dtype: as stored.
+      dtype: as stored; integers of four bits (`int4`, `uint4`) are packed along the last axis.
       sha256: hash of the bytes in C order, hex; None in directories of format version 1.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     sha256: str | None
+
+    def open(self, folder: pathlib.Path, *, is_read_in_parts: bool = False) -> ArrayFile:
+        """The file; arguments and errors as of `ArrayFile`."""
+        return ArrayFile(folder, self.shape, self.dtype, is_read_in_parts=is_read_in_parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +153,7 @@ def weights_identity(directory: str | os.PathLike[str]) -> str:
     root = pathlib.Path(directory)
     digest = hashlib.sha256()
     for path, stored in sorted(read_manifest(root).arrays.items()):
-        content = stored.sha256 or ArrayFile(root / PARAMS / path, stored.shape).sha256()
+        content = stored.sha256 or stored.open(root / PARAMS / path).sha256()
         digest.update(f"{path} {stored.dtype} {list(stored.shape)} {content}\n".encode())
     return digest.hexdigest()
 

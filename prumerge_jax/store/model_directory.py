@@ -1,6 +1,7 @@
 """A model on disk: the directory that conversion and training write and `Llava.load` reads.
 
-    config.json               sizes of the model, of its adapters if it has any
+    config.json               sizes of the model, of its adapters if it has any; format of its
+                              quantised kernels
     params/<dotted path>/     one Orbax checkpoint per weight, layers stacked
     manifest.json             every file's size and SHA-256; every weight's shape, dtype, SHA-256
     ...                       tokenizer and processor files, copied
@@ -21,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from prumerge_jax.store.array_files import ArrayFile, save
@@ -65,6 +67,9 @@ class DirectoryWriter:
 
     All processes of a run write together, on a file system that all of them see: each its
     shards of every weight, and the first one everything else.
+
+    Attributes:
+      source: facts for the manifest; what is known late is added before the context is left.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class DirectoryWriter:
         config: Any,
         *,
         adapter: Any = None,
+        quantize: str | None = None,
         source: Mapping[str, Any] | None = None,
     ) -> None:
         """Prepares to write; nothing is created before the context is entered.
@@ -81,13 +87,15 @@ class DirectoryWriter:
           directory: the final place, which must not exist yet.
           config: sizes of the model, a dataclass of JSON values.
           adapter: a dataclass that describes its low-rank adapters, if the weights hold any.
+          quantize: name of the format of its quantised kernels, if the weights hold any.
           source: JSON-serialisable facts on where the weights come from, kept in the manifest.
         """
         self._staged = StagedDirectory(directory)
         self._root = self._staged.path
         self._config = config
         self._adapter = adapter
-        self._source = dict(source or {})
+        self._quantize = quantize
+        self.source = dict(source or {})
         self._arrays: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
         self._digests: dict[str, concurrent.futures.Future[str]] = {}
         self._files: dict[str, concurrent.futures.Future[tuple[int, str]]] = {}
@@ -108,6 +116,8 @@ class DirectoryWriter:
             sections = {"format": FORMAT, "format_version": FORMAT_VERSION}
             sections["model"] = to_json(self._config)
             sections["adapter"] = None if self._adapter is None else to_json(self._adapter)
+            if self._quantize is not None:  # older versions of this program refuse what is new
+                sections["quantize"] = self._quantize
             self.write_file(CONFIG, _dump(sections))
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
@@ -134,7 +144,7 @@ class DirectoryWriter:
             return
         self._arrays[path] = tuple(array.shape), np.dtype(array.dtype)
         # What was written is read back: of an array sharded over processes nobody holds all.
-        stored = ArrayFile(folder, tuple(array.shape))
+        stored = ArrayFile(folder, *self._arrays[path])
         self._digests[path] = self._hasher.submit(stored.sha256)
         for file in sorted(folder.rglob("*")):
             if file.is_file():
@@ -184,7 +194,7 @@ class DirectoryWriter:
             path: StoredArray(shape, dtype, self._digests[path].result())
             for path, (shape, dtype) in self._arrays.items()
         }
-        write_manifest(self._root, Manifest(arrays, files, self._source))
+        write_manifest(self._root, Manifest(arrays, files, self.source))
 
     def _add(self, file: pathlib.Path) -> None:
         # Hashed while the next weight is read; the file is still in the page cache.
@@ -193,7 +203,8 @@ class DirectoryWriter:
 
 
 def read_sections(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The sections `model` and `adapter` of `config.json`, parsed and not yet checked.
+    """The sections `model`, `adapter` and, of quantised models, `quantize` of `config.json`, parsed
+    and not yet checked.
 
     Raises:
       DirectoryError: no finished model directory, or its `config.json` was altered or is malformed.
@@ -224,6 +235,14 @@ def load_arrays(
     Raises:
       DirectoryError: a weight is missing, left over, of another shape or unreadable.
     """
+    check_arrays(directory, targets)
+    return {path: load_array(directory, path, target) for path, target in targets.items()}
+
+
+def check_arrays(
+    directory: str | os.PathLike[str], targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> None:
+    """Raises DirectoryError unless a directory holds exactly these weights, of these shapes."""
     root = pathlib.Path(directory)
     stored = read_manifest(root).arrays
     if missing := sorted(set(targets) - set(stored)):
@@ -237,7 +256,11 @@ def load_arrays(
     ]
     if wrong:
         raise DirectoryError(f"{root} holds weights of another shape: {'; '.join(wrong)}")
-    return {path: load_array(root, path, target) for path, target in targets.items()}
+    for path, target in targets.items():
+        found = stored[path].dtype
+        is_integer = jnp.issubdtype(target.dtype, jnp.integer)
+        if found != target.dtype and (is_integer or jnp.issubdtype(found, jnp.integer)):
+            raise DirectoryError(f"{root}: {path} is stored as {found}, expected {target.dtype}")
 
 
 def load_array(
@@ -250,7 +273,8 @@ def load_array(
     sharding = target.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     folder = pathlib.Path(directory) / PARAMS / path
     places = sharding.addressable_devices_indices_map(target.shape)
-    stored = ArrayFile(folder, target.shape, is_read_in_parts=len(places) > 1)
+    # Codes of four bits are read as such; everything else as it is stored.
+    stored = ArrayFile(folder, target.shape, target.dtype, is_read_in_parts=len(places) > 1)
     shards = [jax.device_put(stored.read(index), device) for device, index in places.items()]
     array = jax.make_array_from_single_device_arrays(target.shape, sharding, shards)
     array.block_until_ready()
@@ -269,7 +293,7 @@ def read_array(directory: str | os.PathLike[str], path: str) -> np.ndarray:
     stored = read_manifest(directory).arrays.get(path)
     if stored is None:
         raise DirectoryError(f"{directory} lacks the weight {path}")
-    return ArrayFile(pathlib.Path(directory) / PARAMS / path, stored.shape).read()
+    return stored.open(pathlib.Path(directory) / PARAMS / path).read()
 
 
 def _dump(values: Mapping[str, Any]) -> bytes:

@@ -112,6 +112,8 @@ class TrainConfig:
       steps: number of optimizer steps.
       optimizer: settings that all parameter groups share.
       dtype: what the objective computes in.
+      quantize: format of the frozen kernels of the decoder's layers, as in QLoRA (arXiv
+        2305.14314); None keeps them in `dtype`.
       remat: see `layers.rematerialise`.
       seed: seed of the order of the samples, of dropout and of random weights.
       run: how the run is executed.
@@ -139,6 +141,7 @@ class TrainConfig:
     steps: int | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantize: Literal["nf4", "int8", "int4"] | None = None
     remat: Literal["none", "full", "dots"] = "full"
     seed: int = 42
     run: ExecutionConfig = ExecutionConfig()

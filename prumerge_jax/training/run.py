@@ -19,6 +19,8 @@ from jax.sharding import Mesh
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.messages import shortened
 from prumerge_jax.models.config import LlavaConfig
+from prumerge_jax.models.quantisation import format_named
+from prumerge_jax.models.quantised_weights import check_blocks
 from prumerge_jax.sharding.mesh import MESH_AXES, make_mesh, use_mesh
 from prumerge_jax.sharding.processes import DataShards
 from prumerge_jax.training.checkpoint import Checkpoints
@@ -136,6 +138,8 @@ def fitted_mesh(config: TrainConfig) -> Mesh:
             f"batch_size is {config.batch_size}; expected a multiple of the {shards} data shards "
             f"of run.mesh {sizes}"
         )
+    form = None if config.quantize is None else format_named(config.quantize)
+    check_blocks(config.sizes.text, form, sizes)
     return make_mesh(**sizes)
 
 

@@ -30,10 +30,11 @@ from prumerge_jax.data.tokenizer import (
     tokenizer_file,
 )
 from prumerge_jax.messages import quoted
-from prumerge_jax.models import config_json
+from prumerge_jax.models import config_json, quantised_weights
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.layers import AdapterConfig
 from prumerge_jax.models.llava import LlavaModel
+from prumerge_jax.models.quantisation import format_named
 from prumerge_jax.sharding.mesh import use_mesh
 from prumerge_jax.store import model_directory as directories
 from prumerge_jax.store.manifest import MANIFEST, StoredArray, weights_identity
@@ -90,7 +91,7 @@ class AbstractModule(Generic[Module]):
         return nnx.merge(self.graphdef, _unflatten(variables))
 
     def shapes(self) -> Shapes:
-        """Shape and dtype of every weight, float32 as created."""
+        """Shape and dtype of every weight as created: float32 but for codes."""
         return {
             path: jax.ShapeDtypeStruct(variable.shape, variable.dtype)
             for path, variable in self.variables.items()
@@ -114,9 +115,14 @@ class AbstractModule(Generic[Module]):
         return jax.jit(create, out_shardings={path: shardings[path] for path in shapes})()
 
 
-def llava_module(model: LlavaConfig, adapter: AdapterConfig | None) -> AbstractModule[LlavaModel]:
-    """The abstract module of a `LlavaModel`."""
-    return AbstractModule.of(lambda seed: LlavaModel(model, adapter=adapter, rngs=nnx.Rngs(seed)))
+def llava_module(
+    model: LlavaConfig, adapter: AdapterConfig | None, quantize: str | None = None
+) -> AbstractModule[LlavaModel]:
+    """The abstract module of a `LlavaModel`; `quantize` is a format of its decoder's kernels."""
+    form = None if quantize is None else format_named(quantize)
+    return AbstractModule.of(
+        lambda seed: LlavaModel(model, adapter=adapter, quantize=form, rngs=nnx.Rngs(seed))
+    )
 
 
 def trained_paths(paths: Collection[str], learning_rates: LearningRates) -> dict[str, float]:
@@ -127,7 +133,8 @@ def trained_paths(paths: Collection[str], learning_rates: LearningRates) -> dict
       learning_rates: pairs of a path pattern (`*` matches anything, dots included) and a rate.
 
     Raises:
-      ValueError: a pattern matches no weight, two match the same one, or nothing would train.
+      ValueError: a pattern matches no weight, two match the same one, one matches a quantised
+        kernel, or nothing would train.
     """
     rates: dict[str, float] = {}
     pattern_of: dict[str, str] = {}
@@ -146,6 +153,11 @@ def trained_paths(paths: Collection[str], learning_rates: LearningRates) -> dict
                 f"{parts}{lora}"
             )
         for path in fitting:
+            if path.endswith((quantised_weights.CODES, quantised_weights.SCALE)):
+                raise ValueError(
+                    f"learning_rates: {path} fits {pattern!r}; quantised kernels do not train, "
+                    "adapters on them do"
+                )
             if path in rates:
                 raise ValueError(
                     f"learning_rates: {path} fits both {pattern_of[path]!r} and {pattern!r}; "
@@ -165,6 +177,9 @@ class Pretrained:
       stored: shape and dtype of every weight in the directory.
       seed: seed of random weights.
       random_tokenizer: for random weights, a `tokenizer.model` or a registered name.
+      quantize: format that the run holds the decoder's kernels in; None for none.
+      stored_quantized: whether the directory holds them so; else they are quantised when read, and
+        the run exports them as the directory has them.
     """
 
     model: LlavaConfig
@@ -172,6 +187,8 @@ class Pretrained:
     stored: Mapping[str, StoredArray]
     seed: int
     random_tokenizer: str | None = None
+    quantize: str | None = None
+    stored_quantized: bool = False
 
     def verify(self, *, hashes: bool) -> None:
         """Compares the files with the manifest: sizes, and SHA-256 if `hashes`.
@@ -230,7 +247,9 @@ class Pretrained:
           DirectoryError: the directory lacks a frozen weight, or holds one of another shape.
         """
         shardings = module.shardings(mesh)
-        new = sorted(set(wanted) - set(self.stored))
+        kernels = quantised_weights.to_quantise(wanted, self.stored)
+        made = {part for parts in kernels.values() for part in parts}
+        new = sorted(set(wanted) - set(self.stored) - made)
         lacking = [path for path in new if path not in trained]
         if self.directory is not None and lacking:
             raise directories.DirectoryError(
@@ -245,7 +264,28 @@ class Pretrained:
             shape, dtype = wanted[path].shape, wanted[path].dtype
             target = jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[path])
             weights[path] = self._read(path, target)
+        for kernel, parts in kernels.items():
+            weights |= self._quantised(kernel, parts, wanted, shardings)
         return weights
+
+    def _quantised(
+        self,
+        kernel: str,
+        parts: tuple[str, str],
+        wanted: Shapes,
+        shardings: Mapping[str, NamedSharding],
+    ) -> Weights:
+        """Codes and scales of a kernel that the directory holds unquantised."""
+        assert self.directory is not None
+        assert self.quantize is not None
+        self._check_shape(kernel, wanted[parts[0]].shape)
+        targets = [
+            jax.ShapeDtypeStruct(wanted[part].shape, wanted[part].dtype, sharding=shardings[part])
+            for part in parts
+        ]
+        form = format_named(self.quantize)
+        quantised = quantised_weights.load_quantised(self.directory, kernel, targets, form)
+        return dict(zip(parts, quantised, strict=True))
 
     def export(
         self,
@@ -255,7 +295,8 @@ class Pretrained:
         mesh: Mesh,
         source: Mapping[str, Any],
     ) -> None:
-        """Writes a complete model: the trained weights, the others exactly as they were.
+        """Writes a complete model: the trained weights, the others exactly as they were, which is
+        unquantised unless the directory held them quantised.
 
         Args:
           directory: must not exist yet.
@@ -264,10 +305,11 @@ class Pretrained:
           mesh: the devices.
           source: facts for the manifest.
         """
-        module = llava_module(self.model, adapter)
+        quantize = self.quantize if self.stored_quantized else None
+        module = llava_module(self.model, adapter, quantize)
         others = [path for path in module.variables if path not in trained]
         with directories.DirectoryWriter(
-            directory, self.model, adapter=adapter, source=source
+            directory, self.model, adapter=adapter, quantize=quantize, source=source
         ) as writer:
             for path in sorted(set(module.variables) & set(trained)):
                 writer.write_array(path, trained[path])
@@ -292,12 +334,15 @@ class Pretrained:
 
     def _read(self, path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
         assert self.directory is not None
-        stored = self.stored[path].shape
-        if stored != target.shape:
-            raise directories.DirectoryError(
-                f"{self.directory}: {path} has the shape {stored}, this run expects {target.shape}"
-            )
+        self._check_shape(path, target.shape)
         return directories.load_array(self.directory, path, target)
+
+    def _check_shape(self, path: str, shape: tuple[int, ...]) -> None:
+        stored = self.stored[path].shape
+        if stored != shape:
+            raise directories.DirectoryError(
+                f"{self.directory}: {path} has the shape {stored}, this run expects {shape}"
+            )
 
     def _files(self) -> dict[str, bytes | pathlib.Path]:
         """Tokenizer and processor files, passed through; a report tells of other weights."""
@@ -353,7 +398,20 @@ def load_pretrained(config: TrainConfig) -> Pretrained:
             f"{directory} holds a model with adapters {adapter}; this run has "
             f"{config.adapter}: continue with the same, or merge them into the weights first"
         )
-    return Pretrained(found, directory, manifest.arrays, config.seed)
+    stored = quantised_weights.stored_format(directory)
+    if stored is not None and config.quantize != stored.stored_as:
+        raise ConfigError(
+            f"{directory} holds {stored.stored_as} weights, config.quantize is "
+            f"{quoted(config.quantize)}; expected {stored.stored_as!r}, or unquantised weights"
+        )
+    return Pretrained(
+        found,
+        directory,
+        manifest.arrays,
+        config.seed,
+        quantize=config.quantize,
+        stored_quantized=stored is not None,
+    )
 
 
 def _random(config: TrainConfig) -> Pretrained:
@@ -367,7 +425,9 @@ def _random(config: TrainConfig) -> Pretrained:
             f"config.weights is {RANDOM!r}, so config.tokenizer must name a tokenizer.model"
             + (f" or one of {sorted(_TOKENIZERS)}" if _TOKENIZERS else "")
         )
-    return Pretrained(config.model, None, {}, config.seed, config.tokenizer)
+    return Pretrained(
+        config.model, None, {}, config.seed, config.tokenizer, quantize=config.quantize
+    )
 
 
 def _sizes(model: LlavaConfig) -> dict[str, Any]:

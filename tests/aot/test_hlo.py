@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from prumerge_jax.aot.hlo import Traffic, program_cost
+from prumerge_jax.aot.compile import CopiesWeights, check_no_copies
+from prumerge_jax.aot.hlo import Traffic, arrays_in_memory, program_cost
 from prumerge_jax.sharding.mesh import make_mesh
 
 # As XLA writes it for TPUs, shortened: a scan of 32 around an asynchronous all-gather that is named
@@ -118,3 +119,34 @@ def test_collectives_of_a_scan_as_compiled_here() -> None:
         "all-reduce": Traffic(5, 5 * 2 * 1 * 3 * 4),
     }
     assert cost.cycles == cost.open_loops == 0
+
+
+QUANTISED = """HloModule jit_read
+
+%fused (p: s8[2,64,32]) -> bf16[8,32] {
+  %p = s8[2,64,32]{2,1,0} parameter(0)
+  %converted = bf16[64,32]{1,0} convert(%p)
+  ROOT %product = bf16[8,32]{1,0} convolution(%converted), dim_labels=bf_io->bf
+}
+
+ENTRY %main (w: s8[2,64,32]) -> bf16[8,32] {
+  %w = s8[2,64,32]{2,1,0} parameter(0)COPY
+  ROOT %y = bf16[8,32]{1,0} fusion(%w), kind=kOutput, calls=%fused
+}
+"""
+COPY = """
+  %copy = bf16[2,1,32,64]{2,3,1,0} fusion(%w), kind=kLoop, calls=%transposed"""
+
+
+def test_what_only_a_fusion_holds_is_not_in_memory() -> None:
+    fused = arrays_in_memory(QUANTISED.replace("COPY", ""))
+    assert fused == {("s8", (2, 64, 32)), ("bf16", (8, 32))}
+    found = arrays_in_memory(TPU)
+    assert {("bf16", (64, 512)), ("bf16", (256, 128))} <= found  # of the loop's body too
+
+
+def test_a_copy_of_a_quantised_kernel_is_found() -> None:
+    check_no_copies("read", QUANTISED.replace("COPY", ""), [(64, 32)])
+    check_no_copies("read", QUANTISED.replace("COPY", COPY), [(8, 64)])
+    with pytest.raises(CopiesWeights, match=r"read holds bf16\[2, 32, 64\]: a copy of a quantised"):
+        check_no_copies("read", QUANTISED.replace("COPY", COPY), [(64, 32)])

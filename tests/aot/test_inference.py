@@ -54,6 +54,10 @@ def test_the_printed_plan_compares_with_the_floor_of_its_chips() -> None:
         programs=(program("read", 6_000_000), program("decode", 3_000_000, open_loops=1)),
         work={"read": Operation(197e9 * 4, 0.0), "decode": Operation(0.0, 0.819e9 * 2)},
         resident=2 * GIB,
+        pool_bytes=GIB,
+        sequence_bytes=GIB // 8,
+        quantize="int8",
+        cache_dtype="int8",
         rejected=("tensor=1: too large",),
     )
     assert plan.memory == 2 * GIB + GIB // 2 + GIB // 4
@@ -62,6 +66,11 @@ def test_the_printed_plan_compares_with_the_floor_of_its_chips() -> None:
     more = ("prumerge+", "bfloat16", "68", "60", "as it happens")
     for part in ("data=1 fsdp=1 tensor=2", "tensor=1: too large", "2.75", "15.75", "2.00", *more):
         assert part in text, part
+    # 15.75 - (2.75 - 1) GiB
+    assert plan.sequences == 112
+    assert "room for the keys and values of 112 sequences of 150 tokens" in text
+    assert "kernels in int8, keys and values in int8" in text
+    assert "no program holds a bfloat16 copy of a quantised kernel" in text
     assert sum("(of 1 steps)" in line for line in lines) == 1
     read, decode = (next(line for line in lines if f"{p}: " in line and "bound" in line)
                     for p in ("read", "decode"))  # fmt: skip

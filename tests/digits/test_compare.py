@@ -1,8 +1,11 @@
 """Reductions side by side: what is kept of the digits, and how rows are compared."""
 
+import json
+
 import numpy as np
 import pytest
 
+from prumerge_jax import reductions
 from prumerge_jax.digits import compare
 from prumerge_jax.digits.questions import FAMILIES
 from prumerge_jax.digits.scenes import CANVAS, draw_scene
@@ -50,13 +53,40 @@ def test_towers_are_averaged_and_pairs_have_intervals() -> None:
     mean = compare.averaged(towers)
     cover, top = mean.values()
     assert cover.mean == pytest.approx(np.mean([t["cover:tokens=18"].mean for t in towers]))
-    interval = compare.differences(mean)["top:tokens=18", "cover:tokens=18"]
+    pair = ("top:tokens=18", "cover:tokens=18")
+    interval = compare.differences(mean, [pair])[pair]
     assert interval.low < interval.difference < interval.high < 0
     table = compare.table(mean, {"top:tokens=18": "cover:tokens=18"})
     first, second, third = table.splitlines()
     assert first.startswith("reduction")
     assert "[" not in second
     assert third.endswith(f"{interval.high:+.1f}]")
-    record = compare.record(mean)
+    record = compare.record(mean, [pair])
     assert record["reductions"]["top:tokens=18"]["accuracy_mean"] == pytest.approx(100 * top.mean)
-    assert len(record["differences"]) == 2
+    assert [each["low"] for each in record["differences"]] == [interval.low]
+
+
+def test_every_reduction_is_asked_at_every_budget() -> None:
+    budget_of = compare.at_budgets(compare.METHODS, [9, 54])
+    pairs = compare.equal_budgets(budget_of)
+    assert ("cover:tokens=9", "visionzip:dominant=7,contextual=1") in pairs
+    assert {budget_of[first] == budget_of[second] for first, second in pairs} == {True}
+    assert budget_of["prumerge:neighbours=8"] is None
+    for name, budget in budget_of.items():
+        if budget is not None:
+            assert reductions.parse(name).capacity_for(144) == budget
+
+
+@pytest.mark.slow
+def test_a_run_on_the_miniature(tmp_path, capsys, monkeypatch) -> None:
+    output = tmp_path / "compare.json"
+    monkeypatch.setattr("sys.argv", ["compare", "--scenes=3", "--reduction=cover top fastv",
+                                     "--tokens=144", "--positions=original",
+                                     f"--output={output}"])  # fmt: skip
+    compare.main()
+    rows = json.loads(output.read_text())["original"]["reductions"]
+    assert set(rows) == {"full", "cover:tokens=144", "top:tokens=144", "fastv"}
+    same = {**rows["full"], "log_likelihood_gap": pytest.approx(0, abs=1e-3)}
+    assert rows["cover:tokens=144"] == same
+    assert rows["fastv"]["tokens"] == pytest.approx((2 * 144 + 72) / 3)
+    assert "about" in capsys.readouterr().out

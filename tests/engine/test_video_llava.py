@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from prumerge_jax import reductions
+from prumerge_jax import reductions, sharding
 from prumerge_jax.data.images import Video
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.encoding import PlacedModel
@@ -22,9 +22,10 @@ from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import ImageInput, Request, SamplingParams, SequenceLogits
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.models import tuning
-from prumerge_jax.models.llava import encode_images, gather_evidence
+from prumerge_jax.models.llava import abstract_model, encode_images, gather_evidence
 from prumerge_jax.models.tuning import Tuning
 from prumerge_jax.reductions.temporal import Merged, merge_frames, similarity
+from tests.conftest import require_eight_devices
 from tests.families import GoldenModel
 
 SHAPES = EngineShapes(
@@ -226,6 +227,26 @@ def test_merging_over_time_ends_with_the_video(golden: pathlib.Path):
     assert 0 < len(merged) < len(per_frame)
     unmerged, _ = tokens_of(make_engine(model, "prumerge+:temporal=1.5"), asked[2])
     np.testing.assert_array_equal(unmerged, per_frame)
+
+
+@pytest.mark.slow
+def test_a_mesh_equals_one_device(golden: pathlib.Path):
+    require_eight_devices()
+    model, reduction = load(golden), "prumerge:temporal=0.8"
+    asked = requests(model)
+    expected = logits_of(make_engine(model, reduction, batch_size=16, window_size=32), asked)
+    graphdef, state = nnx.split(model.model)
+    mesh = sharding.make_mesh(2, 2, 2)
+    shardings = sharding.weight_shardings(abstract_model(model.config)[1], mesh)
+    placed = PlacedModel(
+        graphdef, jax.device_put(state, shardings), model.config, jnp.dtype(jnp.float32), mesh=mesh
+    )
+    shapes = dataclasses.replace(SHAPES, batch_size=32, window_size=64, prefill_rows=4)
+    engine = Engine(placed, reductions.parse(reduction), shapes)
+    with sharding.use_mesh(mesh):
+        got = logits_of(engine, asked)
+    for key, values in expected.items():
+        np.testing.assert_allclose(got[key], values, atol=5e-5, rtol=5e-5)
 
 
 def test_videos_that_no_window_holds_are_refused_with_the_number(golden: pathlib.Path):

@@ -93,6 +93,8 @@ def pope_config(files: pathlib.Path, **changes: Any) -> ConfigDict:
         ({"decoding__num_workers": -1}, "decoding.num_workers=-1"),
         ({"decoding__temperatur": 0.0}, "no field 'temperatur'; did you mean 'temperature'"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"quantize": "int9"}, "unknown quantize 'int9'; did you mean"),
+        ({"cache_dtype": "int4"}, "unknown cache dtype 'int4'"),
         ({"reduction": "full prumerg"}, "unknown reduction 'prumerg'"),
         (
             {"reduction": "full prumerge", "tokens": "64 32"},

@@ -61,7 +61,7 @@ def run(given: Case, form: str, poison: float = 0.0) -> jax.Array:
     pages = empty_pages(
         given.config, given.tables.size, given.page_size, jnp.dtype("float32"), implementation=form
     )
-    pages = KVPages(*(x + poison for x in pages))
+    pages = jax.tree.map(lambda x: x + poison, pages)
     rows = map(jnp.asarray, (given.k, given.v))
     pages = write_to_pages(pages, *rows, 1, LAYERS, jnp.asarray(given.places), implementation=form)
     tables, lengths = jnp.asarray(given.tables), jnp.asarray(LENGTHS, jnp.int32)
@@ -104,8 +104,44 @@ def test_what_is_not_finite_is_never_written() -> None:
     pages = empty_pages(given.config, given.tables.size, 16, jnp.dtype("float32"))
     rows = map(jnp.asarray, (given.k, given.v))
     pages = write_to_pages(pages, *rows, 0, LAYERS, jnp.asarray(given.places))
-    assert all(jnp.isfinite(x).all() for x in pages)
-    assert all((x != 0).any() for x in pages)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(pages))
+    assert all((x != 0).any() for x in jax.tree.leaves(pages))
+
+
+def of_int8(given: Case) -> jax.Array:
+    """The case's attention to keys and values of 8 bits."""
+    pages = empty_pages(given.config, given.tables.size, given.page_size, jnp.dtype("int8"))
+    assert pages.k.dtype == jnp.int8
+    places = jnp.asarray(given.places)
+    pages = write_to_pages(pages, *map(jnp.asarray, (given.k, given.v)), 1, LAYERS, places)
+    tables, lengths = jnp.asarray(given.tables), jnp.asarray(LENGTHS, jnp.int32)
+    return attend_to_pages(given.q, pages, 1, LAYERS, tables, lengths)
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """To 8 bits and back, by a scale for every token and head."""
+    scale = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    return np.rint(x / scale) * scale
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_int8_equals_loops_over_rounded_keys_and_values(shards: int) -> None:
+    given = case(16, shards=shards)
+    if shards == 1:
+        got = of_int8(given)
+    else:
+        with sharding.use_mesh(sharding.make_mesh(1, 2, 2)):
+            got = jax.jit(functools.partial(of_int8, given))()
+    filled = np.array(LENGTHS) > 0
+    exact = by_loops(given)
+    expected = by_loops(given._replace(k=rounded(given.k), v=rounded(given.v)))
+    np.testing.assert_allclose(got[filled], expected[filled], atol=2e-6)
+    assert 1e-4 < np.abs(got[filled] - exact[filled]).max() < 0.03
+
+
+def test_int8_takes_no_bias_of_keys() -> None:
+    with pytest.raises(ValueError, match="merge=mean"):
+        empty_pages(case(16).config, 8, 16, jnp.dtype("int8"), key_bias=True)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from prumerge_jax import reductions
+from prumerge_jax import cost, reductions
 from prumerge_jax.cost import counts
 from prumerge_jax.models.config import VisionConfig, published
 from prumerge_jax.models.layers import stack
@@ -112,5 +112,9 @@ def test_the_tower_costs_less() -> None:
     whole = counts.staged_tower_flops(vision, (Stage(0, 64, "bipartite"),))
     assert whole < 0.2 * full
     for name in ("intower", "tome"):
-        stages = reductions.parse(name).stages(23, 576)
+        stages = counts.stages_of(vision, reductions.parse(name))
         assert 0.4 < counts.staged_tower_flops(vision, stages) / full < 0.7
+        workload = cost.Workload(64, 60, tower_stages=stages)
+        (tower,) = cost.operations(published("llava-1.5-7b"), workload)["vision"]
+        assert tower.flops == counts.staged_tower_flops(vision, stages)
+    assert counts.stages_of(vision, reductions.parse("cover")) == ()

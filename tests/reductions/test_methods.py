@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
-from prumerge_jax import reductions
+from prumerge_jax import reductions, sharding
+from prumerge_jax.aot.hlo import program_cost
 from prumerge_jax.reductions import stages
+from tests.conftest import require_eight_devices
 
 BATCH, PATCHES, WIDTH, HEADS = 5, 36, 16, 4
 SPELLINGS = [
@@ -184,3 +187,23 @@ def test_merged_tokens_are_means_of_what_is_nearest_and_know_their_size() -> Non
             np.testing.assert_allclose(bare.tokens[image, slot], members.mean(0), atol=1e-5)
             size = np.exp(merged.tokens[image, slot, WIDTH])
             np.testing.assert_allclose(size, len(members), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "spelling",
+    ["cover", "cover:block=8", "idselection", "dpp", "mmtok", "visionzip", "holov", "pact",
+     "prumerge-iterative", "cover:tokens=7,merge=mean", "cover:ranking=random"],
+)  # fmt: skip
+def test_a_sharded_batch_needs_no_collective(spelling: str) -> None:
+    require_eight_devices()
+    mesh = sharding.make_mesh(8, 1, 1)
+    evidence = evidence_of(np.random.default_rng(0), batch=8)
+    placed = jax.device_put(evidence, NamedSharding(mesh, sharding.logical_spec("batch")))
+    reduction = reductions.parse(spelling)
+    with sharding.use_mesh(mesh):
+        compiled = reduce.lower(placed, reduction).compile()
+    assert not program_cost(compiled.as_text()).collectives
+    alone, together = reduce(evidence, reduction), compiled(placed)
+    np.testing.assert_array_equal(alone.patch_indices, together.patch_indices)
+    np.testing.assert_allclose(alone.tokens, together.tokens, atol=1e-6)

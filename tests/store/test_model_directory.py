@@ -426,3 +426,31 @@ def test_oversized_json_is_not_read(tmp_path: pathlib.Path) -> None:
     os.truncate(file, 1 << 40)  # sparse
     with pytest.raises(ValueError, match="larger than"):
         strict_json.load_json(file)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4"])
+def test_four_bits_are_packed_on_disk_alone(tmp_path: pathlib.Path, dtype: str) -> None:
+    values = np.random.default_rng(0).integers(0, 16, (2, 3, 8)) - (8 if dtype == "int4" else 0)
+    array = values.astype(jnp.dtype(dtype))
+    with DirectoryWriter(tmp_path / "model", TINY) as writer:
+        writer.write_array("codes", array)
+        writer.write_array("of_jax", jnp.asarray(array))
+    directory.verify(tmp_path / "model")
+    stored = directory.read_manifest(tmp_path / "model").arrays
+    assert stored["codes"].shape == (2, 3, 8)
+    assert stored["codes"].sha256 == stored["of_jax"].sha256
+    packed = np.concatenate([values & 15], -1)
+    expected = (packed[..., ::2] | packed[..., 1::2] << 4).astype(np.uint8)
+    assert stored["codes"].sha256 == hashlib.sha256(expected.tobytes()).hexdigest()
+    np.testing.assert_array_equal(directory.read_array(tmp_path / "model", "codes"), array)
+    mesh = jax.make_mesh((2, 2), ("a", "b"))
+    target = jax.ShapeDtypeStruct(
+        (2, 3, 8), jnp.dtype(dtype), sharding=NamedSharding(mesh, P("a", None, "b"))
+    )
+    loaded = directory.load_array(tmp_path / "model", "codes", target)
+    np.testing.assert_array_equal(np.asarray(loaded), array)
+    with pytest.raises(DirectoryError, match="stored as u?int4, expected float32"):
+        directory.load_arrays(
+            tmp_path / "model",
+            dict.fromkeys(stored, jax.ShapeDtypeStruct((2, 3, 8), jnp.float32)),
+        )

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -61,8 +62,11 @@ class Bench:
         rng = np.random.default_rng(0)
         weights = {}
         for path, shape in sorted(self.objective.shapes().items()):
-            value = 0.2 * rng.normal(size=shape.shape) + path.endswith("scale")
-            weights[path] = jax.device_put(value.astype(np.float32), shardings[path])
+            value = 0.2 * rng.normal(size=shape.shape) + path.endswith(".scale")
+            value = value.astype(np.float32)
+            if jnp.issubdtype(shape.dtype, jnp.integer):  # codes of a quantised kernel
+                value = rng.integers(0, 8, shape.shape).astype(shape.dtype)
+            weights[path] = jax.device_put(value, shardings[path])
         self.trained = {p: w for p, w in weights.items() if p in self.objective.learning_rates}
         self.frozen = {p: w for p, w in weights.items() if p not in self.objective.learning_rates}
         optimizer = make_optimizer(

@@ -20,6 +20,7 @@ from configs import (
     llava_v1_5_7b_pretrain,
     llava_v1_5_13b_lora,
     prumerge_7b_lora,
+    prumerge_7b_qlora,
     prumerge_13b_lora,
 )
 from configs import lora as lora_of_any_model
@@ -48,6 +49,10 @@ TABLE = {
         "llava-1.5-13b", 16 * 8, "v1", "pad", {"lora": 2e-4, "projector": 2e-5}, LORA, True, "full",
     ),
     prumerge_7b_lora: (
+        "llava-1.5-7b", 20 * 4 * 2, "v1", "pad", {"lora": 2e-4, "projector": 2e-5}, LORA, True,
+        "prumerge",
+    ),
+    prumerge_7b_qlora: (
         "llava-1.5-7b", 20 * 4 * 2, "v1", "pad", {"lora": 2e-4, "projector": 2e-5}, LORA, True,
         "prumerge",
     ),
@@ -104,7 +109,9 @@ def test_a_step_of_every_recipe_traces_at_full_size(recipe) -> None:
     trained, frozen = objective.trained(), objective.frozen()
     assert trained | frozen == objective.shapes()
     assert {shape.dtype for shape in trained.values()} == {jnp.dtype(jnp.float32)}
-    assert {shape.dtype for shape in frozen.values()} == {jnp.dtype(config.dtype)}
+    codes = {path for path in frozen if path.endswith(("kernel_q", "kernel_scale"))}
+    assert bool(codes) == (config.quantize is not None)
+    assert {frozen[path].dtype for path in set(frozen) - codes} == {jnp.dtype(config.dtype)}
     optimizer = make_optimizer(config.optimizer, 100, objective.learning_rates)
 
     def step(trained, frozen, batch, state):
@@ -222,6 +229,11 @@ def test_a_pretrained_recipe_has_no_adapters_and_takes_them_by_flag() -> None:
         ("steps", -1, "config.steps is -1; expected at least 1"),
         ("epochs", 0.0, "config.epochs is 0.0; expected a positive number"),
         ("seed", -1, "config.seed is -1; expected at least 0"),
+        (
+            "quantize",
+            "int8x8",
+            "config.quantize is 'int8x8'; expected one of ['nf4', 'int8', 'int4'",
+        ),
         ("dtype", "bf16", "config.dtype is 'bf16'; expected one of ['float32', 'bfloat16'"),
         ("remat", "ful", "did you mean 'full'?"),
         ("image_mode", "stretch", "config.image_mode is 'stretch'; expected one of"),

@@ -34,6 +34,8 @@ class Row:
       images_per_second: None where nothing was timed.
       speedup: images per second over those of `full` in the same run; None without it.
       difference: headline minus that of `full`, with its 95 % interval, in the metric's unit.
+      layer_tokens: mean over the decoder's layers of the visual tokens that they see, where some
+        leave in it.
       computed_share: tokens computed for prompts over tokens of the prompts, below 1 where some
         share what is in front of them; None where nothing was computed.
     """
@@ -48,6 +50,7 @@ class Row:
     speedup: float | None
     difference: Interval | None
     computed_share: float | None = None
+    layer_tokens: float | None = None
 
     def __post_init__(self) -> None:
         # A benchmark that a server scores has no metrics here.
@@ -138,12 +141,14 @@ def score_table(benchmark: str, rows: Sequence[Row]) -> Table:
     """All metrics of one benchmark, what matters most first."""
     headline = rows[0].headline
     others = dict.fromkeys(name for row in rows for name in row.metrics if name != headline)
+    drops = any(row.layer_tokens is not None for row in rows)
     return Table(
         benchmark,
         [
             "reduction",
             "visual tokens mean",
             "visual tokens p95",
+            *(["mean over layers"] if drops else []),
             metric_label(headline),
             f"difference to {BASELINE}",
             "images per second",
@@ -158,6 +163,7 @@ def score_table(benchmark: str, rows: Sequence[Row]) -> Table:
                 format_decimal(
                     np.percentile(row.visual_tokens, 95) if row.visual_tokens.size else None
                 ),
+                *([format_decimal(row.layer_tokens)] if drops else []),
                 _score(row, headline),
                 _interval(row.difference),
                 _rate(row.images_per_second),

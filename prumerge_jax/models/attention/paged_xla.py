@@ -48,6 +48,8 @@ def attend(
     first: jax.Array,
     tables: jax.Array,
     lengths: jax.Array,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
 ) -> jax.Array:
     """`attention.attend_to_pages` on one device.
 
@@ -57,6 +59,7 @@ def attend(
       first: int32 [], first page of the layer.
       tables: [B, M] int32.
       lengths: [B] int32.
+      k_scale, v_scale: [pages, K, page], of int8 keys and values.
 
     Returns:
       [B, H, Dh] float32; zeros for a sequence without tokens.
@@ -76,7 +79,8 @@ def attend(
     def turn(carry: tuple[jax.Array, _Softmax]) -> tuple[jax.Array, _Softmax]:
         index, so_far = carry
         pages = block(index)
-        return index + 1, _add(so_far, queries, _taken(k, pages), _taken(v, pages), pages)
+        keys, values = _taken(k, k_scale, pages), _taken(v, v_scale, pages)
+        return index + 1, _add(so_far, queries, keys, values, pages)
 
     shape = queries.shape[:3]
     nothing = _Softmax(jnp.full(shape, _LOWEST), jnp.zeros(shape), jnp.zeros(queries.shape))
@@ -93,9 +97,12 @@ def pages_read(counts: np.ndarray, page_size: int) -> int:
     return -(-int(counts.sum()) // PAGES_AT_A_TIME) * PAGES_AT_A_TIME
 
 
-def _taken(pool: jax.Array, block: _Block) -> jax.Array:
+def _taken(pool: jax.Array, scale: jax.Array | None, block: _Block) -> jax.Array:
     """The block's pages, [N, K, page, Dh]."""
     taken = pool.at[block.page].get(mode="promise_in_bounds")
+    if scale is not None:
+        of_token = scale.at[block.page].get(mode="promise_in_bounds")
+        return taken.astype(jnp.float32) * of_token[..., None]
     # XLA has no product of float16 numbers on CPUs whose sum is float32.
     return taken.astype(jnp.float32) if pool.dtype == jnp.float16 else taken
 

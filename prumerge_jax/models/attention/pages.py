@@ -35,10 +35,14 @@ class KVPages(NamedTuple):
 
     Attributes:
       k, v: [L * P, K, page, Dh], or [K, L * P, page, Dh] where a kernel reads them (`heads_first`).
+        int8 where every token and head has a scale.
+      k_scale, v_scale: [L * P, K, page] float32, those scales; None without.
     """
 
     k: jax.Array
     v: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
 
 
 class _Form(NamedTuple):
@@ -46,7 +50,7 @@ class _Form(NamedTuple):
 
     Attributes:
       attend: (queries [B, H, Dh], keys, values, first page of the layer, table, lengths) -> [B, H,
-        Dh], on one device.
+        Dh], on one device; `xla` also takes their scales.
       heads_first: whether pages are stored as [K, L * P, page, Dh].
       takes: whether it takes heads of this dtype and width.
       pages_read: (pages of each sequence [B], page size) -> number of pages that it reads for them.
@@ -93,13 +97,23 @@ def empty_pages(
     implementation: str | None = None,
 ) -> KVPages:
     """A pool of zeros: `pages` pages in every layer, on a mesh over all its data shards; with room
-    for a bias of every key (`key_bias.py`)."""
+    for a bias of every key (`key_bias.py`). A `dtype` of int8 adds scales.
+
+    Raises:
+      ValueError: int8 with biases, which have no bits of their own in a head's scale.
+    """
+    if key_bias and dtype == jnp.int8:
+        raise ValueError(
+            "int8 keys and values take no tokens that count several times (merge=mean); leave "
+            "cache_dtype out"
+        )
     head_dim = widened(config.head_dim) if key_bias else config.head_dim
     form = _form(dtype, head_dim, implementation)
     count, heads = config.num_layers * pages, config.num_kv_heads
     leading = (heads, count) if form.heads_first else (count, heads)
     zeros = jnp.zeros((*leading, page_size, head_dim), dtype)
-    return over_shards(KVPages(zeros, zeros), implementation=implementation)
+    scales = jnp.zeros((*leading, page_size)) if dtype == jnp.int8 else None
+    return over_shards(KVPages(zeros, zeros, scales, scales), implementation=implementation)
 
 
 def pages_spec(config: TextConfig, dtype: jnp.dtype) -> PartitionSpec:
@@ -116,7 +130,11 @@ def over_shards(pages: KVPages, *, implementation: str | None = None) -> KVPages
         return pages
     axes = _axes(_form(pages.k.dtype, pages.k.shape[-1], implementation))
     spec = divisible_spec(pages.k.shape, *axes)
-    return KVPages(*(jax.lax.with_sharding_constraint(x, spec) for x in pages))
+
+    def placed(x: jax.Array) -> jax.Array:  # scales have an axis less
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec[: x.ndim]))
+
+    return jax.tree.map(placed, pages)
 
 
 def write_to_pages(
@@ -139,7 +157,7 @@ def write_to_pages(
       places: [B, T] int32, `page * page_size + offset` of every token in the pool of its own data
         shard; -1 writes nothing.
     """
-    form = _form(k.dtype, k.shape[-1], implementation)
+    form = _form(pages.k.dtype, k.shape[-1], implementation)
     axes = _axes(form)
 
     def write(pool: jax.Array, new: jax.Array, places: jax.Array, layer: jax.Array) -> jax.Array:
@@ -156,14 +174,29 @@ def write_to_pages(
             return rows.reshape(pool.shape)
         return pool.at[page, :, offset].set(new, mode="drop")
 
-    all_axes = (axes, HEADS, HEADS[:2], ())
     index = jnp.asarray(layer)
+
+    def written(pool: jax.Array, new: jax.Array) -> jax.Array:
+        all_axes = (axes[: pool.ndim], HEADS[: new.ndim], HEADS[:2], ())
+        return on_shards(write, (pool, new, places, index), all_axes, check_vma=False)
+
+    if pages.k_scale is None or pages.v_scale is None:
+        return KVPages(written(pages.k, k), written(pages.v, v))
+    (k, k_scale), (v, v_scale) = _rounded(k), _rounded(v)
     return KVPages(
-        *(
-            on_shards(write, (pool, new, places, index), all_axes, check_vma=False)
-            for pool, new in zip(pages, (k, v), strict=True)
-        )
+        written(pages.k, k),
+        written(pages.v, v),
+        written(pages.k_scale, k_scale),
+        written(pages.v_scale, v_scale),
     )
+
+
+def _rounded(new: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys or values [B, T, K, Dh] as int8, and the scale of every token and head [B, T, K]."""
+    new = jnp.where(jnp.isfinite(new), new, 0).astype(jnp.float32)
+    largest = jnp.abs(new).max(-1)
+    scale = jnp.where(largest > 0, largest / 127, 1)
+    return jnp.round(new / scale[..., None]).astype(jnp.int8), scale
 
 
 def _rows_of(pool: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
@@ -215,11 +248,12 @@ def copy_in_pages(
         return jax.lax.fori_loop(0, num_layers, of_layer, pool)
 
     # The second argument is what `on_shards` reads the split from.
-    all_axes = (axes, axes, HEADS[:2], HEADS[:2])
-    copied = (
-        on_shards(copy, (pool, pool, source, target), all_axes, check_vma=False) for pool in pages
-    )
-    return KVPages(*copied)
+    def copied(pool: jax.Array) -> jax.Array:
+        own = axes[: pool.ndim]
+        all_axes = (own, own, HEADS[:2], HEADS[:2])
+        return on_shards(copy, (pool, pool, source, target), all_axes, check_vma=False)
+
+    return jax.tree.map(copied, pages)
 
 
 def attend_to_pages(
@@ -250,7 +284,7 @@ def attend_to_pages(
     Raises:
       ValueError: an unknown implementation.
     """
-    form = _form(q.dtype, q.shape[-1], implementation)
+    form = _form(pages.k.dtype, q.shape[-1], implementation)
     axes = _axes(form)
 
     def run(
@@ -260,12 +294,15 @@ def attend_to_pages(
         tables: jax.Array,
         lengths: jax.Array,
         layer: jax.Array,
+        *scales: jax.Array,
     ) -> jax.Array:
         first = layer * (k.shape[1 if form.heads_first else 0] // num_layers)
-        return form.attend(q[:, 0], k, v, first, tables, lengths)[:, None].astype(q.dtype)
+        attended = form.attend(q[:, 0], k, v, first, tables, lengths, *scales)
+        return attended[:, None].astype(q.dtype)
 
-    all_axes = (HEADS, axes, axes, HEADS[:2], HEADS[:1], ())
-    arrays = (q, *pages, tables, lengths, jnp.asarray(layer))
+    scales = [scale for scale in (pages.k_scale, pages.v_scale) if scale is not None]
+    all_axes = (HEADS, axes, axes, HEADS[:2], HEADS[:1], (), *(axes[:3] for _ in scales))
+    arrays = (q, pages.k, pages.v, tables, lengths, jnp.asarray(layer), *scales)
     return on_shards(run, arrays, all_axes, check_vma=False)
 
 

@@ -133,8 +133,8 @@ def make(config: TrainConfig) -> Objective:
     if options.weight:
         shape = TeacherShape(options.teacher_factor, options.teacher_length or config.row_length)
     _check(config, options, most, shape)
-    module = llava_module(model, config.adapter)
-    without_adapters = llava_module(model, None)
+    module = llava_module(model, config.adapter, config.quantize)
+    without_adapters = llava_module(model, None, config.quantize)
 
     def loss(weights: Weights, batch: PairBatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         teacher = None

@@ -124,7 +124,7 @@ def make(config: TrainConfig) -> Objective:
     """
     model = config.sizes
     dtype = jnp.dtype(config.dtype)
-    module = llava_module(model, config.adapter)
+    module = llava_module(model, config.adapter, config.quantize)
     check_row_length(config, visual_capacity(config))
 
     def loss(weights: Weights, batch: RowBatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -237,6 +237,10 @@ def run_reduction(config: TrainConfig) -> Reduction:
         inference does.
     """
     reduction, vision = reductions.parse(config.reduction), config.sizes.vision
+    try:
+        reductions.require_before_decoder(reduction, "training")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if reduction.image_size(vision.image_size, vision.patch_size) != vision.image_size:
         raise ConfigError(
             f"reduction {config.reduction!r} resizes images, which training does not; "

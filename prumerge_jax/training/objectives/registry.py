@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.messages import did_you_mean, quoted
+from prumerge_jax.models.quantisation import QuantParam
 from prumerge_jax.training.batches import GlobalBatch
 from prumerge_jax.training.config import ConfigError, TrainConfig
 from prumerge_jax.training.inputs import TrainingSource
@@ -48,10 +49,12 @@ class Objective:
     finish: Callable[[Weights], Weights] = lambda trained: trained
 
     def shapes(self) -> Shapes:
-        """All weights as the run holds them: trained ones float32, frozen ones in `dtype`."""
+        """All weights as the run holds them: trained ones float32, frozen ones in `dtype`, those of
+        quantised kernels in their own."""
+        variables = self.module.variables
         return {
             path: shape
-            if path in self.learning_rates
+            if path in self.learning_rates or isinstance(variables[path], QuantParam)
             else jax.ShapeDtypeStruct(shape.shape, self.dtype)
             for path, shape in self.module.shapes().items()
         }
