@@ -28,8 +28,11 @@ class SharedEngine:
           engines: what would run the requests of each reduction alone.
 
         Raises:
-          ValueError: they have other shapes, or some weigh their tokens and others do not.
+          ValueError: they have other shapes, some weigh their tokens and others do not, or one
+            drops tokens inside the decoder.
         """
+        if any(engine.reduction.drops_tokens for engine in engines.values()):
+            raise ValueError("engines that drop tokens inside the decoder cannot be shared")
         first, *others = engines.values()
         weighs = first.reduction.weighs_tokens
         for other in others:
