@@ -16,17 +16,21 @@ import configs.digits
 from configs import (
     any_budget_7b_lora,
     common,
+    llava_next_7b_lora,
+    llava_onevision_0_5b_lora,
     llava_v1_5_7b_lora,
     llava_v1_5_7b_pretrain,
     llava_v1_5_13b_lora,
     prumerge_7b_lora,
     prumerge_7b_qlora,
     prumerge_13b_lora,
+    video_llava_7b_lora,
 )
 from configs import lora as lora_of_any_model
 from configs.digits import align, any_budget, contrastive, finetune, lora
 from prumerge_jax.digits import tokenizer as digits_tokenizer
-from prumerge_jax.models.config import LlavaConfig, published
+from prumerge_jax.families import published
+from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.layers import AdapterConfig
 from prumerge_jax.training.batches import RowBatch
 from prumerge_jax.training.config import ConfigError, TrainConfig, parse, with_sizes
@@ -65,7 +69,13 @@ TABLE = {
         "prumerge",
     ),
 }  # fmt: skip
-ON_CONVERSATIONS = [*TABLE, align, finetune, lora, any_budget]
+FAMILIES = {
+    # Sizes, samples of a step, template, rank, tokens of a row, crops or frames of a sample.
+    llava_next_7b_lora: ("llava-next-vicuna-7b", 128, "vicuna_v1", 128, 4096, 5),
+    llava_onevision_0_5b_lora: ("llava-onevision-0.5b", 64, "qwen_1_5", 64, 8192, 32),
+    video_llava_7b_lora: ("video-llava-7b", 128, "v1", 128, 2048, 8),
+}
+ON_CONVERSATIONS = [*TABLE, *FAMILIES, align, finetune, lora, any_budget]
 
 
 @pytest.mark.parametrize("recipe", TABLE, ids=lambda recipe: recipe.__name__)
@@ -99,6 +109,23 @@ def test_published_recipes_equal_their_table(recipe) -> None:
     for path in adapters:
         assert objective.shapes()[path].shape[0] == layers
         assert 128 in objective.shapes()[path].shape[1:]
+
+
+@pytest.mark.parametrize("recipe", FAMILIES, ids=lambda recipe: recipe.__name__)
+def test_recipes_of_families_equal_their_table(recipe) -> None:
+    model, batch, template, rank, length, crops = FAMILIES[recipe]
+    config = parse(recipe.get_config())
+    assert config.model == published(model)
+    assert (config.batch_size, config.conversation, config.max_length) == (batch, template, length)
+    assert config.adapter is not None
+    assert (config.adapter.rank, config.adapter.alpha) == (rank, 2 * rank)
+    assert (config.reduction, config.crops_per_sample) == ("prumerge+", crops)
+    rates = make_objective(config).learning_rates
+    others = {path.split(".")[0] for path in rates if "lora" not in path}
+    newline = {"image_newline"} if config.sizes.image_newline else set()
+    assert others == {"projector"} | newline
+    assert {rate for path, rate in rates.items() if "lora" in path} == {2e-4}
+    assert {rate for path, rate in rates.items() if "lora" not in path} == {2e-5}
 
 
 @pytest.mark.parametrize("recipe", ON_CONVERSATIONS, ids=lambda recipe: recipe.__name__)
@@ -191,7 +218,7 @@ def test_every_field_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_configuration_is_covered_here() -> None:
     names = {m.name for m in pkgutil.iter_modules(configs.__path__)} - {"common", "digits"}
-    covered = {recipe.__name__.removeprefix("configs.") for recipe in TABLE}
+    covered = {recipe.__name__.removeprefix("configs.") for recipe in [*TABLE, *FAMILIES]}
     training = {name for name in names if "lora" in name or "pretrain" in name}
     assert training == covered | {"lora"}
     stages = {m.name for m in pkgutil.iter_modules(configs.digits.__path__)} - {"miniature"}
