@@ -2,12 +2,12 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import Answer, Delta, Request, SamplingParams
-from prumerge_jax.models.attention import KVPages
 from prumerge_jax.models.llava import LlavaModel
 from tests.engine.test_engine import (
     CONFIG,
@@ -137,7 +137,7 @@ def test_pages_that_others_have_left_are_not_seen(model: LlavaModel, page_size: 
     list(engine.generate(requests[:1]))
     decoder = engine.core.decoder
     assert decoder is not None
-    decoder.pages = KVPages(*(x * np.nan for x in decoder.pages))
+    decoder.pages = jax.tree.map(lambda x: x * np.nan, decoder.pages)
     assert tokens_of(by_key(engine.generate(requests))) == expected
 
 

@@ -74,7 +74,7 @@ def assert_equal(sharing: Engine, apart: Engine, requests: list[Request], scored
     for key, answer in got.items():
         assert answer.usage == expected[key].usage
         if scored:
-            value = pytest.approx(expected[key].log_likelihood, abs=1e-4)
+            value = pytest.approx(expected[key].log_likelihood, rel=1e-5, abs=1e-4)
             assert answer.log_likelihood == value
     if not scored:
         assert tokens_of(got) == tokens_of(expected)
@@ -170,7 +170,7 @@ def test_a_mesh_shares_as_one_device_does(model: LlavaModel) -> None:
         assert tokens_of(got) == tokens_of(expected)
         if scored:
             for key, answer in got.items():
-                value = pytest.approx(expected[key].log_likelihood, abs=1e-4)
+                value = pytest.approx(expected[key].log_likelihood, rel=1e-5, abs=1e-4)
                 assert answer.log_likelihood == value
     assert sharded.counters.real_tokens < sharded.counters.request_tokens
 

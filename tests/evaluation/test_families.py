@@ -81,6 +81,6 @@ def test_questions_about_videos(tmp_path: pathlib.Path) -> None:
     (error,) = lines_of(tmp_path / "run" / "errors.jsonl")
     assert "vid2: no such file; expected a folder of frames" in error["error"]
     assert "patches are kept of 8 frames" in (tmp_path / "run" / "report.html").read_text()
-    other = evaluation(tmp_path / "other", CONFIG, **fields)
+    other = evaluation(tmp_path / "other", CONFIG, **fields, images=str(tmp_path))
     with pytest.raises(ValueError, match=r"msvd_qa asks about videos, and LLaVA-1\.5 takes images"):
         run.evaluate(other, tmp_path / "refused")
