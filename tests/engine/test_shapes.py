@@ -267,6 +267,7 @@ def test_two_thousand_images_compile_once_and_waste_less_than_a_twentieth(
         sampling = SamplingParams(max_new_tokens=2)
         requests.append(Request(key, token_ids, (image,), continuation, sampling))
 
+    jax.clear_caches()  # what other tests compiled counts as compiled
     compiled.clear()
     results = {answer.key: answer for answer in run(engine, requests)}
     assert len(results) == IMAGES
