@@ -83,7 +83,8 @@ class Trainer:
         learnt = (plan.visual_index < 0) & (plan.positions > visual + text // 2)
         targets = np.where(learnt, plan.ids, IGNORE)
         placed = dataclasses.replace(plan, targets=targets)
-        fields = {name: jnp.asarray(getattr(placed, name)) for name in RowBatch._fields[:-1]}
+        names = ("ids", "visual_index", "positions", "segment_ids", "targets")
+        fields = {name: jnp.asarray(getattr(placed, name)) for name in names}
         raw = jnp.asarray(pixels)
 
         def run() -> Any:

@@ -212,8 +212,9 @@ def run_of_whole_image(crops: CropTokens, layout: Layout, rows: Sequence[int]) -
     """
     patches = np.array(rows)[:, None] * crops.capacity + np.arange(layout.num_patches)
     if layout.pooled == layout.grid:
-        first = _cls_slots(crops, rows)[:, None]
-        index = (np.append(first, patches, axis=1) if layout.cls else patches).reshape(-1)
+        if layout.cls:
+            patches = np.append(_cls_slots(crops, rows)[:, None], patches, axis=1)
+        index = patches.reshape(-1)
         return Run(index.astype(np.int32), np.arange(layout.span, dtype=np.int32), layout.span)
     if layout.frames:
         return _run_of_frames(patches, layout)
