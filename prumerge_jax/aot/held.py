@@ -15,7 +15,7 @@ from prumerge_jax.models.attention import KVPages
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import abstract_in_stack
 from prumerge_jax.models.quantisation import Format, QuantParam
-from prumerge_jax.models.quantised_weights import CODES, SCALE
+from prumerge_jax.models.quantised_weights import CODES
 from prumerge_jax.sharding.mesh import use_mesh, weight_shardings
 
 
@@ -66,16 +66,13 @@ def abstract_weights(model: LlavaConfig, mesh: Mesh, held: Held) -> tuple[nnx.Gr
     )
 
 
-def quantised_shapes(state: nnx.State) -> set[tuple[int, int]]:
+def quantised_shapes(state: nnx.State, held: Held) -> set[tuple[int, int]]:
     """[d_in, d_out] of a chip's part of the kernels that are quantised by channel."""
-    leaves = dict(nnx.to_flat_state(state))
-    shapes = set()
-    for path, leaf in leaves.items():
-        if path[-1] == SCALE and leaf.shape[-2] == 1:
-            codes = leaves[(*path[:-1], CODES)].get_value()
-            d_in, d_out = codes.sharding.shard_shape(codes.shape)[-2:]
-            shapes.add((d_in, d_out))
-    return shapes
+    if held.quantize is None or held.quantize.block is not None:
+        return set()
+    codes = [leaf.get_value() for path, leaf in nnx.to_flat_state(state) if path[-1] == CODES]
+    parts = (each.sharding.shard_shape(each.shape) for each in codes)
+    return {(d_in, d_out) for *_, d_in, d_out in parts}
 
 
 def abstract_pages(model: LlavaConfig, engine: EngineShapes, mesh: Mesh, held: Held) -> KVPages:

@@ -325,7 +325,7 @@ def _plan(
             active,
             steps=engine.decode_steps_per_call,
         )
-        kernels = quantised_shapes(state)
+        kernels = quantised_shapes(state, held)
         compiled = (
             compile_program("encode", encode, of_tower),
             compile_program("read", read, of_rows, quantised=kernels),

@@ -15,6 +15,7 @@ from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import CHIPS, Operation
 from prumerge_jax.data.layout import Layout
 from prumerge_jax.engine.shapes import EngineConfig, EngineShapes
+from prumerge_jax.models import tuning
 from prumerge_jax.models.config import published
 from prumerge_jax.models.quantisation import FORMATS
 from prumerge_jax.sharding.mesh import make_mesh
@@ -41,14 +42,16 @@ def test_shapes_that_do_not_divide_are_refused_before_anything_is_compiled() -> 
 def test_what_a_plan_holds_in_fewer_bits() -> None:
     model, mesh = published("tiny"), make_mesh(1, 1, 2)
     held = Held(jnp.dtype(jnp.bfloat16), FORMATS["int4"], jnp.dtype(jnp.int8))
-    _, state = abstract_weights(model, mesh, held)
+    with tuning.use(tuning.BY_PLATFORM["tpu"]):
+        _, state = abstract_weights(model, mesh, held)
     width, inner = model.text.width, model.text.mlp_width
-    assert {(width, inner // 2), (inner // 2, width)} <= quantised_shapes(state)
+    assert {(width, inner // 2), (inner // 2, width)} <= quantised_shapes(state, held)
     leaves = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
     path = ("decoder", "layers", "mlp", "up_proj", "kernel_q")
     assert bytes_per_chip(leaves[path]) == model.text.num_layers * width * inner // 2 // 2
     of_blocks = Held(held.dtype, FORMATS["nf4"], None)
-    assert not quantised_shapes(abstract_weights(model, mesh, of_blocks)[1])
+    with tuning.use(tuning.BY_PLATFORM["tpu"]):
+        assert not quantised_shapes(abstract_weights(model, mesh, of_blocks)[1], of_blocks)
     assert (held.bits.kernels, held.bits.cache) == (4, 8)
 
 
