@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from drawn import MEANS, drawn_counts
 from flax import nnx
 from measuring import add_rate_arguments, begin, interleaved, peak_rates, quartiles_ms, report
 from models import add_geometry_argument, geometry, random_llava_for_inference
@@ -36,10 +37,6 @@ from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit
 from prumerge_jax.models.attention import tokens_read
 from prumerge_jax.models.config import LlavaConfig
 
-MEANS = {"full": 576, "prumerge+": 144, "prumerge": 40}
-"""Mean visual tokens of 576 patches (arXiv 2403.15388)."""
-SPREAD = 0.45
-"""Standard deviation of the logarithm of a varying count."""
 DRAWS = 2000
 
 
@@ -102,14 +99,14 @@ class Decoding:
         return emitted
 
 
-def drawn_counts(name: str, patches: int, number: int) -> np.ndarray:
+def counts_of(name: str, patches: int, number: int) -> np.ndarray:
     """Visual tokens of `number` images."""
-    rng = np.random.default_rng(0)
-    mean = MEANS[name] * patches / 576
-    if not reductions.parse(name).varying:
+    reduction = reductions.parse(name)
+    if not reduction.varying:
         return np.full(number, patches)
-    drawn = rng.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD, number)
-    return np.rint(drawn.clip(2, reductions.parse(name).capacity_for(patches))).astype(int)
+    most = reduction.capacity_for(patches)
+    drawn = drawn_counts(number, MEANS[name] * patches / 576, most, seed=0)
+    return np.maximum(drawn, 2)  # one patch and the extra token
 
 
 def shapes_of(
@@ -214,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for slots in arguments.slots:
         for name in arguments.reduction:
             shapes = shapes_of(name, config, slots, arguments)
-            prompts = arguments.text_tokens + drawn_counts(name, config.vision.num_patches, DRAWS)
+            prompts = arguments.text_tokens + counts_of(name, config.vision.num_patches, DRAWS)
             room = max(arguments.new_tokens - arguments.steps, 1)
             lengths = prompts[:slots] + np.random.default_rng(1).integers(0, room, slots)
             arm = f"{name} {slots}"

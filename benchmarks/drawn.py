@@ -9,22 +9,25 @@ from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding
 from prumerge_jax.engine.request import ImageInput, Request, SamplingParams
 from prumerge_jax.models.config import LlavaConfig
 
+MEANS = {"full": 576.0, "prumerge+": 144.0, "prumerge": 40.0}
+"""Mean visual tokens of 576 patches (arXiv 2403.15388)."""
 SIGMA = 0.45  # of the logarithm of the counts
 
 
 class DrawnCounts(Encoder):
-    """An encoder that takes the numbers of visual tokens of request i's crops to be `counts[i]`."""
+    """An encoder that takes the number of visual tokens of each crop of request i to be
+    `counts[i]`, a number or one per crop; from the first again after the last."""
 
     counts: np.ndarray
 
     def measure(self, encoding: Encoding) -> EncodedImages:
         """The encoder's images with other lengths; every jitted function runs as it does there."""
         images = super().measure(encoding)
-        lengths = images.lengths.copy()
-        places = encoding.places
-        for request, (numbers,) in zip(places.requests, places.numbers, strict=True):
-            batch, row = np.divmod(numbers, len(lengths))
-            lengths[row, batch] = self.counts[request.key]
+        lengths, places = images.lengths.copy(), encoding.places
+        for request, of_images in zip(places.requests, places.numbers, strict=True):
+            for numbers in of_images:
+                batch, row = np.divmod(numbers, len(lengths))
+                lengths[row, batch] = self.counts[request.key % len(self.counts)]
         return images._replace(lengths=lengths)
 
 

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from drawn import MEANS, DrawnCounts, drawn_counts
 from models import geometry, random_llava_for_inference
-from scoring import drawn_counts
 
 from prumerge_jax import reductions
 from prumerge_jax.conversion.miniature import model_directory
 from prumerge_jax.data.tokenizer import load_tokenizer, tokenizer_file
-from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding, PlacedModel
+from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.request import Answer, Delta, Request
 from prumerge_jax.llava import Llava
 from prumerge_jax.serve import logs
@@ -33,26 +32,7 @@ from prumerge_jax.serve.run import listen, serve_model
 from prumerge_jax.serve.scheduler import Core
 
 MINIATURE = "miniature"
-MEANS = {"prumerge": 40.0, "prumerge+": 144.0}
-"""Mean counts of a model of 576 patches, as the papers report them."""
 DRAWS = 1024
-
-
-class DrawnCounts(Encoder):
-    """An encoder that takes the number of visual tokens of request i to be `counts[i]`, from the
-    first again after the last."""
-
-    counts: np.ndarray
-
-    def measure(self, encoding: Encoding) -> EncodedImages:
-        """The encoder's images with other lengths; every jitted function runs as it does there."""
-        images = super().measure(encoding)
-        lengths, places = images.lengths.copy(), encoding.places
-        for request, numbers in zip(places.requests, places.numbers, strict=True):
-            for (number,) in numbers:
-                batch, row = divmod(number, len(lengths))
-                lengths[row, batch] = self.counts[request.key % len(self.counts)]
-        return images._replace(lengths=lengths)
 
 
 class WholeAnswers:
@@ -114,7 +94,8 @@ class DrawnModel(ServedModel):
         engine = super().engine(lane)
         for spelling, each in engine.engines.items():
             patches = each.model.config.vision.num_patches
-            if self.config.checkpoint != MINIATURE and (mean := MEANS.get(spelling)):
+            mean = MEANS.get(spelling) if each.reduction.varying else None
+            if self.config.checkpoint != MINIATURE and mean is not None:
                 most = reductions.parse(spelling).capacity_for(patches)
                 each.encoder = encoder = DrawnCounts(each.model, each.shapes)
                 encoder.counts = drawn_counts(DRAWS, mean, most, seed=1)
