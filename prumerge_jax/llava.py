@@ -44,7 +44,6 @@ from prumerge_jax.engine.encoding import (
     PlacedModel,
     compute_dtype,
     data_shards,
-    named_cache_dtype,
 )
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.explanations import Explanation, explain_crops
@@ -58,7 +57,12 @@ from prumerge_jax.models.llava import (
     abstract_model,
     inference_layout,
 )
-from prumerge_jax.models.quantisation import Format, QuantParam, format_named
+from prumerge_jax.models.quantisation import (
+    Format,
+    QuantParam,
+    format_named,
+    named_cache_dtype,
+)
 from prumerge_jax.models.quantised_weights import check_blocks, chosen_format, read_weights
 from prumerge_jax.reductions import Reduction, ReductionLike, as_reduction
 from prumerge_jax.store import model_directory as directories

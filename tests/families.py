@@ -5,14 +5,19 @@ import json
 import pathlib
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file
 
+from prumerge_jax import reductions
 from prumerge_jax.conversion import keys
 from prumerge_jax.data.pictures import PictureProcessor, default_mode
 from prumerge_jax.data.tokens import IMAGE_TOKEN
+from prumerge_jax.engine.encoding import PlacedModel
+from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import ImageInput, Request, SamplingParams
+from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 from prumerge_jax.models.llava import LlavaModel
 from tests.checkpoint_weights import filled
@@ -123,3 +128,28 @@ def load_model(config: LlavaConfig, file: pathlib.Path) -> LlavaModel:
     with nnx.use_eager_sharding(False):
         model = LlavaModel(config, rngs=nnx.Rngs(0))
     return filled(model, keys.weights(config), tensors)
+
+
+WIDE = EngineShapes(
+    batch_size=8,
+    window_size=32,
+    row_length=256,
+    longest_prompt=256,
+    prefill_rows=2,
+    slots=4,
+    cache_length=256,
+    decode_steps_per_call=4,
+)
+
+
+def engine_of(
+    model: GoldenModel, reduction: str, *, base: EngineShapes = WIDE, **fields: Any
+) -> Engine:
+    """An engine of a golden model; `fields` are shapes other than those of `base`, and options."""
+    graphdef, state = nnx.split(model.model)
+    placed = PlacedModel(graphdef, state, model.config, jnp.dtype(jnp.float32))
+    names = {field.name for field in dataclasses.fields(base)}
+    shapes = {name: fields.pop(name) for name in names & set(fields)}
+    return Engine(
+        placed, reductions.parse(reduction), dataclasses.replace(base, **shapes), **fields
+    )

@@ -38,14 +38,13 @@ from prumerge_jax.cost.roofline import FRONT_TOKENS, Operation, Workload
 from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
-from prumerge_jax.engine.encoding import named_cache_dtype
 from prumerge_jax.engine.request import Opening
 from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit, most_visual_tokens
 from prumerge_jax.models.attention import tokens_read
 from prumerge_jax.models.attention.pages import form_for
 from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
-from prumerge_jax.models.quantisation import format_named
+from prumerge_jax.models.quantisation import format_named, named_cache_dtype
 from prumerge_jax.models.quantised_weights import check_blocks
 from prumerge_jax.models.tuning import BY_PLATFORM
 from prumerge_jax.reductions import Reduction, Stage, parse

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from prumerge_jax.models.quantisation import format_named
+from prumerge_jax.models.quantisation import format_named, named_cache_dtype
 
 SCALE_BITS = 32
 
@@ -31,9 +31,7 @@ class Bits:
         Raises:
           ValueError: an unknown format or dtype.
         """
-        if cache_dtype not in (None, "int8"):
-            raise ValueError(f"cache_dtype is {cache_dtype!r:.80}; expected int8, or None")
-        cache = 16 if cache_dtype is None else 8
+        cache = 16 if named_cache_dtype(cache_dtype) is None else 8
         if quantize is None:
             return cls(cache=cache)
         form = format_named(quantize)

@@ -122,6 +122,24 @@ def share_out(counts: np.ndarray, budget: int) -> np.ndarray:
     return shares
 
 
+def run_of_picture(
+    crops: CropTokens,
+    layout: Layout,
+    rows: Sequence[int],
+    *,
+    selects_patches: bool,
+    newlines: Newlines = "none",
+    budget: int | None = None,
+) -> Run:
+    """The run of an image or video; `run_of_whole_image` if nothing was pruned.
+
+    Arguments as in `run_of_image`; `selects_patches` says whether a reduction chose tokens.
+    """
+    if not selects_patches and crops.are_whole(rows):
+        return run_of_whole_image(crops, layout, rows)
+    return run_of_image(crops, layout, rows, newlines, budget)
+
+
 def run_of_image(
     crops: CropTokens,
     layout: Layout,

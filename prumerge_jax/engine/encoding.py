@@ -45,17 +45,6 @@ def compute_dtype(dtype: jnp.dtype | str) -> jnp.dtype:
     return chosen
 
 
-def named_cache_dtype(name: str | None) -> jnp.dtype | None:
-    """The dtype of keys and values in pages that a user names; None keeps that of computation.
-
-    Raises:
-      ValueError: another name than int8.
-    """
-    if name not in (None, "int8"):
-        raise ValueError(f"cache_dtype is {quoted(name)}; expected int8, or None")
-    return None if name is None else jnp.dtype(jnp.int8)
-
-
 def data_shards(mesh: Mesh | None) -> int:
     """Number of shards that a mesh splits a batch into; 1 without a mesh."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
@@ -166,13 +155,22 @@ def frame_form(config: LlavaConfig, reduction: Reduction) -> FrameForm | None:
     rule, vision = family_of(config).video, config.vision
     if rule is None:
         return None
-    reduces = reduction.selects_patches or reduction.capacity_for(vision.num_patches) < (
-        vision.num_patches
-    )
+    reduces = reduction.reduces(vision.num_patches)
     pooled = -(-vision.grid // rule.pooling) if reduces and rule.pooling > 1 else None
     form = FrameForm(pooled, rule.cls and reduction.frame_cls)
     differs = form != FrameForm() or config.video_tower or reduction.merges_frames
     return form if differs else None
+
+
+def token_slots(config: LlavaConfig, reduction: Reduction) -> int:
+    """Token slots of every crop: those of the reduction, and one for a frame's CLS feature."""
+    form = frame_form(config, reduction)
+    return reduction.capacity_for(config.vision.num_patches) + (form is not None and form.cls)
+
+
+def interpolates(config: LlavaConfig, reduction: Reduction) -> bool:
+    """Whether rows may hold tokens of mosaics that are shrunk."""
+    return config.anyres_max is not None and not reduction.selects_patches
 
 
 class Encoder:
@@ -183,10 +181,8 @@ class Encoder:
         self._idle: dict[tuple[int, int], jax.Array] = {}
 
     def slots(self, reduction: Reduction) -> int:
-        """Token slots of every crop: those of the reduction, and one for a frame's CLS feature."""
-        form = frame_form(self.model.config, reduction)
-        capacity = reduction.capacity_for(self.model.config.vision.num_patches)
-        return capacity + (form is not None and form.cls)
+        """Token slots of every crop, see `token_slots`."""
+        return token_slots(self.model.config, reduction)
 
     def places(self, reduction: Reduction) -> WindowPlaces:
         """An empty window."""
@@ -249,12 +245,8 @@ class Encoder:
 
         Without reduction they are left out afterwards, when their slots are put into rows.
         """
-        vision = self.model.config.vision
-        if not self.model.config.image_grid_pinpoints:
-            return False
-        return reduction.selects_patches or reduction.capacity_for(vision.num_patches) < (
-            vision.num_patches
-        )
+        config = self.model.config
+        return bool(config.image_grid_pinpoints) and reduction.reduces(config.vision.num_patches)
 
     def _question_ids(
         self, questions: Sequence[np.ndarray], reduction: Reduction

@@ -37,7 +37,7 @@ from prumerge_jax.engine.request import (
 )
 from prumerge_jax.engine.scoring import sequence_logits
 from prumerge_jax.engine.shapes import EngineShapes
-from prumerge_jax.engine.windows import Counters, WindowPlanner
+from prumerge_jax.engine.windows import Counters, Window, WindowPlanner
 from prumerge_jax.reductions import Drops, Reduction, spell
 
 
@@ -161,10 +161,8 @@ class Engine:
 
     def logits(self, requests: Iterable[Request]) -> Iterator[SequenceLogits | Answer]:
         """The logits of every request's sequence, in any order; an answer where it cannot run."""
-        longest, size = self.shapes.longest_prompt, self.shapes.window_size
-        source = iter(requests)
-        batches = iter(lambda: list(itertools.islice(source, size)), [])
-        for window in self.planner(self.counters).windows(batches):
+        longest = self.shapes.longest_prompt
+        for window in self._windows(requests):
             yield from window.failed
             for rows in window.batches:
                 yield from sequence_logits(
@@ -182,14 +180,12 @@ class Engine:
                 f"attention with the reduction {spell(self.reduction)} and share_prefixes="
                 f"{self.shapes.share_prefixes}; expected share_prefixes=False, and tokens that stay"
             )
-        size, source = self.shapes.window_size, iter(requests)
-        batches = iter(lambda: list(itertools.islice(source, size)), [])
-        for window in self.planner(self.counters).windows(batches):
+        for window in self._windows(requests):
             yield from window.failed
             for rows in window.batches:
                 yield from sequence_attention(self.model, window, rows)
 
-    def warm_up(self, *, videos: bool = False) -> None:
+    def warm_up(self, *, videos: bool = False, rows: bool = True) -> None:
         """Compiles all jitted functions of `generate` by running meaningless requests: one alone,
         and where prefixes are shared two that begin alike, in rows of every length.
 
@@ -197,6 +193,8 @@ class Engine:
 
         Args:
           videos: whether requests about videos come too.
+          rows: whether what does not see the reduction is compiled too: rows of every length and
+            form. Without, another engine of equal shapes must have done it.
         """
         vision = self.model.config.vision
         pixels = np.zeros((1, vision.image_size, vision.image_size, 3), np.uint8)
@@ -207,13 +205,13 @@ class Engine:
         patches = vision.num_patches
         for reduction in dict.fromkeys((self.reduction, self.reduction.uncapped())):
             if reduction.capacity_for(patches) >= self.reduction.capacity_for(patches):
-                self._run_alone(reduction, asked, self.shapes.row_length)
+                self._run_alone(reduction, asked, self.shapes.row_length, both=rows)
                 if videos:
                     shown = dataclasses.replace(asked, images=(self._meaningless_video(),))
-                    self._run_alone(reduction, shown, self.shapes.row_length)
+                    self._run_alone(reduction, shown, self.shapes.row_length, both=rows)
         text = Request(0, np.zeros(2, np.int32), sampling=sampling)
-        for length in self.shapes.row_lengths[:-1]:
-            self._run_alone(self.reduction, text, length)
+        for length in self.shapes.row_lengths[:-1] if rows else ():
+            self._run_alone(self.reduction, text, length, both=True)
 
     def _meaningless_video(self) -> ImageInput:
         config = self.model.config
@@ -222,11 +220,14 @@ class Engine:
         frame = np.zeros((side, side, 3), np.uint8)
         return ImageInput(*processor(Video([frame])), key="warm-up video")
 
-    def _run_alone(self, reduction: Reduction, request: Request, row_length: int) -> None:
-        """Runs a request, and where prefixes are shared two of them, in an engine of their own."""
+    def _run_alone(
+        self, reduction: Reduction, request: Request, row_length: int, *, both: bool
+    ) -> None:
+        """Runs a request in an engine of its own, then `both` forms: two that share a prefix, where
+        any do."""
         shapes = dataclasses.replace(self.shapes, row_length=row_length, short_rows=())
         same = Engine(self.model, reduction, shapes, position_ids=self.position_ids)
-        for count in (1, 2) if shapes.share_prefixes else (1,):
+        for count in (1, 2) if both and shapes.share_prefixes else (1,):
             some = [dataclasses.replace(request, key=key) for key in range(count)]
             collections.deque(same.generate(some), maxlen=0)
 
@@ -240,6 +241,12 @@ class Engine:
             self.newlines,
             self.image_budget,
         )
+
+    def _windows(self, requests: Iterable[Request]) -> Iterator[Window]:
+        """The requests in windows, encoded and packed."""
+        source, size = iter(requests), self.shapes.window_size
+        batches = iter(lambda: list(itertools.islice(source, size)), [])
+        return self.planner(self.counters).windows(batches)
 
     def _run(self, requests: Iterable[Request], *, to_score: bool) -> Iterator[Delta | Answer]:
         """Drives the core until every request has been answered."""

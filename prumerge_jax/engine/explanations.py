@@ -1,6 +1,5 @@
 """What a reduction does to the crops of an image or the frames of a video."""
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from PIL import Image
 from prumerge_jax import reductions
 from prumerge_jax.data.pictures import Picture
 from prumerge_jax.engine.encoding import PlacedModel, frame_form
-from prumerge_jax.models.frames import FrameForm, pool_evidence
+from prumerge_jax.models.frames import FrameForm
 from prumerge_jax.models.llava import embed_question, gather_evidence
 from prumerge_jax.reductions import Reduction
 
@@ -112,8 +111,8 @@ def _explain(
         dtype=dtype,
         projector=model.projector,
         question=embed_question(model.decoder, question_ids, dtype),
+        present=on_image,
+        first_frame=first_frame,
+        form=form,
     )
-    if form is not None and form.pooled is not None:
-        evidence = pool_evidence(evidence, form.pooled, model.projector)
-    evidence = dataclasses.replace(evidence, present=on_image, first_frame=first_frame)
     return reductions.explain(evidence, reduction)

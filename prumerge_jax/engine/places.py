@@ -30,20 +30,17 @@ class PlacedCrop:
 
 @dataclasses.dataclass(eq=False)
 class _Rows:
-    """The rows of one shard in the batches of a window.
+    """What is taken of a window's batches, as one shard sees it.
 
     Attributes:
       per_batch: rows of the shard in a batch.
-      used: rows taken in each batch.
+      used: rows of the shard taken in each batch.
       is_video: for each batch of all shards, whether it is of videos; None while it is empty.
     """
 
     per_batch: int
     used: list[int]
     is_video: list[bool | None]
-
-    def copy(self) -> "_Rows":
-        return _Rows(self.per_batch, self.used.copy(), self.is_video.copy())
 
     def take(self, crops: int, is_video: bool, in_one_batch: bool) -> list[tuple[int, int]] | None:
         """Batch and row of so many crops, which are taken; None, and some taken, where there are
@@ -100,8 +97,7 @@ class WindowPlaces:
         self._room = shapes.window_size // shards
         batches = shapes.window_size // shapes.batch_size
         self._is_video: list[bool | None] = [None] * batches
-        per_batch = shapes.batch_size // shards
-        self._rows = [_Rows(per_batch, [0] * batches, self._is_video) for _ in range(shards)]
+        self._used = [[0] * batches for _ in range(shards)]
         self._grid, self._reads_question = grid, reads_question
         self._apart, self._whole_videos = apart, whole_videos
         self._known: dict[tuple[str, bytes, int], tuple[int, ...]] = {}
@@ -115,19 +111,18 @@ class WindowPlaces:
         """Adds a request, unless the window is full or has no room for its crops."""
         if len(self.requests) == self._most_requests:
             return False
-        shards = range(len(self._rows))
-        used = [sum(rows.used) for rows in self._rows]
+        shards = range(len(self._used))
+        used = list(map(sum, self._used))
         new = [self._new_crops(request, shard) for shard in shards]
         # To images that are there already, else to the emptiest shard.
         nearest = min(shards, key=lambda s: (new[s], used[s]))
         for shard in (nearest, min(shards, key=lambda s: used[s] + new[s])):
             if used[shard] + new[shard] > self._room:
                 continue
-            rows = self._rows[shard].copy()
-            rows.is_video = self._is_video.copy()
+            rows = _Rows(self._per_batch, self._used[shard].copy(), self._is_video.copy())
             places = self._places_of(request, shard, rows)
             if places is not None:
-                self._rows[shard], self._is_video = rows, rows.is_video
+                self._used[shard], self._is_video = rows.used, rows.is_video
                 self.requests.append(request)
                 self.numbers.append(self._fill(request, shard, places))
                 return True
@@ -139,26 +134,30 @@ class WindowPlaces:
         self.numbers.append(())
         self.refused[request.key] = self._too_large(request)
 
+    @property
+    def _per_batch(self) -> int:
+        """Rows of a shard in a batch."""
+        return self._batch_size // len(self._used)
+
     def holds_videos(self, batch: int) -> bool:
         """Whether a batch is of videos alone."""
         return self._apart and self._is_video[batch] is True
 
     def _too_large(self, request: Request) -> str:
-        shards = len(self._rows)
+        shards = len(self._used)
         of_shard = " on each data shard" if shards > 1 else ""
         most = max((len(i.crops) for i in request.images if self._is_whole(i)), default=0)
-        per_batch = self._batch_size // shards
-        if most > per_batch:
+        if most > self._per_batch:
             return (
                 f"a video has {most} frames that are merged over time, a batch has room for "
-                f"{per_batch}{of_shard}; set --config.engine.batch_size to at least "
+                f"{self._per_batch}{of_shard}; set --config.engine.batch_size to at least "
                 f"{most * shards}"
             )
         crops = sum(len(image.crops) for image in request.images)
         needed = crops * shards
         if needed <= self._room * shards:  # but not in batches of one kind each
             batches = [len(image.crops) for image in request.images]
-            needed = self._batch_size * sum(-(-count // per_batch) for count in batches)
+            needed = self._batch_size * sum(-(-count // self._per_batch) for count in batches)
         return (
             f"the images have {crops} crops, a window has room for {self._room}{of_shard}; set "
             f"--config.engine.window_size to at least {needed}"
@@ -208,7 +207,7 @@ class WindowPlaces:
         self, request: Request, shard: int, places: list[list[tuple[int, int]] | None]
     ) -> tuple[tuple[int, ...], ...]:
         """Puts a request's crops in their places; the numbers of the crops of every image."""
-        first = shard * (self._batch_size // len(self._rows))
+        first = shard * self._per_batch
         numbers = []
         for image, taken in zip(request.images, places, strict=True):
             key = self._key(image, request, shard)

@@ -243,14 +243,12 @@ def most_visual_tokens(reduction: Reduction, layout: Layout) -> int:
 
     A capacity does not bound them: images that need more run again with all they can need.
     """
-    frames = layout.frames
-    capacity = reduction.uncapped().capacity_for(layout.pooled**2 if frames else layout.num_patches)
-    if frames and (reduction.selects_patches or capacity < layout.pooled**2):
-        return frames * (capacity + (layout.cls and reduction.frame_cls)) + layout.newline
-    if frames:
+    patches = layout.pooled**2 if layout.frames else layout.num_patches
+    if not reduction.reduces(patches):
         return layout.span
-    if not reduction.selects_patches and capacity == layout.num_patches:
-        return layout.span
+    capacity = reduction.uncapped().capacity_for(patches)
+    if layout.frames:
+        return layout.frames * (capacity + (layout.cls and reduction.frame_cls)) + layout.newline
     rows, _ = layout.shape  # of newlines, where these are asked for
     return layout.num_crops * capacity + layout.newline * max(rows, 1)
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping
 
 from prumerge_jax.engine.core import Core
+from prumerge_jax.engine.encoding import interpolates
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import Answer, Delta, Request
 from prumerge_jax.engine.windows import Counters
@@ -64,5 +65,8 @@ class SharedEngine:
 
     def warm_up(self) -> None:
         """Compiles all jitted functions; see `Engine.warm_up`."""
+        known: set[bool] = set()
         for engine in self.engines.values():
-            engine.warm_up()
+            form = interpolates(engine.model.config, engine.reduction)  # of rows
+            engine.warm_up(rows=form not in known)
+            known.add(form)

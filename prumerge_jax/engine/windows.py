@@ -18,11 +18,10 @@ from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.data.visual_layout import (
     CropTokens,
     Newlines,
-    run_of_image,
-    run_of_whole_image,
+    run_of_picture,
 )
 from prumerge_jax.engine import programs
-from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding
+from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding, interpolates
 from prumerge_jax.engine.request import Answer, Request, Usage
 from prumerge_jax.reductions import Reduction, spell
 
@@ -106,11 +105,6 @@ class WindowPlanner:
         self.encoder, self.model, self.shapes = encoder, encoder.model, encoder.shapes
         self.reduction, self.position_ids, self.counters = reduction, position_ids, counters
         self.newlines, self.image_budget = newlines, image_budget
-
-    @property
-    def _interpolates(self) -> bool:
-        """Whether rows may hold tokens of mosaics that are shrunk."""
-        return self.model.config.anyres_max is not None and not self.reduction.selects_patches
 
     def windows(self, batches: Iterable[list[Request]]) -> Iterator[Window]:
         """Encoded windows of up to `window_size` requests each; the next one is encoded while one
@@ -207,10 +201,15 @@ class WindowPlanner:
         runs = []
         for image, rows in zip(request.images, numbers, strict=True):
             layout = image.layout_on(self.model.config.vision.grid)
-            if not reduction.selects_patches and crops.are_whole(rows):
-                runs.append(run_of_whole_image(crops, layout, rows))
-            else:
-                runs.append(run_of_image(crops, layout, rows, self.newlines, self.image_budget))
+            run = run_of_picture(
+                crops,
+                layout,
+                rows,
+                selects_patches=reduction.selects_patches,
+                newlines=self.newlines,
+                budget=self.image_budget,
+            )
+            runs.append(run)
         return tuple(runs)
 
     def _pack(
@@ -241,7 +240,7 @@ class WindowPlanner:
             position_ids=self.position_ids,
             carried_over=len(carried.admitted),
             share_prefixes=self.shapes.share_prefixes,
-            with_taps=self._interpolates,
+            with_taps=interpolates(self.model.config, self.reduction),
         )
         return Window(
             [each.request for each in carried.admitted + admitted],

@@ -18,6 +18,7 @@ from flax import nnx
 from prumerge_jax.models import tuning
 from prumerge_jax.models.attention import KVPages, attend_to_pages, write_to_pages
 from prumerge_jax.models.attention.key_bias import with_columns
+from prumerge_jax.models.attention.masks import causal_mask, segment_mask
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.decoder_layer import QKV, DecoderLayer, PackedRows, split_key
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, rematerialise, stack
@@ -115,6 +116,7 @@ class Llama(nnx.Module):
           [B, T, D].
         """
         rows = PackedRows(rotation(positions, self.config), segment_ids, key_bias=key_bias)
+        x = without_padding(x, segment_ids)
         x, _ = self._rows(x, rows, remat=remat, dropout_key=dropout_key)
         return self.norm(x)
 
@@ -204,8 +206,9 @@ class Llama(nnx.Module):
           raters: [B, T] float32, weights of the tokens whose attention it is.
         """
         rows = PackedRows(rotation(positions, self.config), segment_ids, key_bias=key_bias)
-        at = jnp.arange(x.shape[1])
-        seen = (segment_ids[:, :, None] == segment_ids[:, None]) & (at[None] <= at[:, None])
+        same = segment_mask(segment_ids)
+        assert same is not None
+        seen = same[:, 0] & causal_mask(x.shape[1])
 
         def body(
             x: jax.Array, layer: DecoderLayer, index: Index, _: None
@@ -275,7 +278,7 @@ class Llama(nnx.Module):
         """Packed rows through layers: the one pass of training and scoring.
 
         Args:
-          x: [B, T, D].
+          x: [B, T, D], zero at padding.
           rows: what attention needs.
           num_layers: how many of the first layers; by default all.
           remat: see `layers.rematerialise`; None is inference, of which no gradient is taken.
@@ -299,8 +302,7 @@ class Llama(nnx.Module):
                 attended = layer.attend(layer.qkv_projections(x, drop[0]), rows)[0]
             return (layer.after_attention(x, attended, drop[1], drop[2]), kept), None
 
-        carry = (without_padding(x, rows.segment_ids), kept)
-        carry, _ = self._through_layers(body, carry, count, keys=keys, remat=remat)
+        carry, _ = self._through_layers(body, (x, kept), count, keys=keys, remat=remat)
         return carry
 
     def _dropping(

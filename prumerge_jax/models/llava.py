@@ -4,7 +4,6 @@ The three stages are separate on purpose. Token reduction happens between the to
 projector, and packing between the projector and the decoder; both are outside the model.
 """
 
-import dataclasses
 import re
 from typing import Any
 
@@ -144,8 +143,6 @@ def encode_images(
       ValueError: the reduction needs evidence that is not there.
     """
     reduction = reductions.as_reduction(reduction)
-    form = form or FrameForm()
-    needs = reduction.needs | ({"cls"} if form.cls else set())
     evidence = gather_evidence(
         vision,
         pixels,
@@ -153,15 +150,14 @@ def encode_images(
         dtype=dtype,
         projector=projector,
         question=question,
-        needs=needs,
+        present=present,
+        first_frame=first_frame,
+        form=form,
     )
-    if form.pooled is not None:
-        evidence = pool_evidence(evidence, form.pooled, projector)
-    evidence = dataclasses.replace(evidence, present=present, first_frame=first_frame)
     visual = reductions.reduce(evidence, reduction)
-    return (
-        visual if slots is None else with_slots(visual, slots, evidence.cls if form.cls else None)
-    )
+    if slots is None:
+        return visual
+    return with_slots(visual, slots, evidence.cls if form is not None and form.cls else None)
 
 
 def gather_evidence(
@@ -172,13 +168,14 @@ def gather_evidence(
     dtype: jnp.dtype,
     projector: "Projector | None" = None,
     question: tuple[jax.Array, jax.Array] | None = None,
-    needs: frozenset[str] | None = None,
+    present: jax.Array | None = None,
+    first_frame: jax.Array | None = None,
+    form: FrameForm | None = None,
 ) -> reductions.Evidence:
-    """What the tower shows of images [B, S, S, 3] uint8, as far as a reduction needs it.
-
-    Arguments as in `encode_images`; `needs` are the reduction's, and more where it is given.
-    """
-    needs, config = reduction.needs if needs is None else needs, vision.config
+    """What the tower shows of images [B, S, S, 3] uint8, as far as a reduction, or the form of
+    frames, needs it. Arguments as in `encode_images`."""
+    form, config = form or FrameForm(), vision.config
+    needs = reduction.needs | ({"cls"} if form.cls else frozenset())
     of_cls = {"cls", "head_attention", "feature_attention", "last_head_attention", "groups"}
     if without_cls := sorted(needs & of_cls if not config.cls_token else ()):
         raise ValueError(
@@ -204,7 +201,7 @@ def gather_evidence(
         of_layer["last_head_attention"] = head_attention(
             features.queries[:, 0], features.keys, heads
         )
-    return reductions.Evidence(
+    evidence = reductions.Evidence(
         hidden,
         features.keys[:, first:],
         patch_attention(vision, features),
@@ -214,7 +211,10 @@ def gather_evidence(
         groups=features.groups,
         projected=None if projector is None or "projected" not in needs else projector(hidden),
         question=question,
+        present=present,
+        first_frame=first_frame,
     )
+    return evidence if form.pooled is None else pool_evidence(evidence, form.pooled, projector)
 
 
 def _stages(

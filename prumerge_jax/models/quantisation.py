@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from prumerge_jax.messages import quoted
 from prumerge_jax.models.products import FEW_ROWS, contract
 from prumerge_jax.options import unknown
 
@@ -153,6 +154,17 @@ def format_named(name: str) -> Format:
     if name not in FORMATS:
         raise ValueError(unknown("quantize: unknown format", name, FORMATS))
     return FORMATS[name]
+
+
+def named_cache_dtype(name: str | None) -> jnp.dtype | None:
+    """The dtype of keys and values in pages that a user names; None keeps that of computation.
+
+    Raises:
+      ValueError: another name than int8.
+    """
+    if name not in (None, "int8"):
+        raise ValueError(f"cache_dtype is {quoted(name)}; expected int8, or None")
+    return None if name is None else jnp.dtype(jnp.int8)
 
 
 def quantise(kernel: jax.Array, form: Format) -> Quantised:

@@ -1,7 +1,7 @@
 """Quantised kernels from model directories, whether they hold them or what they are made of."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 
@@ -82,9 +82,7 @@ def read_weights(
     made = {part for parts in kernels.values() for part in parts}
     read = {path: target for path, target in targets.items() if path not in made}
     for kernel, (codes, _) in kernels.items():
-        read[kernel] = jax.ShapeDtypeStruct(
-            targets[codes].shape, stored[kernel].dtype, sharding=targets[codes].sharding
-        )
+        read[kernel] = _as_stored(targets[codes], stored[kernel])
     directories.check_arrays(directory, read)
     weights: dict[str, jax.Array] = {}
     for path, target in read.items():
@@ -93,16 +91,14 @@ def read_weights(
             continue
         assert form is not None  # there would be no codes among the targets
         parts = [targets[part] for part in kernels[path]]
-        weights.update(
-            zip(kernels[path], load_quantised(directory, path, parts, form), strict=True)
-        )
+        weights.update(zip(kernels[path], _load(directory, path, target, parts, form), strict=True))
     return weights
 
 
 def load_quantised(
     directory: str | os.PathLike[str],
     path: str,
-    parts: list[jax.ShapeDtypeStruct],
+    parts: Sequence[jax.ShapeDtypeStruct],
     form: Format,
 ) -> Quantised:
     """One stored kernel as codes and scales.
@@ -113,8 +109,22 @@ def load_quantised(
       parts: shape and sharding of the codes and of the scales.
       form: their format.
     """
-    dtype = directories.read_manifest(directory).arrays[path].dtype
-    target = jax.ShapeDtypeStruct(parts[0].shape, dtype, sharding=parts[0].sharding)
+    target = _as_stored(parts[0], directories.read_manifest(directory).arrays[path])
+    return _load(directory, path, target, parts, form)
+
+
+def _as_stored(codes: jax.ShapeDtypeStruct, stored: StoredArray) -> jax.ShapeDtypeStruct:
+    """A kernel before it becomes these codes."""
+    return jax.ShapeDtypeStruct(codes.shape, stored.dtype, sharding=codes.sharding)
+
+
+def _load(
+    directory: str | os.PathLike[str],
+    path: str,
+    target: jax.ShapeDtypeStruct,
+    parts: Sequence[jax.ShapeDtypeStruct],
+    form: Format,
+) -> Quantised:
     kernel = directories.load_array(directory, path, target)
     quantised = _quantise(kernel, form=form)
     if parts[0].sharding is not None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from prumerge_jax import selection
+from prumerge_jax.models.attention.masks import causal_mask, segment_mask
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.decoder_layer import QKV, DecoderLayer, PackedRows
 from prumerge_jax.models.rotary import rotation
@@ -145,14 +146,11 @@ class DroppingRows:
         return jax.lax.cond(share < 1, dropped, lambda: (x, kept))
 
     def _same(self) -> jax.Array:
-        """Which tokens are of one segment, [B, T, T] bool; none is padding."""
-        ids = self.rows.segment_ids
-        return (ids[:, :, None] == ids[:, None]) & (ids > 0)[:, None]
+        return same_segment(self.rows.segment_ids)
 
     def _seen(self, kept: jax.Array) -> jax.Array:
         """Which key a query sees, [B, T, T] bool."""
-        at = jnp.arange(kept.shape[1])
-        return self._same() & kept[:, None] & (at[None] <= at[:, None])
+        return self._same() & kept[:, None] & causal_mask(kept.shape[1])
 
     def _most_attended(self, score: jax.Array, kept: jax.Array, share: jax.Array) -> jax.Array:
         """The tokens [B, T] that are left: of those that may leave, in each segment as many as the
@@ -214,6 +212,13 @@ class DroppingRows:
         return best & (self._rank(gap * density, best) < clusters)
 
 
+def same_segment(segment_ids: jax.Array) -> jax.Array:
+    """Which tokens are of one segment, [B, T, T] bool; none is padding."""
+    same = segment_mask(segment_ids)
+    assert same is not None
+    return same[:, 0] & (segment_ids > 0)[:, None]
+
+
 def distances(x: jax.Array) -> jax.Array:
     """Euclidean distances of the rows of x [B, T, D] float32, [B, T, T]."""
     squares = (x * x).sum(-1)
@@ -261,7 +266,7 @@ def text_raters(
       [B, T] float32, equal weights that sum to 1 in every segment that has images.
     """
     at = jnp.arange(x.shape[1])
-    same = (segment_ids[:, :, None] == segment_ids[:, None]) & (segment_ids > 0)[:, None]
+    same = same_segment(segment_ids)
     last_visual = jnp.where(same & visual[:, None], at, -1).max(-1)
     is_word = (at > last_visual) & (at <= asking) & (last_visual >= 0)
     x = x.astype(jnp.float32)

@@ -139,6 +139,10 @@ class Reduction(Protocol):
         """R: token slots per image of `num_patches` patches."""
         ...
 
+    def reduces(self, num_patches: int) -> bool:
+        """Whether an image of `num_patches` patches may have other tokens than these."""
+        return self.selects_patches or self.capacity_for(num_patches) < num_patches
+
     @property
     def merges_frames(self) -> bool:
         """Whether what stays alike in consecutive frames of a video is merged.

@@ -195,21 +195,42 @@ class BatchPacker:
             fit_request(example, run, self._shape.length)
             for example, run in zip(examples, runs(crops, range(len(examples))), strict=True)
         ]
+        has_image = np.array([example.has_image for example in examples])
+        shown = int(crops.lengths[has_image].sum())
+        return self._packed(requests, crops.num_slots, encoded.tokens, shown)
+
+    def _packed(
+        self,
+        requests: Sequence[packing.Request],
+        num_slots: int,
+        visual_tokens: jax.Array,
+        shown: int,
+        *,
+        with_taps: bool = False,
+    ) -> Planned:
+        """Samples in rows.
+
+        Args:
+          requests: the samples.
+          num_slots, with_taps: see `packing.pack_window`.
+          visual_tokens: see `Planned`.
+          shown: visual tokens of all images.
+        """
         windows = packing.pack_window(
             requests,
-            crops.num_slots,
+            num_slots,
             self._shape.length,
             self._local_rows(),
             shards=len(self._shards.local),
             position_ids=self._shape.position_ids,
+            with_taps=with_taps,
         )
-        has_image = np.array([example.has_image for example in examples])
         counts = {
-            "visual_tokens": int(crops.lengths[has_image].sum()),
+            "visual_tokens": shown,
             "tokens": sum(rows.real_tokens for rows in windows),
         }
         kept = np.array([request.token_ids.size for request in requests])
-        return Planned(windows, encoded.tokens, kept, counts)
+        return Planned(windows, visual_tokens, kept, counts)
 
     def _local_rows(self) -> int:
         """Rows of a micro-batch on this process."""

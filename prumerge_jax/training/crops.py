@@ -20,7 +20,7 @@ from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.pipeline import Example
 from prumerge_jax.data.runs import Run
 from prumerge_jax.data.tokens import IMAGE_TOKEN
-from prumerge_jax.data.visual_layout import CropTokens, run_of_image, run_of_whole_image
+from prumerge_jax.data.visual_layout import CropTokens, run_of_picture
 from prumerge_jax.messages import quoted
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.sharding.mesh import constrain, logical_spec
@@ -158,7 +158,7 @@ class CropPacker(BatchPacker):
         crops = self._crops(examples, encoded)
         runs = [
             [
-                self._run(crops, layout, rows)
+                run_of_picture(crops, layout, rows, selects_patches=self._capacity.selects)
                 for (_, layout), rows in zip(e.pictures, of, strict=True)
             ]
             for e, of in zip(examples, encoded.rows, strict=True)
@@ -167,26 +167,13 @@ class CropPacker(BatchPacker):
             fit_pictures(example, of_example, self._shape.length)
             for example, of_example in zip(examples, runs, strict=True)
         ]
-        windows = packing.pack_window(
+        return self._packed(
             requests,
             crops.num_slots,
-            self._shape.length,
-            self._local_rows(),
-            shards=len(self._shards.local),
-            position_ids=self._shape.position_ids,
+            encoded.visual.tokens,
+            sum(len(run) for of_example in runs for run in of_example),
             with_taps=self._capacity.interpolates,
         )
-        counts = {
-            "visual_tokens": sum(len(run) for of_example in runs for run in of_example),
-            "tokens": sum(rows.real_tokens for rows in windows),
-        }
-        kept = np.array([request.token_ids.size for request in requests])
-        return Planned(windows, encoded.visual.tokens, kept, counts)
-
-    def _run(self, crops: CropTokens, layout: Layout, rows: Sequence[int]) -> Run:
-        if not self._capacity.selects and crops.are_whole(rows):
-            return run_of_whole_image(crops, layout, rows)
-        return run_of_image(crops, layout, rows)
 
     def _crops(self, examples: Sequence[Example], encoded: _Encoded) -> CropTokens:
         """What the planner must know of the encoded crops; errors as in `BatchPacker`."""

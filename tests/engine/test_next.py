@@ -28,7 +28,7 @@ from prumerge_jax.models import tuning
 from prumerge_jax.models.llava import abstract_model, encode_images, gather_evidence
 from prumerge_jax.models.tuning import Tuning
 from tests.conftest import require_eight_devices
-from tests.families import GoldenModel
+from tests.families import GoldenModel, engine_of
 
 SHAPES = EngineShapes(
     batch_size=4,
@@ -55,13 +55,7 @@ def load(golden: pathlib.Path, name: str) -> GoldenModel:
     return GoldenModel(golden, name)
 
 
-def make_engine(model: GoldenModel, reduction: str, **fields: int | str) -> Engine:
-    graphdef, state = nnx.split(model.model)
-    placed = PlacedModel(graphdef, state, model.config, jnp.dtype(jnp.float32))
-    names = {field.name for field in dataclasses.fields(SHAPES)}
-    shapes = dataclasses.replace(SHAPES, **{k: v for k, v in fields.items() if k in names})
-    options = {k: v for k, v in fields.items() if k not in names}
-    return Engine(placed, reductions.parse(reduction), shapes, **options)
+make_engine = functools.partial(engine_of, base=SHAPES)
 
 
 def logits_of(engine: Engine, requests: list) -> dict[int, np.ndarray]:

@@ -6,33 +6,16 @@ import pathlib
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
-from prumerge_jax import reductions
 from prumerge_jax.data.images import ImageError, OneOfSeveral, Video, normalize
 from prumerge_jax.data.tokens import IMAGE_TOKEN
-from prumerge_jax.engine.encoding import PlacedModel
-from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import ImageInput, Request, SamplingParams, SequenceLogits
-from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.models import tuning
 from prumerge_jax.models.tuning import Tuning
-from tests.families import GoldenModel
-
-SHAPES = EngineShapes(
-    batch_size=8,
-    window_size=32,
-    row_length=256,
-    longest_prompt=256,
-    prefill_rows=2,
-    slots=4,
-    cache_length=256,
-    decode_steps_per_call=4,
-)
+from tests.families import GoldenModel, engine_of
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +28,6 @@ def plain() -> Iterator[None]:
 @functools.cache
 def load(golden: pathlib.Path) -> GoldenModel:
     return GoldenModel(golden, "onevision_tied")
-
-
-def make_engine(model: GoldenModel, reduction: str) -> Engine:
-    graphdef, state = nnx.split(model.model)
-    placed = PlacedModel(graphdef, state, model.config, jnp.dtype(jnp.float32))
-    return Engine(placed, reductions.parse(reduction), SHAPES)
 
 
 def images(model: GoldenModel) -> list[str]:
@@ -72,7 +49,7 @@ def test_tiles_are_the_references(golden: pathlib.Path):
 
 def check(model: GoldenModel, cases: list[str], requests: list[Request]) -> None:
     """Logits and greedy tokens against the golden ones."""
-    engine = make_engine(model, "full")
+    engine = engine_of(model, "full")
     logits: dict[int, np.ndarray] = {}
     for result in engine.logits(requests):
         assert isinstance(result, SequenceLogits), result
@@ -171,7 +148,7 @@ def test_pruned_tokens_are_crop_by_crop(golden: pathlib.Path):
     """Without interpolation; every kept token is a patch that lies on the image."""
     model = load(golden)
     requests = [model.request(key, case) for key, case in enumerate(images(model)[:4])]
-    engine = make_engine(model, "select-only")
+    engine = engine_of(model, "select-only")
     for window in engine.planner(engine.counters).windows([requests]):
         assert all(rows.taps is None for rows in window.batches)
         for planned, request in zip(window.planned, window.requests, strict=True):

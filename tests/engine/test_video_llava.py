@@ -5,7 +5,6 @@ import functools
 import hashlib
 import pathlib
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,24 +19,14 @@ from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import ImageInput, Request, SamplingParams, SequenceLogits
-from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.models import tuning
+from prumerge_jax.models.frames import FrameForm
 from prumerge_jax.models.llava import abstract_model, encode_images, gather_evidence
 from prumerge_jax.models.tuning import Tuning
 from prumerge_jax.reductions.temporal import Merged, merge_frames, similarity
 from tests.conftest import require_eight_devices
-from tests.families import GoldenModel
+from tests.families import WIDE, GoldenModel, engine_of
 
-SHAPES = EngineShapes(
-    batch_size=8,
-    window_size=32,
-    row_length=256,
-    longest_prompt=256,
-    prefill_rows=2,
-    slots=4,
-    cache_length=256,
-    decode_steps_per_call=4,
-)
 STEPS = (0, 0, 1, 2, 2, 2, 5, 7)
 
 
@@ -51,19 +40,6 @@ def plain() -> Iterator[None]:
 @functools.cache
 def load(golden: pathlib.Path) -> GoldenModel:
     return GoldenModel(golden, "video_llava")
-
-
-def make_engine(model: GoldenModel, reduction: str, **options: Any) -> Engine:
-    names = {field.name for field in dataclasses.fields(EngineShapes)}
-    shapes = {name: options.pop(name) for name in names & set(options)}
-    graphdef, state = nnx.split(model.model)
-    placed = PlacedModel(graphdef, state, model.config, jnp.dtype(jnp.float32))
-    return Engine(
-        placed,
-        reductions.parse(reduction),
-        dataclasses.replace(SHAPES, **shapes),
-        **options,
-    )
 
 
 def golden_video(model: GoldenModel, name: str, count: int) -> Video:
@@ -116,10 +92,10 @@ def logits_of(engine: Engine, requests: list[Request]) -> dict[int, np.ndarray]:
 
 def test_logits_and_greedy_tokens_are_transformers(golden: pathlib.Path):
     model = load(golden)
-    engine, asked = make_engine(model, "full"), requests(model)
+    engine, asked = engine_of(model, "full"), requests(model)
     logits = logits_of(engine, asked)
     answers = {answer.key: answer for answer in engine.generate(asked)}
-    alone = make_engine(model, "full", window_size=16)
+    alone = engine_of(model, "full", window_size=16)
     (last,) = alone.generate(asked[-1:])
     assert last.token_ids == answers[len(asked) - 1].token_ids
     for key, case in enumerate(model.cases):
@@ -138,11 +114,15 @@ def test_both_towers_and_the_merge_over_time_are_the_references(golden: pathlib.
 
     @functools.partial(jax.jit, static_argnames="kind")
     def seen(pixels: jax.Array, kind: str) -> tuple[reductions.Evidence, Merged, jax.Array]:
-        needs, first = frozenset({"cls"}), jnp.arange(len(pixels)) == 0
+        first = jnp.arange(len(pixels)) == 0
         found = gather_evidence(
-            towers[kind], pixels, reduction, dtype=jnp.dtype(jnp.float32), needs=needs
+            towers[kind],
+            pixels,
+            reduction,
+            dtype=jnp.dtype(jnp.float32),
+            first_frame=first,
+            form=FrameForm(cls=True),
         )
-        found = dataclasses.replace(found, first_frame=first)
         merged = merge_frames(found.hidden, found.keys, found.attention, first, 0.8)
         return found, merged, reductions.reduce(found, reduction).patch_indices
 
@@ -198,18 +178,18 @@ def test_every_frame_is_reduced_by_itself(golden: pathlib.Path):
     expected = np.concatenate(
         [np.asarray(visual.tokens)[frame, :n] for frame, n in enumerate(lengths)]
     )
-    tokens, offset = tokens_of(make_engine(model, "prumerge"), asked)
+    tokens, offset = tokens_of(engine_of(model, "prumerge"), asked)
     np.testing.assert_allclose(tokens, expected, atol=1e-5, rtol=1e-5)
     frame = np.repeat(np.arange(8), lengths)
     assert (offset // 17 == frame).all()
     assert (offset % 17 > 0).all()  # the first position of a frame is CLS's
-    with_cls, positions = tokens_of(make_engine(model, "prumerge:keep_cls=True"), asked)
+    with_cls, positions = tokens_of(engine_of(model, "prumerge:keep_cls=True"), asked)
     is_cls = positions % 17 == 0
     assert is_cls.sum() == 8
     np.testing.assert_allclose(with_cls[~is_cls], expected, atol=1e-5, rtol=1e-5)
     hidden = model.arrays["mixed/image_video/video_hidden"][:, 0]
     np.testing.assert_allclose(with_cls[is_cls], hidden, atol=1e-4, rtol=1e-4)
-    few, _ = tokens_of(make_engine(model, "prumerge", image_budget=5), asked)
+    few, _ = tokens_of(engine_of(model, "prumerge", image_budget=5), asked)
     assert len(few) == 5 + 8  # and an extra token of each frame
 
 
@@ -218,14 +198,14 @@ def test_merging_over_time_ends_with_the_video(golden: pathlib.Path):
     """In any company and at any place of a batch; above 1 nothing is merged."""
     model = load(golden)
     asked = requests(model)
-    engine = make_engine(model, "prumerge+:temporal=0.8", batch_size=16, window_size=32)
+    engine = engine_of(model, "prumerge+:temporal=0.8", batch_size=16, window_size=32)
     together = logits_of(engine, asked[2:4] + asked[4:])
     alone = logits_of(engine, asked[3:4])
     np.testing.assert_allclose(together[3], alone[3], atol=2e-5, rtol=2e-5)
-    per_frame, _ = tokens_of(make_engine(model, "prumerge+"), asked[2])
+    per_frame, _ = tokens_of(engine_of(model, "prumerge+"), asked[2])
     merged, _ = tokens_of(engine, asked[2])
     assert 0 < len(merged) < len(per_frame)
-    unmerged, _ = tokens_of(make_engine(model, "prumerge+:temporal=1.5"), asked[2])
+    unmerged, _ = tokens_of(engine_of(model, "prumerge+:temporal=1.5"), asked[2])
     np.testing.assert_array_equal(unmerged, per_frame)
 
 
@@ -234,14 +214,14 @@ def test_a_mesh_equals_one_device(golden: pathlib.Path):
     require_eight_devices()
     model, reduction = load(golden), "prumerge:temporal=0.8"
     asked = requests(model)
-    expected = logits_of(make_engine(model, reduction, batch_size=16, window_size=32), asked)
+    expected = logits_of(engine_of(model, reduction, batch_size=16, window_size=32), asked)
     graphdef, state = nnx.split(model.model)
     mesh = sharding.make_mesh(2, 2, 2)
     shardings = sharding.weight_shardings(abstract_model(model.config)[1], mesh)
     placed = PlacedModel(
         graphdef, jax.device_put(state, shardings), model.config, jnp.dtype(jnp.float32), mesh=mesh
     )
-    shapes = dataclasses.replace(SHAPES, batch_size=32, window_size=64, prefill_rows=4)
+    shapes = dataclasses.replace(WIDE, batch_size=32, window_size=64, prefill_rows=4)
     engine = Engine(placed, reductions.parse(reduction), shapes)
     with sharding.use_mesh(mesh):
         got = logits_of(engine, asked)
@@ -262,7 +242,7 @@ def test_videos_that_no_window_holds_are_refused_with_the_number(golden: pathlib
             "--config.engine.batch_size to at least 8",
         ),
     ):
-        (answer,) = make_engine(model, reduction, **sizes).generate([asked])
+        (answer,) = engine_of(model, reduction, **sizes).generate([asked])
         assert answer.error is not None
         assert answer.error.endswith(message)
 

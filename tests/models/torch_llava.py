@@ -121,3 +121,23 @@ def _suffix(leaf: str) -> str:
 def _one(tensors: dict[str, np.ndarray], ending: str) -> str:
     (key,) = [k for k in tensors if k.endswith(ending)]
     return key
+
+
+def with_random_adapters(model: torch.nn.Module, rank: int, alpha: float) -> torch.nn.Module:
+    """PEFT's adapters on every linear layer of the language model, none of them zero."""
+    import peft  # here, because most tests of this oracle need none
+
+    adapted = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=0.0,
+            target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+        ),
+    )
+    torch.manual_seed(1)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:  # zero at first, which would hide lora_A
+            torch.nn.init.normal_(weight, std=0.2)
+    return adapted

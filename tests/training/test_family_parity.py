@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 torch = pytest.importorskip("torch", reason="PyTorch is the oracle of these tests")
-peft = pytest.importorskip("peft", reason="PEFT is the oracle of these tests")
+pytest.importorskip("peft", reason="PEFT is the oracle of these tests")
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle")
 
 from configs import common  # noqa: E402
@@ -27,6 +27,7 @@ from prumerge_jax.training.objectives.registry import make_objective  # noqa: E4
 from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
 from prumerge_jax.training.step import Sums, TrainStep, state_shardings  # noqa: E402
 from tests.families import GoldenModel  # noqa: E402
+from tests.models.torch_llava import with_random_adapters  # noqa: E402
 from tests.training.test_torch_parity import torch_adapter  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
@@ -116,20 +117,7 @@ def torch_inputs(model: GoldenModel, sample: Example) -> tuple[dict[str, torch.T
 def oracle(folder: pathlib.Path) -> torch.nn.Module:
     """The golden model with random adapters on every linear layer of its language model."""
     loaded = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    model = peft.get_peft_model(
-        loaded,
-        peft.LoraConfig(
-            r=RANK,
-            lora_alpha=ALPHA,
-            lora_dropout=0.0,
-            target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-        ),
-    )
-    torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:  # zero at first, which would hide lora_A
-            torch.nn.init.normal_(weight, std=0.2)
-    return model.eval()
+    return with_random_adapters(loaded, RANK, ALPHA).eval()
 
 
 def torch_loss(model: torch.nn.Module, golden: GoldenModel, samples: list[Example]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from flax import nnx
 from PIL import Image
 
 torch = pytest.importorskip("torch", reason="PyTorch is the oracle of these tests")
-peft = pytest.importorskip("peft", reason="PEFT is the oracle of these tests")
+pytest.importorskip("peft", reason="PEFT is the oracle of these tests")
 
 from configs import common  # noqa: E402
 from prumerge_jax.data.images import ImageProcessor  # noqa: E402
@@ -28,7 +28,11 @@ from prumerge_jax.training.objectives.next_token import ImageEncoder  # noqa: E4
 from prumerge_jax.training.objectives.registry import make_objective  # noqa: E402
 from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
 from prumerge_jax.training.step import Sums, TrainStep, state_shardings  # noqa: E402
-from tests.models.torch_llava import our_state, random_torch_llava  # noqa: E402
+from tests.models.torch_llava import (  # noqa: E402
+    our_state,
+    random_torch_llava,
+    with_random_adapters,
+)
 
 pytestmark = pytest.mark.torch
 
@@ -78,19 +82,8 @@ def examples(tokenizer: Tokenizer) -> list[Example]:
 @pytest.fixture(scope="module")
 def oracle() -> torch.nn.Module:
     """A random LLaVA with adapters on every linear layer of its language model."""
-    model = peft.get_peft_model(
-        random_torch_llava(MODEL),
-        peft.LoraConfig(
-            r=RANK,
-            lora_alpha=ALPHA,
-            lora_dropout=0.0,
-            target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-        ),
-    )
-    torch.manual_seed(1)
+    model = with_random_adapters(random_torch_llava(MODEL), RANK, ALPHA)
     for name, weight in model.named_parameters():
-        if "lora_B" in name:  # zero at first, which would hide lora_A
-            torch.nn.init.normal_(weight, std=0.2)
         if "multi_modal_projector" in name:
             weight.requires_grad_(True)
     return model.eval()

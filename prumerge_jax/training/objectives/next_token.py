@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from prumerge_jax import reductions
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IGNORE
-from prumerge_jax.engine.encoding import frame_form
+from prumerge_jax.engine.encoding import frame_form, interpolates, token_slots
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.llava import LlavaModel, encode_images
 from prumerge_jax.models.vision_tower import VisionTower
@@ -162,15 +162,12 @@ def crop_packer(config: TrainConfig, weights: Weights, mesh: Mesh) -> CropPacker
     """
     model, reduction = config.sizes, run_reduction(config)
     vision, form = model.vision, frame_form(model, reduction)
-    reduces = reduction.selects_patches or (
-        reduction.capacity_for(vision.num_patches) < vision.num_patches
-    )
-    cls = form is not None and form.cls
+    reduces = reduction.reduces(vision.num_patches)
     encode = functools.partial(
         encode_images,
         reduction=reduction,
         dtype=jnp.dtype(config.dtype),
-        slots=reduction.capacity_for(vision.num_patches) + cls,
+        slots=token_slots(model, reduction),
     )
 
     def images(tower: VisionTower, pixels: jax.Array, on_image: jax.Array) -> VisualTokens:
@@ -189,9 +186,9 @@ def crop_packer(config: TrainConfig, weights: Weights, mesh: Mesh) -> CropPacker
         per_sample=config.room_for_crops,
         side=vision.image_size,
         num_patches=vision.num_patches,
-        cls=cls,
+        cls=form is not None and form.cls,
         selects=reduction.selects_patches,
-        interpolates=model.anyres_max is not None and not reduction.selects_patches,
+        interpolates=interpolates(model, reduction),
     )
     return CropPacker(encoders, capacity=capacity, shape=row_shape(config, mesh), mesh=mesh)
 
