@@ -19,13 +19,11 @@ from prumerge_jax.aot.compile import (
     CAVEAT,
     Program,
     Sizes,
-    bytes_per_chip,
     compile_program,
     decoder_kernel_flops,
     first_that_fits,
     memory_line,
     peak_bytes,
-    placed,
     program_lines,
     tower_kernel_flops,
     tpu,
@@ -49,8 +47,10 @@ from prumerge_jax.models.quantised_weights import check_blocks
 from prumerge_jax.models.tuning import BY_PLATFORM
 from prumerge_jax.reductions import Reduction, Stage, parse
 from prumerge_jax.sharding.mesh import (
+    bytes_per_device,
     logical_spec,
     mesh_on,
+    placed,
     use_mesh,
 )
 
@@ -353,9 +353,9 @@ def _plan(
             held.bits,
             counts.stages_of(model.vision, reduction),
         ),
-        resident=bytes_per_chip((state, pages, pool, pool)),
-        pool_bytes=bytes_per_chip(pages),
-        sequence_bytes=bytes_per_chip(pages)
+        resident=bytes_per_device((state, pages, pool, pool)),
+        pool_bytes=bytes_per_device(pages),
+        sequence_bytes=bytes_per_device(pages)
         * mesh.shape["data"]
         * mesh.shape["fsdp"]
         * -(-SEQUENCE_TOKENS // engine.page_size)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from prumerge_jax.aot.assumptions import MeanTokens
-from prumerge_jax.aot.compile import Program, bytes_per_chip
+from prumerge_jax.aot.compile import Program
 from prumerge_jax.aot.held import Held, abstract_weights, quantised_shapes
 from prumerge_jax.aot.hlo import ProgramCost
 from prumerge_jax.aot.inference import InferencePlan, plan_inference
@@ -18,7 +18,7 @@ from prumerge_jax.engine.shapes import EngineConfig, EngineShapes
 from prumerge_jax.models import tuning
 from prumerge_jax.models.config import published
 from prumerge_jax.models.quantisation import FORMATS
-from prumerge_jax.sharding.mesh import make_mesh
+from prumerge_jax.sharding.mesh import bytes_per_device, make_mesh
 
 GIB = 2**30
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
@@ -48,7 +48,7 @@ def test_what_a_plan_holds_in_fewer_bits() -> None:
     assert {(width, inner // 2), (inner // 2, width)} <= quantised_shapes(state, held)
     leaves = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
     path = ("decoder", "layers", "mlp", "up_proj", "kernel_q")
-    assert bytes_per_chip(leaves[path]) == model.text.num_layers * width * inner // 2 // 2
+    assert bytes_per_device(leaves[path]) == model.text.num_layers * width * inner // 2 // 2
     of_blocks = Held(held.dtype, FORMATS["nf4"], None)
     with tuning.use(tuning.BY_PLATFORM["tpu"]):
         assert not quantised_shapes(abstract_weights(model, mesh, of_blocks)[1], of_blocks)
