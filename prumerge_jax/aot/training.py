@@ -231,13 +231,14 @@ def _plan(config: TrainConfig, topology: Topology, samples: Samples, sizes: Size
     cautious = fixed(config, *CAUTIOUS)
     with use_mesh(mesh):
         objective = make_objective(cautious)
-        _, state, frozen = abstract_step(cautious, objective, mesh)
-        visual = placed(abstract_rows(cautious, shards).visual_tokens, batch)
-        resident = resident_bytes(state, frozen, visual)
-        open_to_it = choices(config, resident, sizes, chip, tpu(chip).memory)
-        chosen, accumulate, update = _first_that_leaves_the_reserve(
-            [fixed(config, *choice) for choice in open_to_it], mesh, resident, tpu(chip).memory
-        )
+    _, state, frozen = abstract_step(cautious, objective, mesh)
+    visual = placed(abstract_rows(cautious, shards).visual_tokens, batch)
+    resident = resident_bytes(state, frozen, visual)
+    open_to_it = choices(config, resident, sizes, chip, tpu(chip).memory)
+    chosen, accumulate, update = _first_that_leaves_the_reserve(
+        [fixed(config, *choice) for choice in open_to_it], mesh, resident, tpu(chip).memory
+    )
+    with use_mesh(mesh):
         side = model.vision.image_size
         pixels = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)
         encoder = ImageEncoder(chosen, frozen, mesh)
@@ -271,30 +272,35 @@ def _first_that_leaves_the_reserve(
     for config in configs:
         lowered, kernel = _lowered(config, mesh)
         try:
-            accumulate = compile_program("accumulate", lowered["accumulate"], kernel)
+            with use_mesh(mesh):
+                accumulate = compile_program("accumulate", lowered["accumulate"], kernel)
         except DoesNotFit:
             if config is configs[-1]:
                 raise
             continue
         if peak_bytes(resident, [accumulate]) <= (1 - RESERVE) * available:
             break
-    return config, accumulate, compile_program("update", lowered["update"])
+    with use_mesh(mesh):
+        return config, accumulate, compile_program("update", lowered["update"])
 
 
 def _lowered(config: TrainConfig, mesh: Mesh) -> tuple[Mapping[str, jax.stages.Lowered], float]:
     """The programs of a step, and the FLOPs of a micro-batch's kernels on a chip."""
     rows = abstract_rows(config, mesh.shape["data"] * mesh.shape["fsdp"])
-    objective = make_objective(config)
+    with use_mesh(mesh):
+        objective = make_objective(config)
+    # Outside of the mesh: an optimizer makes arrays, which these devices cannot hold.
     step, _, frozen = abstract_step(config, objective, mesh)
     pairs = splash_pairs(config.row_length, causal=True)
-    forward = decoder_kernel_flops(
-        config.sizes.text, config.run.rows_per_shard, pairs, objective.dtype
-    )
     # 2 matrix products forward, 3 for dq, 4 for dk and dv. The forward ones are repeated where
     # attention's output is not kept.
     times = 4.5 if config.remat in ("none", "dots") else 5.5
     batch = placed(rows, NamedSharding(mesh, logical_spec("batch")))
-    lowered = step.lower(objective.trained(), frozen, batch)
+    with use_mesh(mesh):
+        forward = decoder_kernel_flops(
+            config.sizes.text, config.run.rows_per_shard, pairs, objective.dtype
+        )
+        lowered = step.lower(objective.trained(), frozen, batch)
     return lowered, times * forward / mesh.shape["tensor"]
 
 

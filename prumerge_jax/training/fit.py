@@ -104,6 +104,8 @@ def choices(
     peaks = chip or Chip(1.0, 1.0)  # only ratios of products matter
     one = micro_batch(config, sizes, 1)
     wanted = max(rows_that_hide_gathers(one, policy, peaks) for policy in policies)
+    # A row holds a sample or more; further rows would stay empty.
+    wanted = min(wanted, max(config.batch_size // (sizes["data"] * sizes["fsdp"]), 1))
     given = config.run.rows_per_shard
     ordered = []
     for remat, rows in itertools.product(policies, [given] if given else range(1, wanted + 1)):
@@ -164,8 +166,8 @@ def _chosen(config: TrainConfig, mesh: Mesh, device: jax.Device) -> tuple[str, i
     trial = fixed(config, *CAUTIOUS)
     with use_mesh(mesh):
         objective = make_objective(trial)
-        _, state, frozen = abstract_step(trial, objective, mesh)
-        rows = abstract_rows(trial, sizes["data"] * sizes["fsdp"])
+    _, state, frozen = abstract_step(trial, objective, mesh)
+    rows = abstract_rows(trial, sizes["data"] * sizes["fsdp"])
     visual = placed(rows.visual_tokens, NamedSharding(mesh, logical_spec("batch")))
     resident = resident_bytes(state, frozen, visual)
     remat, per_shard = choices(config, resident, sizes, _chip(device), available)[0]
