@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from prumerge_jax.models.attention import attend
 from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm
 from prumerge_jax.models.quantisation import FORMATS, Format
+from prumerge_jax.models.remat import ATTENTION
 from prumerge_jax.models.rotary import Rotation, rotate
 from prumerge_jax.sharding.mesh import Axes, constrain
 
@@ -70,7 +72,8 @@ class DecoderLayer(nnx.Module):
     def attend(self, projected: QKV, rows: PackedRows) -> tuple[jax.Array, QKV]:
         """Projections of packed rows -> the attention output of every position [B, T, H, Dh], and
         the heads it came from, wider where keys have a bias."""
-        heads = self.split_and_rotate(projected, rows.rotation)
+        split = self.split_and_rotate(projected, rows.rotation)
+        heads = QKV(*(checkpoint_name(head, ATTENTION) for head in split))
         if rows.key_bias is not None:  # the cache keeps it with the keys
             heads = QKV(*with_columns(*heads, rows.key_bias))
         attended = attend(

@@ -67,7 +67,8 @@ class Linear(nnx.Module):
       kernel_q, kernel_scale: in place of `kernel`, its codes and scales (`quantisation.Quantised`)
         in the format `quantize`.
       out_first: whether the kernel is kept the other way round, see `put_out_first`.
-      kept_as: name of its output for `remat.rematerialise`.
+      kept_as: name of its output for `remat.rematerialise`; None for queries, keys and values, of
+        which the heads are kept.
       bias: [d_out] or None.
       lora_a, lora_b: [d_in, rank] and [rank, d_out]; absent without an adapter.
     """
@@ -87,7 +88,8 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.axes = axes
-        self.kept_as = WIDE if axes == ("embed", "mlp") else PRODUCT
+        kept: dict[Axes, str | None] = {("embed", "mlp"): WIDE, ("embed", "heads"): None}
+        self.kept_as = kept.get(axes, PRODUCT)
         self.quantize = quantize
         self.out_first = False
         kernel = _fan_in(rngs.params(), (d_in, d_out))
@@ -108,7 +110,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """[..., d_in] -> [..., d_out] in the dtype of `x`."""
-        return checkpoint_name(self._with_adapter(x, dropout_key), self.kept_as)
+        y = self._with_adapter(x, dropout_key)
+        return y if self.kept_as is None else checkpoint_name(y, self.kept_as)
 
     def _with_adapter(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         y = self._product(x)
