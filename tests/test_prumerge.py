@@ -200,7 +200,10 @@ def _has_close_similarities(keys: np.ndarray, config: prumerge.PruMergeConfig) -
     return bool((np.diff(similarity, axis=-1) < 1e-6).any())
 
 
-@pytest.mark.parametrize("name", ["prumerge", "prumerge+fixed", "paper+"])
+@pytest.mark.parametrize(
+    "name",
+    ["paper+", *(pytest.param(n, marks=pytest.mark.slow) for n in ("prumerge", "prumerge+fixed"))],
+)
 def test_an_image_is_on_its_own(name: str) -> None:
     """Bitwise the same in any batch; the same patches whatever B and R are."""
     config = prumerge.preset(name)
@@ -309,7 +312,10 @@ def test_bfloat16_features_select_the_same_patches() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["prumerge+", "prumerge+fixed", "paper+"])
+@pytest.mark.parametrize(
+    "name",
+    ["prumerge+", *(pytest.param(n, marks=pytest.mark.slow) for n in ("prumerge+fixed", "paper+"))],
+)
 def test_sharded_over_the_batch_without_collective_or_sort(name: str) -> None:
     require_eight_devices()
     mesh = sharding.make_mesh(data=4, fsdp=2)

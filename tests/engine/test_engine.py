@@ -175,7 +175,9 @@ def test_scores_equal_one_at_a_time(model: LlavaModel) -> None:
         assert answer.usage.text_tokens == len(request.token_ids) - len(request.images)
 
 
-@pytest.mark.parametrize("reduction", ["prumerge", "cover:tokens=4,merge=mean"])
+@pytest.mark.parametrize(
+    "reduction", ["prumerge", pytest.param("cover:tokens=4,merge=mean", marks=pytest.mark.slow)]
+)
 def test_generation_equals_one_at_a_time_recomputation(model: LlavaModel, reduction: str) -> None:
     """Packed prefill, slots and cache against a full forward pass per token."""
     requests = make_requests(7, seed=1, max_new_tokens=9)
@@ -201,8 +203,11 @@ def test_generation_equals_one_at_a_time_recomputation(model: LlavaModel, reduct
     [
         dict(batch_size=4, window_size=4, row_length=64, prefill_rows=1, slots=1, cache_length=64,
              decode_steps_per_call=1, pages=4),
-        dict(batch_size=1, window_size=16, row_length=256, prefill_rows=4, slots=8, cache_length=96,
-             decode_steps_per_call=32, page_size=128),
+        pytest.param(
+            dict(batch_size=1, window_size=16, row_length=256, prefill_rows=4, slots=8,
+                 cache_length=96, decode_steps_per_call=32, page_size=128),
+            marks=pytest.mark.slow,
+        ),
     ],
 )  # fmt: skip
 def test_shapes_and_arrival_order_change_nothing(model: LlavaModel, shapes: dict[str, int]) -> None:

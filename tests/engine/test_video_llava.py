@@ -169,11 +169,13 @@ def tokens_of(engine: Engine, request: Request) -> tuple[np.ndarray, np.ndarray]
     return pool.reshape(-1, pool.shape[-1])[run.index], run.offset
 
 
+@pytest.mark.slow
 def test_every_frame_is_reduced_by_itself(golden: pathlib.Path):
     model = load(golden)
     asked = request(model, 0, "mixed/image_video")
     video = asked.images[-1]
-    visual = encode_images(model.model.video_tower, jnp.asarray(video.crops), "prumerge")
+    encode = jax.jit(encode_images, static_argnames="reduction")
+    visual = encode(model.model.video_tower, video.crops, reduction="prumerge")
     lengths = np.asarray(visual.lengths)
     expected = np.concatenate(
         [np.asarray(visual.tokens)[frame, :n] for frame, n in enumerate(lengths)]

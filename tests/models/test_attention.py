@@ -97,7 +97,7 @@ def test_equals_loops(implementation: str, length: int, causal: bool, segmented:
     np.testing.assert_allclose(got, naive(q, k, v, ids, causal), atol=2e-6)
 
 
-@pytest.mark.parametrize("longest", [60, 190])
+@pytest.mark.parametrize("longest", [60, pytest.param(190, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("implementation", ["xla", "blocks", "splash"])
 def test_branches_see_their_prefix_and_themselves(
     monkeypatch: pytest.MonkeyPatch, implementation: str, longest: int
@@ -160,13 +160,19 @@ def test_half_precision_rounds_and_no_more(implementation: str, dtype) -> None:
     ("implementation", "length", "width", "longest", "causal"),
     [
         ("splash", 300, 16, None, True),  # padded at the end, to three blocks
-        ("splash", 300, 16, 150, False),
-        ("splash", 384, 128, None, False),
-        ("splash", 384, 128, 150, True),
-        ("blocks", 384, 16, None, False),
-        ("blocks", 3 * QUERY_BLOCK + 40, 16, None, True),
+        ("splash", 384, 128, 150, False),
         ("blocks", 3 * QUERY_BLOCK + 40, 16, 150, True),
-        ("blocks", 3 * QUERY_BLOCK + 40, 16, 150, False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("splash", 300, 16, 150, False),
+                ("splash", 384, 128, None, False),
+                ("splash", 384, 128, 150, True),
+                ("blocks", 384, 16, None, False),
+                ("blocks", 3 * QUERY_BLOCK + 40, 16, None, True),
+                ("blocks", 3 * QUERY_BLOCK + 40, 16, 150, False),
+            )
+        ),
     ],
 )
 def test_equals_xla_forward_and_backward(

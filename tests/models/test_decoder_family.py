@@ -95,7 +95,12 @@ def pair(name: str) -> tuple[torch.nn.Module, Llama]:
     return oracle, filled(abstract, keys.decoder_weights(config), tensors, "decoder.")
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("mistral_theta_1e6", "llama_linear")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+)
 def test_logits_and_decoding(name: str) -> None:
     oracle, ours = pair(name)
     length, prompt = 40, 36

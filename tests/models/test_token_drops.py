@@ -187,7 +187,7 @@ def test_masked_tokens_are_as_good_as_gone(model, x, name: str) -> None:
     assert abs(model.decoder.norm(jnp.asarray(plain[PROMPT - 1])) - expected[0]).max() > 0.01
 
 
-@pytest.mark.parametrize("name", ["fastv", "sparsevlm"])
+@pytest.mark.parametrize("name", ["fastv", pytest.param("sparsevlm", marks=pytest.mark.slow)])
 def test_neighbours_in_a_row_change_nothing(model, x, name: str) -> None:
     drops = reductions.parse(METHODS[name]).drops(DEPTH)
     alone = emulated(model.decoder, x[None], drops, *row_of(0, length=WHOLE))[0]

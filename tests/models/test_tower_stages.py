@@ -40,7 +40,7 @@ def golden_layers(weights) -> VisionLayer:
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("kind", ["plain", "proportional"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("proportional", marks=pytest.mark.slow)])
 def test_prumerge_at_three_layers_is_the_loops(golden, kind: str) -> None:
     if not (golden / "reducers").is_dir():
         pytest.skip("the golden data has no reducers/")
@@ -67,7 +67,12 @@ def test_prumerge_at_three_layers_is_the_loops(golden, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "spelling", ["intower:tokens=4", "tome:tokens=4", "tome:tokens=3,merges=1"]
+    "spelling",
+    [
+        "intower:tokens=4",
+        "tome:tokens=4",
+        pytest.param("tome:tokens=3,merges=1", marks=pytest.mark.slow),
+    ],
 )
 def test_tokens_patches_and_explanations(spelling: str) -> None:
     vision, side = random_llava(CONFIG).vision, CONFIG.vision.image_size

@@ -14,8 +14,7 @@ from prumerge_jax.reductions import stages
 from tests.conftest import require_eight_devices
 
 BATCH, PATCHES, WIDTH, HEADS = 8, 36, 16, 4  # on as many devices too: one compilation of each
-SPELLINGS = [
-    *(name for name in reductions.names() if name != "downsample"),
+VARIANTS = [
     "cover:tokens=7,block=3",
     "cover:adaptive=coverage,threshold=0.8",
     "cover:adaptive=attention,alpha=1",
@@ -31,6 +30,10 @@ SPELLINGS = [
     "cover:tokens=7,merge=mean",
     "divprune:tokens=7,merge=mean,size_bias=False",
     "cover:adaptive=coverage,threshold=0.7,merge=mean",
+]
+SPELLINGS = [
+    *(name for name in reductions.names() if name != "downsample"),
+    *(pytest.param(spelling, marks=pytest.mark.slow) for spelling in VARIANTS),
 ]
 ORDERED = ["cover", "divprune", "dpp", "evocut", "hired", "idselection", "mmtok", "top"]
 
@@ -91,7 +94,9 @@ def test_batch_mates_order_and_nan_change_no_bit(spelling: str) -> None:
         assert (visual.lengths[broken], visual.required[broken]) == (0, -1)
 
 
-@pytest.mark.parametrize("name", ORDERED)
+@pytest.mark.parametrize(
+    "name", [ORDERED[0], *(pytest.param(name, marks=pytest.mark.slow) for name in ORDERED[1:])]
+)
 def test_fewer_tokens_are_among_more(name: str) -> None:
     evidence = evidence_of(5)
     kept = [
@@ -136,6 +141,7 @@ def test_coverage_threshold_is_the_first_count_that_reaches_it() -> None:
         assert reached(chosen[: count - 1]) < 0.6 + 1e-6
 
 
+@pytest.mark.slow
 def test_padding_is_never_kept() -> None:
     evidence = evidence_of(8)
     present = jnp.asarray(np.random.default_rng(9).random((BATCH, PATCHES)) < 0.5)
