@@ -1,72 +1,46 @@
 """`Llava`: a converted model with its tokenizer, ready to answer and to score."""
 
 import contextlib
-import dataclasses
 import os
-import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import overload
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
-from prumerge_jax import reductions, sharding
+from prumerge_jax import sharding
 from prumerge_jax.conversion import download as downloads
 from prumerge_jax.conversion.miniature import model_directory
 from prumerge_jax.data.images import ImageMode, ImageSource, Shown
 from prumerge_jax.data.packing import PositionIds
-from prumerge_jax.data.pictures import Picture, PictureMode, PictureProcessor, default_mode
+from prumerge_jax.data.pictures import PictureMode, PictureProcessor, default_mode, only_crop
 from prumerge_jax.data.templates import TEMPLATES, Template, chat_template
-from prumerge_jax.data.tokenizer import (
-    BPE_FILE,
-    SENTENCEPIECE_FILE,
-    TextStream,
-    Tokenizer,
-    load_tokenizer,
-    tokenizer_file,
-)
+from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.visual_layout import Newlines
+from prumerge_jax.engine.answers import in_order, text_pieces
 from prumerge_jax.engine.build import (
     Draft,
     Images,
     RequestBuilder,
+    asked_ids,
     check_list,
+    continued,
     drafts_of_ids,
     named_image,
-    question_ids,
     requests_of,
 )
 from prumerge_jax.engine.embeddings import embed
-from prumerge_jax.engine.encoding import (
-    PlacedModel,
-    compute_dtype,
-    data_shards,
-)
+from prumerge_jax.engine.encoding import PlacedModel, compute_dtype, data_shards
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.explanations import Explanation, explain_crops
-from prumerge_jax.engine.pages import pages_that_fit
-from prumerge_jax.engine.request import Answer, Delta, SamplingParams
-from prumerge_jax.engine.shapes import EngineConfig, EngineSizes, fit
-from prumerge_jax.messages import quoted
-from prumerge_jax.models import config_json, tuning
+from prumerge_jax.engine.fitted import fitted_engine
+from prumerge_jax.engine.loading import check_vocabulary, load_model
+from prumerge_jax.engine.request import Answer, SamplingParams
+from prumerge_jax.engine.shapes import EngineConfig, EngineSizes
 from prumerge_jax.models.config import LlavaConfig
-from prumerge_jax.models.llava import (
-    abstract_model,
-    inference_layout,
-)
-from prumerge_jax.models.quantisation import (
-    Format,
-    QuantParam,
-    format_named,
-    named_cache_dtype,
-)
-from prumerge_jax.models.quantised_weights import check_blocks, chosen_format, read_weights
-from prumerge_jax.reductions import Reduction, ReductionLike, as_reduction
-from prumerge_jax.store import model_directory as directories
-from prumerge_jax.store.manifest import MANIFEST
+from prumerge_jax.models.quantisation import format_named, named_cache_dtype
+from prumerge_jax.reductions import ReductionLike, as_reduction
 
 
 class Llava:
@@ -86,7 +60,7 @@ class Llava:
           ValueError: tokenizer and model do not belong together, or a size of the engine does not
             divide over the model's mesh.
         """
-        _check_vocabulary(tokenizer, model.config)
+        check_vocabulary(tokenizer, model.config)
         self._model, self.tokenizer = model, tokenizer
         self.engine_config = engine or EngineConfig()
         self.engine_config.sizes(model.shards)
@@ -136,17 +110,9 @@ class Llava:
             repository = downloads.check_commit(os.fspath(directory), revision)
             directory = downloads.snapshot(repository, revision, None)
         root = model_directory(directory)
-        if (root / MANIFEST).is_file() and not tokenizer_file(root).is_file():
-            raise directories.DirectoryError(
-                f"{root}: no {SENTENCEPIECE_FILE}; copy there the one of the LLaVA that it was "
-                f"trained from, or the {BPE_FILE} of a Qwen or Llama-3"
-            )
-        directories.verify(root)
-        config = config_json.read_config(root)
-        tokenizer = load_tokenizer(tokenizer_file(root))
-        _check_vocabulary(tokenizer, config)
-        model = _read_weights(root, config, chosen, mesh, chosen_format(root, quantize))
-        model = dataclasses.replace(model, cache_dtype=cache)
+        model, tokenizer = load_model(
+            root, dtype=chosen, mesh=mesh, quantize=quantize, cache_dtype=cache
+        )
         return cls(model, tokenizer, engine=engine)
 
     @property
@@ -209,7 +175,7 @@ class Llava:
             reduction, drafts, max_new_tokens=max_new_tokens, position_ids=position_ids
         )
         with self.placed():
-            answers = _in_order(engine.generate(builder.requests(drafts)), range(len(drafts)))
+            answers = in_order(engine.generate(builder.requests(drafts)), range(len(drafts)))
         return [self.tokenizer.decode(answer.token_ids) for answer in answers]
 
     def stream(
@@ -241,7 +207,8 @@ class Llava:
         engine = self.engine(
             reduction, drafts, max_new_tokens=max_new_tokens, position_ids=position_ids
         )
-        return self._pieces(engine.stream(builder.requests(drafts)), len(drafts))
+        events = engine.stream(builder.requests(drafts))
+        return text_pieces(events, len(drafts), self.tokenizer, self._model.mesh)
 
     @overload
     def score(
@@ -298,16 +265,10 @@ class Llava:
         if len(continuations) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(continuations)} continuations")
         several = [list(c) if isinstance(c, list | tuple) else [c] for c in continuations]
-        drafts: list[Draft] = []
-        prompt_of: list[int] = []
-        for draft, texts in zip(asked, several, strict=True):
-            for text in texts:
-                ids = self._continuation(text, draft.key)
-                drafts.append(dataclasses.replace(draft, key=len(drafts), continuation=ids))
-                prompt_of.append(draft.key)
+        drafts, prompt_of = continued(asked, several, self.tokenizer)
         engine = self.engine(reduction, drafts, position_ids=position_ids)
         with self.placed():
-            answers = iter(_in_order(engine.score(builder.requests(drafts)), prompt_of))
+            answers = iter(in_order(engine.score(builder.requests(drafts)), prompt_of))
         scores = [[next(answers).log_likelihood for _ in texts] for texts in several]
         if all(isinstance(each, str) for each in continuations):
             return [score for (score,) in scores]
@@ -388,7 +349,7 @@ class Llava:
         `explain`.
         """
         reduction = as_reduction(reduction)
-        asked = self._question_ids(question, reduction)
+        asked = asked_ids(self.tokenizer, question, reduction)
         name, source = named_image(image, "image")
         picture = self.processor(image_mode, reduction)(source, name)
         with self.placed():
@@ -409,7 +370,7 @@ class Llava:
         """
         processor = self.processor(image_mode, reduction)
         named = [named_image(image, f"image {number}") for number, image in enumerate(images)]
-        pixels = (_only_crop(processor(source, name), name) for name, source in named)
+        pixels = (only_crop(processor(source, name), name) for name, source in named)
         with self.placed():
             yield from embed(self._model, pixels, as_reduction(reduction))
 
@@ -431,31 +392,12 @@ class Llava:
           max_new_tokens: most tokens per answer.
           newlines, image_budget: see `Engine`.
         """
-        reduction = as_reduction(reduction)
-        vision = dataclasses.replace(self.config.vision, image_size=self.image_size(reduction))
-        config = dataclasses.replace(self.config, vision=vision)
-        model = dataclasses.replace(self._model, config=config)
-        with self.placed():
-            page_size = self.engine_config.page_size or tuning.current().page_size
-            shapes = fit(
-                self.engine_config,
-                reduction,
-                model.config.vision.num_patches,
-                [draft.opening for draft in drafts],
-                max_new_tokens=max_new_tokens,
-                max_positions=model.config.text.max_positions,
-                shards=model.shards,
-                pages_that_fit=pages_that_fit(model, page_size),
-            )
-        if model.mesh is None:
-            layouts = [layout for draft in drafts for layout in draft.layouts]
-            crops = sum(layout.num_crops for layout in layouts)
-            kinds = len({layout.frames > 0 for layout in layouts})
-            shapes = shapes.limited_to(len(drafts), crops, max(kinds, 1))
-        return Engine(
-            model,
-            reduction,
-            shapes,
+        return fitted_engine(
+            self._model,
+            self.engine_config,
+            as_reduction(reduction),
+            drafts,
+            max_new_tokens=max_new_tokens,
             position_ids=position_ids,
             newlines=newlines,
             image_budget=image_budget,
@@ -488,19 +430,6 @@ class Llava:
         """The context in which an engine of this model runs: its mesh, if it has one."""
         return sharding.use_mesh(self._model.mesh)
 
-    def _question_ids(self, question: str | None, reduction: Reduction) -> jax.Array | None:
-        """Ids [1, M] of the question that a reduction reads; None where it reads none."""
-        most = reduction.question_tokens
-        if not most:
-            return None
-        ids = np.zeros(0, np.int32) if question is None else question_ids(self.tokenizer, question)
-        if not 0 < len(ids) <= most:
-            raise ValueError(
-                f"reduction {quoted(reductions.spell(reduction))} reads the question: expected one "
-                f"whose keywords have 1 to {most} tokens, got {quoted(question)}"
-            )
-        return jnp.pad(jnp.array(ids, jnp.int32), (0, most - len(ids)), constant_values=-1)[None]
-
     def processor(self, mode: PictureMode | None, reduction: ReductionLike) -> PictureProcessor:
         """From images to crops as a reduction wants them; None is the model's own mode.
 
@@ -515,88 +444,3 @@ class Llava:
     ) -> RequestBuilder:
         processor = self.processor(mode, reduction)
         return RequestBuilder(self.tokenizer, self.template(conversation), processor)
-
-    def _continuation(self, text: object, prompt: int) -> np.ndarray:
-        if not isinstance(text, str):
-            raise ValueError(
-                f"a continuation of prompt {prompt} is {quoted(text)}; expected a string"
-            )
-        ids = np.array(self.tokenizer.encode(text), np.int32)
-        if not len(ids):
-            raise ValueError(f"continuation {prompt} is empty; there is nothing to score")
-        return ids
-
-    def _pieces(self, events: Iterator[Delta | Answer], prompts: int) -> Iterator[tuple[int, str]]:
-        texts = [TextStream(self.tokenizer) for _ in range(prompts)]
-        while True:
-            with self.placed():  # not while the caller has the piece
-                event = next(events, None)
-            if event is None:
-                return
-            if isinstance(event, Delta):
-                piece = texts[event.key].push(event.token_ids)
-            else:
-                piece = texts[_checked(event, event.key).key].finish()
-            if piece:
-                yield event.key, piece
-
-
-def _read_weights(
-    root: pathlib.Path,
-    config: LlavaConfig,
-    dtype: jnp.dtype | None,
-    mesh: Mesh | None,
-    form: Format | None,
-) -> PlacedModel:
-    """Reads a verified directory, each weight straight into its shards."""
-    graphdef, abstract = abstract_model(config, config_json.read_adapter(root), form)
-    if mesh is not None:
-        check_blocks(config.text, form, mesh.shape)
-    stored = directories.read_manifest(root).arrays
-    compute = dtype or jnp.dtype(stored["decoder.embed_tokens"].dtype)
-    shardings = None if mesh is None else sharding.weight_shardings(abstract, mesh)
-    placed = {} if shardings is None else dict(nnx.to_flat_state(shardings))
-    leaves = dict(nnx.to_flat_state(abstract))
-    targets = {
-        ".".join(map(str, path)): jax.ShapeDtypeStruct(
-            leaf.shape,
-            leaf.dtype if isinstance(leaf, QuantParam) else compute,
-            sharding=placed[path].get_value() if path in placed else None,
-        )
-        for path, leaf in leaves.items()
-    }
-    arrays = read_weights(root, targets, form)
-    state = nnx.from_flat_state(
-        {path: leaf.replace(arrays[".".join(map(str, path))]) for path, leaf in leaves.items()}
-    )
-    with sharding.use_mesh(mesh):
-        graphdef, state = inference_layout(graphdef, state)
-    return PlacedModel(graphdef, state, config, compute, mesh)
-
-
-def _only_crop(picture: Picture, name: str) -> np.ndarray:
-    """Pixels uint8 [S, S, 3] of an image of one crop; ValueError for others, which `name` names."""
-    if len(picture.crops) > 1:
-        raise ValueError(f"{name} has {len(picture.crops)} crops; expected mode 'pad' or 'crop'")
-    return picture.crops[0]
-
-
-def _check_vocabulary(tokenizer: Tokenizer, config: LlavaConfig) -> None:
-    if tokenizer.vocab_size > config.text.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the model's embedding "
-            f"{config.text.vocab_size} rows; they do not belong together"
-        )
-
-
-def _checked(answer: Answer, prompt: int) -> Answer:
-    """The answer of a prompt, unless it is an error; that is raised."""
-    if answer.error is not None:
-        raise ValueError(f"prompt {prompt}: {answer.error}")
-    return answer
-
-
-def _in_order(answers: Iterable[Answer], prompt_of: Sequence[int]) -> list[Answer]:
-    """Answers by key; an error is raised with the prompt that `prompt_of` has for its key."""
-    found = {answer.key: _checked(answer, prompt_of[answer.key]) for answer in answers}
-    return [found[key] for key in range(len(prompt_of))]

@@ -14,6 +14,7 @@ import numpy as np
 from prumerge_jax.conversion import keys, peft
 from prumerge_jax.conversion.detect import Detection, Kind, detect
 from prumerge_jax.conversion.hf_config import (
+    VIDEO_LLAVA_TOWERS,
     keeps_in_file_tower,
     parse_llava,
     parse_tower,
@@ -237,11 +238,13 @@ class _Opener:
         vision = self.vision_config(values, in_file)
         where = str(folder / "config.json")
         config = parse_llava(without_packing(values), where, vision)
-        expected = keys.expected_shapes(
-            [*keys.projector_weights(config), *keys.decoder_weights(config.text)]
-        )
         if in_file:
-            expected |= _tower_shapes(config.vision)
+            expected = keys.expected_shapes(keys.weights(config))
+            expected |= keys.unused_tower_tensors(config)
+        else:
+            expected = keys.expected_shapes(
+                [*keys.projector_weights(config), *keys.decoder_weights(config.text)]
+            )
 
         def leave_out(canonical: str) -> str | None:
             if canonical.startswith("vision_tower.") and not in_file:
@@ -318,7 +321,7 @@ class _Opener:
         if self.detect(folder) is not Kind.CLIP:
             raise ConversionError(f"{folder} is {self.detections[folder].kind.value}, not CLIP")
         checkpoint = self.open_weights(folder)
-        shapes = _tower_shapes(vision)
+        shapes = keys.expected_shapes(keys.vision_weights(vision)) | keys.unused_of_tower(vision)
         self.add(checkpoint, Dialect.CLIP, shapes, folder, keys.clip_ignored_reason)
 
     def open_projector(self, path: pathlib.Path, config: LlavaConfig) -> None:
@@ -341,20 +344,19 @@ class _Opener:
             )
         # Our exports state the sizes of their tower in a separate folder.
         exported = self.sources.folder / "vision_tower"
-        sizes = VisionConfig()
-        if (exported / "config.json").is_file():
-            sizes = self.read_vision_config(exported)
-        if sizes != VisionConfig():
+        is_stated = (exported / "config.json").is_file()
+        if is_stated and self.read_vision_config(exported) != VisionConfig():
             raise ConversionError(
                 f"{self.sources.folder} holds a vision tower of other sizes than {OPENAI_TOWER}: "
                 f"add --vision_tower {exported}"
             )
         if values.get("mm_vision_tower") == SIGLIP_TOWER:
             return SIGLIP_SO400M
-        if values.get("mm_vision_tower") != OPENAI_TOWER:
+        tower = values.get("mm_vision_tower", values.get(VIDEO_LLAVA_TOWERS[0]))
+        if tower != OPENAI_TOWER:
             raise ConversionError(
-                f"mm_vision_tower is {values.get('mm_vision_tower')!r:.80}, of unknown sizes: "
-                "give a directory with its config.json as --vision_tower"
+                f"the vision tower is {tower!r:.80}, of unknown sizes: give a directory with its "
+                "config.json as --vision_tower"
             )
         return VisionConfig()
 
@@ -436,10 +438,6 @@ class _Opener:
             places |= dict.fromkeys(_IMAGE_FILES, pixels)
         files = (folder / name for name, folder in places.items())
         return tuple(file for file in files if file.is_file())
-
-
-def _tower_shapes(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
-    return keys.expected_shapes(keys.vision_weights(vision)) | keys.unused_of_tower(vision)
 
 
 def _check_dtypes(tensors: Mapping[str, StoredTensor]) -> None:

@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from prumerge_jax import families
-from prumerge_jax.conversion.hf_config import ORIGINALS
+from prumerge_jax.conversion.hf_config import ORIGINALS, VIDEO_LLAVA_TOWERS
 from prumerge_jax.conversion.input_folder import check_folder, hub_cache_hint
 from prumerge_jax.conversion.tensor_files import ConversionError, load_object
 from prumerge_jax.families import Family
@@ -40,11 +40,6 @@ _UNSUPPORTED_ARCHITECTURES = {
     "LlavaMpt": "LLaVA on MPT",
     "LlavaGemma": "LLaVA on Gemma",
     "LlavaMixtral": "LLaVA on Mixtral",
-}
-_UNSUPPORTED_FIELDS = {
-    "mm_image_tower": "Video-LLaVA",
-    "mm_video_tower": "Video-LLaVA",
-    "mm_vision_resampler": "a LLaVA with a resampler",
 }
 
 
@@ -80,6 +75,8 @@ def _by_config(config: dict[str, Any], folder: pathlib.Path) -> Detection:
     family = families.find(config)
     if family is not None and family.architecture in names:
         return Detection(Kind.HF, f"config.json names {family.architecture}", family)
+    if config.get(VIDEO_LLAVA_TOWERS[0]):
+        return Detection(Kind.LLAVA, f"config.json has {' and '.join(VIDEO_LLAVA_TOWERS)}")
     if (own := [name for name in names if name in ORIGINALS]) or "mm_vision_tower" in config:
         sign = f"names {own[0]}" if own else "has mm_vision_tower"
         return Detection(Kind.LLAVA, f"config.json {sign}")
@@ -105,9 +102,17 @@ def _refuse_other_families(config: dict[str, Any], folder: pathlib.Path) -> None
         for prefix, family in _UNSUPPORTED_ARCHITECTURES.items():
             if isinstance(name, str) and name.startswith(prefix):
                 raise ConversionError(f"{where}: {name[:80]} is {family}, which is not supported")
-    for field, family in _UNSUPPORTED_FIELDS.items():
-        if config.get(field):
-            raise ConversionError(f"{where}: {field} says {family}, which is not supported")
+    if config.get("mm_vision_resampler"):
+        raise ConversionError(
+            f"{where}: mm_vision_resampler says a LLaVA with a resampler, which is not supported"
+        )
+    towers = [name for name in VIDEO_LLAVA_TOWERS if config.get(name)]
+    if len(towers) == 1:
+        (missing,) = set(VIDEO_LLAVA_TOWERS) - set(towers)
+        raise ConversionError(
+            f"{where}: {towers[0]} says Video-LLaVA, but there is no {missing}; only both towers "
+            "together are supported"
+        )
 
 
 def _has_weights(folder: pathlib.Path) -> bool:

@@ -26,12 +26,14 @@ ORIGINALS = {
     "LlavaMistralForCausalLM": "mistral",
     "LlavaQwenForCausalLM": "qwen2",
 }
+VIDEO_LLAVA_TOWERS = ("mm_image_tower", "mm_video_tower")
+"""Fields of an original Video-LLaVA that name its towers."""
 # Sides that the original code takes grids like "(1x1),...,(6x6)" times.
 _GRID_SIDES = (224, 336, 384, 448, 512)
 
 
 def parse_llava(values: Any, where: str, vision: VisionConfig) -> LlavaConfig:
-    """The config of an original LLaVA, LLaVA-NeXT or LLaVA-OneVision.
+    """The config of an original LLaVA, LLaVA-NeXT, LLaVA-OneVision or Video-LLaVA.
 
     Args:
       values: `config.json`, parsed.
@@ -80,7 +82,7 @@ def parse_llava(values: Any, where: str, vision: VisionConfig) -> LlavaConfig:
 
 
 def _original_family(top: Section, vision: VisionConfig, model_type: str) -> dict[str, Any]:
-    """What tells LLaVA-NeXT and LLaVA-OneVision from LLaVA-1.5 in the original's fields."""
+    """What tells further families from LLaVA-1.5 in the original's fields."""
     aspect = top.get("image_aspect_ratio", str, None)
     if aspect is None or not aspect.startswith("anyres"):
         top.require("mm_patch_merge_type", ["flat"])
@@ -90,7 +92,9 @@ def _original_family(top: Section, vision: VisionConfig, model_type: str) -> dic
                 f"{top.where}: image_aspect_ratio is {aspect!r:.80} with a {model_type} decoder; "
                 "only 'anyres' and 'anyres_max_N' are supported there"
             )
-        return {}
+        if not top.values.get(VIDEO_LLAVA_TOWERS[0]):
+            return {}
+        return {"family": "video_llava", "video_tower": True, "chat_template": "llava_v1"}
     top.require("mm_patch_merge_type", ["spatial_unpad"], default="flat")
     top.require("mm_newline_position", ["one_token"])
     top.require("mm_spatial_pool_mode", ["bilinear", None])
@@ -146,8 +150,14 @@ def _original_pinpoints(top: Section, side: int) -> tuple[tuple[int, int], ...]:
 
 
 def keeps_in_file_tower(values: Mapping[str, Any]) -> bool:
-    """Whether the reference would use a vision tower stored in the checkpoint itself."""
+    """Whether the vision tower is the one that is stored in the checkpoint itself.
+
+    LLaVA's is if it was trained. Those of Video-LLaVA never are, but are stored all the same:
+    transformers' converter of its weights reads them there.
+    """
     tunable = values.get("mm_tunable_parts")
+    if values.get(VIDEO_LLAVA_TOWERS[0]):
+        return True
     return values.get("unfreeze_mm_vision_tower") is True or (
         isinstance(tunable, str) and "mm_vision_tower" in tunable.split(",")
     )

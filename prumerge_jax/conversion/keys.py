@@ -156,7 +156,7 @@ def canonical_key(key: str, dialect: Dialect) -> str:
         return re.sub(rf"^vision_model\.|{own}", "vision_tower.", key)
     key = re.sub(r"^model\.", "", key)
     if dialect is Dialect.LLAVA:
-        key = re.sub(r"^vision_tower\.vision_tower\.", "vision_tower.", key)
+        key = re.sub(r"^(vision|image|video)_tower\.\1_tower\.", r"\1_tower.", key)
         key = re.sub(r"^(embed_tokens|layers|norm)\.", r"language_model.\1.", key)
         key = re.sub(r"^mm_projector\.(weight|bias)$", r"mm_projector.0.\1", key)
         if index := re.match(r"mm_projector\.(\d{1,2})\.", key):

@@ -276,7 +276,7 @@ def _fault(entry: Any, image_folder: pathlib.Path) -> str | None:
     if any(IMAGE_PLACEHOLDER in answer for answer in turns[1::2]):
         return f"{name}: {IMAGE_PLACEHOLDER} appears in an answer; expected it in a turn of human"
     if "video" in entry:
-        fault = _path_fault(entry["video"], image_folder, "video")
+        fault = _video_fault(entry["video"], image_folder)
         return fault and f"{name}: {fault}"
     given = entry["images"] if "images" in entry else [entry["image"]]
     faults = (_image_fault(image, image_folder) for image in given)
@@ -284,24 +284,27 @@ def _fault(entry: Any, image_folder: pathlib.Path) -> str | None:
     return fault and f"{name}: {fault}"
 
 
-def _path_fault(video: Any, folder: pathlib.Path, kind: str) -> str | None:
-    if not isinstance(video, str) or not video:
-        return f"{kind} is {quoted(video)}; expected a path"
-    path = pathlib.PurePosixPath(video)
-    if path.is_absolute() or ".." in path.parts:
-        return f"{kind} {quoted(video)} leads out of the image folder; expected a path below it"
-    if not (folder / path).exists():
-        return f"no {kind} {quoted(str(folder / path), 200)}; expected it below image_folder"
+def _path_fault(path: Any, kind: str, hint: str = "") -> str | None:
+    """Why this is no path below the image folder, or None; `hint` ends what was expected."""
+    if not isinstance(path, str) or not path:
+        return f"{kind} is {quoted(path)}; expected a path{hint}"
+    parts = pathlib.PurePosixPath(path)
+    if parts.is_absolute() or ".." in parts.parts:
+        return f"{kind} {quoted(path)} leads out of the image folder; expected a path below it"
     return None
 
 
+def _video_fault(video: Any, image_folder: pathlib.Path) -> str | None:
+    fault = _path_fault(video, "video")
+    if fault or (image_folder / video).exists():
+        return fault
+    return f"no video {quoted(str(image_folder / video), 200)}; expected it below image_folder"
+
+
 def _image_fault(image: Any, image_folder: pathlib.Path) -> str | None:
-    if not isinstance(image, str) or not image:
-        return f"image is {quoted(image)}; expected a path, or no image key for text alone"
-    path = pathlib.PurePosixPath(image)
-    if path.is_absolute() or ".." in path.parts:
-        return f"image {quoted(image)} leads out of the image folder; expected a path below it"
-    file = image_folder / path
+    if fault := _path_fault(image, "image", ", or no image key for text alone"):
+        return fault
+    file = image_folder / image
     try:
         status = os.stat(file)
     except (OSError, ValueError):

@@ -11,64 +11,28 @@ Shapes: L row length. The pool is the array of the encoded visual tokens, its sl
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 
 from prumerge_jax.data import filling
 from prumerge_jax.data.filling import Group, fill_rows_with_groups
 from prumerge_jax.data.prefixes import find_groups
-from prumerge_jax.data.runs import NO_SLOT, TAPS, Run, Taps
-from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
-from prumerge_jax.messages import quoted
+from prumerge_jax.data.runs import NO_SLOT, Taps
+from prumerge_jax.data.sequences import (
+    PositionIds,
+    Request,
+    Tokens,
+    concatenated,
+    expand,
+    expand_taps,
+    ranges,
+)
+from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.models.config import NEWLINE
-
-PositionIds = Literal["compact", "original"]
-
-
-def check_position_ids(position_ids: str) -> None:
-    """Raises ValueError for other values than those of `PositionIds`."""
-    if position_ids not in get_args(PositionIds):
-        raise ValueError(
-            f"position_ids is {quoted(position_ids)}; expected 'compact' or 'original'"
-        )
-
 
 _RowsOf = Callable[[np.ndarray], list[list[Group]]]
 """(requests of a shard) -> the groups in each of its rows."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Request:
-    """One sequence of text with its images.
-
-    Attributes:
-      token_ids: int32 [T], one `IMAGE_TOKEN` per image at the place of its visual tokens.
-      runs: what each placeholder stands for, in their order.
-      labels: int32 [T], the token itself where it is to be predicted and `IGNORE` elsewhere; None
-        predicts nothing.
-    """
-
-    token_ids: np.ndarray
-    runs: tuple[Run, ...] = ()
-    labels: np.ndarray | None = None
-
-    def __post_init__(self) -> None:
-        if self.token_ids.ndim != 1 or not self.token_ids.size:
-            raise ValueError(
-                f"token_ids has shape {self.token_ids.shape}; expected one dimension, not empty"
-            )
-        placeholders = int(np.count_nonzero(self.token_ids == IMAGE_TOKEN))
-        if placeholders != len(self.runs):
-            raise ValueError(
-                f"token_ids holds {placeholders} image placeholders ({IMAGE_TOKEN}) for "
-                f"{len(self.runs)} images; each image needs exactly one"
-            )
-        if self.labels is not None and self.labels.shape != self.token_ids.shape:
-            raise ValueError(
-                f"labels has shape {self.labels.shape}, token_ids {self.token_ids.shape}; "
-                "they must be equal"
-            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,14 +98,6 @@ class Rows:
         return int(self.length_of.sum() + self.prefix_length_of.sum())
 
 
-def sequence_lengths(requests: Sequence[Request]) -> np.ndarray:
-    """Tokens of each request once visual tokens have replaced the placeholders, int64 [n]."""
-    return np.array(
-        [r.token_ids.size - len(r.runs) + sum(len(run) for run in r.runs) for r in requests],
-        np.int64,
-    )
-
-
 def pack_window(
     requests: Sequence[Request],
     num_slots: int,
@@ -178,8 +134,8 @@ def pack_window(
       ValueError: a request is longer than a row, refers to a slot that the pool lacks or to slots
         of two shards; `num_rows` or the slots do not divide by `shards`.
     """
-    tokens = _expand(requests, position_ids)
-    taps = _expand_taps(requests, tokens) if with_taps else None
+    tokens = expand(requests, position_ids)
+    taps = expand_taps(requests, tokens) if with_taps else None
     shard_of = _shard_of_requests(requests, num_slots, tokens.lengths, shards)
 
     def rows_of(members: np.ndarray) -> list[list[Group]]:
@@ -213,7 +169,7 @@ def pack_together(
       row_lengths: L of each version.
       num_slots, num_rows, shards, position_ids: as in `pack_window`, which says what is raised.
     """
-    tokens = [_expand(requests, position_ids) for requests in versions]
+    tokens = [expand(requests, position_ids) for requests in versions]
     # In units of the first row length; where these fit, all do.
     lengths = np.max(
         [-(-t.lengths * row_lengths[0] // n) for t, n in zip(tokens, row_lengths, strict=True)], 0
@@ -230,7 +186,7 @@ def pack_together(
     return [tuple(_fill(each, batch, n, None) for each, n in fillings) for batch in batches]
 
 
-def _groups(tokens: "_Tokens", members: np.ndarray, share_prefixes: bool) -> list[Group]:
+def _groups(tokens: Tokens, members: np.ndarray, share_prefixes: bool) -> list[Group]:
     """Groups of the requests members [n]."""
     if not share_prefixes:
         return [Group(0, (index,)) for index in members.tolist()]
@@ -265,7 +221,7 @@ def _shard_of_requests(
         raise ValueError(f"{num_slots} visual token slots do not divide into {shards} shards")
     shard_of = np.full(len(requests), -1)
     for index, request in enumerate(requests):
-        slots = _concatenated([run.index for run in request.runs])
+        slots = concatenated([run.index for run in request.runs])
         slots = slots[slots != NEWLINE]
         if not slots.size:
             continue
@@ -288,105 +244,6 @@ def _shard_of_requests(
         shard_of[index] = np.argmin(load)
         load[shard_of[index]] += lengths[index]
     return shard_of
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Tokens:
-    """All tokens of all requests on one axis; `starts` and `lengths` [n] cut it into requests."""
-
-    ids: np.ndarray
-    visual_index: np.ndarray
-    positions: np.ndarray
-    targets: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-
-    def beginnings(self, requests: np.ndarray) -> tuple[list[np.ndarray], list[int]]:
-        """What `find_groups` compares of requests [n], and how much of each may be a prefix.
-
-        The last position, and those that predict something, are the request's own: what is read
-        there differs from request to request.
-        """
-        # One number says which token it is, text or visual, and at which position.
-        names = np.where(
-            self.visual_index == NO_SLOT, self.ids, NO_SLOT + NEWLINE - self.visual_index
-        )
-        names = names * (1 + self.positions.max(initial=0)) + self.positions
-        cuts = [slice(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
-        predicts = [np.flatnonzero(self.targets[cuts[index]] != IGNORE) for index in requests]
-        shareable = [
-            int(where[0]) if where.size else int(self.lengths[index]) - 1
-            for index, where in zip(requests, predicts, strict=True)
-        ]
-        return [names[cuts[index]] for index in requests], shareable
-
-
-def _concatenated(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Integer arrays on one axis, int64; none give an empty one."""
-    return np.concatenate([np.zeros(0, np.int64), *arrays])
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """starts[0], starts[0] + 1, ... (lengths[0] numbers), starts[1], ... on one axis."""
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
-
-
-def _expand(requests: Sequence[Request], position_ids: PositionIds) -> _Tokens:
-    """Puts every placeholder's run in its place, for all requests at once."""
-    check_position_ids(position_ids)
-    if not requests:
-        none = np.zeros(0, np.int64)
-        return _Tokens(none, none, none, none, none, none)
-    text = _concatenated([r.token_ids for r in requests])
-    labels = np.concatenate(
-        [np.full(r.token_ids.size, IGNORE) if r.labels is None else r.labels for r in requests]
-    )
-    text_lengths = np.array([r.token_ids.size for r in requests])
-    text_starts = np.cumsum(text_lengths) - text_lengths
-    placeholder = text == IMAGE_TOKEN
-    runs = [run for request in requests for run in request.runs]
-    width = np.ones(text.size, np.int64)
-    width[placeholder] = [len(run) for run in runs]
-
-    # From here on one entry per packed token: `origin` is the text position that it came from.
-    origin = np.repeat(np.arange(text.size), width)
-    visual = placeholder[origin]
-    visual_index = np.full(origin.size, NO_SLOT)
-    visual_index[visual] = _concatenated([run.index for run in runs])
-    advance, offset = width, _ranges(np.zeros_like(width), width)
-    if position_ids == "original":
-        offset[visual] = _concatenated([run.offset for run in runs])
-        advance = np.ones_like(width)
-        advance[placeholder] = [run.span for run in runs]
-    begin = np.cumsum(advance) - advance
-    begin -= np.repeat(begin[text_starts], text_lengths)
-
-    lengths = np.add.reduceat(width, text_starts)
-    starts = np.cumsum(lengths) - lengths
-    targets = np.full(origin.size, IGNORE)
-    targets[:-1] = np.where(visual, IGNORE, labels[origin])[1:]
-    targets[starts + lengths - 1] = IGNORE
-    return _Tokens(
-        ids=np.where(visual, 0, text[origin]),
-        visual_index=visual_index,
-        positions=begin[origin] + offset,
-        targets=targets,
-        starts=starts,
-        lengths=lengths,
-    )
-
-
-def _expand_taps(requests: Sequence[Request], tokens: _Tokens) -> Taps:
-    """Taps of all tokens of all requests, none at text."""
-    count = tokens.visual_index.size
-    index, weight = np.full((count, TAPS), NO_SLOT), np.zeros((count, TAPS), np.float32)
-    taps = [run.as_taps for request in requests for run in request.runs]
-    if taps:
-        visual = tokens.visual_index != NO_SLOT
-        index[visual] = np.concatenate([each.slots for each in taps])
-        weight[visual] = np.concatenate([each.weight for each in taps])
-    return Taps(index, weight)
 
 
 class _Pieces(NamedTuple):
@@ -421,15 +278,15 @@ def _pieces(lengths: np.ndarray, rows: Sequence[Sequence[Group]]) -> _Pieces:
 
 
 def _fill(
-    tokens: _Tokens, rows: Sequence[Sequence[Group]], row_length: int, taps: Taps | None
+    tokens: Tokens, rows: Sequence[Sequence[Group]], row_length: int, taps: Taps | None
 ) -> Rows:
     """Copies the tokens of the groups in `rows` to their places."""
     pieces = _pieces(tokens.lengths, rows)
     ends = np.cumsum(pieces.length)
     before_row = np.concatenate([[0], ends])[np.searchsorted(pieces.row, pieces.row)]
     start = ends - pieces.length - before_row
-    source = _ranges(tokens.starts[pieces.request] + pieces.begin, pieces.length)
-    destination = _ranges(pieces.row * row_length + start, pieces.length)
+    source = ranges(tokens.starts[pieces.request] + pieces.begin, pieces.length)
+    destination = ranges(pieces.row * row_length + start, pieces.length)
 
     def place(values: np.ndarray, padding: int, dtype: type = np.int32) -> np.ndarray:
         flat = np.full((len(rows) * row_length, *values.shape[1:]), padding, dtype)

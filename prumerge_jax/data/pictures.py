@@ -81,7 +81,8 @@ class PictureProcessor:
         if self.mode == "anyres" and self.crop_size != self.config.vision.image_size:
             raise ValueError(
                 f"image mode 'anyres' cuts tiles of {self.config.vision.image_size} pixels, the "
-                f"reduction wants images of {self.crop_size}; choose another"
+                f"reduction wants smaller images, of {self.crop_size}; expected a reduction that "
+                "reduces each tile, as 'uniform', or image_mode 'pad' or 'crop'"
             )
 
     def __call__(self, shown: Shown | OneOfSeveral, name: str | None = None) -> Picture:
@@ -209,6 +210,13 @@ class PictureProcessor:
 def default_mode(config: LlavaConfig) -> PictureMode:
     """What a model does with images unless told otherwise."""
     return family_of(config).image_mode
+
+
+def only_crop(picture: Picture, name: str) -> np.ndarray:
+    """Pixels uint8 [S, S, 3] of an image of one crop; ValueError for others, which `name` names."""
+    if len(picture.crops) > 1:
+        raise ValueError(f"{name} has {len(picture.crops)} crops; expected mode 'pad' or 'crop'")
+    return picture.crops[0]
 
 
 def tiles_of(image: Image.Image, layout: Layout, tile_size: int) -> np.ndarray:

@@ -11,6 +11,8 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -36,7 +38,7 @@ from prumerge_jax.engine.request import (
     SamplingParams,
 )
 from prumerge_jax.messages import quoted, shortened
-from prumerge_jax.reductions import keywords
+from prumerge_jax.reductions import Reduction, keywords, spell
 
 Images = Sequence[Shown | Sequence[Shown] | None]
 """The image of every prompt: a path, bytes, PIL image, uint8 [H, W, 3] or data URL; a `Video` or
@@ -238,6 +240,56 @@ def drafts_of_ids(
 def question_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """Ids int32 [M] of the keywords of a question, for reductions that read them."""
     return np.array(tokenizer.encode(keywords(text)), np.int32)
+
+
+def asked_ids(tokenizer: Tokenizer, question: str | None, reduction: Reduction) -> jax.Array | None:
+    """Ids [1, M] of the question that a reduction reads, -1 beyond it; None where it reads none.
+
+    Raises:
+      ValueError: there is no question, or it has more keywords than the reduction reads.
+    """
+    most = reduction.question_tokens
+    if not most:
+        return None
+    ids = np.zeros(0, np.int32) if question is None else question_ids(tokenizer, question)
+    if not 0 < len(ids) <= most:
+        raise ValueError(
+            f"reduction {quoted(spell(reduction))} reads the question: expected one "
+            f"whose keywords have 1 to {most} tokens, got {quoted(question)}"
+        )
+    return jnp.pad(jnp.array(ids, jnp.int32), (0, most - len(ids)), constant_values=-1)[None]
+
+
+def continued(
+    drafts: Sequence[Draft], continuations: Sequence[Sequence[object]], tokenizer: Tokenizer
+) -> tuple[list[Draft], list[int]]:
+    """A draft of every continuation, with keys from 0, and the key of the prompt of each.
+
+    Args:
+      drafts: the prompts.
+      continuations: the texts that may follow each of them.
+      tokenizer: the model's.
+
+    Raises:
+      ValueError: a continuation is no text, or empty.
+    """
+    found: list[Draft] = []
+    prompt_of: list[int] = []
+    for draft, texts in zip(drafts, continuations, strict=True):
+        for text in texts:
+            ids = _continuation_ids(text, draft.key, tokenizer)
+            found.append(dataclasses.replace(draft, key=len(found), continuation=ids))
+            prompt_of.append(draft.key)
+    return found, prompt_of
+
+
+def _continuation_ids(text: object, prompt: int, tokenizer: Tokenizer) -> np.ndarray:
+    if not isinstance(text, str):
+        raise ValueError(f"a continuation of prompt {prompt} is {quoted(text)}; expected a string")
+    ids = np.array(tokenizer.encode(text), np.int32)
+    if not len(ids):
+        raise ValueError(f"continuation {prompt} is empty; there is nothing to score")
+    return ids
 
 
 def named_image(source: object, name: str) -> tuple[str, Shown]:

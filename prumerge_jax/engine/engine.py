@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from prumerge_jax.data import packing
 from prumerge_jax.data.images import Video
 from prumerge_jax.data.pictures import PictureProcessor, default_mode
+from prumerge_jax.data.sequences import PositionIds, check_position_ids
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.data.visual_layout import Newlines, check_newlines
 from prumerge_jax.engine.core import Core
@@ -58,7 +58,7 @@ class Engine:
         reduction: Reduction,
         shapes: EngineShapes,
         *,
-        position_ids: packing.PositionIds = "compact",
+        position_ids: PositionIds = "compact",
         newlines: Newlines = "none",
         image_budget: int | None = None,
     ) -> None:
@@ -80,7 +80,7 @@ class Engine:
             tokens by what is asked.
         """
         shapes.check_shards(model.shards)
-        packing.check_position_ids(position_ids)
+        check_position_ids(position_ids)
         check_newlines(newlines)
         if newlines != "none" and not model.config.image_newline:
             raise ValueError(f"newlines is {newlines!r}, the model has none; expected 'none'")
@@ -267,9 +267,7 @@ class Engine:
             core.reset()
 
 
-def _drops_of(
-    reduction: Reduction, model: PlacedModel, position_ids: packing.PositionIds
-) -> Drops | None:
+def _drops_of(reduction: Reduction, model: PlacedModel, position_ids: PositionIds) -> Drops | None:
     """What leaves the decoder; with original positions no token gets another one."""
     drops = reduction.drops(model.config.text.num_layers)
     if drops is None or position_ids == "compact":

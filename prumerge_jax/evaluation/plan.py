@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from prumerge_jax import reductions, sharding
 from prumerge_jax.conversion.miniature import model_directory
+from prumerge_jax.data.pictures import PictureProcessor, default_mode
 from prumerge_jax.evaluation import runner, shares
 from prumerge_jax.evaluation.answers import Fingerprint
 from prumerge_jax.evaluation.config import Decoding, EvalConfig, TaskConfig
@@ -121,7 +122,11 @@ def plan_runs(config: EvalConfig, workdir: pathlib.Path) -> Plan:
     vision = model.vision
     for name in config.reductions:  # one that resizes images may ask for more than there is
         reduction = reductions.parse(name)
-        reduction.image_size(vision.image_size, vision.patch_size)
+        side = reduction.image_size(vision.image_size, vision.patch_size)
+        try:
+            PictureProcessor(model, side, default_mode(model))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         reduction.drops(model.text.num_layers)
     for task in config.tasks:
         if task.benchmark.shows_videos and family_of(model).video is None:

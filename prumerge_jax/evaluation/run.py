@@ -11,6 +11,7 @@ import ml_collections
 
 from prumerge_jax import reductions
 from prumerge_jax.cost import Bits
+from prumerge_jax.data.pictures import default_mode
 from prumerge_jax.evaluation import runner, summary
 from prumerge_jax.evaluation.answers import read_answers
 from prumerge_jax.evaluation.config import EvalConfig, parse_config
@@ -18,6 +19,7 @@ from prumerge_jax.evaluation.plan import Plan, Run, plan_runs, read_questions
 from prumerge_jax.evaluation.questions import TaskQuestions
 from prumerge_jax.evaluation.summary import ScoredRun
 from prumerge_jax.llava import Llava
+from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.sharding.agreement import is_leader, leader_first, require_same
 
 ALL_ANSWERED, NOT_WRITTEN, SOME_FAILED = 0, 1, 3
@@ -82,7 +84,7 @@ def _score_runs(plan: Plan, model: Llava) -> list[ScoredRun]:
             taken = {r.name for r in plan.runs} | {
                 s.run.name for s in scored if s.run.questions is run.questions
             }
-            for name in _baselines(scored[-1], model):
+            for name in _baselines(scored[-1], model.config):
                 if name not in taken:
                     scored.append(_score(plan.run(run.questions, name), model))
     return scored
@@ -98,13 +100,16 @@ def _score(run: Run, model: Llava) -> ScoredRun:
     return ScoredRun(run, scores)
 
 
-def _baselines(scored: ScoredRun, model: Llava) -> list[str]:
-    """Reductions with as many tokens, but without a method: random, uniform, a smaller image."""
+def _baselines(scored: ScoredRun, model: LlavaConfig) -> list[str]:
+    """Reductions with as many tokens, but without a method: random, uniform, and where an image is
+    one crop a smaller image."""
     counts = scored.scores.visual_tokens
     baselines = reductions.equal_count_baselines(scored.run.name)
     if not counts.size or not baselines:
         return []
-    side = min(round(math.sqrt(counts.mean())), model.config.vision.grid - 1)
+    if default_mode(model) == "anyres" or scored.run.questions.task.benchmark.shows_videos:
+        return list(baselines)
+    side = min(round(math.sqrt(counts.mean())), model.vision.grid - 1)
     return [*baselines, f"downsample:{max(side, 1)}"]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from prumerge_jax import reductions
 from prumerge_jax.data.packing import PositionIds
 from prumerge_jax.messages import quoted
+from prumerge_jax.models.quantisation import format_named
 
 _MEBIBYTE = 1 << 20
 
@@ -23,8 +24,8 @@ class ServeConfig:
     """Flags of the server; `dataclasses.fields` has what each one means.
 
     Raises:
-      ValueError: a limit that is not positive, or a reduction that is not valid; the message names
-        the flag.
+      ValueError: a limit that is not positive, a reduction that is not valid, or an unknown
+        format; the message names the flag.
     """
 
     checkpoint: str = _field("miniature", "model directory, or miniature")
@@ -42,6 +43,9 @@ class ServeConfig:
     )
     conversation: str | None = _field(None, "chat template; by default the model's")
     dtype: str | None = _field(None, "dtype of weights and computation; by default as stored")
+    quantize: str | None = _field(
+        None, "format of the decoder's kernels: int8, int8x8, int4 or nf4; by default as stored"
+    )
     slots: int | None = _field(None, "sequences decoded at once, for each reduction")
     decode_steps_per_call: int = _field(4, "decode steps between two pieces of a stream")
     max_prompt_tokens: int = _field(1024, "most text tokens of a prompt, visual ones not counted")
@@ -95,6 +99,11 @@ class ServeConfig:
                 raise ValueError(f"--reductions: {error}") from None
         if len(set(self.reductions)) < len(self.reductions):
             raise ValueError("--reductions names one of them twice")
+        if self.quantize is not None:
+            try:
+                format_named(self.quantize)
+            except ValueError as error:
+                raise ValueError(f"--{error}") from None
         for host in self.allow_media_domains:
             if host != host.lower() or set(host) & set(":/@ *"):
                 raise ValueError(

@@ -39,9 +39,23 @@ def serve(config: ServeConfig) -> int:
     logs.configure(config.log_json)
     keys = Keys(config.api_key_file)
     listening = listen(config.host, config.port)
-    llava = Llava.load(config.checkpoint, dtype=config.dtype, engine=engine_config(config))
+    llava = load(config)
     weights = weights_identity(model_directory(config.checkpoint))
     return serve_model(ServedModel(llava, config), weights, keys, listening)
+
+
+def load(config: ServeConfig) -> Llava:
+    """The model that a configuration names.
+
+    Raises:
+      ValueError: as `Llava.load`.
+    """
+    return Llava.load(
+        config.checkpoint,
+        dtype=config.dtype,
+        engine=engine_config(config),
+        quantize=config.quantize,
+    )
 
 
 def serve_model(model: ServedModel, weights: str, keys: Keys, listening: socket.socket) -> int:

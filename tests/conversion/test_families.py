@@ -1,5 +1,6 @@
 """Checkpoints of every family: in, out again to the bit, compared with transformers, refused."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -422,3 +423,69 @@ def test_original_directories_that_are_refused(
     with pytest.raises(ConversionError, match=message) as error:
         open_model(Sources(folder, vision_tower=folder / "vision_tower"))
     assert "\n" not in str(error.value)
+
+
+def original_video_llava(model: OpenedModel, folder: pathlib.Path, **own: object) -> Sources:
+    """The layout of LanguageBind/Video-LLaVA-7B: both towers are in the file, CLIP's names without
+    `vision_model.`; their sizes are in the configuration of LanguageBind_Image."""
+    from prumerge_jax.conversion.hf_files import clip_config
+
+    tower = folder / "LanguageBind_Image"
+    tower.mkdir(parents=True)
+    sizes = {"model_type": "LanguageBindImage", "vision_config": clip_config(model.config.vision)}
+    sizes["vision_config"] |= {"add_time_attn": False, "num_frames": 1, "lora_r": 16}
+    (tower / "config.json").write_text(json.dumps(sizes))
+    tensors = {}
+    for key, tensor in model.tensors.items():
+        name = keys.dialect_key(key, Dialect.LLAVA, model.config)
+        if key.startswith(("image_tower.", "video_tower.")):
+            name = f"model.{key.partition('.')[0]}.{key}"
+        tensors[name] = tensor.read()
+    save_file(tensors, folder / "model.safetensors")
+    fields = original_fields(model.config, architectures=["LlavaLlamaForCausalLM"])
+    for name in ("mm_vision_tower", "unfreeze_mm_vision_tower", "image_grid_pinpoints"):
+        del fields[name]
+    fields |= {
+        "model_type": "llava",
+        "mm_image_tower": "LanguageBind/LanguageBind_Image",
+        "mm_video_tower": "LanguageBind/LanguageBind_Video_merge",
+        "image_aspect_ratio": "pad",
+        "mm_patch_merge_type": "flat",
+    }
+    (folder / "config.json").write_text(json.dumps(fields | own))
+    return Sources(folder, vision_tower=tower)
+
+
+def test_original_video_llava(golden: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    model = opened(golden / "models" / VIDEO)
+    sources = original_video_llava(model, tmp_path / "original")
+    read = open_model(sources)
+    ids = {"image_token_id": None, "video_token_id": None, "pad_token_id": None}
+    assert read.config == dataclasses.replace(
+        model.config, eos_token_ids=read.config.eos_token_ids, **ids
+    )
+    assert read.tensors.keys() == model.tensors.keys()
+    for key, tensor in model.tensors.items():
+        np.testing.assert_array_equal(read.tensors[key].read(), tensor.read(), key)
+    convert(read, tmp_path / "ours")
+    assert config_json.read_config(tmp_path / "ours") == read.config
+    with pytest.raises(ConversionError, match="original Video-LLaVA without ids for images and"):
+        export_model(tmp_path / "ours", tmp_path / "hf", Dialect.HF)
+    with pytest.raises(ConversionError, match=r"LanguageBind_Image', of unknown sizes: give a dir"):
+        open_model(Sources(sources.folder))
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"mm_video_tower": None}, "mm_image_tower says Video-LLaVA, but there is no mm_video"),
+        ({"image_aspect_ratio": "anyres"}, "mm_patch_merge_type is 'flat'"),
+        ({"mm_use_im_patch_token": True}, "mm_use_im_patch_token is True"),
+    ],
+)
+def test_an_original_video_llava_that_is_refused(
+    golden: pathlib.Path, tmp_path: pathlib.Path, own: dict[str, object], message: str
+) -> None:
+    sources = original_video_llava(opened(golden / "models" / VIDEO), tmp_path / "x", **own)
+    with pytest.raises(ConversionError, match=message):
+        open_model(sources)

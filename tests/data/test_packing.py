@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from prumerge_jax.data import filling, packing
 from prumerge_jax.data.runs import Run
+from prumerge_jax.data.sequences import sequence_lengths
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.data.visual_layout import CropTokens, runs
 
@@ -226,7 +227,7 @@ def realistic_window(seed):
 def test_realistic_window_takes_the_fewest_rows(seed):
     requests, crops = realistic_window(seed)
     batches = packing.pack_window(requests, crops.num_slots, row_length=1024, num_rows=4)
-    real = packing.sequence_lengths(requests).sum()
+    real = sequence_lengths(requests).sum()
     computed = sum(rows.ids.size for rows in batches)
     used = [(rows.segment_ids > 0).any(axis=1) for rows in batches]
     assert 1024 * np.sum(used) - real < 1024  # no packing takes fewer rows

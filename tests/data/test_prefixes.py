@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from prumerge_jax.data import packing, prefixes
 from prumerge_jax.data.filling import Group, fill_rows_with_groups
+from prumerge_jax.data.sequences import sequence_lengths
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.data.visual_layout import CropTokens, runs
 from tests.data.test_packing import assert_filled_by_hand, make_crops
@@ -127,7 +128,7 @@ def test_questions_about_an_image_have_it_once_in_a_row():
         assert_filled_by_hand(batches, requests, images, crops, "compact")
         real = sum(rows.real_tokens for rows in batches)
         asked = sum(rows.request_tokens for rows in batches)
-        assert asked == packing.sequence_lengths(requests).sum()
+        assert asked == sequence_lengths(requests).sum()
         assert abs(asked / real - expected) < 0.1
 
 

@@ -49,8 +49,15 @@ def test_questions_about_images_of_several_crops(tmp_path: pathlib.Path) -> None
         rows.append({"question_id": number, "image": f"{number}.png", "text": "What is this?"})
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     questions = str(tmp_path / "q.jsonl")
-    config = evaluation(tmp_path, NEXT, questions=questions, reduction="prumerge")
+    fields = {"questions": questions, "reduction": "prumerge", "baselines": True}
+    config = evaluation(tmp_path, NEXT, **fields)
     assert run.evaluate(config, tmp_path / "run") == run.ALL_ANSWERED
+    # No smaller image: it would be cut into tiles of the tower's size.
+    ran = {path.parent.name for path in tmp_path.glob("run/*/*/answers.jsonl")}
+    assert ran == {"prumerge", "prumerge_ranking=random", "prumerge_ranking=uniform"}
+    config.reduction = "prumerge downsample:2"
+    with pytest.raises(ValueError, match="downsample:2: .* expected a reduction that reduces each"):
+        run.evaluate(config, tmp_path / "refused")
     page = (tmp_path / "run" / "report.html").read_text()
     assert "patches are kept of 3 crops" in page
     assert "patches are kept of 5 crops" in page

@@ -6,10 +6,13 @@ import json
 import time
 
 import httpx
+import jax
+import jax.numpy as jnp
 import pytest
 
 from prumerge_jax.serve import service
 from prumerge_jax.serve.config import ServeConfig, parse_flags
+from prumerge_jax.serve.run import load
 from prumerge_jax.serve.scheduler import Ticket
 from tests.serve.fakes import CONFIG, VISUAL_TOKENS, FakeServer, chat, data_url, miniature, png
 
@@ -313,6 +316,7 @@ def test_flags(capsys: pytest.CaptureFixture) -> None:
         (["--reductions", "full", "full"], "names one of them twice"),
         (["--max_queue", "0"], "--max_queue is 0; expected a positive number"),
         (["--queue_timeout_s", "nan"], "--queue_timeout_s is nan"),
+        (["--quantize", "int9"], "--quantize: unknown format 'int9'; did you mean"),
         (["--allow_media_domains", "*.b"], "'*.b' is not a host name"),
     ):
         with pytest.raises(ValueError, match=message.replace("*", r"\*")):
@@ -320,3 +324,10 @@ def test_flags(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         parse_flags(["--help"])
     assert "most tokens of an answer" in capsys.readouterr().out
+
+
+def test_a_model_is_served_in_fewer_bits() -> None:
+    for flags, held in (([], False), (["--quantize", "int8"], True)):
+        model = load(parse_flags(flags))
+        weights = jax.tree.leaves(model._model.state)
+        assert any(each.dtype == jnp.int8 for each in weights) == held

@@ -287,6 +287,10 @@ def test_what_cannot_be_is_refused_in_one_line(changes: dict, message: str) -> N
 def test_a_reduction_without_an_order_is_refused_and_so_are_adapters_that_are_not_there() -> None:
     with pytest.raises(ConfigError, match="'prumerge', which does not choose patches one by one"):
         make_objective(dataclasses.replace(config(), reduction="prumerge"))
+    tiled = dataclasses.replace(config().model, family="llava_next", image_newline=True)
+    tiled = dataclasses.replace(tiled, image_grid_pinpoints=((tiled.vision.image_size,) * 2,))
+    with pytest.raises(ConfigError, match="several crops; set config.objective=next_token"):
+        make_objective(dataclasses.replace(config(), model=tiled))
     off = dataclasses.replace(
         config(teacher="adapters_off"), adapter=None, learning_rates=(("projector.*", 1e-3),)
     )

@@ -16,10 +16,10 @@ pytest.importorskip("peft", reason="PEFT is the oracle of these tests")
 
 from configs import common  # noqa: E402
 from prumerge_jax.data.images import ImageProcessor  # noqa: E402
-from prumerge_jax.data.packing import IMAGE_TOKEN  # noqa: E402
 from prumerge_jax.data.pipeline import Example, Preprocessor  # noqa: E402
 from prumerge_jax.data.templates import TEMPLATES  # noqa: E402
 from prumerge_jax.data.tokenizer import Tokenizer  # noqa: E402
+from prumerge_jax.data.tokens import IMAGE_TOKEN  # noqa: E402
 from prumerge_jax.models.config import TextConfig, published  # noqa: E402
 from prumerge_jax.sharding.mesh import make_mesh, use_mesh  # noqa: E402
 from prumerge_jax.training.batches import BatchPacker, RowShape  # noqa: E402

@@ -206,8 +206,8 @@ def _check(
     name = "config.objective_options"
     if config.shows_crops:
         raise ConfigError(
-            f"objective is 'any_budget', which draws counts of images that are one crop; family "
-            f"{config.sizes.family!r} trains with 'next_token'"
+            "objective is 'any_budget', which draws one count for each image, and images of family "
+            f"{config.sizes.family!r} have several crops; set config.objective=next_token"
         )
     check_row_length(config, most)
     if options.lower[0] > most:
