@@ -117,6 +117,7 @@ def test_logits_give_the_score(model: prumerge_jax.Llava, images: list[np.ndarra
     assert len(full) == len(prompts[0]) - 1 + model.config.vision.num_patches
 
 
+@pytest.mark.slow
 def test_reductions_positions_and_modes_matter(
     model: prumerge_jax.Llava, images: list[np.ndarray]
 ) -> None:

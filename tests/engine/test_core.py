@@ -157,6 +157,7 @@ def text_requests(count: int, seed: int) -> list[Request]:
     ]
 
 
+@pytest.mark.slow
 def test_a_pool_for_one_sequence_answers_all(model: LlavaModel) -> None:
     """Prompts wait for pages, and sequences for more of them: no answer is lost or other."""
     shapes = dataclasses.replace(SMALL, slots=4, cache_length=96, page_size=4)

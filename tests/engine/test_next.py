@@ -124,7 +124,8 @@ def test_visual_features_are_transformers(golden: pathlib.Path):
     assert seen == set(model.cases)
 
 
-@pytest.mark.parametrize("name", NEXT)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["next_vicuna", "next_mistral"])
 def test_attention_and_outliers_of_every_crop_are_the_references(golden: pathlib.Path, name: str):
     model = load(golden, name)
     reduction = reductions.parse("prumerge")

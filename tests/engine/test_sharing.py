@@ -146,6 +146,7 @@ def stepped(engine: Engine, requests: list[Request]) -> dict[int, tuple[int, ...
 
 
 @pytest.mark.parametrize("pages", [None, 9])
+@pytest.mark.slow
 def test_pages_of_a_prefix_are_given_back(model: LlavaModel, pages: int | None) -> None:
     shapes = dataclasses.replace(SHARING, slots=8, page_size=8, pages=pages)
     requests = conversations(24, seed=5)

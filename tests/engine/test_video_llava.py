@@ -107,6 +107,7 @@ def test_logits_and_greedy_tokens_are_transformers(golden: pathlib.Path):
         assert answers[key].token_ids == tuple(model.arrays[f"{case}/greedy"].tolist()), case
 
 
+@pytest.mark.slow
 def test_both_towers_and_the_merge_over_time_are_the_references(golden: pathlib.Path):
     model = load(golden)
     reduction = reductions.parse("select-only:temporal=0.8,min_tokens=0")

@@ -111,6 +111,7 @@ def test_cls_attention_matches_wide_head(pair: tuple[torch.nn.Module, LlavaModel
     assert got.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_weight() -> None:
     ours = random_llava(GEOMETRIES["one_kv_head_wide_heads"])
     graphdef, state = nnx.split(ours)

@@ -40,7 +40,8 @@ def golden_layers(weights) -> VisionLayer:
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("kind", ["plain", pytest.param("proportional", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["plain", "proportional"])
+@pytest.mark.slow
 def test_prumerge_at_three_layers_is_the_loops(golden, kind: str) -> None:
     if not (golden / "reducers").is_dir():
         pytest.skip("the golden data has no reducers/")

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from prumerge_jax import prumerge, reductions
 from prumerge_jax.reductions.prumerge import merge_targets
@@ -33,6 +34,7 @@ def test_merge_targets_partition_the_image() -> None:
             assert targets[image, patch] == (max(takers)[1] if takers else -1)
 
 
+@pytest.mark.slow
 def test_what_is_explained_is_what_is_reduced() -> None:
     evidence = reductions.Evidence(*random_batch(3, 36, 8, seed=2))
     for spelling in ("prumerge:neighbours=4", "prumerge+", "random"):
