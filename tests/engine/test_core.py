@@ -169,7 +169,7 @@ def test_a_pool_for_one_sequence_answers_all(model: LlavaModel) -> None:
 
 
 @pytest.mark.slow
-def test_five_thousand_requests_lose_no_page() -> None:
+def test_twenty_thousand_requests_lose_no_page() -> None:
     """Through a pool that is nearly always empty; a page's size of 4 makes for many of them."""
     config = dataclasses.replace(
         CONFIG, text=dataclasses.replace(CONFIG.text, width=8, mlp_width=8, num_layers=1,
@@ -184,7 +184,7 @@ def test_five_thousand_requests_lose_no_page() -> None:
     engine = Engine(
         dataclasses.replace(engine.model, config=config), engine.reduction, engine.shapes
     )
-    requests = text_requests(5_000, seed=4)
+    requests = text_requests(20_000, seed=4)
     seen = 0
     for answer in engine.generate(requests):
         seen += 1

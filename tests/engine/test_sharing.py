@@ -94,12 +94,12 @@ def test_what_is_shared_changes_nothing(model: LlavaModel, attention: str, score
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row_length", [64, 192])
-def test_twenty_mixed_windows(model: LlavaModel, row_length: int) -> None:
+def test_fifty_mixed_windows(model: LlavaModel, row_length: int) -> None:
     """Groups larger than a row, images of more tokens than the capacity, requests carried over."""
     shapes = dataclasses.replace(SHARING, row_length=row_length, longest_prompt=64)
     apart = dataclasses.replace(shapes, share_prefixes=False)
     for scored in (True, False):
-        requests = conversations(20 * 16, seed=row_length, scored=scored)
+        requests = conversations(50 * 16, seed=row_length, scored=scored)
         engines = [make_engine(model, each, capacity=3) for each in (shapes, apart)]
         assert_equal(*engines, requests, scored)
 

@@ -183,7 +183,7 @@ def test_eight_kills_of_a_run_that_shares_prefixes_change_no_byte(
             raise Killed
 
     monkeypatch.setattr(runner.Journal, "append", append_and_die)
-    for _ in range(8):
+    for _ in range(20):
         left = 1
         with pytest.raises(Killed):
             answer(model, mixed, workdir)
