@@ -370,7 +370,7 @@ def _plain_decode(asked: _Asked, plan: InferencePlan) -> PlainDecode:
     try:
         return PlainDecode(runs.decode(), "", work)
     except DoesNotFit as error:
-        return PlainDecode(None, str(error), work)
+        return PlainDecode(None, str(error).rstrip("."), work)
 
 
 def _pairs(engine: EngineShapes) -> float:
