@@ -29,6 +29,7 @@ from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.engine import programs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.layers import AdapterConfig
+from prumerge_jax.models.remat import REMAT
 from prumerge_jax.training.batches import RowBatch
 from prumerge_jax.training.objectives.next_token import next_token_loss
 from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--row_length", type=int, default=640 if on_cpu else 2048)
     parser.add_argument("--rows", type=int, default=1 if on_cpu else 8)
     parser.add_argument("--rank", type=int, default=8 if on_cpu else 128)
-    parser.add_argument("--remat", default="full", choices=("none", "full", "dots"))
+    parser.add_argument("--remat", default="full", choices=REMAT)
     parser.add_argument("--repeats", type=int, default=3 if on_cpu else 20)
     add_rate_arguments(parser)
     arguments = parser.parse_args(argv)

@@ -41,8 +41,8 @@ SLICES = (
 )  # fmt: skip
 REDUCTION = "prumerge+"
 HEADER = (
-    "| model | slice | mesh | batch | GiB per chip | PFLOP full | PFLOP 144 | micro-batches "
-    "| ms full | ms 144 | MFU full | MFU 144 | gain |"
+    "| model | slice | mesh | batch | remat, rows | GiB per chip | PFLOP full | PFLOP 144 "
+    "| micro-batches | ms full | ms 144 | MFU full | MFU 144 | gain |"
 )
 
 
@@ -68,6 +68,8 @@ def result(model: str, reduced: TrainingPlan) -> dict[str, Any]:
         "slice": reduced.topology.name,
         "mesh": "x".join(str(size) for size in reduced.mesh.values()),
         "batch": reduced.samples.count,
+        "remat": reduced.remat,
+        "rows": reduced.rows_per_shard,
         "text_tokens": reduced.samples.text_tokens,
         "gib_per_chip": reduced.memory / 2**30,
         "gib_available": tpu(reduced.topology.chip).memory / 2**30,
@@ -87,6 +89,7 @@ def row(values: dict[str, Any]) -> str:
     arms = ("full", "reduced")
     cells = [
         *(str(values[name]) for name in ("model", "slice", "mesh", "batch")),
+        f"{values['remat']}, {values['rows']}",
         f"{values['gib_per_chip']:.1f} of {values['gib_available']:.1f}",
         *(f"{values[f'pflop_{arm}']:.1f}" for arm in arms),
         " / ".join(str(values[f"micro_batches_{arm}"]) for arm in arms),
@@ -106,6 +109,8 @@ def plan_record(model: str, reduced: TrainingPlan) -> dict[str, Any]:
         "mesh": dict(reduced.mesh),
         "samples": dataclasses.asdict(reduced.samples),
         "row_positions": reduced.row_positions,
+        "remat": reduced.remat,
+        "rows_per_shard": reduced.rows_per_shard,
         "resident": reduced.resident,
         "programs": programs,
         "rejected": reduced.rejected,

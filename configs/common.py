@@ -48,14 +48,14 @@ def training() -> ConfigDict:
     )
     config.dtype = "bfloat16"
     config.quantize = placeholder(str)  # nf4, int8 or int4: of the frozen layers; QLoRA
-    config.remat = "full"
+    config.remat = "auto"  # what fits; or none, dots, wide, full: from most memory to least
     config.seed = 42
 
     # How it is executed; may change when a run is resumed.
     config.run = ConfigDict(
         {
             "mesh": {"data": 0, "fsdp": 0, "tensor": 1},  # 0: the devices that remain
-            "rows_per_shard": 1,  # of a micro-batch; more take more memory, and want filling
+            "rows_per_shard": 0,  # of a micro-batch; 0: what suits the devices
             "num_threads": 2,
             "num_workers": 4,
             "log_every": 10,

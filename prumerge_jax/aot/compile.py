@@ -5,11 +5,10 @@ rest; they leave out waiting, launches and the host.
 """
 
 import dataclasses
-import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -156,24 +155,6 @@ def check_no_copies(name: str, text: str, quantised: Collection[tuple[int, int]]
             )
 
 
-def bytes_per_chip(tree: object) -> int:
-    """What the arrays of a tree of shapes with shardings take on one chip, without padding."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        shard = leaf.sharding.shard_shape(leaf.shape)
-        is_integer = jnp.issubdtype(leaf.dtype, jnp.integer)  # some have 4 bits
-        bits = jnp.iinfo(leaf.dtype).bits if is_integer else 8 * leaf.dtype.itemsize
-        total += math.prod(shard) * bits // 8
-    return total
-
-
-def placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """The shapes and dtypes of a tree, each with this sharding."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-    )
-
-
 def tower_kernel_flops(vision: VisionConfig, images: int, dtype: jnp.dtype) -> float:
     """FLOPs of the TPU's attention kernel for a batch of images, padding included.
 
@@ -277,6 +258,11 @@ def program_lines(programs: Sequence[tuple[Program, int]], chip: Chip) -> list[s
             f"{1e3 * program.compute_seconds(chip):>12.1f}"
             f"{1e3 * program.interconnect_seconds(chip):>10.1f}"
         )
+    for program, _ in programs:
+        total = max(program.cost.cycles, 1)
+        spent = program.cost.parts.items()
+        if shares := [f"{part} {100 * cycles / total:.0f} %" for part, cycles in spent]:
+            lines.append(f"cycles of {program.name}: {', '.join(shares)}")
     lines.append("collectives of one run, and the bytes that a chip receives at most:")
     for program, _ in programs:
         parts = [

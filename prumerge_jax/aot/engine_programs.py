@@ -13,10 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from prumerge_jax.aot.assumptions import MeanTokens, decoded_tokens
 from prumerge_jax.aot.compile import (
     Program,
-    bytes_per_chip,
     compile_program,
     decoder_kernel_flops,
-    placed,
     tower_kernel_flops,
 )
 from prumerge_jax.aot.held import Held, abstract_pages, quantised_shapes
@@ -31,7 +29,7 @@ from prumerge_jax.models.attention.pages import form_for
 from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.reductions import Reduction
-from prumerge_jax.sharding.mesh import logical_spec, use_mesh
+from prumerge_jax.sharding.mesh import bytes_per_device, logical_spec, placed, use_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +61,7 @@ class EnginePrograms:
         as `engine.pages.pages_that_fit` counts, and at least one sequence's."""
         shapes, shards = self.shapes, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         per_chip = pages_in(
-            memory - bytes_per_chip(self.weights[1]),
+            memory - bytes_per_device(self.weights[1]),
             self.model.text,
             shapes.page_size,
             self.held.page_dtype,
@@ -88,12 +86,12 @@ class EnginePrograms:
     @property
     def pool_bytes(self) -> int:
         """Bytes per chip of the pages of keys and values."""
-        return bytes_per_chip(self._pages)
+        return bytes_per_device(self._pages)
 
     @property
     def resident(self) -> int:
         """Bytes per chip of weights, pages, and four windows of visual tokens."""
-        return bytes_per_chip((self.weights[1], self._pages, self._pool, self._pool))
+        return bytes_per_device((self.weights[1], self._pages, self._pool, self._pool))
 
     @functools.cached_property
     def _kernels(self) -> set[tuple[int, int]]:

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from prumerge_jax.aot.compile import placed
 from prumerge_jax.cost.bits import Bits
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.models import attention
@@ -16,7 +15,7 @@ from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.llava import abstract_in_stack
 from prumerge_jax.models.quantisation import Format, QuantParam
 from prumerge_jax.models.quantised_weights import CODES
-from prumerge_jax.sharding.mesh import use_mesh, weight_shardings
+from prumerge_jax.sharding.mesh import placed, use_mesh, weight_shardings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ computation counts as often as it runs.
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -17,6 +18,10 @@ _ARRAY = re.compile(r"\b(pred|bf16|[a-z]?f\d+\w*|[su]\d+|c\d+)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_SCOPE = re.compile(r'\bop_name="([^"]*)"')
+_NAMED = re.compile(r"\b(adapter|attention|embedding|head|norm|rotary)\b")
+_PRODUCTS = ("convolution", "dot")
+_MOVES = ("copy", "transpose", "bitcast", "slice", "dynamic-slice", "dynamic-update-slice", "pad")
 _COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -52,11 +57,15 @@ class ProgramCost:
         backend makes none (only TPU's does).
       open_loops: loops whose trip count is not a constant; what they hold counts as often as the
         caller says.
+      parts: `cycles` by what they are spent on: a scope of the models (`adapter`, `norm`, ...) or
+        else `products`, `copies`, `collectives` and `elementwise`, by descending cycles. A fusion
+        belongs where its last product does, else where its result does.
     """
 
     collectives: Mapping[str, Traffic]
     cycles: int
     open_loops: int
+    parts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def program_cost(text: str, open_trips: int = 1) -> ProgramCost:
@@ -72,10 +81,12 @@ def program_cost(text: str, open_trips: int = 1) -> ProgramCost:
     """
     module = _parse(text)
     found: dict[tuple[str, str, int], tuple[str, int, int]] = {}
-    cycles = open_loops = 0
+    parts: Counter[str] = Counter()
+    open_loops = 0
     for computation, runs in _executions(module, open_trips):
         for instruction in module.computations[computation]:
-            cycles += runs * instruction.cycles
+            if instruction.cycles:
+                parts[_part(module, instruction)] += runs * instruction.cycles
             open_loops += instruction.opcode == "while" and not _trips(module, instruction)
             kind = instruction.opcode.removesuffix("-start")
             if kind not in _COLLECTIVES:
@@ -92,7 +103,7 @@ def program_cost(text: str, open_trips: int = 1) -> ProgramCost:
         )
         for kind in sorted({kind for kind, _, _ in found.values()})
     }
-    return ProgramCost(totals, cycles, open_loops)
+    return ProgramCost(totals, parts.total(), open_loops, dict(parts.most_common()))
 
 
 def expanded_codes(text: str) -> set[Array]:
@@ -166,6 +177,7 @@ class _Instruction(NamedTuple):
     value: int | None
     cycles: int
     trips: int | None
+    scope: str
 
 
 class _Module(NamedTuple):
@@ -200,6 +212,7 @@ def _instruction(name: str, text: str, opcode: re.Match[str], *, is_root: bool) 
     condition = re.search(r"\bcondition=%?([\w.\-]+)", attributes)
     channel = re.search(r"\bchannel_id=(\d+)", attributes)
     cycles = _CYCLES.search(attributes)
+    scope = _SCOPE.search(attributes)
     trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', attributes)
     return _Instruction(
         name=name,
@@ -213,7 +226,24 @@ def _instruction(name: str, text: str, opcode: re.Match[str], *, is_root: bool) 
         value=int(operands) if opcode[1] == "constant" and operands.isdigit() else None,
         cycles=int(cycles[1]) if cycles else 0,
         trips=int(trips[1]) if trips else None,
+        scope=scope[1] if scope else "",
     )
+
+
+def _part(module: _Module, instruction: _Instruction) -> str:
+    """What the cycles of an instruction are spent on; see `ProgramCost.parts`."""
+    inner = [instruction]
+    for computation in instruction.called:
+        inner += module.computations.get(computation, [])
+    products = [each for each in inner if each.opcode in _PRODUCTS]
+    if named := _NAMED.findall((products or [instruction])[-1].scope):
+        return str(named[-1])
+    if products:
+        return "products"
+    if any(each.opcode.removesuffix("-start") in _COLLECTIVES for each in inner):
+        return "collectives"
+    root = next((each for each in inner[1:] if each.is_root), instruction)
+    return "copies" if root.opcode in _MOVES else "elementwise"
 
 
 def _executions(module: _Module, open_trips: int) -> Iterator[tuple[str, int]]:

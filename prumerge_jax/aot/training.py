@@ -7,8 +7,7 @@ samples, which only the data can tell; a plan assumes their mean.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +20,15 @@ from prumerge_jax.aot.compile import (
     DoesNotFit,
     Program,
     Sizes,
-    bytes_per_chip,
     candidates,
     compile_program,
     decoder_kernel_flops,
     first_that_fits,
     memory_line,
     peak_bytes,
-    placed,
     program_lines,
     tower_kernel_flops,
+    tpu,
 )
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
@@ -38,17 +36,23 @@ from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.quantisation import format_named
 from prumerge_jax.models.quantised_weights import check_blocks
-from prumerge_jax.sharding.mesh import logical_spec, mesh_on, use_mesh
+from prumerge_jax.sharding.mesh import logical_spec, mesh_on, placed, use_mesh
 from prumerge_jax.training.config import TrainConfig, parse, with_sizes
+from prumerge_jax.training.fit import (
+    CAUTIOUS,
+    RESERVE,
+    abstract_step,
+    choices,
+    fixed,
+    resident_bytes,
+)
 from prumerge_jax.training.objectives.next_token import (
     ImageEncoder,
     abstract_rows,
 )
-from prumerge_jax.training.objectives.registry import Objective, make_objective
-from prumerge_jax.training.optimizer import make_optimizer
+from prumerge_jax.training.objectives.registry import make_objective
 from prumerge_jax.training.run import fitted_sizes
-from prumerge_jax.training.step import TrainStep, state_shardings
-from prumerge_jax.training.weights import Shapes, load_pretrained
+from prumerge_jax.training.weights import load_pretrained
 
 ASSUMED_TEXT_TOKENS = 200
 """Mean number of text tokens per sample; lengths vary widely with the data."""
@@ -86,8 +90,11 @@ class TrainingPlan:
       model: sizes.
       mesh: sizes of the mesh's axes.
       samples: assumptions about the data.
-      row_positions: positions of a micro-batch, over all chips.
+      rows_per_shard: rows of a micro-batch per data shard, chosen where the configuration leaves
+        them open.
+      row_length: positions of a row.
       lora_rank: rank of the adapters, 0 without.
+      remat: policy of rematerialisation, likewise.
       encode: the tower and the reduction, once per step.
       accumulate: one micro-batch, forward and backward.
       update: the optimizer, once per step.
@@ -99,13 +106,21 @@ class TrainingPlan:
     model: LlavaConfig
     mesh: Sizes
     samples: Samples
-    row_positions: int
+    rows_per_shard: int
+    row_length: int
     lora_rank: int
+    remat: str
     encode: Program
     accumulate: Program
     update: Program
     resident: int
     rejected: tuple[str, ...] = ()
+
+    @property
+    def row_positions(self) -> int:
+        """Positions of a micro-batch, over all chips."""
+        shards = self.mesh["data"] * self.mesh["fsdp"]
+        return shards * self.rows_per_shard * self.row_length
 
     @property
     def micro_batches(self) -> int:
@@ -160,6 +175,8 @@ class TrainingPlan:
             f"{PACKING_OVERHEAD}: "
             f"{self.micro_batches} micro-batches of {self.row_positions} positions, "
             f"{100 * self.filled:.0f} % of them real",
+            f"remat {self.remat}, {self.rows_per_shard} rows of {self.row_length} tokens per data "
+            "shard",
             memory_line(self.memory, self.resident, chip),
             *program_lines(self.programs, chip),
             f"model FLOPs of a step {sum(flops.values()):.0f} T: "
@@ -206,44 +223,85 @@ def plan_training(
 
 
 def _plan(config: TrainConfig, topology: Topology, samples: Samples, sizes: Sizes) -> TrainingPlan:
-    model = config.sizes
+    model, chip = config.sizes, topology.chip
     _check_divides(config, sizes)
     mesh = mesh_on(topology.devices, **sizes)
-    with use_mesh(mesh):
-        objective = make_objective(config)
-    step, state, frozen = _abstract_step(config, objective, mesh)
     batch = NamedSharding(mesh, logical_spec("batch"))
-    rows = placed(abstract_rows(config, sizes["data"] * sizes["fsdp"]), batch)
+    shards = sizes["data"] * sizes["fsdp"]
+    cautious = fixed(config, *CAUTIOUS)
     with use_mesh(mesh):
-        pairs = splash_pairs(config.row_length, causal=True)
-        forward = decoder_kernel_flops(
-            model.text, config.run.rows_per_shard, pairs, objective.dtype
-        )
-        # 2 matrix products forward, 3 for dq, 4 for dk and dv; `remat` repeats the forward ones.
-        kernel = forward / sizes["tensor"] * (4.5 if config.remat == "none" else 5.5)
-        lowered = step.lower(objective.trained(), frozen, rows)
-        accumulate = compile_program("accumulate", lowered["accumulate"], kernel)
-        update = compile_program("update", lowered["update"])
+        objective = make_objective(cautious)
+    _, state, frozen = abstract_step(cautious, objective, mesh)
+    visual = placed(abstract_rows(cautious, shards).visual_tokens, batch)
+    resident = resident_bytes(state, frozen, visual)
+    open_to_it = choices(config, resident, sizes, chip, tpu(chip).memory)
+    chosen, accumulate, update = _first_that_leaves_the_reserve(
+        [fixed(config, *choice) for choice in open_to_it], mesh, resident, tpu(chip).memory
+    )
+    with use_mesh(mesh):
         side = model.vision.image_size
         pixels = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)
-        encoder = ImageEncoder(config, frozen, mesh)
+        encoder = ImageEncoder(chosen, frozen, mesh)
         kernel = tower_kernel_flops(model.vision, config.batch_size, objective.dtype) / mesh.size
         encode = compile_program("encode", encoder.lower(placed(pixels, batch)), kernel)
-    # The gradient sums are as large as the trained weights; the tokens of two batches are there.
-    visual = rows.visual_tokens
-    resident = bytes_per_chip((state, state.trained, frozen, visual, visual))
     return TrainingPlan(
         topology=topology,
         model=model,
         mesh=sizes,
         samples=samples,
-        row_positions=rows.ids.size,
+        rows_per_shard=chosen.run.rows_per_shard,
+        row_length=config.row_length,
         lora_rank=0 if config.adapter is None else config.adapter.rank,
+        remat=chosen.remat,
         encode=encode,
         accumulate=accumulate,
         update=update,
         resident=resident,
     )
+
+
+def _first_that_leaves_the_reserve(
+    configs: Sequence[TrainConfig], mesh: Mesh, resident: int, available: float
+) -> tuple[TrainConfig, Program, Program]:
+    """The first of these whose micro-batch does, or else the last, with its programs for a
+    micro-batch and the update.
+
+    Raises:
+      DoesNotFit: not even the last can be compiled.
+    """
+    for config in configs:
+        lowered, kernel = _lowered(config, mesh)
+        try:
+            with use_mesh(mesh):
+                accumulate = compile_program("accumulate", lowered["accumulate"], kernel)
+        except DoesNotFit:
+            if config is configs[-1]:
+                raise
+            continue
+        if peak_bytes(resident, [accumulate]) <= (1 - RESERVE) * available:
+            break
+    with use_mesh(mesh):
+        return config, accumulate, compile_program("update", lowered["update"])
+
+
+def _lowered(config: TrainConfig, mesh: Mesh) -> tuple[Mapping[str, jax.stages.Lowered], float]:
+    """The programs of a step, and the FLOPs of a micro-batch's kernels on a chip."""
+    rows = abstract_rows(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    with use_mesh(mesh):
+        objective = make_objective(config)
+    # Outside of the mesh: an optimizer makes arrays, which these devices cannot hold.
+    step, _, frozen = abstract_step(config, objective, mesh)
+    pairs = splash_pairs(config.row_length, causal=True)
+    # 2 matrix products forward, 3 for dq, 4 for dk and dv. The forward ones are repeated where
+    # attention's output is not kept.
+    times = 4.5 if config.remat in ("none", "dots") else 5.5
+    batch = placed(rows, NamedSharding(mesh, logical_spec("batch")))
+    with use_mesh(mesh):
+        forward = decoder_kernel_flops(
+            config.sizes.text, config.run.rows_per_shard, pairs, objective.dtype
+        )
+        lowered = step.lower(objective.trained(), frozen, batch)
+    return lowered, times * forward / mesh.shape["tensor"]
 
 
 def _check_divides(config: TrainConfig, sizes: Sizes) -> None:
@@ -260,19 +318,3 @@ def _check_divides(config: TrainConfig, sizes: Sizes) -> None:
         check_blocks(config.sizes.text, form, sizes)
     except ValueError as error:
         raise DoesNotFit(str(error)) from None
-
-
-def _abstract_step(
-    config: TrainConfig, objective: Objective, mesh: Mesh
-) -> tuple[TrainStep, Any, Shapes]:
-    """The step, its state and the frozen weights, all as shapes with shardings."""
-    shardings = objective.module.shardings(mesh)
-    # The length of the run is in the schedule alone; no shape depends on it.
-    optimizer = make_optimizer(config.optimizer, 1000, objective.learning_rates)
-    placed = state_shardings(optimizer, objective.trained(), shardings, mesh)
-    step = TrainStep(objective.loss, optimizer, seed=config.seed, shardings=placed)
-    frozen = {
-        path: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[path])
-        for path, shape in objective.frozen().items()
-    }
-    return step, step.abstract_state(objective.trained()), frozen

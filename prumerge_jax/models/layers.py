@@ -6,11 +6,12 @@ computes in the dtype of its input.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from prumerge_jax.models.dropout import bernoulli_mask
 from prumerge_jax.models.products import contract
@@ -21,6 +22,7 @@ from prumerge_jax.models.quantisation import (
     product,
     quantise,
 )
+from prumerge_jax.models.remat import ADAPTER, PRODUCT, WIDE
 from prumerge_jax.sharding.mesh import Axes, unshard_embed
 
 # Scaled by the fan-in: the usual 0.02 at LLaMA's widths, with which a small model hardly trains.
@@ -65,6 +67,7 @@ class Linear(nnx.Module):
       kernel_q, kernel_scale: in place of `kernel`, its codes and scales (`quantisation.Quantised`)
         in the format `quantize`.
       out_first: whether the kernel is kept the other way round, see `put_out_first`.
+      kept_as: name of its output for `remat.rematerialise`.
       bias: [d_out] or None.
       lora_a, lora_b: [d_in, rank] and [rank, d_out]; absent without an adapter.
     """
@@ -84,6 +87,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.axes = axes
+        self.kept_as = WIDE if axes == ("embed", "mlp") else PRODUCT
         self.quantize = quantize
         self.out_first = False
         kernel = _fan_in(rngs.params(), (d_in, d_out))
@@ -104,17 +108,26 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """[..., d_in] -> [..., d_out] in the dtype of `x`."""
+        return checkpoint_name(self._with_adapter(x, dropout_key), self.kept_as)
+
+    def _with_adapter(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         y = self._product(x)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.adapter is None:
             return y
+        with jax.named_scope("adapter"):
+            return y + self._adapted(x, dropout_key)
+
+    def _adapted(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        """What the adapter adds."""
+        assert self.adapter is not None
         if dropout_key is not None and self.adapter.dropout:
             keep = 1 - self.adapter.dropout
             x = jnp.where(bernoulli_mask(dropout_key, keep, x.shape), x / keep, 0)
         a = unshard_embed(self.lora_a[...].astype(x.dtype), self.axes[0], None)
         b = unshard_embed(self.lora_b[...].astype(x.dtype), None, self.axes[1])
-        return y + self.adapter.scale * (x @ a @ b)
+        return self.adapter.scale * (checkpoint_name(x @ a, ADAPTER) @ b)
 
     @property
     def is_wide(self) -> bool:
@@ -171,6 +184,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,)), out_sharding=(None,))
         self.eps = eps
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
         f = x.astype(jnp.float32)
@@ -186,6 +200,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width,)), out_sharding=(None,))
         self.eps = eps
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
         f = x.astype(jnp.float32)
@@ -207,27 +222,3 @@ def stack(make_layer: Callable[[nnx.Rngs], Layer], num_layers: int, rngs: nnx.Rn
         return make_layer(rngs)
 
     return make(rngs)
-
-
-_REMAT: dict[str, Callable[..., Any] | None] = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
-def rematerialise(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """A scan body whose activations are recomputed in the backward pass.
-
-    Args:
-      policy: `none` (keep everything), `full` (keep only the carry) or `dots` (keep the results
-        of weight matmuls).
-
-    Raises:
-      ValueError: an unknown policy.
-    """
-    if policy not in _REMAT:
-        raise ValueError(f"unknown remat policy {policy!r}; expected one of {sorted(_REMAT)}")
-    if policy == "none":
-        return body
-    return jax.checkpoint(body, policy=_REMAT[policy], prevent_cse=False)

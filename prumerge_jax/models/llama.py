@@ -21,9 +21,10 @@ from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.attention.masks import causal_mask, segment_mask
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.decoder_layer import QKV, DecoderLayer, PackedRows, split_key
-from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, rematerialise, stack
+from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, stack
 from prumerge_jax.models.products import out_first_product
 from prumerge_jax.models.quantisation import Format
+from prumerge_jax.models.remat import rematerialise
 from prumerge_jax.models.rotary import rotation
 from prumerge_jax.models.token_drops import DroppingRows, DropPlan, attention_of
 from prumerge_jax.sharding.mesh import constrain, unshard_embed
@@ -81,10 +82,12 @@ class Llama(nnx.Module):
             else Linear(config.width, config.vocab_size, ("embed", "vocab"), rngs=rngs)
         )
 
+    @jax.named_scope("embedding")
     def embed(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Token ids [B, T] int32 -> embeddings [B, T, D] in the compute dtype."""
         return constrain(self.embed_tokens[...][ids].astype(dtype), "batch", None, None)
 
+    @jax.named_scope("head")
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final hidden states [..., D] -> next-token logits [..., V] float32."""
         if self.lm_head is not None:
@@ -109,7 +112,7 @@ class Llama(nnx.Module):
           positions: [B, T] int32, rotary positions.
           segment_ids: [B, T] int32; 0 is padding.
           key_bias: see `attention.attend`.
-          remat: see `layers.rematerialise`; takes effect on stacked layers.
+          remat: see `remat.rematerialise`; takes effect on stacked layers.
           dropout_key: where given, adapters drop their inputs (training).
 
         Returns:
@@ -281,7 +284,7 @@ class Llama(nnx.Module):
           x: [B, T, D], zero at padding.
           rows: what attention needs.
           num_layers: how many of the first layers; by default all.
-          remat: see `layers.rematerialise`; None is inference, of which no gradient is taken.
+          remat: see `remat.rematerialise`; None is inference, of which no gradient is taken.
           dropout_key: where given, adapters drop their inputs.
           dropping, kept: see `_attend`; in inference.
 

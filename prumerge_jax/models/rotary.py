@@ -29,6 +29,7 @@ def rotation(positions: jax.Array, config: TextConfig) -> Rotation:
     return Rotation(jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1))
 
 
+@jax.named_scope("rotary")
 def rotate(x: jax.Array, by: Rotation) -> jax.Array:
     """Rotates heads [B, T, H, Dh], pairing dimension i with i + Dh/2."""
     cos, sin = (part[:, :, None, :] for part in by)

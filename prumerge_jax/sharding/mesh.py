@@ -9,8 +9,10 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
@@ -171,3 +173,21 @@ def weight_shardings(abstract: nnx.State, mesh: Mesh) -> nnx.State:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def bytes_per_device(tree: object) -> int:
+    """What the arrays of a tree of shapes with shardings take on one device, without padding."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        is_integer = jnp.issubdtype(leaf.dtype, jnp.integer)  # some have 4 bits
+        bits = jnp.iinfo(leaf.dtype).bits if is_integer else 8 * leaf.dtype.itemsize
+        total += math.prod(shard) * bits // 8
+    return total
+
+
+def placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The shapes and dtypes of a tree, each with this sharding."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )

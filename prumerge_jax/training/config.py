@@ -62,7 +62,8 @@ class ExecutionConfig:
 
     Attributes:
       mesh: sizes of the mesh axes.
-      rows_per_shard: rows of a micro-batch per data shard.
+      rows_per_shard: rows of a micro-batch per data shard; 0 takes what suits the devices, see
+        `fit.fitted`.
       num_threads: threads that read samples.
       num_workers: processes that do; 0 for none.
       log_every, save_every: steps between two records of the metrics, and two checkpoints.
@@ -71,7 +72,7 @@ class ExecutionConfig:
     """
 
     mesh: MeshConfig = MeshConfig()
-    rows_per_shard: int = 1
+    rows_per_shard: int = 0
     num_threads: int = 2
     num_workers: int = 4
     log_every: int = 10
@@ -80,8 +81,8 @@ class ExecutionConfig:
     verify_weights: bool = True
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "rows_per_shard", "num_threads", "log_every", "save_every", "keep")
-        _at_least(self, 0, "num_workers")
+        _at_least(self, 1, "num_threads", "log_every", "save_every", "keep")
+        _at_least(self, 0, "num_workers", "rows_per_shard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ class TrainConfig:
       dtype: what the objective computes in.
       quantize: format of the frozen kernels of the decoder's layers, as in QLoRA (arXiv
         2305.14314); None keeps them in `dtype`.
-      remat: see `layers.rematerialise`.
+      remat: see `remat.rematerialise`; `auto` takes the fastest that fits, see `fit.fitted`.
       seed: seed of the order of the samples, of dropout and of random weights.
       run: how the run is executed.
     """
@@ -142,7 +143,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantize: Literal["nf4", "int8", "int4"] | None = None
-    remat: Literal["none", "full", "dots"] = "full"
+    remat: Literal["auto", "none", "full", "wide", "dots"] = "auto"
     seed: int = 42
     run: ExecutionConfig = ExecutionConfig()
 

@@ -25,6 +25,7 @@ from prumerge_jax.sharding.mesh import MESH_AXES, make_mesh, use_mesh
 from prumerge_jax.sharding.processes import DataShards
 from prumerge_jax.training.checkpoint import Checkpoints
 from prumerge_jax.training.config import ConfigError, MeshConfig, TrainConfig, parse, with_sizes
+from prumerge_jax.training.fit import fitted
 from prumerge_jax.training.inputs import TrainingSource
 from prumerge_jax.training.loop import LoopConfig, Outputs, TrainingError, train
 from prumerge_jax.training.metrics import MetricWriter
@@ -38,7 +39,9 @@ from prumerge_jax.training.workdir import (
     StopFlag,
     check_config,
     claim_workdir,
+    read_execution,
     write_config,
+    write_execution,
 )
 
 _logger = logging.getLogger(__name__)
@@ -57,8 +60,9 @@ class Setup:
     """A run that was checked: nothing expensive was read, nothing was written.
 
     Attributes:
-      config: model sizes included.
-      fields: the configuration as plain JSON values, for the record.
+      config: model sizes included, and nothing left open of how it is executed.
+      fields: the configuration as it was given, plain JSON values, for the record.
+      execution: what was left open, likewise.
       pretrained: the model it starts from.
       tokenizer: the model's.
       objective: what it is trained to do.
@@ -68,6 +72,7 @@ class Setup:
 
     config: TrainConfig
     fields: Mapping[str, Any]
+    execution: Mapping[str, Any]
     pretrained: Pretrained
     tokenizer: Tokenizer
     objective: Objective
@@ -99,7 +104,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], stop
     if (workdir / MODEL).exists():
         _logger.info("%s is finished; its model is in %s", workdir, workdir / MODEL)
         return
-    setup = check(parsed, fields)
+    setup = check(parsed, fields, read_execution(workdir))
     with claim_workdir(workdir), use_mesh(setup.mesh):
         check_config(workdir, fields)
         setup.pretrained.verify(hashes=setup.config.run.verify_weights)
@@ -108,8 +113,15 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], stop
             _export(setup, trained, workdir / MODEL)
 
 
-def check(config: TrainConfig, fields: Mapping[str, Any]) -> Setup:
+def check(
+    config: TrainConfig, fields: Mapping[str, Any], execution: Mapping[str, Any] | None = None
+) -> Setup:
     """Finds out whether a run can start, before anything is hashed, decoded or written.
+
+    Args:
+      config: as it was parsed.
+      fields: the same as plain JSON values.
+      execution: what the run that is resumed was executed with, see `fit.fitted`.
 
     Raises:
       ConfigError, DirectoryError, ValueError, OSError: as `run`.
@@ -117,12 +129,13 @@ def check(config: TrainConfig, fields: Mapping[str, Any]) -> Setup:
     pretrained = load_pretrained(config)
     config = with_sizes(config, pretrained.model)
     mesh = fitted_mesh(config)
+    config, execution = fitted(config, mesh, execution)
     with use_mesh(mesh):
         objective = make_objective(config)
     tokenizer = pretrained.tokenizer(config.tokenizer_style)
     source = objective.open_source(tokenizer)
     _steps(config, source.samples)
-    return Setup(config, fields, pretrained, tokenizer, objective, source, mesh)
+    return Setup(config, fields, execution, pretrained, tokenizer, objective, source, mesh)
 
 
 def fitted_mesh(config: TrainConfig) -> Mesh:
@@ -212,6 +225,7 @@ def _train(setup: Setup, workdir: pathlib.Path, stop: StopFlag) -> Weights | Non
         _logger.info("resuming after step %d, %d samples", start, position["samples"])
     if jax.process_index() == 0:
         write_config(workdir, setup.fields)
+        write_execution(workdir, setup.execution)
     samples = data.batches(position["samples"], DataShards.of(mesh).rows(config.batch_size))
     with contextlib.ExitStack() as stack:
         metrics = None

@@ -24,6 +24,7 @@ from prumerge_jax.store.strict_json import load_json
 _logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
+EXECUTION = "execution.json"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 RUN = "run"
@@ -99,6 +100,26 @@ def claim_workdir(workdir: str | os.PathLike[str]) -> Iterator[None]:
 def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
     """Marks a directory as that of a run with this configuration, plain JSON values."""
     write_atomically(pathlib.Path(workdir) / CONFIG, json.dumps(config, indent=1).encode())
+
+
+def write_execution(workdir: str | os.PathLike[str], execution: Mapping[str, Any]) -> None:
+    """Records what a run chose of its execution, plain JSON values."""
+    write_atomically(pathlib.Path(workdir) / EXECUTION, json.dumps(execution, indent=1).encode())
+
+
+def read_execution(workdir: str | os.PathLike[str]) -> Mapping[str, Any] | None:
+    """What a run chose when it was last started; None before its first step.
+
+    Raises:
+      WorkdirError: the record cannot be read.
+    """
+    file = pathlib.Path(workdir) / EXECUTION
+    try:
+        return load_json(file) if file.exists() else None
+    except (OSError, ValueError) as error:
+        raise WorkdirError(
+            f"{file} cannot be read ({error}); delete it, and the run chooses anew"
+        ) from None
 
 
 def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:

@@ -70,6 +70,23 @@ def test_a_tpu_program() -> None:
 
 
 @pytest.mark.parametrize(
+    ("inside", "part"),
+    [
+        ("parameter(1)", "collectives"),  # as it is: it overlaps with one
+        ("convolution(%p, %w)", "products"),
+        ('convolution(%p, %w), metadata={op_name="jvp(adapter)/dot"}', "adapter"),
+        ('add(%p, %w), metadata={op_name="jit(f)/norm/add"}', "collectives"),
+    ],
+)
+def test_cycles_belong_to_the_product_of_a_fusion_or_to_its_result(inside: str, part: str) -> None:
+    cost = program_cost(TPU.replace("128)(2,1)} parameter(1)\n", f"128)(2,1)}} {inside}\n"))
+    assert cost.parts == {part: 32_000, "elementwise": 7}
+    named = 'backend_config={"estimated_cycles":"7"}'
+    text = TPU.replace(named, f'metadata={{op_name="transpose(jvp(norm))/mul"}}, {named}')
+    assert program_cost(text).parts["norm"] == 7
+
+
+@pytest.mark.parametrize(
     ("fixed", "open_ended"),
     [
         ("constant(32)", "copy(%state)"),

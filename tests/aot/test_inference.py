@@ -10,7 +10,7 @@ from flax import nnx
 
 from prumerge_jax.aot import engine_programs
 from prumerge_jax.aot.assumptions import MeanTokens
-from prumerge_jax.aot.compile import Program, bytes_per_chip
+from prumerge_jax.aot.compile import Program
 from prumerge_jax.aot.held import Held, abstract_weights, quantised_shapes
 from prumerge_jax.aot.hlo import ProgramCost
 from prumerge_jax.aot.inference import InferencePlan, PlainDecode, plan_inference
@@ -22,7 +22,7 @@ from prumerge_jax.models import tuning
 from prumerge_jax.models.config import LlavaConfig, published
 from prumerge_jax.models.quantisation import FORMATS
 from prumerge_jax.reductions import parse
-from prumerge_jax.sharding.mesh import make_mesh
+from prumerge_jax.sharding.mesh import bytes_per_device, make_mesh
 from tests.families import NEXT_VICUNA, ONEVISION_TIED
 
 GIB = 2**30
@@ -53,7 +53,7 @@ def test_what_a_plan_holds_in_fewer_bits() -> None:
     assert {(width, inner // 2), (inner // 2, width)} <= quantised_shapes(state, held)
     leaves = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
     path = ("decoder", "layers", "mlp", "up_proj", "kernel_q")
-    assert bytes_per_chip(leaves[path]) == model.text.num_layers * width * inner // 2 // 2
+    assert bytes_per_device(leaves[path]) == model.text.num_layers * width * inner // 2 // 2
     of_blocks = Held(held.dtype, FORMATS["nf4"], None)
     with tuning.use(tuning.BY_PLATFORM["tpu"]):
         assert not quantised_shapes(abstract_weights(model, mesh, of_blocks)[1], of_blocks)

@@ -38,8 +38,10 @@ def plan(samples: Samples) -> TrainingPlan:
         model=published("llava-1.5-7b"),
         mesh={"data": 1, "fsdp": 8, "tensor": 1},
         samples=samples,
-        row_positions=8 * 2048,
+        rows_per_shard=1,
+        row_length=2048,
         lora_rank=128,
+        remat="wide",
         encode=program("encode", cycles=15_000_000, received=0),
         accumulate=program("accumulate", 1_500_000_000, 300 * 10**9, temporaries=3 * GIB),
         update=program("update", cycles=3_000_000, received=0),
@@ -71,7 +73,7 @@ def test_the_printed_plan_says_what_it_assumes_and_that_nothing_ran() -> None:
     assert (found.micro_batches, round(100 * found.filled)) == (3, 90)
     assert found.memory == 8.25 * GIB
     text = "\n".join(found.lines())
-    figures = ("144", "200", "16384", "90 %", "8.25", "15.75", "300.00 GB")
+    figures = ("144", "200", "16384", "90 %", "8.25", "15.75", "300.00 GB", "remat wide, 1 rows")
     for part in ("data=1 fsdp=8 tensor=1", "data=1: too large", "not run", *figures):
         assert part in text, part
 
@@ -108,8 +110,10 @@ def test_a_step_compiled_for_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.mesh == {"data": 1, "fsdp": 2, "tensor": 2}
     assert "batch_size 6 is not a multiple of its 4 data shards" in found.rejected[0]
     assert found.encode.cost.cycles > 0
-    assert found.samples.visual_tokens == 40
-    assert found.row_positions == 2 * 128
+    assert found.samples.visual_tokens == pytest.approx(40 * 16 / 576)  # of 16 patches
+    assert (found.remat, found.rows_per_shard) == ("dots", 2)  # rows are short
+    assert found.accumulate.cost.parts["adapter"] > 0
+    assert found.row_positions == 2 * 2 * 128
     assert found.accumulate.kernel_flops > 0  # the attention kernel that a TPU would run
     assert found.accumulate.cost.cycles > found.update.cost.cycles > 0
     assert found.accumulate.cost.open_loops == 0

@@ -34,6 +34,7 @@ from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.layers import AdapterConfig
 from prumerge_jax.training.batches import RowBatch
 from prumerge_jax.training.config import ConfigError, TrainConfig, parse, with_sizes
+from prumerge_jax.training.fit import CAUTIOUS, fixed
 from prumerge_jax.training.objectives.next_token import abstract_rows
 from prumerge_jax.training.objectives.registry import make_objective
 from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -93,7 +94,7 @@ def test_published_recipes_equal_their_table(recipe) -> None:
     assert config.max_length == 2048
     assert config.seed == 42
     assert config.dtype == "bfloat16"
-    assert config.remat == "full"
+    assert (config.remat, config.run.rows_per_shard) == ("auto", 0)
     assert config.run.num_workers == 4
     assert config.optimizer == OptimizerConfig(
         warmup_ratio=0.03, weight_decay=0, b1=0.9, b2=0.999, eps=1e-8, clip_norm=None
@@ -131,7 +132,7 @@ def test_recipes_of_families_equal_their_table(recipe) -> None:
 @pytest.mark.parametrize("recipe", ON_CONVERSATIONS, ids=lambda recipe: recipe.__name__)
 def test_a_step_of_every_recipe_traces_at_full_size(recipe) -> None:
     """Shapes and dtypes of loss, gradient and update, without allocating a weight."""
-    config = parse(recipe.get_config())
+    config = fixed(parse(recipe.get_config()), *CAUTIOUS)
     objective = make_objective(config)
     trained, frozen = objective.trained(), objective.frozen()
     assert trained | frozen == objective.shapes()
@@ -274,7 +275,7 @@ def test_a_pretrained_recipe_has_no_adapters_and_takes_them_by_flag() -> None:
         ("adapter", 8, "config.adapter is 8; expected a section of fields"),
         ("adapter.dropout", 2.0, "config.adapter.adapter dropout is 2.0"),
         ("run.mesh.data", -2, "config.run.mesh.data is -2; expected 0 or more devices"),
-        ("run.rows_per_shard", 0, "config.run.rows_per_shard is 0; expected at least 1"),
+        ("run.rows_per_shard", -1, "config.run.rows_per_shard is -1; expected at least 0"),
         ("model.text.num_kv_heads", 5, "config.model.text.num_heads 32 is not a multiple"),
     ],
 )

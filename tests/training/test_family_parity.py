@@ -144,6 +144,7 @@ def our_sums(
     config.crops_per_sample = 8
     config.dtype = "float32"
     config.max_length = 256
+    config.remat = "full"
     parsed = with_sizes(parse(config), golden.config)
     objective = make_objective(parsed)
     flat = nnx.to_flat_state(nnx.state(golden.model))

@@ -117,6 +117,7 @@ def our_sums(oracle: torch.nn.Module, examples: list[Example]) -> Sums:
     config.batch_size = len(examples)
     config.dtype = "float32"
     config.max_length = 192
+    config.remat = "full"
     parsed = with_sizes(parse(config), MODEL)
     objective = make_objective(parsed)
     base = oracle.get_base_model()

@@ -51,6 +51,7 @@ _BACKENDS = {
 _TAKES = {"cudnn": cudnn.takes, "splash": splash.takes}
 
 
+@jax.named_scope("attention")
 def attend(
     q: jax.Array,
     k: jax.Array,

@@ -10,6 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from prumerge_jax.models.attention.shards import on_shards
+from prumerge_jax.models.remat import ATTENTION
 from prumerge_jax.sharding.mesh import Axes, platform
 
 MAX_BLOCK = 640
@@ -149,6 +150,7 @@ def _kernel(
         head_shards=1,
         q_seq_shards=1,
         save_residuals=save_residuals,
+        residual_checkpoint_name=ATTENTION,
         interpret=platform() != "tpu",
     )
 

@@ -49,7 +49,7 @@ def next_token_loss(
       model: its tower is not run.
       batch: packed rows; each segment sees only itself.
       dropout_key: key of the adapters' dropout; None for none.
-      remat: see `layers.rematerialise`.
+      remat: see `remat.rematerialise`.
     """
     hidden = hidden_states(model, batch, dropout_key=dropout_key, remat=remat)
 
