@@ -3,7 +3,6 @@
 import json
 import pathlib
 import subprocess
-import sys
 
 import pytest
 
@@ -13,8 +12,6 @@ from prumerge_jax.evaluation import run
 from prumerge_jax.llava import Llava
 from tests.programs import run_program
 from tests.tiny_llava import write_tiny_llava
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def run_eval(workdir: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -28,17 +25,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.mark.slow
 def test_several_reductions_with_baselines(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "eval.py"),
-        f"--workdir={tmp_path}",
+    out = run_eval(
+        tmp_path,
         f"--config.checkpoint={model}",
         "--config.digits.scenes=3",
         "--config.reduction=full prumerge:neighbours=4",
         "--config.baselines",
         "--config.chip=h100",
-    ]
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    )
     assert out.returncode == 0, out.stderr
     names = {"full", "prumerge_neighbours=4", "downsample_2"}
     names |= {f"prumerge_neighbours=4_ranking={ranking}" for ranking in ("random", "uniform")}

@@ -50,13 +50,12 @@ def images() -> list[np.ndarray]:
     return [rng.integers(0, 256, size=(40 + 30 * i, 70, 3)).astype(np.uint8) for i in range(3)]
 
 
-@pytest.mark.parametrize("reduction", ["full", "prumerge", "prumerge+"])
 def test_a_batch_answers_as_its_members_alone(
-    model: prumerge_jax.Llava, images: list[np.ndarray], reduction: str
+    model: prumerge_jax.Llava, images: list[np.ndarray]
 ) -> None:
-    together = model.generate(images, PROMPTS, reduction=reduction, max_new_tokens=6)
+    together = model.generate(images, PROMPTS, max_new_tokens=6)
     alone = [
-        model.generate([image], [prompt], reduction=reduction, max_new_tokens=6)[0]
+        model.generate([image], [prompt], max_new_tokens=6)[0]
         for image, prompt in zip(images, PROMPTS, strict=True)
     ]
     assert together == alone
@@ -118,6 +117,7 @@ def test_logits_give_the_score(model: prumerge_jax.Llava, images: list[np.ndarra
     assert len(full) == len(prompts[0]) - 1 + model.config.vision.num_patches
 
 
+@pytest.mark.slow
 def test_reductions_positions_and_modes_matter(
     model: prumerge_jax.Llava, images: list[np.ndarray]
 ) -> None:
@@ -140,6 +140,7 @@ def test_reductions_positions_and_modes_matter(
         assert np.abs(np.subtract(scores(**options), base)).max() > 1e-3, options
 
 
+@pytest.mark.slow
 def test_a_reduction_that_reads_the_question(
     model: prumerge_jax.Llava, images: list[np.ndarray]
 ) -> None:
@@ -184,6 +185,7 @@ def test_text_only_prompts(model: prumerge_jax.Llava, images: list[np.ndarray]) 
     assert mixed[1] == model.generate([None], [PROMPTS[1]], max_new_tokens=5)[0]
 
 
+@pytest.mark.slow
 def test_bfloat16(tmp_path: pathlib.Path, images: list[np.ndarray]) -> None:
     # Weights larger than initial ones blow rounding up: the fixture's tell prompts apart instead.
     directory = write_tiny_llava(tmp_path / "tiny", gain=1.0)
@@ -196,6 +198,7 @@ def test_bfloat16(tmp_path: pathlib.Path, images: list[np.ndarray]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_sharded_model_scores_the_same(
     directory: pathlib.Path, model: prumerge_jax.Llava, images: list[np.ndarray]
 ) -> None:
@@ -408,6 +411,7 @@ def test_pil_images_and_arrays_are_the_same(
     assert np.ptp(scores) < 1e-5
 
 
+@pytest.mark.slow
 def test_explain_and_generate_attend_alike(
     model: prumerge_jax.Llava, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,6 +428,6 @@ def test_explain_and_generate_attend_alike(
     with tuning.use(tuning.Tuning(attention="blocks", rotary="matmul")):
         model.explain(images[0])
         explained, used[:] = set(used), []
-        model.generate(images[:1], PROMPTS[:1], max_new_tokens=2)
+        model.generate(images[:1], PROMPTS[:1], max_new_tokens=1)
         generated = set(used)
     assert explained == generated == {"blocks"}

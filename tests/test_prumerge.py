@@ -73,12 +73,12 @@ def test_golden_tower(golden: pathlib.Path) -> None:
         tower = VisionTower(config, rngs=nnx.Rngs(0))
     _load_tower(tower, load_file(folder / "model.safetensors"), config)
     outputs = np.load(folder / "outputs.npz")
+    run = jax.jit(encode_images, static_argnames="reduction")
     counts = {"extreme_ironing": (23, 93), "waterview": (99, 576)}
     for image, numbers in counts.items():
         pixels = preprocess(load_image(golden / "images" / f"{image}.jpg"), mode="crop")
         for name, kept in zip(("prumerge", "prumerge_plus"), numbers, strict=True):
             reduction = prumerge.preset({"prumerge_plus": "prumerge+"}.get(name, name))
-            run = jax.jit(encode_images, static_argnames="reduction")
             got = run(tower, jnp.asarray(pixels)[None], reduction=reduction)
             expected = outputs[f"{image}/{name}"]
             assert int(got.lengths[0]) == len(expected)
@@ -167,11 +167,11 @@ def settings_and_images(draw: st.DrawFn):
     return prumerge.preset(name, **overrides), images
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(settings_and_images())
 def test_equals_the_loop_form(case) -> None:
     config, (hidden, keys, attention) = case
-    got = prumerge.reduce_tokens(hidden, keys, jnp.asarray(attention), config)
+    got = reduce_tokens(hidden, keys, jnp.asarray(attention), config=config)
     for image in range(IMAGES):
         if config.count_rule == "iqr" and _is_on_the_threshold(attention[image], config):
             continue  # float32 and float64 may disagree on which side it lies
@@ -200,11 +200,14 @@ def _has_close_similarities(keys: np.ndarray, config: prumerge.PruMergeConfig) -
     return bool((np.diff(similarity, axis=-1) < 1e-6).any())
 
 
-@pytest.mark.parametrize("name", [p for p in PRESETS if p != "full"])
+@pytest.mark.parametrize(
+    "name",
+    ["paper+", *(pytest.param(n, marks=pytest.mark.slow) for n in ("prumerge", "prumerge+fixed"))],
+)
 def test_an_image_is_on_its_own(name: str) -> None:
     """Bitwise the same in any batch; the same patches whatever B and R are."""
     config = prumerge.preset(name)
-    hidden, keys, attention = random_batch(7, 144, 24, seed=3)
+    hidden, keys, attention = random_batch(7, 144, 8, seed=3)
     alone = reduce_tokens(hidden[:1], keys[:1], attention[:1], config=config)
     among = reduce_tokens(hidden, keys, attention, config=config)
     other = [np.concatenate([x[:1], x[:0:-1] * 3]) for x in (hidden, keys, attention)]
@@ -215,7 +218,7 @@ def test_an_image_is_on_its_own(name: str) -> None:
         assert int(got.lengths[0]) == length
         np.testing.assert_array_equal(got.patch_indices[0], alone.patch_indices[0])
         np.testing.assert_allclose(got.tokens[0], alone.tokens[0], atol=1e-6)
-    for capacity in (length, length + 1, 200):
+    for capacity in (length, 200):
         sized = dataclasses.replace(config, capacity=capacity)
         got = reduce_tokens(hidden, keys, attention, config=sized)
         assert int(got.lengths[0]) == length
@@ -226,7 +229,7 @@ def test_an_image_is_on_its_own(name: str) -> None:
 
 
 def test_too_small_a_capacity_is_reported() -> None:
-    hidden, keys, attention = random_batch(3, 144, 8)
+    hidden, keys, attention = random_batch(7, 144, 8)
     full = reduce_tokens(hidden, keys, attention, config=prumerge.preset("prumerge"))
     small = reduce_tokens(hidden, keys, attention, config=prumerge.preset("prumerge", capacity=5))
     np.testing.assert_array_equal(small.required, full.required)
@@ -269,7 +272,7 @@ def test_no_outlier_and_no_minimum_leaves_the_extra_token() -> None:
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_attention_that_is_not_finite_is_flagged(poison: float) -> None:
-    hidden, keys, attention = random_batch(3, 64, 8)
+    hidden, keys, attention = random_batch(5, 64, 8)
     clean = reduce_tokens(hidden, keys, attention, config=prumerge.preset("prumerge+"))
     hidden[1], keys[1], attention[1, 5] = np.nan, np.nan, poison
     got = reduce_tokens(hidden, keys, attention, config=prumerge.preset("prumerge+"))
@@ -277,7 +280,7 @@ def test_attention_that_is_not_finite_is_flagged(poison: float) -> None:
     assert int(got.lengths[1]) == 0
     assert not np.asarray(got.tokens[1]).any()
     assert (np.asarray(got.patch_indices[1]) == -1).all()
-    for image in (0, 2):
+    for image in (0, 2, 3, 4):
         np.testing.assert_array_equal(got.tokens[image], clean.tokens[image])
 
 
@@ -287,17 +290,18 @@ def test_gradient_with_respect_to_token_values() -> None:
     config = prumerge.preset("prumerge+")
     project = np.random.default_rng(0).normal(size=(config.capacity_for(36), 4))
 
+    @jax.jit
     def f(hidden: jax.Array) -> jax.Array:
         return (prumerge.reduce_tokens(hidden, keys, attention, config).tokens[0] * project).sum()
 
-    gradient = jax.grad(f)(jnp.asarray(hidden))
+    gradient = jax.jit(jax.grad(f))(jnp.asarray(hidden))
     direction = np.random.default_rng(1).normal(size=hidden.shape).astype(np.float32)
     difference = (f(hidden + 0.5 * direction) - f(hidden - 0.5 * direction)) / 1.0
     np.testing.assert_allclose((gradient * direction).sum(), difference, rtol=1e-4)
 
 
 def test_bfloat16_features_select_the_same_patches() -> None:
-    hidden, keys, attention = random_batch(4, 144, 16, seed=9)
+    hidden, keys, attention = random_batch(7, 144, 8, seed=9)
     config = prumerge.preset("prumerge")
     expected = reduce_tokens(hidden, keys, attention, config=config)
     got = reduce_tokens(jnp.asarray(hidden, jnp.bfloat16), keys, attention, config=config)
@@ -308,7 +312,10 @@ def test_bfloat16_features_select_the_same_patches() -> None:
     )
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name",
+    ["prumerge+", *(pytest.param(n, marks=pytest.mark.slow) for n in ("prumerge+fixed", "paper+"))],
+)
 def test_sharded_over_the_batch_without_collective_or_sort(name: str) -> None:
     require_eight_devices()
     mesh = sharding.make_mesh(data=4, fsdp=2)
@@ -332,9 +339,9 @@ def test_sharded_over_the_batch_without_collective_or_sort(name: str) -> None:
 def test_default_capacity_always_suffices(name: str) -> None:
     config = prumerge.preset(name)
     for seed, skew in ((0, 0.01), (1, 1.0), (2, 6.0)):
-        hidden, keys, attention = random_batch(4, 49, 4, seed=seed, skew=skew)
+        hidden, keys, attention = random_batch(5, 64, 8, seed=seed, skew=skew)
         got = reduce_tokens(hidden, keys, attention, config=config)
-        assert (np.asarray(got.required) <= config.capacity_for(49)).all()
+        assert (np.asarray(got.required) <= config.capacity_for(64)).all()
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,10 @@ def test_a_published_recipe_trains_by_name(scripts: pathlib.Path, tmp_path: path
         "--config=digits/lora:tiny",
         "--workdir=run",
         f"--config.data.directory={tmp_path / 'data'}",
+        "--config.data.train_scenes=8",
+        "--config.batch_size=4",
+        "--config.run.rows_per_shard=2",
+        "--config.steps=2",
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr

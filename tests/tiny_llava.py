@@ -1,8 +1,11 @@
 """Tiny random LLaVAs, in memory and on disk with a tokenizer, made without compiling anything."""
 
 import dataclasses
+import functools
 import io
 import pathlib
+import shutil
+import tempfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -85,8 +88,17 @@ def write_tiny_llava(
     directory: pathlib.Path, config: LlavaConfig = CONFIG, seed: int = 0, gain: float = 1.5
 ) -> pathlib.Path:
     """Writes a converted directory with random weights; `gain` makes answers differ."""
-    with DirectoryWriter(directory, config) as writer:
+    return pathlib.Path(
+        shutil.copytree(pathlib.Path(_written(config, seed, gain).name, "model"), directory)
+    )
+
+
+@functools.cache
+def _written(config: LlavaConfig, seed: int, gain: float) -> tempfile.TemporaryDirectory:
+    """The directory as it is first written, once in a process; copying it takes far less."""
+    folder = tempfile.TemporaryDirectory()
+    with DirectoryWriter(pathlib.Path(folder.name, "model"), config) as writer:
         for path, weight in random_weights(config, seed, gain).items():
             writer.write_array(".".join(map(str, path)), weight)
         writer.write_file("tokenizer.model", tokenizer_model())
-    return directory
+    return folder

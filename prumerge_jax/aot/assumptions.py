@@ -1,5 +1,5 @@
-"""What plans assume of the data: the mean number of visual tokens per image of each reduction, and
-the largest image."""
+"""What plans of inference assume of the data: the mean number of visual tokens per image of each
+reduction, lengths of text, and the largest image."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,6 +17,8 @@ tokens as `prumerge`."""
 PUBLISHED_PATCHES = 576
 ASSUMED_CROPS = 5
 """Crops of an image of 640 x 480 at dynamic resolution."""
+ASSUMED_TEXT_TOKENS, ASSUMED_NEW_TOKENS = 60, 64
+"""Tokens of a question and of its answer, where the engine's lengths are left open."""
 KEEP_THE_COUNT = frozenset(
     {"capacity", "merge", "neighbours", "order", "pool", "ranking", "seed", "similarity"}
 )
@@ -67,6 +69,11 @@ def mean_of_image(spelling: str, model: LlavaConfig) -> MeanTokens:
     if not model.image_grid_pinpoints:
         return MeanTokens(mean, reason)
     return MeanTokens(ASSUMED_CROPS * mean, f"{reason}, in {ASSUMED_CROPS} crops")
+
+
+def decoded_tokens(visual: MeanTokens) -> float:
+    """Mean tokens of a sequence that is being decoded: half of its answer is there."""
+    return visual.mean + ASSUMED_TEXT_TOKENS + ASSUMED_NEW_TOKENS / 2
 
 
 def largest_layout(model: LlavaConfig, reduction: Reduction) -> Layout:

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 
-from prumerge_jax.aot.hlo import ProgramCost, arrays_in_memory, program_cost
+from prumerge_jax.aot.hlo import ProgramCost, expanded_codes, program_cost
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import Chip, Tpu, counts
 from prumerge_jax.models.attention import backend_for
@@ -139,11 +139,15 @@ def compile_program(
 
 def check_no_copies(name: str, text: str, quantised: Collection[tuple[int, int]]) -> None:
     """Raises CopiesWeights where a program, as HLO text, stores one of these kernels [d_in, d_out],
-    either way round, in 16 or more bits."""
+    either way round, in 16 or more bits.
+
+    Only what is made of codes is looked at: activations, and weights that are not quantised, may
+    have the same shape.
+    """
     if not quantised:
         return
     kernels = {shape for d_in, d_out in quantised for shape in ((d_in, d_out), (d_out, d_in))}
-    for dtype, shape in sorted(arrays_in_memory(text)):
+    for dtype, shape in sorted(expanded_codes(text)):
         if dtype in ("bf16", "f16", "f32") and shape[-2:] in kernels:
             raise CopiesWeights(
                 f"{name} holds {dtype}{list(shape)}: a copy of a quantised kernel, which would "

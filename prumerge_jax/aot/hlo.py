@@ -33,6 +33,13 @@ _COLLECTIVES = (
 )
 
 
+_CODES = ("s8", "u8", "s4", "u4")
+_CONTROL = ("while", "conditional", "call")
+
+Array = tuple[str, tuple[int, ...]]
+"""Dtype and shape."""
+
+
 class Traffic(NamedTuple):
     """Collectives of one kind: executions per run, and bytes that a chip receives at most."""
 
@@ -99,8 +106,9 @@ def program_cost(text: str, open_trips: int = 1) -> ProgramCost:
     return ProgramCost(totals, parts.total(), open_loops, dict(parts.most_common()))
 
 
-def arrays_in_memory(text: str) -> set[tuple[str, tuple[int, ...]]]:
-    """Dtype and shape, without sides of 1, of everything that a module's program stores.
+def expanded_codes(text: str) -> set[Array]:
+    """Arrays that a module's program makes of integers of 8 or fewer bits, and that are no products
+    with them.
 
     What exists only within a fusion has no place in memory and is not among them.
 
@@ -108,19 +116,52 @@ def arrays_in_memory(text: str) -> set[tuple[str, tuple[int, ...]]]:
       ValueError: the text has no entry computation.
     """
     module = _parse(text)
-    found: set[tuple[str, tuple[int, ...]]] = set()
-    pending, seen = [module.entry], set()
+    found: set[Array] = set()
+    for computation in _unfused(module):
+        instructions = module.computations[computation]
+        shapes = {each.name: each.shape for each in instructions}
+        for instruction in instructions:
+            operands = (_arrays(shapes.get(name, "")) for name in instruction.operands)
+            takes_codes = any(dtype in _CODES for arrays in operands for dtype, _ in arrays)
+            if takes_codes and not _passes_on(instruction) and not _multiplies(module, instruction):
+                found.update(_arrays(instruction.shape))
+    return found
+
+
+def _unfused(module: "_Module") -> Iterator[str]:
+    """The computations whose instructions are stored: all that are reached but by fusions."""
+    pending, seen = [module.entry], set[str]()
     while pending:
         computation = pending.pop()
         if computation in seen:
             continue
         seen.add(computation)
+        yield computation
         for instruction in module.computations[computation]:
-            for dtype, sides in _ARRAY.findall(instruction.shape):
-                shape = (int(side) for side in sides.split(",") if side)
-                found.add((dtype, tuple(side for side in shape if side != 1)))
-            if instruction.opcode in ("while", "conditional", "call"):
+            if instruction.opcode in _CONTROL:
                 pending += instruction.called
+
+
+def _passes_on(instruction: "_Instruction") -> bool:
+    """Whether it only hands tuples on, or to other computations."""
+    return instruction.opcode in (*_CONTROL, "tuple", "get-tuple-element")
+
+
+def _multiplies(module: "_Module", instruction: "_Instruction") -> bool:
+    """Whether it is a product of matrices, or a fusion or kernel that may hold one."""
+    return instruction.opcode in ("dot", "convolution", "custom-call") or any(
+        _multiplies(module, inner)
+        for name in instruction.called
+        for inner in module.computations.get(name, [])
+    )
+
+
+def _arrays(shape: str) -> list[Array]:
+    """Dtype and shape, without sides of 1, of an array or of the arrays of a tuple."""
+    found = []
+    for dtype, text in _ARRAY.findall(shape):
+        sides = tuple(int(side) for side in text.split(",") if side)
+        found.append((dtype, tuple(side for side in sides if side != 1)))
     return found
 
 

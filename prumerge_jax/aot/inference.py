@@ -8,58 +8,65 @@ and half of the answer.
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
-from prumerge_jax.aot.assumptions import MeanTokens, largest_layout, mean_of_image
+from prumerge_jax.aot.assumptions import (
+    ASSUMED_NEW_TOKENS,
+    ASSUMED_TEXT_TOKENS,
+    MeanTokens,
+    decoded_tokens,
+    largest_layout,
+    mean_of_image,
+)
 from prumerge_jax.aot.compile import (
     CAVEAT,
+    DoesNotFit,
     Program,
     Sizes,
-    compile_program,
-    decoder_kernel_flops,
     first_that_fits,
     memory_line,
     peak_bytes,
     program_lines,
-    tower_kernel_flops,
     tpu,
 )
-from prumerge_jax.aot.held import Held, abstract_pages, abstract_weights, quantised_shapes
+from prumerge_jax.aot.engine_programs import EnginePrograms
+from prumerge_jax.aot.held import Held, abstract_weights
 from prumerge_jax.aot.topology import Topology
 from prumerge_jax.cost import counts
-from prumerge_jax.cost.bits import Bits
+from prumerge_jax.cost.bits import PLAIN, Bits
 from prumerge_jax.cost.roofline import FRONT_TOKENS, Operation, Workload
 from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.tokens import IMAGE_TOKEN
-from prumerge_jax.engine import programs
 from prumerge_jax.engine.request import Opening
 from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit, most_visual_tokens
-from prumerge_jax.models.attention import tokens_read
-from prumerge_jax.models.attention.pages import form_for
-from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.quantisation import format_named, named_cache_dtype
 from prumerge_jax.models.quantised_weights import check_blocks
 from prumerge_jax.models.tuning import BY_PLATFORM
 from prumerge_jax.reductions import Reduction, Stage, parse
-from prumerge_jax.sharding.mesh import (
-    bytes_per_device,
-    logical_spec,
-    mesh_on,
-    placed,
-    use_mesh,
-)
+from prumerge_jax.sharding.mesh import mesh_on
 
-ASSUMED_TEXT_TOKENS, ASSUMED_NEW_TOKENS = 60, 64
-"""Tokens of a question and of its answer, where the engine's lengths are left open."""
 SEQUENCE_TOKENS = 150
 """Tokens of the sequences that a plan counts the room for: question, 40 visual tokens, answer."""
 ASSUMED_IMAGES = 8
 """Images whose questions rows are made for."""
+
+
+class PlainDecode(NamedTuple):
+    """A step of decoding with kernels, keys and values in the dtype of computation.
+
+    Attributes:
+      program: compiled for the same mesh; None where that does not have the memory.
+      reason: why it has not.
+      work: by the cost model, on all chips together.
+    """
+
+    program: Program | None
+    reason: str
+    work: Operation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +90,7 @@ class InferencePlan:
         `SEQUENCE_TOKENS`, in pages.
       quantize, cache_dtype: format of the decoder's kernels and dtype of keys and values; None for
         `dtype`.
+      plain: what a step of decoding would be without them; None where neither is set.
       questions_per_image: assumed number of questions that share what is in front of them.
       rejected: why meshes that were tried before this one do not fit.
     """
@@ -101,6 +109,7 @@ class InferencePlan:
     sequence_bytes: int
     quantize: str | None = None
     cache_dtype: str | None = None
+    plain: PlainDecode | None = None
     questions_per_image: int = 1
     rejected: tuple[str, ...] = ()
 
@@ -146,7 +155,7 @@ class InferencePlan:
             f"{most_visual_tokens(parse(self.reduction), self.largest)} visual tokens at most",
             f"{self.shapes.batch_size} crops, {self.shapes.prefill_rows} rows of "
             f"{self.shapes.row_length}, {self.shapes.slots} slots with "
-            f"{_valid_tokens(self.visual_tokens):.4g} tokens each, {self.shapes.pool_pages} pages "
+            f"{decoded_tokens(self.visual_tokens):.4g} tokens each, {self.shapes.pool_pages} pages "
             f"of {self.shapes.page_size}, for sequences of up to {self.shapes.cache_length}",
             memory_line(self.memory, self.resident, chip),
             f"room for the keys and values of {self.sequences} sequences of {SEQUENCE_TOKENS} "
@@ -162,7 +171,26 @@ class InferencePlan:
                 f"  {program.name}: {work.flops / 1e12:.2f} T, {1e3 * floor:.2f} ms "
                 f"({work.bound(chip)} bound), {100 * floor / program.seconds(chip):.0f} %"
             )
-        return [*lines, CAVEAT]
+        return [*lines, *self._against_plain(used), CAVEAT]
+
+    def _against_plain(self, used: int) -> list[str]:
+        """A step of decoding in fewer bits and in the dtype of computation, on `used` chips."""
+        if self.plain is None:
+            return []
+        chip = self.topology.chip
+        program = next(each for each in self.programs if each.name == "decode")
+        step, floor = program.seconds(chip), self.work["decode"].seconds(chip) / used
+        plain_floor = self.plain.work.seconds(chip) / used
+        text = f"a step of decoding: {1e3 * step:.1f} ms, all in {self.dtype} "
+        if self.plain.program is None:
+            text += f"does not fit: {self.plain.reason}"
+        else:
+            plain = self.plain.program.seconds(chip)
+            text += f"{1e3 * plain:.1f} ms, {plain / step:.2f} times as long"
+        return [
+            f"{text}; roofline {1e3 * floor:.1f} and {1e3 * plain_floor:.1f} ms, "
+            f"{plain_floor / floor:.2f} times"
+        ]
 
     def _copies(self) -> list[str]:
         """What was checked of quantised kernels."""
@@ -221,13 +249,59 @@ def plan_inference(
         max_positions=model.text.max_positions,
         shards=mesh["data"] * mesh["fsdp"],
     )
+    asked = _Asked(
+        model, shapes, reduction, topology, held, questions_per_image, engine.pages is None
+    )
     plan, rejected = first_that_fits(
         _larger(mesh, model, len(topology.devices)),
-        functools.partial(_plan, model, shapes, reduction, topology, held, questions_per_image),
+        functools.partial(_plan, asked),
         topology,
         "has the memory; make the engine's shapes smaller or take a larger slice",
     )
-    return dataclasses.replace(plan, rejected=rejected)
+    plain = None if held.bits == PLAIN else _plain_decode(asked, plan)
+    return dataclasses.replace(plan, rejected=rejected, plain=plain)
+
+
+class _Asked(NamedTuple):
+    """What is planned, whatever the mesh.
+
+    Attributes:
+      model: sizes, with native images.
+      shapes: of the engine.
+      reduction: its spelling.
+      topology: the slice.
+      held: in what the model is held.
+      questions_per_image: how many share what is in front of them.
+      fits_pages: whether there are no more pages than a chip has the memory for.
+    """
+
+    model: LlavaConfig
+    shapes: EngineShapes
+    reduction: str
+    topology: Topology
+    held: Held
+    questions_per_image: int
+    fits_pages: bool
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether rows have branches."""
+        return self.questions_per_image > 1 and self.shapes.share_prefixes
+
+    def programs(self, sizes: Sizes, held: Held) -> EnginePrograms:
+        """The programs on a mesh of these sizes."""
+        mesh, reduction = mesh_on(self.topology.devices, **sizes), parse(self.reduction)
+        check_blocks(self.model.text, held.quantize, mesh.shape)
+        return EnginePrograms(
+            abstract_weights(self.model, mesh, held),
+            _resized(self.model, reduction),
+            self.shapes,
+            reduction,
+            mesh,
+            held,
+            mean_of_image(self.reduction, self.model),
+            self.shares_prefixes,
+        )
 
 
 def _openings(questions_per_image: int, layout: Layout) -> list[Opening]:
@@ -259,141 +333,50 @@ def _larger(mesh: Sizes, model: LlavaConfig, devices: int) -> Iterator[dict[str,
         yield dict(sizes)
 
 
-def _plan(
-    model: LlavaConfig,
-    engine: EngineShapes,
-    spelling: str,
-    topology: Topology,
-    held: Held,
-    questions_per_image: int,
-    sizes: Sizes,
-) -> InferencePlan:
-    dtype = held.dtype
-    mesh = mesh_on(topology.devices, **sizes)
-    check_blocks(model.text, held.quantize, mesh.shape)
-    graphdef, state = abstract_weights(model, mesh, held)
-    visual_tokens = mean_of_image(spelling, model)
-    reduction = parse(spelling)
-    model = _resized(model, reduction)
-    batch = NamedSharding(mesh, logical_spec("batch"))
-    side, capacity = model.vision.image_size, reduction.capacity_for(model.vision.num_patches)
-    pixels = jax.ShapeDtypeStruct((engine.batch_size, side, side, 3), jnp.uint8, sharding=batch)
-    asked = None
-    if reduction.question_tokens:
-        shape = (engine.batch_size, reduction.question_tokens)
-        asked = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch)
-    pool = jax.ShapeDtypeStruct(
-        (2 * engine.window_size, capacity, model.vision.width + reduction.weighs_tokens),
-        dtype,
-        sharding=batch,
-    )
-    row = jax.ShapeDtypeStruct((engine.prefill_rows, engine.row_length), jnp.int32, sharding=batch)
-    shared = questions_per_image > 1 and engine.share_prefixes
-    rows = programs.Rows(*[row] * 4)  # type: ignore[arg-type]  # shapes stand for arrays
-    if shared:
-        rows = rows._replace(branch_ids=row)  # type: ignore[arg-type]
-    with use_mesh(mesh):
-        slots, pages = _abstract_slots(engine, mesh), abstract_pages(model, engine, mesh, held)
-        places = jax.ShapeDtypeStruct(row.shape, jnp.int32, sharding=batch)
-        tables = jax.ShapeDtypeStruct((engine.slots, engine.table_width), jnp.int32, sharding=batch)
-        active = jax.ShapeDtypeStruct((engine.slots,), jnp.bool, sharding=batch)
-        read_by_kernel = _kernel_bytes(model, engine, visual_tokens, held) / mesh.size
-        pairs = splash_pairs(
-            engine.row_length, causal=True, max_segment_length=engine.longest_prompt
-        )
-        if shared:  # the kernel runs again, for what is in front of the branches
-            pairs += splash_pairs(engine.row_length, causal=True)
-        of_tower = tower_kernel_flops(model.vision, engine.batch_size, dtype) / mesh.size
-        of_rows = decoder_kernel_flops(model.text, engine.prefill_rows, pairs, dtype) / mesh.size
-        encode = programs.encode.lower(
-            graphdef, state, pixels, asked, reduction=reduction, dtype=dtype
-        )
-        longest = engine.longest_prompt
-        read = programs.hidden_before_last_mlp.lower(
-            graphdef, state, pool, rows, max_segment_length=longest
-        )
-        prefill = programs.prefill.lower(
-            graphdef, state, pages, pool, rows, places, max_segment_length=longest
-        )
-        decode = programs.decode.lower(
-            graphdef,
-            state,
-            slots,
-            pages,
-            tables,
-            active,
-            steps=engine.decode_steps_per_call,
-        )
-        kernels = quantised_shapes(state, held)
-        compiled = (
-            compile_program("encode", encode, of_tower),
-            compile_program("read", read, of_rows, quantised=kernels),
-            compile_program("prefill", prefill, of_rows, quantised=kernels),
-            compile_program(
-                "decode",
-                decode,
-                kernel_bytes=read_by_kernel,
-                quantised=kernels,
-                steps=engine.decode_steps_per_call,
-            ),
-        )
+def _plan(asked: _Asked, sizes: Sizes) -> InferencePlan:
+    held = asked.held
+    runs = asked.programs(sizes, held)
+    if asked.fits_pages:
+        runs = runs.within(tpu(asked.topology.chip).memory)
+    compiled = (runs.encode(), runs.read(), runs.prefill(), runs.decode())
+    stages = counts.stages_of(runs.model.vision, runs.reduction)
+    shards = sizes["data"] * sizes["fsdp"]
+    sequence_pages = -(-SEQUENCE_TOKENS // runs.shapes.page_size)
     return InferencePlan(
-        topology,
+        asked.topology,
         sizes,
-        spelling,
-        dtype,
-        visual_tokens,
-        largest_layout(model, reduction),
-        engine,
+        asked.reduction,
+        held.dtype,
+        runs.visual_tokens,
+        largest_layout(runs.model, runs.reduction),
+        runs.shapes,
         compiled,
-        _work(
-            model,
-            engine,
-            visual_tokens,
-            held.bits,
-            counts.stages_of(model.vision, reduction),
-        ),
-        resident=bytes_per_device((state, pages, pool, pool)),
-        pool_bytes=bytes_per_device(pages),
-        sequence_bytes=bytes_per_device(pages)
-        * mesh.shape["data"]
-        * mesh.shape["fsdp"]
-        * -(-SEQUENCE_TOKENS // engine.page_size)
-        // engine.pool_pages,
+        _work(runs.model, runs.shapes, runs.visual_tokens, held.bits, stages),
+        resident=runs.resident,
+        pool_bytes=runs.pool_bytes,
+        sequence_bytes=runs.pool_bytes * shards * sequence_pages // runs.shapes.pool_pages,
         quantize=None if held.quantize is None else held.quantize.name,
         cache_dtype=None if held.cache_dtype is None else held.cache_dtype.name,
-        questions_per_image=questions_per_image if shared else 1,
+        questions_per_image=asked.questions_per_image if asked.shares_prefixes else 1,
     )
 
 
-def _abstract_slots(engine: EngineShapes, mesh: Mesh) -> programs.Slots:
-    """The slots as shapes with shardings."""
-    shapes = jax.eval_shape(lambda: programs.empty_slots(slots=engine.slots))
-    batch = NamedSharding(mesh, logical_spec("batch"))
-    return placed(shapes, batch)
+def _plain_decode(asked: _Asked, plan: InferencePlan) -> PlainDecode:
+    """On the mesh of a plan, with its shapes but for pages that do not fit."""
+    asked = asked._replace(shapes=plan.shapes)
+    runs = asked.programs(plan.mesh, Held(plan.dtype, None, None))
+    runs = runs.within(tpu(asked.topology.chip).memory)
+    work = _work(runs.model, runs.shapes, runs.visual_tokens, PLAIN, ())["decode"]
+    try:
+        return PlainDecode(runs.decode(), "", work)
+    except DoesNotFit as error:
+        return PlainDecode(None, str(error).rstrip("."), work)
 
 
 def _pairs(engine: EngineShapes) -> float:
     """Queries and the keys before them that are near enough to be of the same prompt."""
     length, longest = engine.row_length, engine.longest_prompt
     return engine.prefill_rows * (length - longest / 2) * longest
-
-
-def _valid_tokens(visual: MeanTokens) -> float:
-    """Mean tokens of a sequence that is being decoded."""
-    return visual.mean + ASSUMED_TEXT_TOKENS + ASSUMED_NEW_TOKENS / 2
-
-
-def _kernel_bytes(
-    model: LlavaConfig, engine: EngineShapes, visual: MeanTokens, held: Held
-) -> float:
-    """What the attention kernel of a decode step reads, on all chips together; 0 without one."""
-    dtype = held.page_dtype
-    if form_for(dtype, model.text.head_dim) == "xla":
-        return 0.0
-    lengths = np.full(engine.slots, round(_valid_tokens(visual)))
-    tokens = tokens_read(lengths, engine.page_size, dtype, model.text.head_dim)
-    return tokens * counts.kv_bytes_per_token(model.text, held.bits)
 
 
 def _work(
@@ -411,7 +394,7 @@ def _work(
     flops += counts.attention_flops(text, _pairs(engine))
     of_blocks = 2 * counts.block_parameters(text) * counts.int8_share(text, bits)
     rows = Operation(flops, sizes.blocks * bits.kernels / 8, of_blocks * positions)
-    context = _valid_tokens(visual)
+    context = decoded_tokens(visual)
     return {
         "encode": Operation(
             engine.batch_size * counts.staged_tower_flops(model.vision, stages),

@@ -14,7 +14,7 @@ class Topology(NamedTuple):
     """A slice of a TPU pod.
 
     Attributes:
-      name: as libtpu knows it, `GENERATION:AxB` or `GENERATION:AxBxC`.
+      name: as libtpu knows it, `GENERATION:AxB` or `GENERATION:AxBxC`; `v5e:1x1` is one chip.
       chip: peak rates of one chip; `chip.tpu` is not None.
       devices: one per chip; programs can be compiled for them and nothing else.
     """
@@ -44,8 +44,11 @@ def topology(name: str) -> Topology:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }.items():
         os.environ.setdefault(variable, value)
+    # A host has four chips unless libtpu is told otherwise.
+    is_one_chip = set(name.partition(":")[2].split("x")) == {"1"}
+    own_host = {"chips_per_host_bounds": (1, 1, 1)} if is_one_chip else {}
     try:
-        description = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        description = topologies.get_topology_desc(platform="tpu", topology_name=name, **own_host)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"unknown topology {name!r}; expected the shape of a slice, as v5e:8x8, v5p:4x4x4 or "

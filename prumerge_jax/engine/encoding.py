@@ -173,6 +173,14 @@ def interpolates(config: LlavaConfig, reduction: Reduction) -> bool:
     return config.anyres_max is not None and not reduction.selects_patches
 
 
+def has_edges(config: LlavaConfig, reduction: Reduction) -> bool:
+    """Whether crops may have patches beside the image that the reduction must not see.
+
+    Without reduction they are left out afterwards, when their slots are put into rows.
+    """
+    return bool(config.image_grid_pinpoints) and reduction.reduces(config.vision.num_patches)
+
+
 class Encoder:
     """Encodes the crops of windows of requests."""
 
@@ -226,27 +234,19 @@ class Encoder:
                 questions[row], first_frame[row] = crop.question_ids, crop.is_first
         form = frame_form(model.config, reduction)
         is_video = places.holds_videos(batch)
-        has_edges = not is_video and self._has_edges(reduction)
+        with_edges = not is_video and has_edges(model.config, reduction)
         return programs.encode(
             model.graphdef,
             model.state,
             model.put(pixels),
             self._question_ids(questions, reduction),
-            model.put(on_image) if has_edges else None,
+            model.put(on_image) if with_edges else None,
             model.put(first_frame) if is_video and reduction.merges_frames else None,
             reduction=reduction,
             dtype=model.dtype,
             form=form if is_video else None,
             slots=None if form is None else self.slots(reduction),
         )
-
-    def _has_edges(self, reduction: Reduction) -> bool:
-        """Whether crops may have patches beside the image that the reduction must not see.
-
-        Without reduction they are left out afterwards, when their slots are put into rows.
-        """
-        config = self.model.config
-        return bool(config.image_grid_pinpoints) and reduction.reduces(config.vision.num_patches)
 
     def _question_ids(
         self, questions: Sequence[np.ndarray], reduction: Reduction

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from prumerge_jax.engine.encoding import PlacedModel
+from prumerge_jax.models.config import TextConfig
 
 SHARE_OF_FREE_MEMORY = 0.8
 """Of a device's free memory that pages may take; the rest is for what programs need to run."""
@@ -107,9 +108,24 @@ def pages_that_fit(model: PlacedModel, page_size: int) -> int | None:
     memory = device.memory_stats()
     if not memory or "bytes_limit" not in memory:
         return None
-    text = model.config.text
-    heads = text.num_kv_heads // split if text.num_kv_heads % split == 0 else text.num_kv_heads
-    token_bytes = token_and_head_bytes(text.head_dim, model.page_dtype)
-    page_bytes = 2 * text.num_layers * heads * page_size * token_bytes
     free = memory["bytes_limit"] - memory.get("bytes_in_use", 0)
-    return model.shards * int(SHARE_OF_FREE_MEMORY * free / page_bytes)
+    per_device = pages_in(free, model.config.text, page_size, model.page_dtype, split)
+    return model.shards * per_device
+
+
+def pages_in(
+    free: float, text: TextConfig, page_size: int, dtype: jnp.dtype, tensor: int = 1
+) -> int:
+    """Number of pages that one device's free memory holds, some left for what programs need.
+
+    Args:
+      free: bytes.
+      text: sizes of the decoder.
+      page_size: tokens per page.
+      dtype: of keys and values.
+      tensor: devices that heads are split over.
+    """
+    heads = text.num_kv_heads // tensor if text.num_kv_heads % tensor == 0 else text.num_kv_heads
+    token_bytes = token_and_head_bytes(text.head_dim, dtype)
+    page_bytes = 2 * text.num_layers * heads * page_size * token_bytes
+    return int(SHARE_OF_FREE_MEMORY * max(free, 0) / page_bytes)

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from prumerge_jax.aot.compile import CopiesWeights, check_no_copies
-from prumerge_jax.aot.hlo import Traffic, arrays_in_memory, program_cost
+from prumerge_jax.aot.hlo import Traffic, expanded_codes, program_cost
 from prumerge_jax.sharding.mesh import make_mesh
 
 # As XLA writes it for TPUs, shortened: a scan of 32 around an asynchronous all-gather that is named
@@ -155,15 +155,21 @@ COPY = """
   %copy = bf16[2,1,32,64]{2,3,1,0} fusion(%w), kind=kLoop, calls=%transposed"""
 
 
-def test_what_only_a_fusion_holds_is_not_in_memory() -> None:
-    fused = arrays_in_memory(QUANTISED.replace("COPY", ""))
-    assert fused == {("s8", (2, 64, 32)), ("bf16", (8, 32))}
-    found = arrays_in_memory(TPU)
-    assert {("bf16", (64, 512)), ("bf16", (256, 128))} <= found  # of the loop's body too
+def test_products_with_codes_and_what_only_a_fusion_holds_are_no_copies() -> None:
+    assert not expanded_codes(QUANTISED.replace("COPY", ""))
+    assert expanded_codes(QUANTISED.replace("COPY", COPY)) == {("bf16", (2, 32, 64))}
+    inside = TPU.replace("bf16[256,128]{1,0} custom-call(%state)", "s8[256,128] copy(%state)")
+    inside = inside.replace("fusion(%begin, %kernel)", "convert(%kernel)")
+    assert ("bf16", (64, 512)) in expanded_codes(inside)  # of the loop's body too
 
 
 def test_a_copy_of_a_quantised_kernel_is_found() -> None:
     check_no_copies("read", QUANTISED.replace("COPY", ""), [(64, 32)])
     check_no_copies("read", QUANTISED.replace("COPY", COPY), [(8, 64)])
+    # Neither activations nor a weight of 16 bits are copies of a kernel of their shape.
+    activations = QUANTISED.replace("COPY", "").replace("bf16[8,32]", "bf16[64,32]")
+    check_no_copies("read", activations, [(64, 32)])
+    plain = "\n  %plain = bf16[64,32]{1,0} parameter(1)"
+    check_no_copies("read", QUANTISED.replace("COPY", plain), [(64, 32)])
     with pytest.raises(CopiesWeights, match=r"read holds bf16\[2, 32, 64\]: a copy of a quantised"):
         check_no_copies("read", QUANTISED.replace("COPY", COPY), [(64, 32)])

@@ -27,7 +27,12 @@ def beside_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_libtpu
 @pytest.mark.parametrize(
     ("name", "chips", "chip"),
-    [("v5e:2x4", 8, "tpu-v5e"), ("v5p:2x2x2", 8, "tpu-v5p"), ("v6e:8x8", 64, "tpu-v6e")],
+    [
+        ("v5e:1x1", 1, "tpu-v5e"),
+        ("v5e:2x4", 8, "tpu-v5e"),
+        ("v5p:2x2x2", 8, "tpu-v5p"),
+        ("v6e:8x8", 64, "tpu-v6e"),
+    ],
 )
 def test_a_slice_has_its_chips(name: str, chips: int, chip: str) -> None:
     found = topology(name)

@@ -159,6 +159,7 @@ def open_safetensors_named(path: pathlib.Path) -> dict[str, np.ndarray]:
     return {name: file.read(name) for name in file.tensors}
 
 
+@pytest.mark.slow
 def test_an_exported_adapter_converts_again(tmp_path: pathlib.Path, published: Published) -> None:
     convert(open_model(published.sources), tmp_path / "ours")
     export_adapter(tmp_path / "ours", tmp_path / "back")
@@ -351,6 +352,7 @@ def test_original_round_trip(tmp_path: pathlib.Path, projector: str) -> None:
     assert_same_bits(read_all(opened), tensors)
 
 
+@pytest.mark.slow
 def test_vocabularies_grow_and_shrink(tmp_path: pathlib.Path) -> None:
     config = original()
     tensors = random_tensors(config)

@@ -21,6 +21,7 @@ from prumerge_jax.models import config_json
 from prumerge_jax.models.config import LlavaConfig
 
 FOLDERS = ("next_vicuna", "next_mistral", "onevision_tied", "video_llava")
+NEXT, ONE, VIDEO = FOLDERS[1:]
 
 
 def opened(folder: pathlib.Path) -> OpenedModel:
@@ -99,6 +100,11 @@ def test_exports_load_in_transformers(
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize(
+    "converted",
+    [name if name == ONE else pytest.param(name, marks=pytest.mark.slow) for name in FOLDERS],
+    indirect=True,
+)
 def test_verify(converted: tuple[OpenedModel, pathlib.Path]) -> None:
     """Both towers, projector, newline and decoder compute what transformers computes."""
     pytest.importorskip("torch")
@@ -161,7 +167,6 @@ def pixel(name: str, value: object) -> Change:
     return change
 
 
-NEXT, ONE, VIDEO = "next_mistral", "onevision_tied", "video_llava"
 REFUSALS: list[tuple[str, Change, str | None]] = [
     # Grids
     (

@@ -1,3 +1,4 @@
+import functools
 import gzip
 import hashlib
 import json
@@ -141,13 +142,18 @@ def test_answer_and_end_are_supervised(small_model, question, answer, image):
         assert np.count_nonzero(ids == IMAGE_TOKEN) == image
 
 
+@functools.cache
+def published_tokenizer(golden, style) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(golden / "tokenizer/tokenizer.model", style)
+
+
 @settings(max_examples=60)
 @given(rounds=st.lists(st.tuples(words, words), min_size=1, max_size=4))
 def test_every_answer_of_a_long_conversation_is_supervised(golden, rounds):
     turns = [text for pair in rounds for text in pair]
     turns[0] = f"<image>\n{turns[0]}"
     for style, protocol in PUBLISHED_PAIRS:
-        tokenizer = SentencePieceTokenizer(golden / "tokenizer/tokenizer.model", style)
+        tokenizer = published_tokenizer(golden, style)
         _, labels, mismatch = label_mask(tokenizer, conversation(*turns), VICUNA, protocol)
         assert not mismatch
         expected = [

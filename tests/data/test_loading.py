@@ -84,14 +84,14 @@ def test_only_regular_files_are_opened(tmp_path: pathlib.Path) -> None:
 def test_a_reader_that_hangs_costs_its_image_alone(
     num_workers: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "TIMEOUT_SECONDS", 20)
+    monkeypatch.setattr(loading, "TIMEOUT_SECONDS", 10)
     path = tmp_path / "image.png"
     Image.new("RGB", (5, 5), (9, 9, 9)).save(path)
     names = ["a", "hang", "b", *(["die"] if num_workers else []), "c", "d", "e"]
     named = [(name, path) for name in names]
     processor = TrapProcessor(8, CLIP_MEAN)
     pixels = dict(zip(names, stream_pixels(named, processor, num_workers=num_workers), strict=True))
-    assert str(pixels.pop("hang")) == "hang: not decoded within 20 seconds"
+    assert str(pixels.pop("hang")) == "hang: not decoded within 10 seconds"
     if num_workers:
         assert str(pixels.pop("die")) == "die: the process that decoded it ended"
     for each in pixels.values():

@@ -14,7 +14,7 @@ from prumerge_jax.digits import questions as digits_questions
 from prumerge_jax.digits import scenes as digits
 from prumerge_jax.digits.questions import FAMILIES
 
-SCENES = 2_000
+SCENES = 1_000
 
 scenes = st.builds(
     digits.draw_scene,

@@ -73,7 +73,7 @@ def test_a_lone_request_is_not_held_back(model: LlavaModel) -> None:
 def test_cancelled_requests_free_their_pages_and_disturb_nobody(model: LlavaModel) -> None:
     requests = with_sampling(make_requests(12, seed=1, max_new_tokens=20), stop_ids=())
     expected = tokens_of(by_key(make_engine(model).generate(requests)))
-    for steps in range(8):
+    for steps in (0, 1, 2, 4, 7):
         engine = make_engine(model)
         for request in requests:
             engine.submit(request)
@@ -157,10 +157,11 @@ def text_requests(count: int, seed: int) -> list[Request]:
     ]
 
 
+@pytest.mark.slow
 def test_a_pool_for_one_sequence_answers_all(model: LlavaModel) -> None:
     """Prompts wait for pages, and sequences for more of them: no answer is lost or other."""
     shapes = dataclasses.replace(SMALL, slots=4, cache_length=96, page_size=4)
-    requests = text_requests(40, seed=3)
+    requests = text_requests(25, seed=3)
     expected = tokens_of(by_key(make_engine(model, shapes).generate(requests)))
     engine = make_engine(model, dataclasses.replace(shapes, pages=24))
     assert tokens_of(by_key(engine.generate(requests))) == expected

@@ -3,14 +3,14 @@
 import importlib.util
 import pathlib
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
 
 from prumerge_jax.llava import Llava
-from prumerge_jax.models.llava import encode_images
+from prumerge_jax.models.llava import LlavaModel, encode_images
 from prumerge_jax.reductions import parse
 
 EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "examples" / "vllm" / "embed_images.py"
@@ -32,14 +32,16 @@ def test_one_row_per_visual_token(llava: Llava, reduction: str) -> None:
     images = [picture(seed) for seed in range(3)]
     model = nnx.merge(llava._model.graphdef, llava._model.state)
     chosen = parse(reduction).uncapped()
+
+    @jax.jit
+    def encode(model: LlavaModel, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        visual = encode_images(model.vision, pixels, chosen, dtype=llava.dtype)
+        return model.projector(visual.tokens), visual.lengths
+
     for image, tokens in zip(images, llava.embed(images, reduction=reduction), strict=True):
-        visual = encode_images(
-            model.vision, jnp.asarray(np.array(image))[None], chosen, dtype=llava.dtype
-        )
-        length = int(visual.lengths[0])
+        expected, (length,) = encode(model, np.array(image)[None])
         assert tokens.shape == (length, llava.config.text.width)
-        expected = model.projector(visual.tokens[:, :length])[0]
-        np.testing.assert_allclose(tokens, expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(tokens, expected[0, :length], rtol=1e-4, atol=1e-4)
 
 
 def test_a_reduction_that_reads_the_question_is_refused(llava: Llava) -> None:

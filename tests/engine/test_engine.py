@@ -175,7 +175,9 @@ def test_scores_equal_one_at_a_time(model: LlavaModel) -> None:
         assert answer.usage.text_tokens == len(request.token_ids) - len(request.images)
 
 
-@pytest.mark.parametrize("reduction", ["prumerge", "cover:tokens=4,merge=mean"])
+@pytest.mark.parametrize(
+    "reduction", ["prumerge", pytest.param("cover:tokens=4,merge=mean", marks=pytest.mark.slow)]
+)
 def test_generation_equals_one_at_a_time_recomputation(model: LlavaModel, reduction: str) -> None:
     """Packed prefill, slots and cache against a full forward pass per token."""
     requests = make_requests(7, seed=1, max_new_tokens=9)
@@ -205,6 +207,7 @@ def test_generation_equals_one_at_a_time_recomputation(model: LlavaModel, reduct
              decode_steps_per_call=32, page_size=128),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_shapes_and_arrival_order_change_nothing(model: LlavaModel, shapes: dict[str, int]) -> None:
     requests = make_requests(13, seed=2, max_new_tokens=7)
     order = np.random.default_rng(0).permutation(len(requests))
@@ -219,6 +222,7 @@ def test_shapes_and_arrival_order_change_nothing(model: LlavaModel, shapes: dict
         assert answer.log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_layers_apart_compute_what_a_stack_does(model: LlavaModel) -> None:
     copy = jax.tree.map(jnp.copy, nnx.state(model))
     with tuning.use(Tuning(layers="list")):
@@ -234,6 +238,7 @@ def test_layers_apart_compute_what_a_stack_does(model: LlavaModel) -> None:
         assert answers[key].token_ids == others[key].token_ids
 
 
+@pytest.mark.slow
 def test_sampling_depends_on_the_request_alone(model: LlavaModel) -> None:
     # No image of these has a patch within rounding of the threshold: the tower's last bits depend
     # on the batch size, and one patch more is another answer.
@@ -428,7 +433,8 @@ def test_each_stage_compiles_once(model: LlavaModel, compiled: list[str]) -> Non
     assert compiled, "the listener hears nothing: the test shows nothing"
 
 
-@pytest.mark.parametrize("sizes", [None, pytest.param((2, 2, 2), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+@pytest.mark.slow
 def test_windows_of_every_size_compile_nothing_after_a_warm_up(
     model: LlavaModel, compiled: list[str], sizes: tuple[int, int, int] | None
 ) -> None:

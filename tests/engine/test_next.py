@@ -40,7 +40,7 @@ SHAPES = EngineShapes(
     cache_length=128,
     decode_steps_per_call=4,
 )
-NEXT = ("next_vicuna", "next_mistral")
+NEXT = ("next_vicuna", pytest.param("next_mistral", marks=pytest.mark.slow))
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,8 @@ def test_visual_features_are_transformers(golden: pathlib.Path):
     assert seen == set(model.cases)
 
 
-@pytest.mark.parametrize("name", NEXT)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["next_vicuna", "next_mistral"])
 def test_attention_and_outliers_of_every_crop_are_the_references(golden: pathlib.Path, name: str):
     model = load(golden, name)
     reduction = reductions.parse("prumerge")
@@ -157,11 +158,11 @@ def test_attention_and_outliers_of_every_crop_are_the_references(golden: pathlib
 def expected_tokens(model: GoldenModel, case: str, reduction: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [n, Dv] of a pruned image, crop by crop, and the patch of each."""
     picture = model.processor(model.image(case))
-    visual = encode_images(
+    visual = jax.jit(encode_images, static_argnames="reduction")(
         model.model.vision,
-        jnp.asarray(picture.crops),
-        reduction,
-        present=jnp.asarray(picture.layout.on_image()),
+        picture.crops,
+        reduction=reduction,
+        present=picture.layout.on_image(),
     )
     lengths = np.asarray(visual.lengths)
     tokens = [np.asarray(visual.tokens)[crop, :n] for crop, n in enumerate(lengths)]

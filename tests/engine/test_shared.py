@@ -39,6 +39,7 @@ def engines(model: LlavaModel) -> dict[str, Engine]:
     return {name: make_engine(model, SHAPES, name) for name in NAMES}
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_engines_apart_and_nothing_compiles(
     model: LlavaModel,
 ) -> None:

@@ -82,11 +82,11 @@ def assert_equal(sharing: Engine, apart: Engine, requests: list[Request], scored
     assert apart.counters.real_tokens == apart.counters.request_tokens
 
 
-@pytest.mark.parametrize("attention", ["xla", "blocks"])
+@pytest.mark.parametrize("attention", ["xla", pytest.param("blocks", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scored", [True, False])
 def test_what_is_shared_changes_nothing(model: LlavaModel, attention: str, scored: bool) -> None:
     with tuning.use(Tuning(attention=attention)):
-        for seed in range(3):
+        for seed in range(2):
             requests = conversations(20, seed=seed, scored=scored)
             sharing, apart = make_engine(model, SHARING), make_engine(model, APART)
             assert_equal(sharing, apart, requests, scored)
@@ -146,6 +146,7 @@ def stepped(engine: Engine, requests: list[Request]) -> dict[int, tuple[int, ...
 
 
 @pytest.mark.parametrize("pages", [None, 9])
+@pytest.mark.slow
 def test_pages_of_a_prefix_are_given_back(model: LlavaModel, pages: int | None) -> None:
     shapes = dataclasses.replace(SHARING, slots=8, page_size=8, pages=pages)
     requests = conversations(24, seed=5)

@@ -107,6 +107,7 @@ def test_logits_and_greedy_tokens_are_transformers(golden: pathlib.Path):
         assert answers[key].token_ids == tuple(model.arrays[f"{case}/greedy"].tolist()), case
 
 
+@pytest.mark.slow
 def test_both_towers_and_the_merge_over_time_are_the_references(golden: pathlib.Path):
     model = load(golden)
     reduction = reductions.parse("select-only:temporal=0.8,min_tokens=0")
@@ -169,11 +170,13 @@ def tokens_of(engine: Engine, request: Request) -> tuple[np.ndarray, np.ndarray]
     return pool.reshape(-1, pool.shape[-1])[run.index], run.offset
 
 
+@pytest.mark.slow
 def test_every_frame_is_reduced_by_itself(golden: pathlib.Path):
     model = load(golden)
     asked = request(model, 0, "mixed/image_video")
     video = asked.images[-1]
-    visual = encode_images(model.model.video_tower, jnp.asarray(video.crops), "prumerge")
+    encode = jax.jit(encode_images, static_argnames="reduction")
+    visual = encode(model.model.video_tower, video.crops, reduction="prumerge")
     lengths = np.asarray(visual.lengths)
     expected = np.concatenate(
         [np.asarray(visual.tokens)[frame, :n] for frame, n in enumerate(lengths)]

@@ -147,11 +147,11 @@ def test_kill_at_any_moment_changes_no_byte(
 
 
 class Killed(BaseException):
-    """In place of a signal, so that twenty of them take seconds."""
+    """In place of a signal, so that several of them take seconds."""
 
 
 @pytest.mark.slow
-def test_twenty_kills_of_a_run_that_shares_prefixes_change_no_byte(
+def test_eight_kills_of_a_run_that_shares_prefixes_change_no_byte(
     model: pathlib.Path,
     data: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -262,6 +262,7 @@ def test_missing_files_are_found_before_the_model_is_needed(tmp_path: pathlib.Pa
         ).check_images()
 
 
+@pytest.mark.slow
 def test_downsampled_images_run(
     model: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -106,6 +106,7 @@ def test_the_manifest_imports_nothing_heavy(classes) -> None:
         assert hasattr(classes, name)
 
 
+@pytest.mark.slow
 def test_answers_in_order_with_their_own_options(classes) -> None:
     kinds = [{"max_new_tokens": 9, "until": ["\n\n"], "temperature": 0.0}, {"max_new_tokens": 2}]
     requests = [

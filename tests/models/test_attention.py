@@ -66,19 +66,21 @@ def branched_rows(length: int, longest: int) -> tuple[jax.Array, jax.Array]:
 def naive(q, k, v, segment_ids, causal: bool, branch_ids=None) -> np.ndarray:
     """Loops over rows, heads and queries, float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    segment_ids, branch_ids = (x if x is None else np.asarray(x) for x in (segment_ids, branch_ids))
     out = np.zeros_like(q)
     group = q.shape[2] // k.shape[2]
-    for b, t, h in np.ndindex(*q.shape[:3]):
+    for b, t in np.ndindex(*q.shape[:2]):
         seen = np.ones(q.shape[1], bool)
         if segment_ids is not None:
-            seen = np.asarray(segment_ids[b] == segment_ids[b, t])
+            seen = segment_ids[b] == segment_ids[b, t]
         if branch_ids is not None:
             seen = seen & np.isin(branch_ids[b], [0, branch_ids[b, t]])
         if causal:
             seen = seen & (np.arange(q.shape[1]) <= t)
-        logits = k[b, seen, h // group] @ q[b, t, h] / np.sqrt(q.shape[-1])
-        weights = np.exp(logits - logits.max())
-        out[b, t, h] = weights @ v[b, seen, h // group] / weights.sum()
+        for h in range(q.shape[2]):
+            logits = k[b, seen, h // group] @ q[b, t, h] / np.sqrt(q.shape[-1])
+            weights = np.exp(logits - logits.max())
+            out[b, t, h] = weights @ v[b, seen, h // group] / weights.sum()
     return out
 
 
@@ -90,11 +92,12 @@ def naive(q, k, v, segment_ids, causal: bool, branch_ids=None) -> np.ndarray:
 def test_equals_loops(implementation: str, length: int, causal: bool, segmented: bool) -> None:
     q, k, v = random_qkv(length=length)
     ids = segments(length) if segmented else None
-    got = attend(q, k, v, segment_ids=ids, causal=causal, implementation=implementation)
+    run = jax.jit(functools.partial(attend, causal=causal, implementation=implementation))
+    got = run(q, k, v, segment_ids=ids)
     np.testing.assert_allclose(got, naive(q, k, v, ids, causal), atol=2e-6)
 
 
-@pytest.mark.parametrize("longest", [60, 190])
+@pytest.mark.parametrize("longest", [60, pytest.param(190, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("implementation", ["xla", "blocks", "splash"])
 def test_branches_see_their_prefix_and_themselves(
     monkeypatch: pytest.MonkeyPatch, implementation: str, longest: int
@@ -104,16 +107,12 @@ def test_branches_see_their_prefix_and_themselves(
     segment_ids, branch_ids = branched_rows(450, longest)
     assert branch_ids.max() > 2
     q, k, v = random_qkv(length=450)
-    got = attend(
-        q,
-        k,
-        v,
-        segment_ids=segment_ids,
-        branch_ids=branch_ids,
-        causal=True,
-        max_segment_length=longest,
-        implementation=implementation,
+    run = jax.jit(
+        functools.partial(
+            attend, causal=True, max_segment_length=longest, implementation=implementation
+        )
     )
+    got = run(q, k, v, segment_ids=segment_ids, branch_ids=branch_ids)
     np.testing.assert_allclose(got, naive(q, k, v, segment_ids, True, branch_ids), atol=2e-6)
 
 
@@ -141,7 +140,8 @@ def test_tiles_between_a_branch_and_its_prefix_are_not_read() -> None:
     # Read and masked, it would be zero times NaN.
     v = v.at[:, QUERY_BLOCK : 3 * QUERY_BLOCK].set(jnp.nan)
     ids = {"segment_ids": jnp.asarray(segment_ids), "branch_ids": jnp.asarray(branch_ids)}
-    got = attend(q, k, v, **ids, causal=True, implementation="blocks")
+    run = jax.jit(functools.partial(attend, causal=True, implementation="blocks"))
+    got = run(q, k, v, **ids)
     np.testing.assert_allclose(got[:, 3 * QUERY_BLOCK :], expected[:, 3 * QUERY_BLOCK :], atol=2e-6)
 
 
@@ -149,22 +149,30 @@ def test_tiles_between_a_branch_and_its_prefix_are_not_read() -> None:
 @pytest.mark.parametrize("implementation", ["xla", "blocks"])
 def test_half_precision_rounds_and_no_more(implementation: str, dtype) -> None:
     q, k, v = (x.astype(dtype) for x in random_qkv(length=24))
-    got = attend(q, k, v, causal=True, implementation=implementation)
+    got = jax.jit(functools.partial(attend, causal=True, implementation=implementation))(q, k, v)
     expected = naive(q, k, v, None, causal=True)
     assert got.dtype == dtype
     tolerance = 4 * float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=tolerance)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("longest", [None, 150])
 @pytest.mark.parametrize(
-    ("implementation", "length", "width"),
+    ("implementation", "length", "width", "longest", "causal"),
     [
-        ("splash", 300, 16),  # padded at the end, to three blocks
-        ("splash", 384, 128),
-        ("blocks", 384, 16),
-        ("blocks", 3 * QUERY_BLOCK + 40, 16),
+        ("splash", 300, 16, None, True),  # padded at the end, to three blocks
+        ("splash", 384, 128, 150, False),
+        ("blocks", 3 * QUERY_BLOCK + 40, 16, 150, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("splash", 300, 16, 150, False),
+                ("splash", 384, 128, None, False),
+                ("splash", 384, 128, 150, True),
+                ("blocks", 384, 16, None, False),
+                ("blocks", 3 * QUERY_BLOCK + 40, 16, None, True),
+                ("blocks", 3 * QUERY_BLOCK + 40, 16, 150, False),
+            )
+        ),
     ],
 )
 def test_equals_xla_forward_and_backward(
@@ -203,7 +211,7 @@ def test_equals_xla_forward_and_backward(
 @pytest.mark.parametrize("length", [60, 200])
 def test_a_row_without_segments_sees_no_padding_behind_it(length: int) -> None:
     q, k, v = random_qkv(length=length)
-    got = attend(q, k, v, implementation="splash")
+    got = jax.jit(functools.partial(attend, implementation="splash"))(q, k, v)
     np.testing.assert_allclose(got, naive(q, k, v, None, causal=False), atol=2e-6)
 
 
@@ -231,9 +239,8 @@ def test_far_keys_of_other_segments_are_not_read_in_a_causal_row() -> None:
     expected = naive(q, k, v, ids, causal=True)
     # Read and masked, it would be zero times NaN.
     v = v.at[:, :QUERY_BLOCK].set(jnp.nan)
-    got = attend(
-        q, k, v, segment_ids=ids, causal=True, max_segment_length=length, implementation="blocks"
-    )
+    run = functools.partial(attend, causal=True, max_segment_length=length, implementation="blocks")
+    got = jax.jit(run)(q, k, v, segment_ids=ids)
     np.testing.assert_allclose(got[:, 2 * QUERY_BLOCK :], expected[:, 2 * QUERY_BLOCK :], atol=2e-6)
 
 

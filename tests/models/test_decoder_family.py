@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is the oracle of these test
 import transformers  # noqa: E402
 
 from prumerge_jax.conversion import keys  # noqa: E402
-from prumerge_jax.models.attention import empty_pages  # noqa: E402
+from prumerge_jax.models.attention import KVPages, empty_pages  # noqa: E402
 from prumerge_jax.models.config import RopeScaling, TextConfig  # noqa: E402
 from prumerge_jax.models.llama import Llama  # noqa: E402
 from tests.checkpoint_weights import filled  # noqa: E402
@@ -94,7 +95,12 @@ def pair(name: str) -> tuple[torch.nn.Module, Llama]:
     return oracle, filled(abstract, keys.decoder_weights(config), tensors, "decoder.")
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("mistral_theta_1e6", "llama_linear")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+)
 def test_logits_and_decoding(name: str) -> None:
     oracle, ours = pair(name)
     length, prompt = 40, 36
@@ -104,16 +110,23 @@ def test_logits_and_decoding(name: str) -> None:
     positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
     x = ours.embed(jnp.asarray(ids), jnp.float32)
     segments = jnp.ones(ids.shape, jnp.int32)
-    logits = ours.logits(ours(x, positions, segments))
+    logits = jax.jit(lambda ours, *row: ours.logits(ours(*row)))(ours, x, positions, segments)
     np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=2e-4)
 
     tables = jnp.arange(6).reshape(2, 3)  # pages of 16 tokens
     places = 48 * jnp.arange(2)[:, None] + positions
     begin = slice(None), slice(prompt)
     pages = empty_pages(ours.config, 6, 16, jnp.float32)
-    _, pages = ours.prefill(x[begin], positions[begin], segments[begin], pages, places[begin])
+    _, pages = jax.jit(Llama.prefill)(
+        ours, x[begin], positions[begin], segments[begin], pages, places[begin]
+    )
+
+    @jax.jit
+    def decode(ours: Llama, x: jax.Array, position: jax.Array, pages: KVPages, place: jax.Array):
+        hidden, pages = ours.decode(x, position, pages, tables, place, position + 1)
+        return ours.logits(hidden[:, 0]), pages
+
     for at in range(prompt, length):
-        hidden, pages = ours.decode(
-            x[:, at : at + 1], positions[:, at], pages, tables, places[:, at], positions[:, at] + 1
-        )
-        np.testing.assert_allclose(ours.logits(hidden[:, 0]), expected[:, at], atol=2e-4, rtol=2e-4)
+        here = (x[:, at : at + 1], positions[:, at])
+        logits, pages = decode(ours, *here, pages, places[:, at])
+        np.testing.assert_allclose(logits, expected[:, at], atol=2e-4, rtol=2e-4)

@@ -1,5 +1,7 @@
 """A bias per key on every backend, against an explicit one in PyTorch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,10 +48,8 @@ def by_torch(q, k, v, bias, segments=None, *, causal: bool):
 @pytest.mark.parametrize("backend", ["xla", "blocks", "splash"])
 def test_every_backend_adds_it(backend: str, causal: bool) -> None:
     q, k, v, bias, segments = random_case(WIDTH)
-    got = attend(
-        q, k, v, segment_ids=jnp.asarray(segments), key_bias=jnp.asarray(bias), causal=causal,
-        implementation=backend,
-    )  # fmt: skip
+    run = jax.jit(functools.partial(attend, causal=causal, implementation=backend))
+    got = run(q, k, v, segment_ids=segments, key_bias=bias)
     expected = by_torch(q, k, v, bias, segments, causal=causal)
     assert got.shape == q.shape
     real = segments > 0
@@ -95,13 +95,13 @@ def test_gradients_are_those_of_an_explicit_bias() -> None:
         logits = jnp.einsum("bthd,bshd->bhts", q, k) * 8**-0.5 + bias[:, None, None]
         return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, -1), v)
 
-    expected = jax.grad(lambda *x: (explicit(*x) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
+    expected = jax.jit(jax.grad(lambda *x: (explicit(*x) ** 2).sum(), argnums=(0, 1, 2)))(q, k, v)
     for backend in ("xla", "blocks"):
 
         def ours(*x, backend=backend):
             return (attend(*x, key_bias=bias, implementation=backend) ** 2).sum()
 
-        got = jax.grad(ours, argnums=(0, 1, 2))(q, k, v)
+        got = jax.jit(jax.grad(ours, argnums=(0, 1, 2)))(q, k, v)
         for mine, theirs in zip(got, expected, strict=True):
             np.testing.assert_allclose(mine, theirs, atol=1e-4)
 
@@ -113,15 +113,17 @@ def test_decoding_goes_on_from_a_prompt_with_a_bias() -> None:
     x = jnp.asarray(rng.normal(size=(1, 9, CONFIG.text.width)), jnp.float32)
     bias = jnp.asarray(np.append(np.log(rng.integers(1, 9, 8)), 0)[None], jnp.float32)
     at, ones = jnp.arange(9)[None], jnp.ones((1, 9), jnp.int32)
-    whole = decoder(x, at, ones, key_bias=bias)
-    assert float(jnp.abs(whole - decoder(x, at, ones)).max()) > 1e-3
+    forward = jax.jit(type(decoder).__call__)
+    whole = forward(decoder, x, at, ones, key_bias=bias)
+    unbiased = forward(decoder, x, at, ones, key_bias=jnp.zeros_like(bias))
+    assert float(jnp.abs(whole - unbiased).max()) > 1e-3
     pages = empty_pages(CONFIG.text, 4, 4, jnp.float32, key_bias=True)
     places = jnp.arange(9)[None]
-    _, pages = decoder.prefill(
-        x[:, :8], at[:, :8], ones[:, :8], pages, places[:, :8], key_bias=bias[:, :8]
+    _, pages = jax.jit(type(decoder).prefill)(
+        decoder, x[:, :8], at[:, :8], ones[:, :8], pages, places[:, :8], key_bias=bias[:, :8]
     )
     tables = jnp.arange(4)[None]
-    last, _ = decoder.decode(
-        x[:, 8:], jnp.array([8]), pages, tables, jnp.array([8]), jnp.array([9])
+    last, _ = jax.jit(type(decoder).decode)(
+        decoder, x[:, 8:], jnp.array([8]), pages, tables, jnp.array([8]), jnp.array([9])
     )
     np.testing.assert_allclose(last, whole[:, 8:], atol=1e-4)

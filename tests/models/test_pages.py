@@ -70,12 +70,13 @@ def run(given: Case, form: str, poison: float = 0.0) -> jax.Array:
 
 def by_loops(given: Case) -> np.ndarray:
     """Float64; zeros for the sequence without tokens."""
-    out = np.zeros(given.q.shape)
-    group = given.q.shape[2] // given.k.shape[2]
-    for row, _, head in np.ndindex(*given.q.shape[:3]):
+    q = np.asarray(given.q, np.float64)
+    out = np.zeros(q.shape)
+    group = q.shape[2] // given.k.shape[2]
+    for row, _, head in np.ndindex(*q.shape[:3]):
         keys, values = (x[row, : LENGTHS[row], head // group] for x in (given.k, given.v))
         if len(keys):
-            scores = keys @ np.asarray(given.q[row, 0, head], np.float64) / keys.shape[-1] ** 0.5
+            scores = keys @ q[row, 0, head] / keys.shape[-1] ** 0.5
             weights = np.exp(scores - scores.max())
             out[row, 0, head] = weights @ values / weights.sum()
     return out
@@ -87,7 +88,7 @@ def test_equals_loops(form: str, page_size: int) -> None:
     given = case(page_size)
     interpreted = pltpu.force_tpu_interpret_mode() if "tpu" in form else contextlib.nullcontext()
     with interpreted:
-        got = run(given, form)
+        got = jax.jit(functools.partial(run, given, form))()
     filled = np.array(LENGTHS) > 0
     np.testing.assert_allclose(got[filled], by_loops(given)[filled], atol=TOLERANCE[form])
 
@@ -95,7 +96,8 @@ def test_equals_loops(form: str, page_size: int) -> None:
 def test_plain_form_sees_nothing_of_other_pages() -> None:
     """Not even NaN, of whatever lies behind a sequence's end and in pages of nobody."""
     given = case(16)
-    np.testing.assert_array_equal(run(given, "xla", float("nan")), run(given, "xla"))
+    compiled = jax.jit(functools.partial(run, given, "xla"))
+    np.testing.assert_array_equal(compiled(float("nan")), compiled(0.0))
 
 
 def test_what_is_not_finite_is_never_written() -> None:
@@ -127,11 +129,9 @@ def rounded(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("shards", [1, 2])
 def test_int8_equals_loops_over_rounded_keys_and_values(shards: int) -> None:
     given = case(16, shards=shards)
-    if shards == 1:
-        got = of_int8(given)
-    else:
-        with sharding.use_mesh(sharding.make_mesh(1, 2, 2)):
-            got = jax.jit(functools.partial(of_int8, given))()
+    on = sharding.use_mesh(sharding.make_mesh(1, 2, 2)) if shards > 1 else contextlib.nullcontext()
+    with on:
+        got = jax.jit(functools.partial(of_int8, given))()
     filled = np.array(LENGTHS) > 0
     exact = by_loops(given)
     expected = by_loops(given._replace(k=rounded(given.k), v=rounded(given.v)))
@@ -163,17 +163,15 @@ def test_half_precision_rounds_and_no_more(dtype: str) -> None:
     expected = by_loops(
         given._replace(q=rounded[0], k=np.asarray(rounded[1]), v=np.asarray(rounded[2]))
     )
-    pages = empty_pages(given.config, given.tables.size, 16, jnp.dtype(dtype), implementation="xla")
-    rows = (jnp.asarray(x).astype(dtype) for x in (given.k, given.v))
-    pages = write_to_pages(pages, *rows, 1, LAYERS, jnp.asarray(given.places))
-    got = attend_to_pages(
-        given.q.astype(dtype),
-        pages,
-        1,
-        LAYERS,
-        jnp.asarray(given.tables),
-        jnp.asarray(LENGTHS, jnp.int32),
-    )
+    tables, lengths = jnp.asarray(given.tables), jnp.asarray(LENGTHS, jnp.int32)
+
+    @jax.jit
+    def attend(q, k, v):
+        pages = empty_pages(given.config, tables.size, 16, jnp.dtype(dtype), implementation="xla")
+        pages = write_to_pages(pages, k, v, 1, LAYERS, jnp.asarray(given.places))
+        return attend_to_pages(q, pages, 1, LAYERS, tables, lengths)
+
+    got = attend(*(jnp.asarray(x).astype(dtype) for x in given[:3]))
     assert got.dtype == dtype
     np.testing.assert_allclose(got.astype(np.float32), expected, atol=2e-2)
 

@@ -57,9 +57,9 @@ def test_features_and_the_pooling_heads_attention(golden: pathlib.Path) -> None:
     model = tower(WITH_HEAD, {key: value.astype(np.float32) for key, value in tensors.items()})
     expected = np.load(folder / "golden.npz")
     pixels = jnp.asarray(expected["pixels"].transpose(0, 2, 3, 1))
-    features = model(pixels)
+    features = jax.jit(lambda model, pixels: model(pixels))(model, pixels)
     np.testing.assert_allclose(features.hidden, expected["hidden_last"], atol=2e-4, rtol=2e-4)
-    attention = patch_attention(model, features)
+    attention = jax.jit(patch_attention)(model, features)
     np.testing.assert_allclose(attention, expected["proxy_map"], atol=1e-5)
 
 
@@ -105,8 +105,9 @@ def test_reductions_read_the_substitute() -> None:
         model = VisionTower(CONFIG, rngs=nnx.Rngs(1))
     side = CONFIG.image_size
     pixels = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), np.uint8)
-    together = encode_images(model, jnp.asarray(pixels), "prumerge")
-    alone = encode_images(model, jnp.asarray(pixels[1:2]), "prumerge")
+    encode = jax.jit(encode_images, static_argnames="reduction")
+    together = encode(model, jnp.asarray(pixels), reduction="prumerge")
+    alone = encode(model, jnp.asarray(pixels[1:2]), reduction="prumerge")
     assert together.lengths[1] == alone.lengths[0] > 0
     np.testing.assert_allclose(together.tokens[1], alone.tokens[0], atol=1e-5)
     with pytest.raises(ValueError, match="reads 'cls', which a tower without CLS token"):

@@ -4,18 +4,18 @@ import jax
 import numpy as np
 import pytest
 
-from prumerge_jax import prumerge, reductions
+from prumerge_jax import reductions
 from tests.prumerge_oracle import random_batch
 
 reduce = jax.jit(reductions.reduce, static_argnames="reduction")
 
 
-@pytest.mark.parametrize("base", ["prumerge", "prumerge+", "select-only"])
+@pytest.mark.parametrize("base", ["prumerge", "prumerge+"])
 @pytest.mark.parametrize("ranking", ["random", "uniform"])
 def test_baselines_keep_as_many_tokens_as_the_method(ranking: str, base: str) -> None:
     hidden, keys, attention = random_batch(6, 144, 8, seed=5)
     evidence = reductions.Evidence(hidden, keys, attention)
-    ours = prumerge.reduce_tokens(hidden, keys, attention, prumerge.preset(base))
+    ours = reduce(evidence, reductions.parse(base))
     got = reduce(evidence, reductions.parse(f"{base}:ranking={ranking}"))
     np.testing.assert_array_equal(got.lengths, np.minimum(ours.lengths, 144))
     for image in range(6):

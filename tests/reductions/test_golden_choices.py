@@ -10,6 +10,9 @@ import pytest
 from prumerge_jax import reductions
 from prumerge_jax.reductions import clustering, crops, evolution, greedy
 
+reduce = jax.jit(reductions.reduce, static_argnames="reduction")
+crop_shares = jax.jit(clustering.crop_shares, static_argnames=("crops", "tokens", "alpha"))
+density_peaks = jax.jit(clustering.density_peaks, static_argnums=2)
 TIED = 1e-12
 """Relative gap below which two gains of the float64 loops are the same number, rounded."""
 
@@ -122,12 +125,12 @@ def test_contextual_tokens_are_visionzips(data):
     for image, sizes, expected in cases(data, "visionzip", pattern):
         dominant, contextual = map(int, sizes)
         heads = image.keys.reshape(*image.keys.shape[:2], 4, -1).mean(2)
-        found = clustering.contextual(image.attention, heads, dominant, contextual)
-        merged = jnp.einsum(
-            "bkn,bnd->bkd", found.weights, image.hidden, precision=jax.lax.Precision.HIGHEST
+        found = jax.jit(clustering.contextual, static_argnums=(2, 3))(
+            image.attention, heads, dominant, contextual
         )
+        merged = np.asarray(found.weights[0]) @ image.hidden[0]
         kept = image.hidden[0][np.asarray(found.dominant[0])]
-        tokens = np.concatenate([image.cls[0], kept, merged[0]])
+        tokens = np.concatenate([image.cls[0], kept, merged])
         np.testing.assert_allclose(tokens, expected, atol=1e-5)
 
 
@@ -135,9 +138,9 @@ def test_contextual_tokens_are_visionzips(data):
 def test_crop_shares_are_holovs(data):
     for image, sizes, expected in cases(data, "holov", r"(\d+_\d)_crops(\d+)_k(\d+)_tokens"):
         crops, count = map(int, sizes)
-        kept = clustering.crop_shares(
-            image.projected, image.attention, crops=crops, tokens=count, alpha=0.09
-        )[0]
+        kept = crop_shares(image.projected, image.attention, crops=crops, tokens=count, alpha=0.09)[
+            0
+        ]
         assert kept.sum() == count
         # Tokens, not numbers: equal patches have no order there. Zero tokens stand for a surplus
         # that is given to other crops here.
@@ -154,7 +157,7 @@ def test_crop_shares_are_holovs(data):
 
 def test_density_peaks_are_pacts(data):
     for image, (cutoff,), expected in cases(data, "pact", r"(\d+_\d)_cutoff([\d.]+)_labels"):
-        found = clustering.density_peaks(image.keys, image.everywhere, float(cutoff))
+        found = density_peaks(image.keys, image.everywhere, float(cutoff))
         np.testing.assert_array_equal(found.centre[0], expected)
 
 
@@ -173,7 +176,7 @@ def test_coverage_of_texts_and_patches_is_mmtoks(data):
         )
         temperatures = f"text_temperature={text},vision_temperature={vision}"
         spelling = f"mmtok:tokens={count},alpha={alpha},{temperatures}"
-        visual = reductions.reduce(evidence, spelling)
+        visual = reduce(evidence, reduction=spelling)
         np.testing.assert_array_equal(visual.patch_indices[0], expected)
 
 
@@ -186,7 +189,7 @@ def test_evolution_score_and_order_are_those_of_the_loop(data):
             score = evolution.update_score(score, before, after)
         np.testing.assert_allclose(score[0], expected, atol=1e-6)
         order = data["independent"][f"evocut_{image.name}_order64"]
-        visual = reductions.reduce(image.evidence(watched=score), "evocut")
+        visual = reduce(image.evidence(watched=score), reduction="evocut")
         np.testing.assert_array_equal(visual.patch_indices[0], np.sort(order))
 
 

@@ -1,10 +1,14 @@
 """PruMerge applied again to its own output."""
 
+import jax
 import numpy as np
 import pytest
 
 from prumerge_jax import prumerge, reductions
 from tests.prumerge_oracle import random_batch
+
+reduce = jax.jit(reductions.reduce, static_argnames="reduction")
+reduce_tokens = jax.jit(prumerge.reduce_tokens, static_argnames="config")
 
 
 @pytest.mark.slow
@@ -23,10 +27,10 @@ def test_rounds_follow_each_other_until_the_budget_is_met() -> None:
             np.take_along_axis(x, patches[..., None], axis=1) for x in (keys, attention[..., None])
         )
         keys_left, attention_left = rest
-        visual = prumerge.reduce_tokens(tokens, keys_left, attention_left[..., 0], config)
+        visual = reduce_tokens(tokens, keys_left, attention_left[..., 0], config=config)
         kept = np.asarray(visual.patch_indices)
         tokens, patches = visual.tokens, np.take_along_axis(patches, kept, axis=1)
-    got = reductions.reduce(reductions.Evidence(hidden, keys, attention), reduction)
+    got = reduce(reductions.Evidence(hidden, keys, attention), reduction=reduction)
     np.testing.assert_array_equal(got.patch_indices, patches)
     np.testing.assert_allclose(got.tokens, tokens, atol=1e-6)
     np.testing.assert_array_equal(got.lengths, 7)

@@ -13,9 +13,8 @@ from prumerge_jax.aot.hlo import program_cost
 from prumerge_jax.reductions import stages
 from tests.conftest import require_eight_devices
 
-BATCH, PATCHES, WIDTH, HEADS = 5, 36, 16, 4
-SPELLINGS = [
-    *(name for name in reductions.names() if name != "downsample"),
+BATCH, PATCHES, WIDTH, HEADS = 8, 36, 16, 4  # on as many devices too: one compilation of each
+VARIANTS = [
     "cover:tokens=7,block=3",
     "cover:adaptive=coverage,threshold=0.8",
     "cover:adaptive=attention,alpha=1",
@@ -32,12 +31,18 @@ SPELLINGS = [
     "divprune:tokens=7,merge=mean,size_bias=False",
     "cover:adaptive=coverage,threshold=0.7,merge=mean",
 ]
+SPELLINGS = [
+    *(name for name in reductions.names() if name != "downsample"),
+    *(pytest.param(spelling, marks=pytest.mark.slow) for spelling in VARIANTS),
+]
 ORDERED = ["cover", "divprune", "dpp", "evocut", "hired", "idselection", "mmtok", "top"]
 
 
-def evidence_of(rng: np.random.Generator, batch: int = BATCH) -> reductions.Evidence:
+def evidence_of(seed: int) -> reductions.Evidence:
+    rng = np.random.default_rng(seed)
+
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=(batch, *shape)), jnp.float32)
+        return jnp.asarray(rng.normal(size=(BATCH, *shape)), jnp.float32)
 
     heads = jax.nn.softmax(normal(HEADS, PATCHES + 1) * 2, axis=-1)[..., 1:]
     return reductions.Evidence(
@@ -51,8 +56,8 @@ def evidence_of(rng: np.random.Generator, batch: int = BATCH) -> reductions.Evid
         feature_keys=normal(PATCHES, WIDTH),
         watched=jax.nn.sigmoid(normal(PATCHES)),
         projected=normal(PATCHES, WIDTH),
-        groups=stages.every_token(batch, PATCHES + 1),
-        question=(normal(6, WIDTH), jnp.arange(6) < jnp.asarray(rng.integers(0, 7, (batch, 1)))),
+        groups=stages.every_token(BATCH, PATCHES + 1),
+        question=(normal(6, WIDTH), jnp.arange(6) < jnp.asarray(rng.integers(0, 7, (BATCH, 1)))),
     )
 
 
@@ -71,38 +76,32 @@ reduce = jax.jit(reductions.reduce, static_argnames="reduction")
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_batch_mates_order_and_nan_change_no_bit(spelling: str) -> None:
+    """Tokens beyond the length are zero, and an image of NaN has none."""
     reduction = reductions.parse(spelling)
-    evidence = evidence_of(np.random.default_rng(3))
+    evidence = evidence_of(3)
     expected = reduce(evidence, reduction)
-    order = np.array([3, 0, 4, 1, 2])
-    mixed = rows(evidence, order)
-    poisoned = poison(mixed, 2)
-    got = reduce(poisoned, reduction)
-    for place in (0, 1, 3, 4):
-        for ours, theirs in zip(got, expected, strict=True):
-            np.testing.assert_array_equal(ours[place], theirs[order[place]])
-
-
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_tokens_beyond_the_length_are_zero_and_an_image_of_nan_has_none(spelling: str) -> None:
-    reduction = reductions.parse(spelling)
-    evidence = poison(evidence_of(np.random.default_rng(4)), 1)
-    visual = reduce(evidence, reduction)
+    order, broken = np.array([3, 7, 4, 1, 2, 0, 6, 5]), 2
+    visual = jax.tree.map(np.asarray, reduce(poison(rows(evidence, order), broken), reduction))
+    whole = np.arange(BATCH) != broken
+    for ours, theirs in zip(visual, expected, strict=True):
+        np.testing.assert_array_equal(ours[whole], np.asarray(theirs)[order][whole])
     assert visual.tokens.shape[1] == reduction.capacity_for(PATCHES)
-    beyond = np.arange(visual.tokens.shape[1]) >= np.asarray(visual.lengths)[:, None]
-    assert not np.asarray(visual.tokens)[beyond].any()
-    assert (np.asarray(visual.patch_indices)[beyond] == -1).all()
-    assert np.isfinite(visual.tokens[np.array([0, 2, 3, 4])]).all()
+    beyond = np.arange(visual.tokens.shape[1]) >= visual.lengths[:, None]
+    assert not visual.tokens[beyond].any()
+    assert (visual.patch_indices[beyond] == -1).all()
+    assert np.isfinite(visual.tokens[whole]).all()
     if reduction.selects_patches:  # the others do not look at what could be NaN
-        assert (visual.lengths[1], visual.required[1]) == (0, -1)
+        assert (visual.lengths[broken], visual.required[broken]) == (0, -1)
 
 
-@pytest.mark.parametrize("name", ORDERED)
+@pytest.mark.parametrize(
+    "name", [ORDERED[0], *(pytest.param(name, marks=pytest.mark.slow) for name in ORDERED[1:])]
+)
 def test_fewer_tokens_are_among_more(name: str) -> None:
-    evidence = evidence_of(np.random.default_rng(5))
+    evidence = evidence_of(5)
     kept = [
         np.asarray(reduce(evidence, reductions.parse(f"{name}:tokens={k}")).patch_indices)
-        for k in (1, 4, 9, 20, PATCHES)
+        for k in (4, 20, PATCHES)
     ]
     for fewer, more in zip(kept, kept[1:], strict=False):
         for few, many in zip(fewer, more, strict=True):
@@ -113,7 +112,7 @@ def test_fewer_tokens_are_among_more(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cover:adaptive=coverage,threshold=0.7", "pact:cutoff=0.7"])
 def test_a_capacity_changes_what_fits_and_says_what_was_needed(name: str) -> None:
-    evidence = evidence_of(np.random.default_rng(6))
+    evidence = evidence_of(6)
     free = reduce(evidence, reductions.parse(name))
     capacity = int(free.required.min()) - 1
     capped = reduce(evidence, reductions.parse(f"{name},capacity={capacity}"))
@@ -123,8 +122,11 @@ def test_a_capacity_changes_what_fits_and_says_what_was_needed(name: str) -> Non
 
 
 def test_coverage_threshold_is_the_first_count_that_reaches_it() -> None:
-    evidence = evidence_of(np.random.default_rng(7))
+    evidence = evidence_of(7)
     found = reduce(evidence, reductions.parse("cover:adaptive=coverage,threshold=0.6"))
+    rule = reductions.parse("cover")
+    everywhere = np.ones((BATCH, PATCHES), bool)
+    order = jax.jit(rule.order, static_argnums=2)(evidence, everywhere, PATCHES)
     unit = np.asarray(evidence.hidden, np.float64)
     unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
     for image, count in enumerate(np.asarray(found.lengths)):
@@ -133,16 +135,15 @@ def test_coverage_threshold_is_the_first_count_that_reaches_it() -> None:
         def reached(patches: np.ndarray, similarity: np.ndarray = similarity) -> float:
             return similarity[:, patches].max(1).mean()
 
-        fewer = reduce(
-            rows(evidence, slice(image, image + 1)),
-            reductions.parse(f"cover:tokens={count - 1}"),
-        )
-        assert reached(np.asarray(found.patch_indices[image][:count])) >= 0.6 - 1e-6
-        assert reached(np.asarray(fewer.patch_indices[0])) < 0.6 + 1e-6
+        chosen = np.asarray(order.patches[image])
+        np.testing.assert_array_equal(found.patch_indices[image][:count], np.sort(chosen[:count]))
+        assert reached(chosen[:count]) >= 0.6 - 1e-6
+        assert reached(chosen[: count - 1]) < 0.6 + 1e-6
 
 
+@pytest.mark.slow
 def test_padding_is_never_kept() -> None:
-    evidence = evidence_of(np.random.default_rng(8))
+    evidence = evidence_of(8)
     present = jnp.asarray(np.random.default_rng(9).random((BATCH, PATCHES)) < 0.5)
     padded = dataclasses.replace(evidence, present=present)
     for name in ORDERED:
@@ -155,16 +156,17 @@ def test_padding_is_never_kept() -> None:
             )
 
 
-@pytest.mark.parametrize("spelling", ["cover", "mmtok", "visionzip", "holov", "pact"])
-def test_one_compilation_serves_every_batch_of_a_size(spelling: str) -> None:
-    before = reduce._cache_size()
+def test_one_compilation_serves_every_batch_of_a_size() -> None:
+    sizes = set()
     for seed in range(3):
-        reduce(evidence_of(np.random.default_rng(seed), batch=3), reductions.parse(spelling))
-    assert reduce._cache_size() == before + 1
+        for spelling in ("cover", "mmtok", "visionzip", "holov", "pact"):
+            reduce(evidence_of(seed), reductions.parse(spelling))
+        sizes.add(reduce._cache_size())
+    assert len(sizes) == 1
 
 
 def test_merged_tokens_are_means_of_what_is_nearest_and_know_their_size() -> None:
-    evidence = evidence_of(np.random.default_rng(9))
+    evidence = evidence_of(9)
     plain, merged, bare = (
         reduce(evidence, reductions.parse(f"cover:tokens=7{more}"))
         for more in ("", ",merge=mean", ",merge=mean,size_bias=False")
@@ -198,7 +200,7 @@ def test_merged_tokens_are_means_of_what_is_nearest_and_know_their_size() -> Non
 def test_a_sharded_batch_needs_no_collective(spelling: str) -> None:
     require_eight_devices()
     mesh = sharding.make_mesh(8, 1, 1)
-    evidence = evidence_of(np.random.default_rng(0), batch=8)
+    evidence = evidence_of(0)
     placed = jax.device_put(evidence, NamedSharding(mesh, sharding.logical_spec("batch")))
     reduction = reductions.parse(spelling)
     with sharding.use_mesh(mesh):

@@ -14,11 +14,17 @@ reduce = jax.jit(reductions.reduce, static_argnames="reduction")
 reduce_tokens = jax.jit(prumerge.reduce_tokens, static_argnames="config")
 
 
-@pytest.mark.parametrize("name", prumerge.PRESETS)
-def test_the_bits_of_the_paper(name: str) -> None:
+def test_presets_are_the_papers_parameters() -> None:
+    for name in prumerge.PRESETS:
+        assert reductions.parse(name) == reductions.as_reduction(prumerge.preset(name))
+
+
+@pytest.mark.parametrize(("name", "dtypes"), [("prumerge+fixed", ["float32"]),
+                                              ("paper+", ["float32", "bfloat16"])])  # fmt: skip
+def test_the_bits_of_the_paper(name: str, dtypes: list[str]) -> None:
     hidden, keys, attention = random_batch(4, 64, 12, seed=1)
     attention[2, 5] = np.nan
-    for dtype in (jnp.float32, jnp.bfloat16):
+    for dtype in dtypes:
         features = jnp.asarray(hidden, dtype)
         expected = reduce_tokens(features, keys, attention, config=prumerge.preset(name))
         evidence = reductions.Evidence(features, keys, attention)

@@ -1,5 +1,6 @@
 """Merging of tokens inside the tower, and where the merges are."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,11 +20,15 @@ def test_three_rounds_of_matching_are_those_of_the_loop(golden, case: str) -> No
     size, row = case.split("_")
     x, metric = (jnp.asarray(inputs[f"{f}_{size}"][int(row)][None]) for f in ("hidden", "keys"))
     groups = stages.every_token(*x.shape[:2])
-    for _ in range(3):
+
+    @jax.jit
+    def merged(x, metric, groups):
         division = stages.bipartite(metric, 13)
-        x = stages.merge(x, groups.sizes, division)
-        metric = stages.merge(metric, groups.sizes, division)
-        groups = stages.regroup(groups, division)
+        x, metric = (stages.merge(each, groups.sizes, division) for each in (x, metric))
+        return x, metric, stages.regroup(groups, division)
+
+    for _ in range(3):
+        x, metric, groups = merged(x, metric, groups)
     np.testing.assert_array_equal(groups.token_of[0], expected[f"tome_{case}_source_of_patch"])
     np.testing.assert_array_equal(groups.sizes[0], expected[f"tome_{case}_sizes"])
     np.testing.assert_allclose(x[0], expected[f"tome_{case}_tokens"], atol=1e-5)

@@ -143,7 +143,13 @@ def alone(batches: list[RowBatch]) -> RowBatch:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"teacher": "adapters_off", "teacher_factor": None}], ids=["current", "off"]
+    "options",
+    [
+        pytest.param({}, id="current"),
+        pytest.param(
+            {"teacher": "adapters_off", "teacher_factor": None}, id="off", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_loss_and_gradient_are_those_of_single_samples_by_a_plain_formula(options: dict) -> None:
     own = bench(**options)
@@ -232,6 +238,7 @@ def test_other_counts_compile_nothing() -> None:
     assert len(set(counts)) == 3
 
 
+@pytest.mark.slow
 def test_losses_and_weights_on_a_mesh_are_those_of_one_device() -> None:
     require_eight_devices()
     trained: list[tuple[TrainState, list[float]]] = [
@@ -296,6 +303,7 @@ def test_a_stopped_run_ends_bit_identical(tmp_path: pathlib.Path) -> None:
     settings = recipe.get_config("tiny")
     settings.data.directory = str(tmp_path / "data")
     settings.tokenizer = "digits"
+    settings.batch_size, settings.data.train_scenes, settings.run.rows_per_shard = 8, 16, 2
     stop = StopFlag()
     stop.request("a test")
     run(settings, tmp_path / "stopped", stop)

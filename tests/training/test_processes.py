@@ -154,10 +154,6 @@ def terminated(
     return workdir
 
 
-def copy(workdir: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(shutil.copytree(workdir, folder / "run"))
-
-
 def assert_same_end(workdir: pathlib.Path, straight: pathlib.Path) -> None:
     assert saved_steps(workdir)[-1] == STEPS
     assert records(workdir) == records(straight)
@@ -206,24 +202,13 @@ def test_sigterm_to_one_process_ends_both_at_one_step(
     assert "step 1" not in log_of(terminated, 1)
 
 
-def test_one_process_goes_on_where_two_stopped(
+def test_two_go_on_where_two_stopped_a_killed_one_ends_the_other_and_one_goes_on(
     config: ml_collections.ConfigDict,
     terminated: pathlib.Path,
     straight: pathlib.Path,
     tmp_path: pathlib.Path,
 ) -> None:
-    workdir = copy(terminated, tmp_path)
-    run(config, workdir, StopFlag())
-    assert_same_end(workdir, straight)
-
-
-def test_two_go_on_where_two_stopped_and_a_killed_one_ends_the_other(
-    config: ml_collections.ConfigDict,
-    terminated: pathlib.Path,
-    straight: pathlib.Path,
-    tmp_path: pathlib.Path,
-) -> None:
-    workdir = copy(terminated, tmp_path)
+    workdir = pathlib.Path(shutil.copytree(terminated, tmp_path / "run"))
     with train(config, workdir) as processes:
         wait_for_step(workdir, saved_steps(workdir)[-1] // 2 * 2 + 2, processes)
         processes[1].kill()

@@ -25,6 +25,7 @@ from prumerge_jax.training.workdir import StopFlag
 from tests.training.bench import Bench, lora_config
 
 
+@pytest.mark.slow
 def test_frozen_codes_are_quantised_and_never_change() -> None:
     bench = Bench(lora_config(quantize="nf4"))
     shapes = bench.objective.shapes()
@@ -56,12 +57,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ml_collections.ConfigDic
     folder = tmp_path_factory.mktemp("qlora")
     first = contrastive.get_config("tiny")
     first.data.directory = str(folder / "data")
+    first.data.train_scenes = 32
+    first.batch_size = 16
     first.steps = 1
     first.objective_options.curriculum = ((1, 1.0, 1),)
     run(first, folder / "first", StopFlag())
     config = lora.get_config("tiny")
     config.data.directory = str(folder / "data")
     config.weights = str(folder / "first" / "model")
+    config.data.train_scenes = 32
     config.max_length = 256
     config.batch_size = 8
     config.run.rows_per_shard = 4

@@ -44,6 +44,8 @@ def first(folder: pathlib.Path) -> ml_collections.ConfigDict:
     """The tiny contrastive objective."""
     config = contrastive.get_config("tiny")
     config.data.directory = str(folder / "data")
+    config.data.train_scenes = 32
+    config.batch_size = 16
     config.steps = 2
     config.objective_options.curriculum = ((1, 1.0, 1),)
     return config
@@ -61,6 +63,7 @@ def config(base: pathlib.Path, folder: pathlib.Path) -> ml_collections.ConfigDic
     config = lora.get_config("tiny")
     config.data.directory = str(folder / "data")
     config.weights = str(base)
+    config.data.train_scenes = 32
     config.max_length = 256
     config.batch_size = 8
     config.run.rows_per_shard = 4

@@ -67,6 +67,7 @@ def test_packed_rows_have_the_loss_of_one_sample_per_row(bench: Bench) -> None:
         )
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_big_batch(bench: Bench) -> None:
     """Even though the micro-batches hold different numbers of target tokens."""
     whole, parts = bench.batches(8), bench.batches(1)
@@ -119,6 +120,7 @@ def test_nan_in_padding_reaches_neither_loss_nor_gradient(bench: Bench) -> None:
         np.testing.assert_array_equal(dirty.gradient[path], gradient, err_msg=path)
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_seed_and_step_alone() -> None:
     adapter = ml_collections.ConfigDict({"rank": 4, "alpha": 8.0, "dropout": 0.5})
     bench = Bench(lora_config(adapter=adapter))

@@ -51,6 +51,7 @@ def test_patterns_that_fit_nothing_or_collide_are_refused() -> None:
         trained_paths(MODULE.variables, (("projector.*", 1e-3), ("*.bias", 1e-3)))
 
 
+@pytest.mark.slow
 def test_random_weights_are_those_of_the_module() -> None:
     mesh = make_mesh()
     shapes, shardings = MODULE.shapes(), MODULE.shardings(mesh)
