@@ -1,14 +1,15 @@
 """A load test of the server: requests that arrive as a Poisson process, at several rates.
 
     python benchmarks/serving.py
+    python benchmarks/serving.py --rates 0.25 0.5 0.8 1.1 --seconds 20 --clients 16 --static
     python benchmarks/serving.py --geometry miniature --rates 5 20 50
 
 One server on loopback (`served.py`) runs all of `--reductions`; their loads come one after the
 other. Questions about scenes of digits arrive at each of `--rates` for `--seconds`, whether or not
 earlier ones were answered, and are streamed. Every reduction gets the same requests at the same
 times; one that does not keep up with a rate gets no higher one. The last load is saturation:
-`--clients` who always ask again. A second server runs the last reduction in static batches, which
-begin and end together: an engine without continuous batching.
+`--clients` who always ask again. With `--static` a second server runs the last reduction in static
+batches, which begin and end together: an engine without continuous batching.
 
 Sizes are those of `models.py`, with random weights and drawn counts of visual tokens, or the
 miniature with what it finds in the scenes. Answers have 1 to `--new_tokens` tokens, equally often.
@@ -43,7 +44,7 @@ SCENES = 64
 KEEPS_UP = 0.6
 """Share of a rate that a server answers that keeps up; the end of a load, after the last arrival,
 is part of its time."""
-START_SECONDS = 60
+START_SECONDS = 120
 """About what it takes to compile everything."""
 
 
@@ -241,17 +242,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--geometry", default="mid", help="sizes of models.py, or miniature")
     parser.add_argument("--reductions", nargs="+", default=[FULL, "prumerge+", "prumerge"])
     parser.add_argument("--rates", nargs="+", type=float, default=[0.2, 0.5], help="requests/s")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each load")
-    parser.add_argument("--clients", type=int, default=16, help="at saturation")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
+    parser.add_argument("--clients", type=int, default=8, help="at saturation")
     parser.add_argument("--slots", type=int, default=16, help="sequences decoded at once")
     parser.add_argument("--new_tokens", type=int, default=32, help="most tokens of an answer")
+    parser.add_argument("--static", action="store_true", help="a static server beside them")
     arguments = parser.parse_args(argv)
     begin("serving", __doc__, minutes=5)
-    loads = (len(arguments.reductions) + 1) * (len(arguments.rates) + 1)
+    servers = 1 + arguments.static
+    loads = (len(arguments.reductions) + arguments.static) * (len(arguments.rates) + 1)
     progress(
-        f"{loads} loads of {arguments.seconds:g} s and what is then unanswered, on two servers "
-        f"that take a minute to start: about "
-        f"{(2 * START_SECONDS + loads * arguments.seconds) / 60:.0f} minutes"
+        f"{loads} loads of {arguments.seconds:g} s and what is then unanswered, {servers} starts "
+        f"of {START_SECONDS} s: about "
+        f"{(servers * START_SECONDS + 1.5 * loads * arguments.seconds) / 60:.0f} minutes"
     )
     rows: list[dict[str, Any]] = []
     server = Server(arguments.reductions, arguments)
@@ -260,12 +263,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows += measured(server, reduction, reduction, arguments)
     finally:
         server.close()
-    last = arguments.reductions[-1]
-    server = Server([last], arguments, static=True)
-    try:
-        rows += measured(server, last, f"{last}, static", arguments)
-    finally:
-        server.close()
+    if arguments.static:
+        last = arguments.reductions[-1]
+        server = Server([last], arguments, static=True)
+        try:
+            rows += measured(server, last, f"{last}, static", arguments)
+        finally:
+            server.close()
     report("serving", arguments, rows, notes=notes(rows, arguments))
 
 
