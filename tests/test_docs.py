@@ -2,6 +2,8 @@
 
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 from ml_collections import ConfigDict
@@ -77,6 +79,23 @@ def test_every_reduction_and_benchmark_of_the_readme_is_known() -> None:
     names = re.findall(r"`(\w+)`", listed)
     assert len(names) >= 13
     assert [benchmark(name).name for name in names] == names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "module",
+    sorted(
+        {
+            m
+            for page in PAGES
+            for m in re.findall(r"python -m (prumerge_jax[\w.]*)", page.read_text())
+        }
+    ),
+)
+def test_modules_that_are_named_as_programs_are_programs(module: str) -> None:
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "--" in done.stdout
 
 
 @pytest.mark.slow

@@ -121,3 +121,7 @@ def _videos(folder: pathlib.Path) -> list[pathlib.Path]:
             f"--videos {folder}: nothing in it; expected video files, GIFs or folders of frames"
         )
     return videos
+
+
+if __name__ == "__main__":
+    main()
