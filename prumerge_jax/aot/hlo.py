@@ -149,7 +149,7 @@ def _passes_on(instruction: "_Instruction") -> bool:
 
 def _multiplies(module: "_Module", instruction: "_Instruction") -> bool:
     """Whether it is a product of matrices, or a fusion or kernel that may hold one."""
-    return instruction.opcode in ("dot", "convolution", "custom-call") or any(
+    return instruction.opcode in (*_PRODUCTS, "custom-call") or any(
         _multiplies(module, inner)
         for name in instruction.called
         for inner in module.computations.get(name, [])

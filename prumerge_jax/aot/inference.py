@@ -40,13 +40,14 @@ from prumerge_jax.cost.bits import PLAIN, Bits
 from prumerge_jax.cost.roofline import FRONT_TOKENS, Operation, Workload
 from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.tokens import IMAGE_TOKEN
+from prumerge_jax.engine.encoding import resized
 from prumerge_jax.engine.request import Opening
 from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit, most_visual_tokens
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.quantisation import format_named, named_cache_dtype
 from prumerge_jax.models.quantised_weights import check_blocks
 from prumerge_jax.models.tuning import BY_PLATFORM
-from prumerge_jax.reductions import Reduction, Stage, parse
+from prumerge_jax.reductions import Stage, parse
 from prumerge_jax.sharding.mesh import mesh_on
 
 SEQUENCE_TOKENS = 150
@@ -239,12 +240,12 @@ def plan_inference(
         named_cache_dtype(cache_dtype),
     )
     page_size = engine.page_size or BY_PLATFORM["tpu"].page_size
-    resized = _resized(model, parse(reduction))
+    sized = resized(model, parse(reduction))
     shapes = fit(
         dataclasses.replace(engine, page_size=page_size),
         parse(reduction),
-        resized.vision.num_patches,
-        _openings(questions_per_image, largest_layout(resized, parse(reduction))),
+        sized.vision.num_patches,
+        _openings(questions_per_image, largest_layout(sized, parse(reduction))),
         max_new_tokens=ASSUMED_NEW_TOKENS,
         max_positions=model.text.max_positions,
         shards=mesh["data"] * mesh["fsdp"],
@@ -294,7 +295,7 @@ class _Asked(NamedTuple):
         check_blocks(self.model.text, held.quantize, mesh.shape)
         return EnginePrograms(
             abstract_weights(self.model, mesh, held),
-            _resized(self.model, reduction),
+            resized(self.model, reduction),
             self.shapes,
             reduction,
             mesh,
@@ -313,12 +314,6 @@ def _openings(questions_per_image: int, layout: Layout) -> list[Opening]:
         token_ids = [*[1] * FRONT_TOKENS, IMAGE_TOKEN, *[2 + number] * behind]
         openings.append(Opening(np.array(token_ids), (image,), (layout,)))
     return openings
-
-
-def _resized(model: LlavaConfig, reduction: Reduction) -> LlavaConfig:
-    """The model with images of the size that a reduction wants."""
-    side = reduction.image_size(model.vision.image_size, model.vision.patch_size)
-    return dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_size=side))
 
 
 def _larger(mesh: Sizes, model: LlavaConfig, devices: int) -> Iterator[dict[str, int]]:

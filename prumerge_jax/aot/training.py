@@ -39,8 +39,8 @@ from prumerge_jax.models.quantised_weights import check_blocks
 from prumerge_jax.sharding.mesh import logical_spec, mesh_on, placed, use_mesh
 from prumerge_jax.training.config import TrainConfig, parse, with_sizes
 from prumerge_jax.training.fit import (
-    CAUTIOUS,
     RESERVE,
+    abstract_frozen,
     abstract_step,
     choices,
     fixed,
@@ -227,21 +227,16 @@ def _plan(config: TrainConfig, topology: Topology, samples: Samples, sizes: Size
     _check_divides(config, sizes)
     mesh = mesh_on(topology.devices, **sizes)
     batch = NamedSharding(mesh, logical_spec("batch"))
-    shards = sizes["data"] * sizes["fsdp"]
-    cautious = fixed(config, *CAUTIOUS)
-    with use_mesh(mesh):
-        objective = make_objective(cautious)
-    _, state, frozen = abstract_step(cautious, objective, mesh)
-    visual = placed(abstract_rows(cautious, shards).visual_tokens, batch)
-    resident = resident_bytes(state, frozen, visual)
+    resident = resident_bytes(config, mesh)
     open_to_it = choices(config, resident, sizes, chip, tpu(chip).memory)
     chosen, accumulate, update = _first_that_leaves_the_reserve(
         [fixed(config, *choice) for choice in open_to_it], mesh, resident, tpu(chip).memory
     )
     with use_mesh(mesh):
+        objective = make_objective(chosen)
         side = model.vision.image_size
         pixels = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)
-        encoder = ImageEncoder(chosen, frozen, mesh)
+        encoder = ImageEncoder(chosen, abstract_frozen(objective, mesh), mesh)
         kernel = tower_kernel_flops(model.vision, config.batch_size, objective.dtype) / mesh.size
         encode = compile_program("encode", encoder.lower(placed(pixels, batch)), kernel)
     return TrainingPlan(

@@ -15,8 +15,6 @@ from prumerge_jax.models.config import TextConfig, decoder_linears
 
 ASSUMED_SHARE = 0.6
 """Share of the peak FLOP/s at which a micro-batch is assumed to run."""
-LOGIT_POSITIONS = 256
-"""Positions of a row whose logits exist at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +26,7 @@ class MicroBatch:
       rank: of the adapters; 0 without.
       rows: rows per data shard.
       length: tokens of a row.
+      logit_positions: those whose logits exist at a time.
       fsdp, tensor: sizes of these axes of the mesh.
     """
 
@@ -35,6 +34,7 @@ class MicroBatch:
     rank: int
     rows: int
     length: int
+    logit_positions: int
     fsdp: int = 1
     tensor: int = 1
 
@@ -62,7 +62,7 @@ def working_bytes(batch: MicroBatch, remat: str) -> float:
     trained = counts.lora_parameters(text, batch.rank) if batch.rank else 0
     gradients = 4 * trained / (batch.fsdp * batch.tensor)
     at_once = batch.positions * (8 * text.width + 6 * text.mlp_width) / batch.tensor
-    logits = 3 * 4 * batch.rows * min(LOGIT_POSITIONS, batch.length) * text.vocab_size
+    logits = 3 * 4 * batch.rows * batch.logit_positions * text.vocab_size
     at_once = max(ACTIVATION_BYTES * at_once, logits / batch.tensor)
     return kept_bytes(batch, remat) + weights + gradients + at_once
 

@@ -162,6 +162,13 @@ def frame_form(config: LlavaConfig, reduction: Reduction) -> FrameForm | None:
     return form if differs else None
 
 
+def resized(config: LlavaConfig, reduction: Reduction) -> LlavaConfig:
+    """The model with images of the size that a reduction wants."""
+    vision = config.vision
+    side = reduction.image_size(vision.image_size, vision.patch_size)
+    return dataclasses.replace(config, vision=dataclasses.replace(vision, image_size=side))
+
+
 def token_slots(config: LlavaConfig, reduction: Reduction) -> int:
     """Token slots of every crop: those of the reduction, and one for a frame's CLS feature."""
     form = frame_form(config, reduction)

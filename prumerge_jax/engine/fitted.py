@@ -7,7 +7,7 @@ from prumerge_jax import sharding
 from prumerge_jax.data.sequences import PositionIds
 from prumerge_jax.data.visual_layout import Newlines
 from prumerge_jax.engine.build import Draft
-from prumerge_jax.engine.encoding import PlacedModel
+from prumerge_jax.engine.encoding import PlacedModel, resized
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.pages import pages_that_fit
 from prumerge_jax.engine.shapes import EngineConfig, fit
@@ -33,16 +33,13 @@ def fitted_engine(
       config: shapes to fix; the others are fitted.
       reduction, drafts, max_new_tokens, position_ids, newlines, image_budget: as in `Llava.engine`.
     """
-    native = model.config.vision
-    side = reduction.image_size(native.image_size, native.patch_size)
-    vision = dataclasses.replace(native, image_size=side)
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, vision=vision))
+    model = dataclasses.replace(model, config=resized(model.config, reduction))
     with sharding.use_mesh(model.mesh):
         page_size = config.page_size or tuning.current().page_size
         shapes = fit(
             config,
             reduction,
-            vision.num_patches,
+            model.config.vision.num_patches,
             [draft.opening for draft in drafts],
             max_new_tokens=max_new_tokens,
             max_positions=model.config.text.max_positions,

@@ -24,7 +24,7 @@ from prumerge_jax.models.remat import REMAT
 from prumerge_jax.sharding.mesh import bytes_per_device, logical_spec, placed, use_mesh
 from prumerge_jax.sharding.processes import allgather_ints
 from prumerge_jax.training.config import TrainConfig
-from prumerge_jax.training.objectives.next_token import abstract_rows
+from prumerge_jax.training.objectives.next_token import LOGIT_POSITIONS, abstract_rows
 from prumerge_jax.training.objectives.registry import Objective, make_objective
 from prumerge_jax.training.optimizer import make_optimizer
 from prumerge_jax.training.step import TrainStep, state_shardings
@@ -125,20 +125,25 @@ def micro_batch(config: TrainConfig, sizes: Mapping[str, int], rows: int) -> Mic
         rank=0 if config.adapter is None else config.adapter.rank,
         rows=rows,
         length=config.row_length,
+        logit_positions=min(LOGIT_POSITIONS, config.row_length),
         fsdp=sizes["fsdp"],
         tensor=sizes["tensor"],
     )
 
 
-def resident_bytes(state: Any, frozen: Shapes, visual_tokens: Any) -> int:
+def resident_bytes(config: TrainConfig, mesh: Mesh) -> int:
     """Bytes per device of weights, optimizer, gradient sums and the visual tokens of two batches.
 
-    Args:
-      state, frozen: as of `abstract_step`.
-      visual_tokens: of one batch, a shape with its sharding.
+    They do not depend on what the configuration leaves open.
     """
+    config = fixed(config, *CAUTIOUS)
+    with use_mesh(mesh):
+        objective = make_objective(config)
+    _, state, frozen = abstract_step(config, objective, mesh)
+    rows = abstract_rows(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    visual = placed(rows.visual_tokens, NamedSharding(mesh, logical_spec("batch")))
     # The gradient sums are as large as the trained weights.
-    return bytes_per_device((state, state.trained, frozen, visual_tokens, visual_tokens))
+    return bytes_per_device((state, state.trained, frozen, visual, visual))
 
 
 def abstract_step(
@@ -150,11 +155,16 @@ def abstract_step(
     optimizer = make_optimizer(config.optimizer, 1000, objective.learning_rates)
     of_state = state_shardings(optimizer, objective.trained(), shardings, mesh)
     step = TrainStep(objective.loss, optimizer, seed=config.seed, shardings=of_state)
-    frozen = {
+    return step, step.abstract_state(objective.trained()), abstract_frozen(objective, mesh)
+
+
+def abstract_frozen(objective: Objective, mesh: Mesh) -> Shapes:
+    """The frozen weights as shapes with shardings."""
+    shardings = objective.module.shardings(mesh)
+    return {
         path: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[path])
         for path, shape in objective.frozen().items()
     }
-    return step, step.abstract_state(objective.trained()), frozen
 
 
 def _chosen(config: TrainConfig, mesh: Mesh, device: jax.Device) -> tuple[str, int, str]:
@@ -162,14 +172,7 @@ def _chosen(config: TrainConfig, mesh: Mesh, device: jax.Device) -> tuple[str, i
     available = _memory(device)
     if available is None:
         return *CAUTIOUS, f"the memory of a {device.device_kind} is not known"
-    sizes = dict(mesh.shape)
-    trial = fixed(config, *CAUTIOUS)
-    with use_mesh(mesh):
-        objective = make_objective(trial)
-    _, state, frozen = abstract_step(trial, objective, mesh)
-    rows = abstract_rows(trial, sizes["data"] * sizes["fsdp"])
-    visual = placed(rows.visual_tokens, NamedSharding(mesh, logical_spec("batch")))
-    resident = resident_bytes(state, frozen, visual)
+    sizes, resident = dict(mesh.shape), resident_bytes(config, mesh)
     remat, per_shard = choices(config, resident, sizes, _chip(device), available)[0]
     planned = resident + working_bytes(micro_batch(config, sizes, per_shard), remat)
     gib, of = planned / 2**30, available / 2**30

@@ -32,8 +32,8 @@ from prumerge_jax.training.weights import (
     trained_paths,
 )
 
-# Positions per row whose logits exist at a time: [2048, 32000] float32 would be 262 MB per row.
-_CHUNK = 256
+LOGIT_POSITIONS = 256
+"""Positions of a row whose logits exist at a time; [2048, 32000] float32 would be 262 MB."""
 
 
 def next_token_loss(
@@ -99,7 +99,7 @@ def sum_over_targets(
       *hidden: each [rows, T, D].
     """
     rows, length = targets.shape
-    chunk = min(_CHUNK, length)
+    chunk = min(LOGIT_POSITIONS, length)
     pad = -length % chunk
 
     def chunks(x: jax.Array, padding: int) -> jax.Array:
