@@ -33,6 +33,10 @@ def compilation_cache() -> pathlib.Path:
     return home / "prumerge_jax_tests" / hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
 
 
+# Threads of XLA's pool for the eight devices. By default there are eight, and a program in which
+# two collectives do not depend on each other can block all, each waiting for another device.
+os.environ.setdefault("NPROC", "32")
+
 # Inherited by the programs that tests start. Every entry is kept, however fast it was compiled:
 # the many small ones make up most of a first run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache()))

@@ -110,10 +110,7 @@ def logical_spec(*logical: str | None) -> PartitionSpec:
 
 
 def divisible_spec(shape: Sequence[int], *logical: str | None) -> PartitionSpec:
-    """`logical_spec` on the current mesh, with as many of an axis's mesh axes as divide its length.
-
-    `jax.shard_map` takes even shards only, where `jax.jit` pads uneven ones.
-    """
+    """`logical_spec` on the current mesh, with as many mesh axes as divide an axis's length."""
     sizes = jax.sharding.get_abstract_mesh().shape
     entries = []
     for length, entry in zip(shape, logical_spec(*logical), strict=True):
@@ -127,13 +124,16 @@ def divisible_spec(shape: Sequence[int], *logical: str | None) -> PartitionSpec:
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Constrains an activation's sharding; without a mesh, returns it unchanged.
 
+    An axis that a mesh axis does not divide is left off it: XLA would pad the uneven shards, and
+    move what they hold between devices at every operation that reads the axis another way.
+
     Auto axis types resolve conflicting claims on a mesh axis silently, by replicating: after an
     embedding lookup both the batch and the table's width claim `fsdp`, and the batch loses. One
     constraint after the lookup restores it.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, logical_spec(*logical))
+    return jax.lax.with_sharding_constraint(x, divisible_spec(x.shape, *logical))
 
 
 def unshard_embed(weight: jax.Array, *logical: str | None) -> jax.Array:
