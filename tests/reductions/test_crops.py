@@ -1,5 +1,6 @@
 """HiRED: tokens of an image shared out over its crops."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -7,10 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import lora
 from prumerge_jax import reductions
 from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.visual_layout import shared_lengths
 from prumerge_jax.reductions.crops import HiredCrops, crop_shares
+from prumerge_jax.training.config import ConfigError, parse
+from prumerge_jax.training.objectives.next_token import run_reduction
+from tests.families import NEXT_VICUNA
 
 SIDE = 8
 QUADRANT = 1 + (np.indices((SIDE, SIDE)) // (SIDE // 2) * [[[2]], [[1]]]).sum(0).reshape(-1)
@@ -62,6 +67,7 @@ def test_a_prefix_of_a_crops_tokens_is_what_fewer_tokens_keep() -> None:
     evidence = evidence_of(heads, rng.random((4, SIDE**2)).astype(np.float32), present=present)
     reduce = jax.jit(reductions.reduce, static_argnames="reduction")
     visual = reduce(evidence, reduction=reductions.parse("hired:tokens=9").for_crops(5))
+    assert visual.tokens.shape[1] == 23  # of 45 the whole image gets 22, one tile what is left
     np.testing.assert_array_equal(visual.lengths, [*np.minimum(present.sum(1), 23)[:3], 0])
     np.testing.assert_array_equal(visual.required, [*np.minimum(present.sum(1), 23)[:3], -1])
     fewer = reduce(evidence, reduction="hired:tokens=3")
@@ -83,6 +89,11 @@ def test_what_it_does_not_take_is_refused_with_what_to_do() -> None:
         refusal = reductions.refusal_of_crops(rule)
         assert refusal is not None
         assert "expected it without 'adaptive' and 'merge'" in refusal
+    config = lora.get_config()
+    config.reduction = "hired:merge=mean"
+    parsed = dataclasses.replace(parse(config), model=NEXT_VICUNA)
+    with pytest.raises(ConfigError, match="hired:merge=mean shares a fixed number of unmerged"):
+        run_reduction(parsed)
     assert isinstance(reductions.parse("hired").for_crops(5), HiredCrops)
     assert reductions.parse("hired").for_crops(1) == reductions.parse("hired:alpha=0.5")
     with pytest.raises(ValueError, match=r"alpha is '?1.1'?; expected a number from 0.0 to 1.0"):
