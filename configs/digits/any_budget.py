@@ -15,7 +15,7 @@ def get_config(mode: str = "") -> common.ConfigDict:
     config.objective = "any_budget"
     config.objective_options = common.ConfigDict(
         {
-            "lower": (72, 9),
+            "lower": (36, 9),
             "falling": 0.4,
             "weight": 0.5,
             "temperature": 2.0,
@@ -27,12 +27,12 @@ def get_config(mode: str = "") -> common.ConfigDict:
     config.weights = "runs/digits/finetune/model"
     config.learning_rates = (("decoder.*.lora_?", 2e-3),)
     config.adapter = common.lora(rank=16, alpha=32.0, dropout=0.0)
-    config.reduction = "cover:tokens=144"
+    config.reduction = "top:tokens=144,merge=mean"
     config.position_ids = "original"
     config.data.train_scenes = 14_400
     config.data.questions_per_family = 1
     config.max_length = 320
     config.batch_size = 32
-    config.steps = 300
+    config.steps = 400
     config.run.rows_per_shard = 6
     return miniature.at_scale(config, mode)

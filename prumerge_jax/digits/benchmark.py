@@ -62,8 +62,9 @@ class Digits(Benchmark[Annotations]):
     # The miniature is trained with the positions that its visual tokens had before the reduction.
     position_ids: PositionIds = "original"
     reductions = (
-        "full cover:tokens=54 cover:tokens=27 cover:tokens=18 prumerge+:neighbours=8 "
-        "prumerge:neighbours=8 random:neighbours=8"
+        "full top:tokens=54,merge=mean top:tokens=27,merge=mean top:tokens=18,merge=mean "
+        "top:adaptive=attention,merge=mean top:tokens=27,merge=mean,ranking=random "
+        "prumerge+:neighbours=8 prumerge:neighbours=8"
     )
     default_options: ClassVar[Mapping[str, Any]] = {"split": "test", "scenes": 1000}
     group_label = "number of digits"
