@@ -173,3 +173,12 @@ def test_a_copy_of_a_quantised_kernel_is_found() -> None:
     check_no_copies("read", QUANTISED.replace("COPY", plain), [(64, 32)])
     with pytest.raises(CopiesWeights, match=r"read holds bf16\[2, 32, 64\]: a copy of a quantised"):
         check_no_copies("read", QUANTISED.replace("COPY", COPY), [(64, 32)])
+
+
+def test_collectives_between_slices_are_told_apart() -> None:
+    text = TPU.replace("channel_id=75", "channel_id=75, replica_groups={{0,1},{2,3}}")
+    cost = program_cost(text, slices=(0, 0, 1, 1))
+    # The all-reduce names no groups: it is of all devices.
+    assert cost.between_slices == {"all-reduce": cost.collectives["all-reduce"]}
+    assert program_cost(text, slices=(0, 1, 0, 1)).between_slices == cost.collectives
+    assert program_cost(text).between_slices == {}
