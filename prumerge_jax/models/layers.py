@@ -68,8 +68,8 @@ class Linear(nnx.Module):
       kernel_q, kernel_scale: in place of `kernel`, its codes and scales (`quantisation.Quantised`)
         in the format `quantize`.
       out_first: whether the kernel is kept the other way round, see `put_out_first`.
-      kept_as: name of its output for `remat.rematerialise`; None for queries, keys and values, of
-        which the heads are kept.
+      kept_as: name of its output for `remat.rematerialise`; None for queries, keys and values,
+        which attention names.
       bias: [d_out] or None.
       lora_a, lora_b: [d_in, rank] and [rank, d_out]; absent without an adapter.
     """
