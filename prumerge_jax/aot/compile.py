@@ -96,7 +96,6 @@ def compile_program(
     kernel_bytes: float = 0.0,
     quantised: Collection[tuple[int, int]] = (),
     steps: int = 1,
-    slices: Sequence[int] = (),
 ) -> Program:
     """Compiles one program, whose outermost loop runs `steps` times if nothing else says how often.
 
@@ -106,7 +105,6 @@ def compile_program(
       kernel_flops, kernel_bytes: see `Program`.
       quantised: shapes, as a chip holds them, of kernels that must not exist in 16 or more bits.
       steps: see above.
-      slices: the slice of every device of the mesh; none for one.
 
     Raises:
       DoesNotFit: its arguments and temporaries exceed the memory of a chip.
@@ -131,7 +129,7 @@ def compile_program(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        cost=program_cost(text, steps, slices),
+        cost=program_cost(text, steps),
         kernel_flops=kernel_flops,
         compile_seconds=seconds,
         kernel_bytes=kernel_bytes,
@@ -273,8 +271,9 @@ def program_lines(programs: Sequence[tuple[Program, int]], chip: Chip) -> list[s
         ]
         note = f" (of {program.steps} steps)" if program.cost.open_loops else ""
         lines.append(f"  {program.name}: {', '.join(parts) or 'none'}{note}")
-        if apart := program.cost.between_slices:
-            received = sum(traffic.bytes for traffic in apart.values())
-            runs = sum(traffic.executions for traffic in apart.values())
-            lines.append(f"    between slices: {runs} of them, {received / 1e9:.3f} GB")
+        if (apart := program.cost.between_slices).executions:
+            lines.append(
+                f"    between slices: {apart.executions}, of which a chip sends "
+                f"{apart.bytes / 1e6:.1f} MB"
+            )
     return lines

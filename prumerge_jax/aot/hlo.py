@@ -8,10 +8,8 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
-
-from prumerge_jax.aot.groups import crosses
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -35,6 +33,7 @@ _COLLECTIVES = (
 )
 
 
+_BETWEEN_SLICES = '"xla_megascale_runtime"'
 _CODES = ("s8", "u8", "s4", "u4")
 _CONTROL = ("while", "conditional", "call")
 
@@ -62,30 +61,32 @@ class ProgramCost:
       parts: `cycles` by what they are spent on: a scope of the models (`adapter`, `norm`, ...) or
         else `products`, `copies`, `collectives` and `elementwise`, by descending cycles. A fusion
         belongs where its last product does, else where its result does.
-      between_slices: those of `collectives` whose devices are of several slices.
+      between_slices: what leaves a slice, which the TPU's runtime sends over the network of the
+        data centre; bytes that a chip sends. XLA makes of a collective between slices one within
+        each, which is among `collectives`, and this.
     """
 
     collectives: Mapping[str, Traffic]
     cycles: int
     open_loops: int
     parts: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    between_slices: Mapping[str, Traffic] = dataclasses.field(default_factory=dict)
+    between_slices: Traffic = Traffic(0, 0)
 
 
-def program_cost(text: str, open_trips: int = 1, slices: Sequence[int] = ()) -> ProgramCost:
+def program_cost(text: str, open_trips: int = 1) -> ProgramCost:
     """Reads the text of an optimised module (`compiled.as_text()`).
 
     Args:
       text: the module.
       open_trips: how often outermost loops run whose trip count is not a constant; such loops
         inside of others run once.
-      slices: the slice of every device of the mesh; none for one.
 
     Raises:
       ValueError: the text has no entry computation.
     """
     module = _parse(text)
-    found: dict[tuple[str, str, int], _Exchange] = {}
+    found: dict[tuple[str, str, int], tuple[str, int, int]] = {}
+    sends = sent = 0
     parts: Counter[str] = Counter()
     open_loops = 0
     for computation, runs in _executions(module, open_trips):
@@ -93,6 +94,10 @@ def program_cost(text: str, open_trips: int = 1, slices: Sequence[int] = ()) -> 
             if instruction.cycles:
                 parts[_part(module, instruction)] += runs * instruction.cycles
             open_loops += instruction.opcode == "while" and not _trips(module, instruction)
+            if instruction.opcode == "send" and instruction.leaves_slice:
+                sends += runs
+                # A buffer, a context and a token; the first alone travels.
+                sent += runs * _bytes(instruction.shape.partition("{")[0])
             kind = instruction.opcode.removesuffix("-start")
             if kind not in _COLLECTIVES:
                 continue
@@ -100,35 +105,16 @@ def program_cost(text: str, open_trips: int = 1, slices: Sequence[int] = ()) -> 
             # An asynchronous collective appears in its start, in what it overlaps with and in its
             # end, each time with the same channel.
             place = instruction.channel or f"{computation}.{instruction.name}"
-            apart = bool(slices) and crosses(instruction.attributes, slices)
-            found[place, kind, received] = _Exchange(kind, runs, received, apart)
-    exchanges = found.values()
-    return ProgramCost(
-        _totals(exchanges),
-        parts.total(),
-        open_loops,
-        dict(parts.most_common()),
-        _totals(each for each in exchanges if each.between_slices),
-    )
-
-
-class _Exchange(NamedTuple):
-    """A collective, how often it runs, what a chip receives at most each time, and whether it
-    leaves a slice."""
-
-    kind: str
-    runs: int
-    received: int
-    between_slices: bool
-
-
-def _totals(exchanges: Iterable[_Exchange]) -> dict[str, Traffic]:
-    """Collectives by kind."""
-    totals: dict[str, Traffic] = {}
-    for kind, runs, received, _ in exchanges:
-        executions, size = totals.get(kind, (0, 0))
-        totals[kind] = Traffic(executions + runs, size + runs * received)
-    return dict(sorted(totals.items()))
+            found[place, kind, received] = kind, runs, received
+    totals = {
+        kind: Traffic(
+            sum(runs for k, runs, _ in found.values() if k == kind),
+            sum(runs * size for k, runs, size in found.values() if k == kind),
+        )
+        for kind in sorted({kind for kind, _, _ in found.values()})
+    }
+    shares = dict(parts.most_common())
+    return ProgramCost(totals, parts.total(), open_loops, shares, Traffic(sends, sent))
 
 
 def expanded_codes(text: str) -> set[Array]:
@@ -203,7 +189,7 @@ class _Instruction(NamedTuple):
     cycles: int
     trips: int | None
     scope: str
-    attributes: str
+    leaves_slice: bool
 
 
 class _Module(NamedTuple):
@@ -253,7 +239,7 @@ def _instruction(name: str, text: str, opcode: re.Match[str], *, is_root: bool) 
         cycles=int(cycles[1]) if cycles else 0,
         trips=int(trips[1]) if trips else None,
         scope=scope[1] if scope else "",
-        attributes=attributes,
+        leaves_slice=_BETWEEN_SLICES in attributes,
     )
 
 

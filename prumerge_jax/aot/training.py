@@ -36,7 +36,7 @@ from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.quantisation import format_named
 from prumerge_jax.models.quantised_weights import check_blocks
-from prumerge_jax.sharding.mesh import logical_spec, mesh_on, placed, slices_of, use_mesh
+from prumerge_jax.sharding.mesh import logical_spec, mesh_on, placed, use_mesh
 from prumerge_jax.training.config import TrainConfig, parse, with_sizes
 from prumerge_jax.training.fit import (
     RESERVE,
@@ -238,8 +238,7 @@ def _plan(config: TrainConfig, topology: Topology, samples: Samples, sizes: Size
         pixels = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)
         encoder = ImageEncoder(chosen, abstract_frozen(objective, mesh), mesh)
         kernel = tower_kernel_flops(model.vision, config.batch_size, objective.dtype) / mesh.size
-        lowered = encoder.lower(placed(pixels, batch))
-        encode = compile_program("encode", lowered, kernel, slices=slices_of(mesh))
+        encode = compile_program("encode", encoder.lower(placed(pixels, batch)), kernel)
     return TrainingPlan(
         topology=topology,
         model=model,
@@ -269,9 +268,7 @@ def _first_that_leaves_the_reserve(
         lowered, kernel = _lowered(config, mesh)
         try:
             with use_mesh(mesh):
-                accumulate = compile_program(
-                    "accumulate", lowered["accumulate"], kernel, slices=slices_of(mesh)
-                )
+                accumulate = compile_program("accumulate", lowered["accumulate"], kernel)
         except DoesNotFit:
             if config is configs[-1]:
                 raise
@@ -279,8 +276,7 @@ def _first_that_leaves_the_reserve(
         if peak_bytes(resident, [accumulate]) <= (1 - RESERVE) * available:
             break
     with use_mesh(mesh):
-        update = compile_program("update", lowered["update"], slices=slices_of(mesh))
-    return config, accumulate, update
+        return config, accumulate, compile_program("update", lowered["update"])
 
 
 def _lowered(config: TrainConfig, mesh: Mesh) -> tuple[Mapping[str, jax.stages.Lowered], float]:

@@ -100,12 +100,6 @@ def arrange(devices: Sequence[jax.Device], sizes: tuple[int, int, int]) -> np.nd
     )
 
 
-def slices_of(mesh: Mesh) -> tuple[int, ...]:
-    """The slice of every device of a mesh, in order; of GPUs the node. Empty where it is one."""
-    slices = tuple(getattr(device, "slice_index", 0) for device in mesh.devices.flat)
-    return slices if len(set(slices)) > 1 else ()
-
-
 def logical_spec(*logical: str | None) -> PartitionSpec:
     """The partition spec of an array whose axes carry these logical names.
 
