@@ -114,8 +114,8 @@ BY_PLATFORM = {
         # Scoring's rows on four chips of v5e 49.1 ms, without this and `rotary` 59.3; v6e 15.6 and
         # 21.3. XLA copied the projections' weights of all layers into another layout in every run.
         projection_barrier=True,
-        # No figure of its own. On 64 chips of v6e XLA added in the adapter's product, which reads and
-        # writes an MLP's [2048, 11008] once more: 394 us, for 325 as part of the kernel's product.
+        # No figure of its own. On 64 chips of v6e XLA added in the adapter's product, which reads
+        # and writes an MLP's [2048, 11008] once more: 394 us; 325 as part of the kernel's product.
         adapter_barrier=True,
     ),
 }
