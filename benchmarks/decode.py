@@ -33,6 +33,7 @@ from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.pages import PagePool
 from prumerge_jax.engine.request import MAX_STOP_IDS, Opening
+from prumerge_jax.engine.sampling import Sampling
 from prumerge_jax.engine.shapes import EngineConfig, EngineShapes, fit
 from prumerge_jax.models.attention import tokens_read
 from prumerge_jax.models.config import LlavaConfig
@@ -86,7 +87,7 @@ class Decoding:
             token=jnp.ones_like(ones),
             remaining=ones * (self.steps + 1),
             drawn=jnp.ones_like(ones),
-            sampling=programs.Sampling(
+            sampling=Sampling(
                 temperature=jnp.zeros(ones.shape),
                 top_p=jnp.ones(ones.shape),
                 seed=jnp.zeros(ones.shape, jnp.uint32),

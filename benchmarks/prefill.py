@@ -25,6 +25,7 @@ from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.data.visual_layout import CropTokens, runs
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.request import MAX_STOP_IDS
+from prumerge_jax.engine.sampling import Sampling
 from prumerge_jax.models import tuning
 
 
@@ -53,7 +54,7 @@ def arms(
     last = rows.row_of * rows.ids.shape[1] + rows.start_of + rows.length_of - 1
     index, targets = jnp.asarray(last), jnp.ones(len(last), jnp.int32)
     integers = (rows.row_of, rows.start_of, *[rows.length_of] * 3)
-    greedy = programs.Sampling(
+    greedy = Sampling(
         temperature=jnp.zeros(len(last)),
         top_p=jnp.ones(len(last)),
         seed=jnp.zeros(len(last), jnp.uint32),

@@ -163,12 +163,15 @@ class VisualTokens(NamedTuple):
       patch_indices: [B, R] int32, the patch a token stands for; -1 for the extra token and padding.
       required: [B] int32, tokens needed before the cap: above R, the tokens were cut and the image
         must be run again with more capacity. -1 for an image whose attention was not finite.
+      content: [B, N] float32, see `reductions.Reduction.crop_shares`; None where crops share
+        nothing.
     """
 
     tokens: jax.Array
     lengths: jax.Array
     patch_indices: jax.Array
     required: jax.Array
+    content: jax.Array | None = None
 
 
 class Tubes(NamedTuple):

@@ -28,6 +28,8 @@ COMMANDS = {
     "prefill": f"{ROWS} --visual 3",
     "decode": "--geometry=tiny --slots 2 --text_tokens=5 --new_tokens=4 --steps=2 --repeats=2",
     "quantised_decode": "--geometry=tiny --text_tokens=5 --new_tokens=4 --steps=2 --repeats=2",
+    "quantised_quality": "--geometry=tiny --formats=int4 --reduction=prumerge --texts=2 "
+    "--positions=8",
     "lora_training": f"{ROWS} --visual 3 --rank=2",
     "numerics": "--geometry=tiny --kept=3 --dtype=bfloat16",
     "scoring": f"{ROWS} --full_row_length=32 --requests=8 --full_requests=2 --window=4 --data=2 "
@@ -44,6 +46,7 @@ KEYS = {
     "decode": {"reduction", "slots", "ms", "tokens_per_s", "over_full", "bound", "floor_share",
                "kv_allocated_over_valid", "kv_read_over_valid", "kv_mb_per_sequence"},
     "quantised_decode": {"format", "slots", "ms", "tokens_per_s", "speedup", "decoder_mb"},
+    "quantised_quality": {"format", "reduction", "kl_mean", "kl_p99", "same", "blocks_mb"},
     "lora_training": {"ms", "samples_per_s", "speedup", "utilisation_4n", "utilisation"},
     "numerics": {"check", "figure", "limit", "passed"},
     "scoring": {"questions_per_s", "visual_mean", "efficiency", "speedup", "flop_ratio_share",

@@ -115,7 +115,7 @@ class EnginePrograms:
                 self._batch(size, side, side, 3, dtype=jnp.uint8),
                 self._batch(size, most) if most else None,
                 self._batch(size, patches, dtype=jnp.bool) if edges else None,
-                reduction=self.reduction,
+                reduction=self.reduction.for_crops(model.most_crops),
                 dtype=self.held.dtype,
                 slots=token_slots(model, self.reduction) if differs else None,
             )

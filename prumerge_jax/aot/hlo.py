@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -36,6 +36,7 @@ _COLLECTIVES = (
 _BETWEEN_SLICES = '"xla_megascale_runtime"'
 _CODES = ("s8", "u8", "s4", "u4")
 _CONTROL = ("while", "conditional", "call")
+_FUSIONS = ("fusion", "async-start")
 
 Array = tuple[str, tuple[int, ...]]
 """Dtype and shape."""
@@ -121,7 +122,8 @@ def expanded_codes(text: str) -> set[Array]:
     """Arrays that a module's program makes of integers of 8 or fewer bits, and that are no products
     with them.
 
-    What exists only within a fusion has no place in memory and is not among them.
+    What exists only within a fusion has no place in memory and is not among them; what a fusion
+    gives out is, beside a product too.
 
     Raises:
       ValueError: the text has no entry computation.
@@ -132,10 +134,13 @@ def expanded_codes(text: str) -> set[Array]:
         instructions = module.computations[computation]
         shapes = {each.name: each.shape for each in instructions}
         for instruction in instructions:
+            if _passes_on(instruction):
+                continue
             operands = (_arrays(shapes.get(name, "")) for name in instruction.operands)
-            takes_codes = any(dtype in _CODES for arrays in operands for dtype, _ in arrays)
-            if takes_codes and not _passes_on(instruction) and not _multiplies(module, instruction):
-                found.update(_arrays(instruction.shape))
+            are_codes = [any(dtype in _CODES for dtype, _ in arrays) for arrays in operands]
+            outputs = _arrays(instruction.shape)
+            made = _made_of_codes(module, instruction, are_codes)
+            found.update(array for array, is_made in zip(outputs, made, strict=True) if is_made)
     return found
 
 
@@ -158,13 +163,43 @@ def _passes_on(instruction: "_Instruction") -> bool:
     return instruction.opcode in (*_CONTROL, "tuple", "get-tuple-element")
 
 
-def _multiplies(module: "_Module", instruction: "_Instruction") -> bool:
-    """Whether it is a product of matrices, or a fusion or kernel that may hold one."""
-    return instruction.opcode in (*_PRODUCTS, "custom-call") or any(
-        _multiplies(module, inner)
-        for name in instruction.called
-        for inner in module.computations.get(name, [])
-    )
+def _made_of_codes(
+    module: "_Module", instruction: "_Instruction", operands: Sequence[bool]
+) -> list[bool]:
+    """Of every array that an instruction gives out, whether it is made of codes other than by a
+    product of matrices, or by a kernel, which may hold one.
+
+    Args:
+      module: where it is.
+      instruction: no parameter.
+      operands: of each of its operands, whether it is codes or made of them.
+    """
+    outputs = len(_arrays(instruction.shape))
+    if instruction.opcode in (*_PRODUCTS, "custom-call"):
+        return [False] * outputs
+    fused = module.computations.get(instruction.called[0], []) if instruction.called else []
+    if fused and instruction.opcode in _FUSIONS:
+        made = _outputs_made_of_codes(module, fused, operands)
+        if len(made) == outputs:
+            return made
+        return [any(made)] * outputs  # the operands are among them
+    return [any(operands)] * outputs
+
+
+def _outputs_made_of_codes(
+    module: "_Module", fused: Sequence["_Instruction"], parameters: Sequence[bool]
+) -> list[bool]:
+    """`_made_of_codes` of a fusion of these instructions, which stand in their order."""
+    made: dict[str, list[bool]] = {}
+    for each in fused:
+        if each.opcode == "parameter":
+            made[each.name] = [parameters[int(each.operands[0])]]
+        elif each.opcode == "tuple":
+            made[each.name] = [flag for name in each.operands for flag in made[name]]
+        else:
+            operands = [any(made.get(name, ())) for name in each.operands]
+            made[each.name] = _made_of_codes(module, each, operands)
+    return next((made[each.name] for each in fused if each.is_root), [])
 
 
 def _arrays(shape: str) -> list[Array]:

@@ -90,6 +90,14 @@ class Layout:
         row, column = np.concatenate([none, by_tile], axis=1)
         return row, column
 
+    def tile_of_patch(self) -> np.ndarray:
+        """int32 [N]: the tile in whose part of the whole image every patch's middle lies, as the
+        number of its crop, from 1. Black edges are not in the whole image."""
+        middle, window = 2 * np.arange(self.grid, dtype=np.int32) + 1, self.window
+        row = (2 * self.grid * window.top + middle * window.rows) // (2 * self.grid**2)
+        column = (2 * self.grid * window.left + middle * window.columns) // (2 * self.grid**2)
+        return 1 + (row[:, None] * self.tiles[1] + column).reshape(-1)
+
     def window_of(self, tiles: np.ndarray) -> np.ndarray:
         """The window's part of the mosaic of values [C - 1, N], one per patch of the tiles."""
         by_tile = tiles.reshape(*self.tiles, self.grid, self.grid)

@@ -15,6 +15,7 @@ from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.runs import NO_SLOT, TAPS, Run, Taps
 from prumerge_jax.messages import quoted
 from prumerge_jax.models.config import NEWLINE
+from prumerge_jax.reductions import Reduction
 
 Newlines = Literal["none", "row", "end"]
 """Newlines between pruned tokens, of models that have one: `none`, as all published methods; `row`
@@ -38,6 +39,7 @@ class CropTokens:
       num_patches: N, the patches of an unreduced crop.
       cls_slot: the slot of a frame that has the tower's CLS feature, which is in no length; None
         where frames have none.
+      raster: whether the tokens of a crop are put into the order of their patches.
 
     Raises:
       ValueError: the shapes do not fit, or a length is outside of 0 to R.
@@ -47,6 +49,7 @@ class CropTokens:
     patch_indices: np.ndarray
     num_patches: int
     cls_slot: int | None = None
+    raster: bool = False
 
     def __post_init__(self) -> None:
         if self.patch_indices.ndim != 2 or self.lengths.shape != self.patch_indices.shape[:1]:
@@ -108,6 +111,34 @@ def _single_crop(crops: CropTokens, row: int) -> Run:
     )
 
 
+def shared_lengths(
+    lengths: np.ndarray,
+    content: np.ndarray,
+    pictures: Iterable[tuple[Layout, Sequence[int]]],
+    reduction: Reduction,
+) -> np.ndarray:
+    """The tokens that crops keep of those that they could, by `Reduction.crop_shares`.
+
+    Frames of a video share nothing: each keeps as many as an image of one crop.
+
+    Args:
+      lengths: int32 [B], valid visual tokens per crop of the encoded batch.
+      content: [B, N] float32 of `VisualTokens`.
+      pictures: the layout of every image, and the rows of its crops, in their order.
+      reduction: whose tokens they are.
+
+    Returns:
+      int32 [B].
+    """
+    kept = lengths.copy()
+    for layout, rows in pictures:
+        shared = list(rows) if layout.frames == 0 else list(rows[:1])
+        tile = layout.tile_of_patch() if len(shared) > 1 else np.zeros(0, np.int32)
+        shares = reduction.crop_shares(content[rows[0]], tile, len(shared))
+        kept[list(rows)] = np.minimum(lengths[list(rows)], shares)
+    return kept
+
+
 def share_out(counts: np.ndarray, budget: int) -> np.ndarray:
     """How many of the patches that crops keep, int [C], remain of `budget` for all of them.
 
@@ -149,9 +180,9 @@ def run_of_image(
 ) -> Run:
     """The run of an image or video whose tokens a reduction chose, crop by crop.
 
-    Crop follows crop, frame follows frame, the tokens of each in the order of their slots; see
-    `Newlines` for others. A token takes the position of its patch in the image without reduction,
-    an extra token the largest of its crop.
+    Crop follows crop, frame follows frame, the tokens of each in the order of their slots, or of
+    their patches where they are to be in `raster`; see `Newlines` for others. A token takes the
+    position of its patch in the image without reduction, an extra token the largest of its crop.
 
     Args:
       crops: the encoded batch.
@@ -164,6 +195,9 @@ def run_of_image(
     slots = [np.arange(crops.lengths[row], dtype=np.int32) for row in rows]
     if budget is not None:
         slots = _within(budget, slots, [crops.patch_indices[row] for row in rows])
+    if crops.raster:
+        patches = (crops.patch_indices[row, slot] for row, slot in zip(rows, slots, strict=True))
+        slots = [slot[np.argsort(patch)] for slot, patch in zip(slots, patches, strict=True)]
     index = np.concatenate([row * crops.capacity + s for row, s in zip(rows, slots, strict=True)])
     patch = crops.patch_indices.reshape(-1)[index]
     crop = np.repeat(np.arange(len(rows)), [slot.size for slot in slots])

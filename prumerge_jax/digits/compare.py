@@ -34,16 +34,17 @@ from prumerge_jax.evaluation.report.bootstrap import Interval, paired_bootstrap
 from prumerge_jax.llava import Llava
 
 METHODS = (
-    "cover divprune top dpp idselection evocut mmtok holov prumerge-iterative intower tome "
-    "cover:ranking=random cover:ranking=uniform prumerge:neighbours=8 select-only "
-    "cover:adaptive=attention prumerge+:neighbours=8 pact fastv pyramiddrop sparsevlm"
+    "cover cover:merge=mean divprune top dpp idselection evocut mmtok holov prumerge-iterative "
+    "intower tome cover:ranking=random cover:ranking=uniform prumerge:neighbours=8 select-only "
+    "cover:adaptive=attention cover:adaptive=attention,merge=mean prumerge+:neighbours=8 pact "
+    "fastv pyramiddrop sparsevlm"
 )
 REFERENCE, OUTLIERS = "cover", "prumerge:neighbours=8"
 """What others are compared with: at equal budgets, and where outliers decide how many are kept."""
-BY_OUTLIERS = ("select-only", "cover:adaptive=attention")
+BY_OUTLIERS = ("select-only", "cover:adaptive=attention", "cover:adaptive=attention,merge=mean")
 POSITIONS: tuple[PositionIds, ...] = ("original", "compact")
 FULL = "full"
-COMPILE_SECONDS, QUESTION_SECONDS = 4.0, 0.005
+COMPILE_SECONDS, QUESTION_SECONDS = 4.0, 0.01
 """Of a reduction, and of a question with one: answered, scored and its image encoded."""
 
 

@@ -20,6 +20,7 @@ from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.pages import Claim, PagePool, can_finish
 from prumerge_jax.engine.prompt_pages import PromptPages
 from prumerge_jax.engine.request import Answer, Delta, FinishReason, Request
+from prumerge_jax.engine.sampling import Sampling
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.engine.windows import Window
 from prumerge_jax.models.config import MAX_STOP_IDS
@@ -415,7 +416,7 @@ def _device_segments(
     stop_ids = np.full((size, MAX_STOP_IDS), -1, np.int32)
     for ids, sequence in zip(stop_ids, sequences, strict=False):
         ids[: len(sequence.stop_ids)] = sequence.stop_ids
-    sampling = programs.Sampling(
+    sampling = Sampling(
         temperature=padded([each.temperature for each in params], np.float32),
         top_p=padded([each.top_p for each in params], np.float32),
         seed=padded([each.seed for each in params], np.uint32),

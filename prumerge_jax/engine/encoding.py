@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from prumerge_jax import sharding
 from prumerge_jax.data import packing
 from prumerge_jax.data.asking import asking_columns
+from prumerge_jax.data.visual_layout import shared_lengths
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.places import WindowPlaces
 from prumerge_jax.engine.shapes import EngineShapes
@@ -139,12 +140,14 @@ class EncodedImages(NamedTuple):
       lengths: int32 [B, batches], on the host like all that follow.
       required: int32 [B, batches]; see `prumerge.VisualTokens`.
       patch_indices: int32 [B, batches, pool capacity], -1 beyond R.
+      raster: see `CropTokens`.
     """
 
     tokens: list[jax.Array]
     lengths: np.ndarray
     required: np.ndarray
     patch_indices: np.ndarray
+    raster: bool = False
 
 
 def frame_form(config: LlavaConfig, reduction: Reduction) -> FrameForm | None:
@@ -172,7 +175,8 @@ def resized(config: LlavaConfig, reduction: Reduction) -> LlavaConfig:
 def token_slots(config: LlavaConfig, reduction: Reduction) -> int:
     """Token slots of every crop: those of the reduction, and one for a frame's CLS feature."""
     form = frame_form(config, reduction)
-    return reduction.capacity_for(config.vision.num_patches) + (form is not None and form.cls)
+    capacity = reduction.for_crops(config.most_crops).capacity_for(config.vision.num_patches)
+    return capacity + (form is not None and form.cls)
 
 
 def interpolates(config: LlavaConfig, reduction: Reduction) -> bool:
@@ -213,10 +217,13 @@ class Encoder:
     def encode(self, places: WindowPlaces, reduction: Reduction) -> Encoding:
         """Dispatches the encoding of a window; waits for nothing.
 
+        The encoding's reduction is the given one `for_crops` of the model.
+
         Raises:
           ValueError: an image has another size than the tower takes; the message names its request.
         """
         side = self.model.config.vision.image_size
+        reduction = reduction.for_crops(self.model.config.most_crops)
         for request in places.requests:
             for image in request.images:
                 if image.crops.shape[1] != side:
@@ -278,10 +285,29 @@ class Encoder:
             lengths[:, batch], required[:, batch], patch_indices[:, batch, :capacity] = (
                 jax.device_get((visual.lengths, visual.required, visual.patch_indices))
             )
+        content = [visual.content for visual in encoding.encoded if visual.content is not None]
+        if content:
+            lengths = self._shared(encoding, lengths, content)
         tokens = [self.model.put(visual.tokens) for visual in encoding.encoded]
         width = self.model.config.vision.width + encoding.reduction.weighs_tokens
         tokens += [self._no_images(capacity, width)] * (batches - len(tokens))
-        return EncodedImages(tokens, lengths, required, patch_indices)
+        return EncodedImages(tokens, lengths, required, patch_indices, raster=bool(content))
+
+    def _shared(
+        self, encoding: Encoding, lengths: np.ndarray, content: list[jax.Array]
+    ) -> np.ndarray:
+        """Lengths [B, batches] of crops that share the tokens of their images out; `content` is
+        [B, N] of every batch."""
+        places, grid = encoding.places, self.model.config.vision.grid
+        pictures = (
+            (image.layout_on(grid), rows)
+            for request, numbers in zip(places.requests, places.numbers, strict=True)
+            for image, rows in zip(request.images, numbers, strict=False)  # none of those refused
+        )
+        by_number = lengths.T.reshape(-1)
+        of_crops = np.concatenate(jax.device_get(content))
+        kept = shared_lengths(by_number, of_crops, pictures, encoding.reduction)
+        return kept.reshape(lengths.T.shape).T
 
     def _no_images(self, capacity: int, width: int) -> jax.Array:
         """Zeros in place of a batch without images."""

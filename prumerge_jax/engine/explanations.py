@@ -11,6 +11,7 @@ from PIL import Image
 
 from prumerge_jax import reductions
 from prumerge_jax.data.pictures import Picture
+from prumerge_jax.data.visual_layout import shared_lengths
 from prumerge_jax.engine.encoding import PlacedModel, frame_form
 from prumerge_jax.models.frames import FrameForm
 from prumerge_jax.models.llava import embed_question, gather_evidence
@@ -51,12 +52,13 @@ def explain_crops(
       ValueError: the tower's attention is not finite on a crop; the message says which.
     """
     crops, layout = picture
+    reduction = reduction.for_crops(model.config.most_crops)
     form = frame_form(model.config, reduction) if layout.frames else None
     on_image = None
     if any(layout.tiles):
         on_image = jnp.asarray(layout.on_image())
     first_frame = jnp.arange(len(crops)) == 0 if layout.frames else None
-    assignment = _explain(
+    assignment, content = _explain(
         model.graphdef,
         model.state,
         jnp.asarray(crops),
@@ -68,6 +70,11 @@ def explain_crops(
         form=form,
     )
     shown = [np.asarray(values) for values in assignment]
+    if content is not None:
+        lengths = shared_lengths(
+            (shown[0] >= 0).sum(1), np.asarray(content), [(layout, range(len(crops)))], reduction
+        )
+        shown[:2] = _first_tokens(shown[0], lengths, layout.num_patches)
     patch = model.config.vision.patch_size
     explained = []
     for number, (patches, targets, required) in enumerate(zip(*shown, strict=True)):
@@ -80,6 +87,18 @@ def explain_crops(
         pixels = _shown_pixels(crops[number], targets.size, patch)
         explained.append(Explanation(pixels, patches[is_patch], place[targets].astype(np.int32)))
     return explained
+
+
+def _first_tokens(
+    patches: np.ndarray, lengths: np.ndarray, num_patches: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first tokens of every crop in the order of their patches, [C, R] and -1 beyond them, and
+    their targets [C, N]; see `reductions.Assignment`."""
+    within = np.arange(patches.shape[1]) < lengths[:, None]
+    ordered = np.sort(np.where(within, patches, num_patches), axis=1)
+    targets = np.full((len(patches), num_patches + 1), -1)
+    np.put_along_axis(targets, ordered, np.arange(patches.shape[1])[None], axis=1)
+    return np.where(within, ordered, -1), targets[:, :num_patches]
 
 
 def _shown_pixels(crop: np.ndarray, num_patches: int, patch: int) -> np.ndarray:
@@ -102,7 +121,8 @@ def _explain(
     reduction: Reduction,
     dtype: jnp.dtype,
     form: FrameForm | None,
-) -> reductions.Assignment:
+) -> tuple[reductions.Assignment, jax.Array | None]:
+    """The assignment, and what `VisualTokens.content` is."""
     model = nnx.merge(graphdef, state)
     evidence = gather_evidence(
         model.tower(is_video=form is not None),
@@ -115,4 +135,4 @@ def _explain(
         first_frame=first_frame,
         form=form,
     )
-    return reductions.explain(evidence, reduction)
+    return reductions.explain(evidence, reduction), evidence.first_attention

@@ -23,7 +23,7 @@ from prumerge_jax.data.visual_layout import (
 from prumerge_jax.engine import programs
 from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding, interpolates
 from prumerge_jax.engine.request import Answer, Request, Usage
-from prumerge_jax.reductions import Reduction, spell
+from prumerge_jax.reductions import Reduction, refusal_of_crops, spell
 
 
 @dataclasses.dataclass
@@ -170,6 +170,7 @@ class WindowPlanner:
             images.patch_indices.swapaxes(0, 1).reshape(-1, capacity),
             self.model.config.vision.num_patches,
             cls_slot=encoded if self.encoder.slots(encoding.reduction) > encoded else None,
+            raster=images.raster,
         )
         required = images.required.T.reshape(-1)
         admitted, failed = [], []
@@ -179,7 +180,7 @@ class WindowPlanner:
                 overflow.append(request)
                 continue
             refused = encoding.places.refused.get(request.key)
-            error = refused or self._shares_a_budget(request) or _broken(required, numbers)
+            error = refused or self._refuses_crops(request) or _broken(required, numbers)
             runs = () if error else self._runs(request, crops, numbers, encoding.reduction)
             visual_tokens = sum(len(run) for run in runs)
             error = error or self._refusal(request, visual_tokens)
@@ -291,16 +292,11 @@ class WindowPlanner:
             )
         return None
 
-    def _shares_a_budget(self, request: Request) -> str | None:
+    def _refuses_crops(self, request: Request) -> str | None:
         """Why the reduction cannot take an image's tiles; None if it can or need not."""
         layouts = [image.layout for image in request.images]
         tiled = any(each is not None and each.num_crops > 1 and not each.frames for each in layouts)
-        if not tiled or self.reduction.takes_several_crops:
-            return None
-        return (
-            f"the reduction {spell(self.reduction)} shares a budget out over the crops of an "
-            "image, which is not built; expected one that reduces each crop alone, as 'top'"
-        )
+        return refusal_of_crops(self.reduction) if tiled else None
 
     def _unread_question(self, request: Request) -> str | None:
         """Why the reduction cannot read the request's question; None if it can or need not."""

@@ -205,6 +205,12 @@ class LlavaConfig:
     anyres_source: str = "hf"
     chat_template: str | None = "vicuna_v1"
 
+    @property
+    def most_crops(self) -> int:
+        """Most crops of an image: itself, and the tiles that it may be cut into."""
+        area = self.vision.image_size**2
+        return 1 + max((high * wide // area for high, wide in self.image_grid_pinpoints), default=0)
+
     def __post_init__(self) -> None:
         if len(self.eos_token_ids) > MAX_STOP_IDS:
             raise ValueError(

@@ -176,7 +176,10 @@ def gather_evidence(
     frames, needs it. Arguments as in `encode_images`."""
     form, config = form or FrameForm(), vision.config
     needs = reduction.needs | ({"cls"} if form.cls else frozenset())
-    of_cls = {"cls", "head_attention", "feature_attention", "last_head_attention", "groups"}
+    of_cls = {
+        *("cls", "head_attention", "feature_attention", "last_head_attention"),
+        *("first_attention", "groups"),
+    }
     if without_cls := sorted(needs & of_cls if not config.cls_token else ()):
         raise ValueError(
             f"the reduction reads {without_cls[0]!r}, which a tower without CLS token does not "
@@ -185,28 +188,19 @@ def gather_evidence(
     features = vision(
         normalize_pixels(pixels, config).astype(dtype),
         feature_layer=bool(needs & {"head_attention", "feature_keys", "feature_attention"}),
+        first_layer="first_attention" in needs,
         watch=reduction.watch if "watched" in needs else None,
         stages=_stages(config, reduction, pixels.shape[1]),
     )
-    first, heads = config.num_prefix, config.num_heads
+    first = config.num_prefix
     hidden = features.hidden[:, first:]
-    of_layer: dict[str, jax.Array] = {}
-    if features.feature_keys is not None:
-        of_layer["feature_keys"] = features.feature_keys[:, first:]
-    if features.feature_query is not None and features.feature_keys is not None:
-        query_and_keys = features.feature_query, features.feature_keys
-        of_layer["head_attention"] = head_attention(*query_and_keys, heads)
-        of_layer["feature_attention"] = prumerge.cls_attention(*query_and_keys)
-    if "last_head_attention" in needs:
-        of_layer["last_head_attention"] = head_attention(
-            features.queries[:, 0], features.keys, heads
-        )
+    of_layers = _of_layers(features, needs, config)
     evidence = reductions.Evidence(
         hidden,
         features.keys[:, first:],
         patch_attention(vision, features),
         cls=features.hidden[:, 0] if "cls" in needs else None,
-        **of_layer,
+        **of_layers,
         watched=features.watched,
         groups=features.groups,
         projected=None if projector is None or "projected" not in needs else projector(hidden),
@@ -215,6 +209,26 @@ def gather_evidence(
         first_frame=first_frame,
     )
     return evidence if form.pooled is None else pool_evidence(evidence, form.pooled, projector)
+
+
+def _of_layers(
+    features: VisionFeatures, needs: frozenset[str], config: VisionConfig
+) -> dict[str, jax.Array]:
+    """The fields of the evidence that are keys and attention of a layer as the tower has them."""
+    found: dict[str, jax.Array] = {}
+    heads = config.num_heads
+    if features.feature_keys is not None:
+        found["feature_keys"] = features.feature_keys[:, config.num_prefix :]
+    if features.feature_query is not None and features.feature_keys is not None:
+        query_and_keys = features.feature_query, features.feature_keys
+        found["head_attention"] = head_attention(*query_and_keys, heads)
+        found["feature_attention"] = prumerge.cls_attention(*query_and_keys)
+    if "last_head_attention" in needs:
+        found["last_head_attention"] = head_attention(features.queries[:, 0], features.keys, heads)
+    if features.first_query is not None and features.first_keys is not None:
+        in_heads = head_attention(features.first_query, features.first_keys, heads)
+        found["first_attention"] = in_heads.sum(1)
+    return found
 
 
 def _stages(

@@ -19,7 +19,7 @@ from prumerge_jax.models.attention import attend
 from prumerge_jax.models.config import VisionConfig
 from prumerge_jax.models.layers import LayerNorm, Linear, stack
 from prumerge_jax.models.patch_attention import mean_query_attention
-from prumerge_jax.models.tower_layers import Watch, run_layers
+from prumerge_jax.models.tower_layers import LayerOutputs, Watch, run_layers
 from prumerge_jax.models.tower_stages import run_stages
 from prumerge_jax.reductions.stages import Groups, Stage
 from prumerge_jax.sharding.mesh import constrain
@@ -36,6 +36,8 @@ class VisionFeatures(NamedTuple):
       feature_query: [B, D] float32, the CLS query of the block that made `hidden`, where asked for.
       feature_keys: [B, P+N, D] float32, its keys, where asked for.
       watched: [B, N] float32, a running score of the layers, where asked for.
+      first_query: [B, D] float32, the CLS query of the first block, where asked for.
+      first_keys: [B, P+N, D] float32, its keys, where asked for.
       groups: what the tokens stand for, where some were merged; N is then how many are left.
     """
 
@@ -45,6 +47,8 @@ class VisionFeatures(NamedTuple):
     feature_query: jax.Array | None = None
     feature_keys: jax.Array | None = None
     watched: jax.Array | None = None
+    first_query: jax.Array | None = None
+    first_keys: jax.Array | None = None
     groups: Groups | None = None
 
 
@@ -86,6 +90,7 @@ class VisionTower(nnx.Module):
         pixels: jax.Array,
         *,
         feature_layer: bool = False,
+        first_layer: bool = False,
         watch: Watch | None = None,
         stages: tuple[Stage, ...] | None = None,
     ) -> VisionFeatures:
@@ -96,8 +101,9 @@ class VisionTower(nnx.Module):
             the position embedding is shrunk bilinearly, the usual way to run a ViT at another size.
           feature_layer: whether query and keys of the block that made the features are wanted too:
             one more buffer, and two products more.
+          first_layer: whether those of the first block are wanted too, of a tower with CLS token.
           watch: a running score of the patches, see `run_layers`; None without one.
-          stages: merges inside the tower, in place of the two above; see `run_stages`.
+          stages: merges inside the tower, in place of the three above; see `run_stages`.
         """
         pixels = constrain(pixels, "images", None, None, None)
         x = self.patch_embedding(pixels)
@@ -120,16 +126,28 @@ class VisionTower(nnx.Module):
             remember=feature_layer or self.last is None,
             watch=watch,
         )
+        features = self._of_last_layers(outputs)
+        if not first_layer:
+            return features
+        queries, keys = self._queries_and_keys(0, x)
+        return features._replace(first_query=queries[:, 0], first_keys=keys)
+
+    def _of_last_layers(self, outputs: LayerOutputs) -> VisionFeatures:
         hidden, watched = outputs.hidden, outputs.watched
         if outputs.before_last is None:
             assert self.last is not None  # else the last layer's input is remembered
             return VisionFeatures(hidden, *self.last(hidden), watched=watched)
-        graphdef, weights = nnx.split(self.layers)
-        layer = nnx.merge(graphdef, jax.tree.map(lambda stacked: stacked[-1], weights))
-        queries, keys = layer.self_attn.queries_and_keys(layer.normalised(outputs.before_last))
+        queries, keys = self._queries_and_keys(-1, outputs.before_last)
         if self.last is None:
             return VisionFeatures(hidden, queries, keys, feature_keys=keys, watched=watched)
         return VisionFeatures(hidden, *self.last(hidden), queries[:, 0], keys, watched)
+
+    def _queries_and_keys(self, index: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Those of one of the layers, whose input is x [B, P+N, D]."""
+        graphdef, weights = nnx.split(self.layers)
+        layer = nnx.merge(graphdef, jax.tree.map(lambda stacked: stacked[index], weights))
+        queries, keys = layer.self_attn.queries_and_keys(layer.normalised(x))
+        return queries, keys
 
     def _merged(self, x: jax.Array, stages: tuple[Stage, ...]) -> VisionFeatures:
         """The features of a tower that merges on the way; it has a CLS token."""

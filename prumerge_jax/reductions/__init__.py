@@ -24,6 +24,7 @@ from prumerge_jax.reductions.apply import (
     as_reduction,
     explain,
     reduce,
+    refusal_of_crops,
     require_before_decoder,
 )
 from prumerge_jax.reductions.base import Assignment, Evidence, Reduction, kept_rows
@@ -49,6 +50,6 @@ from prumerge_jax.reductions.stages import Stage
 __all__ = [
     "Assignment", "Baseline", "Downsample", "Drops", "Evidence", "PruMerge", "Reduction",
     "ReductionLike", "as_reduction", "equal_count_baselines", "explain", "kept_rows", "keywords",
-    "names", "parameters", "parse", "parse_list", "reduce", "register", "require_before_decoder",
-    "SetRule", "spell", "Stage", "with_budgets", "with_parameters",
+    "names", "parameters", "parse", "parse_list", "reduce", "refusal_of_crops", "register",
+    "require_before_decoder", "SetRule", "spell", "Stage", "with_budgets", "with_parameters",
 ]  # fmt: skip

@@ -60,6 +60,17 @@ def require_before_decoder(reduction: Reduction, where: str) -> None:
         )
 
 
+def refusal_of_crops(reduction: Reduction) -> str | None:
+    """Why a reduction cannot take an image of several crops; None if it can."""
+    if reduction.takes_several_crops:
+        return None
+    return (
+        f"the reduction {spell(reduction)} shares a fixed number of unmerged tokens out over the "
+        "crops of an image; expected it without 'adaptive' and 'merge', or one that reduces each "
+        "crop alone, as 'top'"
+    )
+
+
 def _supplied(evidence: Evidence, reduction: ReductionLike) -> Reduction:
     reduction = as_reduction(reduction)
     missing = sorted(name for name in reduction.needs if getattr(evidence, name) is None)

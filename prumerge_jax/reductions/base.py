@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from prumerge_jax import selection
 from prumerge_jax.prumerge import VisualTokens
@@ -31,6 +32,7 @@ class Evidence:
       feature_keys: [B, N, D], keys of that layer.
       feature_attention: [B, N] float32, `attention` of that layer instead of the last one.
       last_head_attention: [B, H, N] float32, `head_attention` of the last layer.
+      first_attention: [B, N] float32, `head_attention` of the first layer, summed over heads.
       watched: [B, N] float32, the method's running score over the tower's layers, see
         `Reduction.watch`.
       projected: [B, N, Dt], all patches through the projector.
@@ -50,6 +52,7 @@ class Evidence:
     feature_keys: jax.Array | None = None
     feature_attention: jax.Array | None = None
     last_head_attention: jax.Array | None = None
+    first_attention: jax.Array | None = None
     watched: jax.Array | None = None
     projected: jax.Array | None = None
     question: tuple[jax.Array, jax.Array] | None = None
@@ -119,8 +122,29 @@ class Reduction(Protocol):
 
     @property
     def takes_several_crops(self) -> bool:
-        """Whether an image of several crops can be reduced, each crop alone."""
+        """Whether an image of several crops can be reduced."""
         return True
+
+    def for_crops(self, most: int) -> "Reduction":
+        """The reduction on a model whose images have up to `most` crops.
+
+        Itself, unless the crops of an image share its tokens out. Of such a reduction `reduce`
+        returns the tokens of every crop in the order in which they are chosen, as many as its
+        share can be, and with them `VisualTokens.content`; the crop keeps the first of them, as
+        many as `crop_shares` says, in the order of their patches.
+        """
+        return self
+
+    def crop_shares(self, content: np.ndarray, tile: np.ndarray, num_crops: int) -> np.ndarray:
+        """How many of its tokens each crop of an image keeps at most, int [num_crops]; asked for
+        where `reduce` returned a content. By default all.
+
+        Args:
+          content: [N] float32, that of the whole image.
+          tile: int [N], the crop whose part of the whole image every patch lies in, from 1.
+          num_crops: crops of the image, the whole image first.
+        """
+        return np.full(num_crops, content.size)
 
     @property
     def drops_tokens(self) -> bool:

@@ -137,20 +137,32 @@ class SetRule(Reduction):
 
     def reduce(self, evidence: Evidence) -> VisualTokens:
         """The first patches of the order, in raster order."""
-        num_patches = evidence.hidden.shape[1]
-        steps = self.capacity_for(num_patches)
+        steps = self.capacity_for(evidence.hidden.shape[1])
         order, evidence, available = self.rank(evidence, steps)
-        required = jnp.minimum(self.required(evidence, order), available)
-        in_prefix = jnp.arange(steps) < required[:, None]
-        chosen = selection.members(jnp.where(in_prefix, order.patches, -1), num_patches)
+        required = jnp.minimum(self.required(evidence, order), available).astype(jnp.int32)
+        return self.first(evidence.hidden, order.patches, required, all_available(evidence))
+
+    def first(
+        self, hidden: jax.Array, patches: jax.Array, counts: jax.Array, available: jax.Array
+    ) -> VisualTokens:
+        """The first patches of an order, in raster order, merged where the rule merges.
+
+        Args:
+          hidden: [B, N, D].
+          patches: [B, K] int32, in the order of choice; K is the capacity.
+          counts: [B] int32, patches to keep before the cap; -1 where the evidence is not finite.
+          available: [B, N] bool, patches that are no padding.
+        """
+        num_patches, steps = hidden.shape[1], patches.shape[1]
+        in_prefix = jnp.arange(steps) < counts[:, None]
+        chosen = selection.members(jnp.where(in_prefix, patches, -1), num_patches)
         patch_indices = selection.patch_in_slot(
             selection.in_slot(chosen, selection.count_before(chosen), steps)
         )
-        visual = kept_rows(evidence.hidden, patch_indices, required.astype(jnp.int32))
+        visual = kept_rows(hidden, patch_indices, counts)
         if self.merge == "none":
             return visual
-        everywhere = all_available(evidence)
-        return merge_mean(evidence.hidden, visual, everywhere, with_size=self.size_bias)
+        return merge_mean(hidden, visual, available, with_size=self.size_bias)
 
     def explain(self, evidence: Evidence) -> Assignment:
         """Kept patches, and for the others the kept one that takes them in."""

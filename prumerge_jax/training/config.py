@@ -180,9 +180,8 @@ class TrainConfig:
         """`crops_per_sample`, once the model's sizes are known."""
         if self.crops_per_sample is not None or not self.shows_crops:
             return self.crops_per_sample or 1
-        side, video = self.sizes.vision.image_size, family_of(self.sizes).video
-        tiles = [high * wide // side**2 for high, wide in self.sizes.image_grid_pinpoints]
-        return max(1 + max(tiles, default=0), video.num_frames if video else 1)
+        video = family_of(self.sizes).video
+        return max(self.sizes.most_crops, video.num_frames if video else 1)
 
     @property
     def row_length(self) -> int:

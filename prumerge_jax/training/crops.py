@@ -20,9 +20,10 @@ from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.pipeline import Example
 from prumerge_jax.data.runs import Run
 from prumerge_jax.data.tokens import IMAGE_TOKEN
-from prumerge_jax.data.visual_layout import CropTokens, run_of_picture
+from prumerge_jax.data.visual_layout import CropTokens, run_of_picture, shared_lengths
 from prumerge_jax.messages import quoted
 from prumerge_jax.prumerge import VisualTokens
+from prumerge_jax.reductions import Reduction
 from prumerge_jax.sharding.mesh import constrain, logical_spec
 from prumerge_jax.sharding.processes import addressable_rows, allgather_ints, to_global_array
 from prumerge_jax.training.batches import BatchPacker, Planned, RowBatch, RowShape
@@ -42,7 +43,7 @@ class CropCapacity:
       side: S, side of a crop in pixels.
       num_patches: N of a crop.
       cls: whether the last slot of a frame has the tower's CLS feature.
-      selects: whether some patches are kept and others are not.
+      reduction: what the encoders do, `for_crops` of the model.
       interpolates: whether rows may hold interpolated tokens.
     """
 
@@ -50,7 +51,7 @@ class CropCapacity:
     side: int
     num_patches: int
     cls: bool
-    selects: bool
+    reduction: Reduction
     interpolates: bool
 
 
@@ -156,9 +157,10 @@ class CropPacker(BatchPacker):
 
     def _plan(self, examples: Sequence[Example], encoded: Any, places: np.ndarray) -> Planned:
         crops = self._crops(examples, encoded)
+        selects = self._capacity.reduction.selects_patches
         runs = [
             [
-                run_of_picture(crops, layout, rows, selects_patches=self._capacity.selects)
+                run_of_picture(crops, layout, rows, selects_patches=selects)
                 for (_, layout), rows in zip(e.pictures, of, strict=True)
             ]
             for e, of in zip(examples, encoded.rows, strict=True)
@@ -182,11 +184,21 @@ class CropPacker(BatchPacker):
         for example, of_example in zip(examples, encoded.rows, strict=True):
             needed = required[[row for rows in of_example for row in rows]]
             self._check_required(example, needed, slots)
+        lengths, content = addressable_rows(encoded.visual.lengths), encoded.visual.content
+        if content is not None:
+            pictures = (
+                (picture.layout, rows)
+                for example, of_example in zip(examples, encoded.rows, strict=True)
+                for picture, rows in zip(example.pictures, of_example, strict=True)
+            )
+            reduction = self._capacity.reduction
+            lengths = shared_lengths(lengths, addressable_rows(content), pictures, reduction)
         return CropTokens(
-            addressable_rows(encoded.visual.lengths),
+            lengths,
             addressable_rows(encoded.visual.patch_indices),
             self._num_patches,
             cls_slot=slots if self._capacity.cls else None,
+            raster=content is not None,
         )
 
     def _place(self, window: Any, visual_tokens: jax.Array, image_rows: np.ndarray) -> RowBatch:

@@ -2,14 +2,16 @@
 
 The images are encoded once, in the order in which a set rule chooses their patches. How many a
 sample gets is drawn on the host, and its tokens are the first of that order: those of the student
-are among those of the teacher.
+are among those of the teacher. A rule that merges averages the others into them, which makes other
+tokens for every count.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from prumerge_jax.data import packing
@@ -124,25 +126,33 @@ class PairPacker(BatchPacker):
     Args:
       budgets: the counts of the student.
       teacher: None packs the student alone.
+      merge: (ranked, (counts [B] of each version, ...)) -> [B, versions * K, Dv], K slots for each
+        version of an image, its tokens first; None shows patches as they are.
       **others: as in `BatchPacker`.
     """
 
     def __init__(
-        self, encode: Any, *, budgets: Budgets, teacher: TeacherShape | None, **others: Any
+        self,
+        encode: Any,
+        *,
+        budgets: Budgets,
+        teacher: TeacherShape | None,
+        merge: Callable[[RankedTokens, tuple[jax.Array, ...]], jax.Array] | None = None,
+        **others: Any,
     ) -> None:
         super().__init__(encode, **others)
         self._budgets = budgets
         self._teacher = teacher
+        self._merge = merge
 
     def _plan(self, examples: Sequence[Example], encoded: Any, places: np.ndarray) -> Planned:
         order, available = self._ranking(examples, encoded)
-        counts = np.array([self._budgets.draw(int(place)) for place in places])
-        versions = [first_patches(order, np.clip(counts, 0, available), self._num_patches)]
-        lengths = [self._shape.length]
+        drawn = np.array([self._budgets.draw(int(place)) for place in places])
+        counts, lengths = [np.clip(drawn, 0, available)], [self._shape.length]
         if self._teacher is not None:
-            more = self._teacher.counts(counts, available, self._num_patches)
-            versions.append(first_patches(order, more, self._num_patches))
+            counts.append(self._teacher.counts(drawn, available, self._num_patches))
             lengths.append(self._teacher.length)
+        visual_tokens, versions = self._versions(encoded, order, counts)
         fitting = [
             [
                 kept_tokens(e.token_ids, len(run), length)
@@ -153,7 +163,7 @@ class PairPacker(BatchPacker):
         kept = np.min(fitting, axis=0)
         windows = packing.pack_together(
             [_requests(examples, runs, kept) for runs in versions],
-            order.shape[0] * self._num_patches,
+            order.shape[0] * visual_tokens.shape[1],
             lengths,
             self._local_rows(),
             shards=len(self._shards.local),
@@ -166,7 +176,33 @@ class PairPacker(BatchPacker):
         }
         if self._teacher is not None:
             tokens["teacher_tokens"] = sum(rows[1].real_tokens for rows in windows)
-        return Planned(windows, encoded.tokens, kept, tokens)
+        return Planned(windows, visual_tokens, kept, tokens)
+
+    def _versions(
+        self, encoded: RankedTokens, order: np.ndarray, counts: Sequence[np.ndarray]
+    ) -> tuple[jax.Array, list[list[Run]]]:
+        """Visual tokens [B, slots, Dv] of all versions, and the run of every image in each."""
+        patches = [first_patches(order, each, self._num_patches) for each in counts]
+        if self._merge is None:
+            visual_tokens = encoded.tokens
+            slots = patches
+        else:
+            placed = tuple(to_global_array(each.astype(np.int32), self._mesh) for each in counts)
+            visual_tokens = self._merge(encoded, placed)
+            first_slots = np.arange(len(counts)) * order.shape[1]
+            slots = [
+                [first + np.arange(len(chosen)) for chosen in version]
+                for first, version in zip(first_slots, patches, strict=True)
+            ]
+        stride = visual_tokens.shape[1]
+        runs = [
+            [
+                Run((row * stride + slot).astype(np.int32), patch, self._num_patches)
+                for row, (slot, patch) in enumerate(zip(*version, strict=True))
+            ]
+            for version in zip(slots, patches, strict=True)
+        ]
+        return visual_tokens, runs
 
     def _ranking(
         self, examples: Sequence[Example], encoded: RankedTokens
@@ -189,20 +225,19 @@ class PairPacker(BatchPacker):
         return PairBatch(student, teacher[0], at)
 
 
-def first_patches(order: np.ndarray, counts: np.ndarray, num_patches: int) -> list[Run]:
-    """The first patches of every image's order, in raster order.
+def first_patches(order: np.ndarray, counts: np.ndarray, num_patches: int) -> list[np.ndarray]:
+    """The first patches of every image's order, int32 [count] in raster order.
 
     Args:
       order: [B, K] int32.
       counts: [B] int, patches per image, at most K; or `num_patches`, which takes them all.
       num_patches: N.
     """
-    runs = []
-    for row, count in enumerate(counts):
-        chosen = np.arange(num_patches) if count == num_patches else np.sort(order[row, :count])
-        patches = chosen.astype(np.int32)
-        runs.append(Run(row * num_patches + patches, patches, num_patches))
-    return runs
+    everything = np.arange(num_patches, dtype=np.int32)
+    return [
+        everything if count == num_patches else np.sort(row[:count]).astype(np.int32)
+        for row, count in zip(order, counts, strict=True)
+    ]
 
 
 def teacher_columns(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:

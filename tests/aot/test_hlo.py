@@ -163,6 +163,30 @@ def test_products_with_codes_and_what_only_a_fusion_holds_are_no_copies() -> Non
     assert ("bf16", (64, 512)) in expanded_codes(inside)  # of the loop's body too
 
 
+def test_a_fusion_gives_out_a_product_and_a_copy() -> None:
+    """As an output beside the product; of an inner fusion; through one that multiplies too."""
+    alone = QUANTISED.replace("COPY", "")
+    before = "  ROOT %product = bf16[8,32]{1,0} convolution(%converted), dim_labels=bf_io->bf\n"
+    both = "(bf16[8,32]{1,0}, /*index=1*/bf16[64,32]{1,0})"
+    product = before.replace("ROOT ", "")
+    given = f"  ROOT %outputs = {both} tuple(%product, %converted)\n"
+    copying = alone.replace(before, product + given)
+    copying = copying.replace("%y = bf16[8,32]{1,0}", f"%y = {both}")
+    assert expanded_codes(copying) == {("bf16", (64, 32))}
+    with pytest.raises(CopiesWeights, match=r"bf16\[64, 32\]"):
+        check_no_copies("read", copying, [(64, 32)])
+
+    inner = "%inner (q: s8[2,64,32]) -> bf16[64,32] {\n  %q = s8[2,64,32]{2,1,0} parameter(0)\n"
+    inner += "  ROOT %c = bf16[64,32]{1,0} convert(%q)\n}\n\n"
+    nested = copying.replace("%fused (p", inner + "%fused (p")
+    nested = nested.replace("convert(%p)", "fusion(%p), kind=kLoop, calls=%inner")
+    assert expanded_codes(nested) == {("bf16", (64, 32))}
+    # What else is made of products is no copy, whatever its shape.
+    scaled = given.replace("tuple(%product, %converted)", "tuple(%product, %scaled)")
+    scaled = "  %scaled = bf16[64,32]{1,0} multiply(%product, %product)\n" + scaled
+    assert not expanded_codes(copying.replace(given, scaled))
+
+
 def test_a_copy_of_a_quantised_kernel_is_found() -> None:
     check_no_copies("read", QUANTISED.replace("COPY", ""), [(64, 32)])
     check_no_copies("read", QUANTISED.replace("COPY", COPY), [(8, 64)])

@@ -127,3 +127,21 @@ def test_a_budget_leaves_each_crop_its_first_patches_and_the_extra_token():
     assert run.index.tolist() == [0, 1, 3, 5, 8, 10]
     whole = run_of_image(crops, TWO_TILES, [0, 1, 2])
     assert run_of_image(crops, TWO_TILES, [0, 1, 2], budget=6).index.tolist() == list(whole.index)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "window", "rows", "columns"),
+    [
+        ((2, 2), Window(0, 8, 0, 8), [0, 0, 1, 1], [0, 0, 1, 1]),
+        ((2, 2), Window(3, 5, 0, 8), [0, 0, 1, 1], [0, 0, 1, 1]),
+        ((1, 3), Window(0, 4, 0, 12), [0, 0, 0, 0], [0, 1, 1, 2]),
+        ((1, 3), Window(1, 3, 4, 8), [0, 0, 0, 0], [1, 1, 1, 1]),  # within the middle tile
+        ((3, 1), Window(2, 10, 0, 4), [0, 1, 1, 2], [0, 0, 0, 0]),
+        ((1, 3), Window(2, 2, 0, 12), [0, 0, 0, 0], [0, 1, 1, 2]),  # not even a row of patches
+    ],
+)
+def test_a_patch_of_the_whole_image_lies_in_a_tile(
+    tiles: tuple[int, int], window: Window, rows: list[int], columns: list[int]
+) -> None:
+    tile = Layout(4, tiles, window).tile_of_patch().reshape(4, 4)
+    np.testing.assert_array_equal(tile, 1 + np.add.outer(np.array(rows) * tiles[1], columns))

@@ -218,16 +218,6 @@ def test_more_crops_than_a_window_are_refused_with_the_number(golden: pathlib.Pa
     )
 
 
-def test_a_budget_over_crops_is_refused_where_it_would_be_needed(golden: pathlib.Path):
-    model = load(golden, "next_vicuna")
-    request = model.request(0, "wide_97x61")
-    engine = make_engine(model, "hired:tokens=4")
-    (window,) = engine.planner(engine.counters).windows([[request]])
-    assert "shares a budget out over the crops of an image, which is not built" in str(
-        window.failed[0].error
-    )
-
-
 def test_newlines_between_and_budgets_of_pruned_tokens(golden: pathlib.Path):
     model = load(golden, "next_vicuna")
     request = model.request(0, "wide_97x61")

@@ -193,15 +193,23 @@ def test_evolution_score_and_order_are_those_of_the_loop(data):
         np.testing.assert_array_equal(visual.patch_indices[0], np.sort(order))
 
 
-def test_crop_budgets_and_choices_are_hireds(data):
+def test_shares_and_choices_of_crops_are_hireds(data):
+    """With the authors' pieces of the raster in place of quadrants."""
     hired = data["hired"]
-    first, late = (hired[name][:, :, 1:].sum(1) for name in ("first_layer", "late_layer"))
+    first, heads = hired["first_layer"][:, :, 1:].sum(1), hired["late_layer"][:, :, 1:]
+    late = heads.swapaxes(1, 2)
+    raster = 1 + np.arange(late.shape[1]) // (late.shape[1] // 4)
+    evidence = reductions.Evidence(
+        late, late, heads.mean(1), head_attention=heads, first_attention=first
+    )
+    visual = reduce(evidence, reduction=crops.HiredCrops(tokens=late.shape[1], most_crops=5))
+    np.testing.assert_array_equal(visual.content, first)
     names = [name for name in hired.files if name.endswith("_mask")]
     assert names
     for name in names:
         rate, alpha = map(float, re.fullmatch(r"rate([\d.]+)_alpha([\d.]+)_mask", name).groups())
-        budgets = crops.crop_budgets(
-            first[:1], (2, 2), total=int(late.size * rate), alpha=alpha, pieces="raster"
+        shares = crops.crop_shares(
+            first[0], raster, len(late), total=int(late[..., 0].size * rate), alpha=alpha
         )
-        kept = crops.most_attended(late[None], budgets)[0]
-        np.testing.assert_array_equal(kept, hired[name])
+        for patches, share, expected in zip(visual.patch_indices, shares, hired[name], strict=True):
+            np.testing.assert_array_equal(np.sort(patches[:share]), np.flatnonzero(expected))

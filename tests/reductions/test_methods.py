@@ -83,7 +83,7 @@ def test_batch_mates_order_and_nan_change_no_bit(spelling: str) -> None:
     order, broken = np.array([3, 7, 4, 1, 2, 0, 6, 5]), 2
     visual = jax.tree.map(np.asarray, reduce(poison(rows(evidence, order), broken), reduction))
     whole = np.arange(BATCH) != broken
-    for ours, theirs in zip(visual, expected, strict=True):
+    for ours, theirs in zip(*map(jax.tree.leaves, (visual, expected)), strict=True):
         np.testing.assert_array_equal(ours[whole], np.asarray(theirs)[order][whole])
     assert visual.tokens.shape[1] == reduction.capacity_for(PATCHES)
     beyond = np.arange(visual.tokens.shape[1]) >= visual.lengths[:, None]

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from configs.digits import any_budget as recipe
+from prumerge_jax import reductions
 from prumerge_jax.data import packing
 from prumerge_jax.data.tokens import IGNORE
+from prumerge_jax.models.llava import encode_images
 from prumerge_jax.sharding.mesh import use_mesh
 from prumerge_jax.store.manifest import read_manifest
 from prumerge_jax.store.model_directory import read_array
@@ -120,6 +122,36 @@ def test_the_student_sees_a_part_of_what_the_teacher_sees_and_predicts_the_same(
         np.testing.assert_array_equal(np.asarray(teacher.segment_ids)[rows, at], segments)
         found += len(rows)
     assert found == sum(int((e.labels[1:] != IGNORE).sum()) for e in EXAMPLES)
+
+
+MERGING = "cover:tokens=20,merge=mean"
+
+
+@pytest.mark.parametrize("factor", [None, 2.0])
+def test_tokens_are_those_of_a_merging_reduction_at_the_counts_drawn(factor: float | None) -> None:
+    own = BudgetBench(dataclasses.replace(config(teacher_factor=factor), reduction=MERGING))
+    module = own.objective.module.merge({**own.frozen, **own.trained})
+    shape = TeacherShape(factor, 80)
+    sides: list[RowBatch] = []
+    for batch in own.batches(place=50):
+        assert batch.teacher is not None
+        sides += [batch.student, batch.teacher]
+    stride = sides[0].visual_tokens.shape[1]
+    for number in (0, 3):
+        example = EXAMPLES[number]
+        drawn = np.array([Budgets((16, 3), 20, 0.5, 80, own.config.seed).draw(50 + number)])
+        counts = [drawn[0], shape.counts(drawn, np.array([36]), 36)[0]]
+        found = []
+        for rows in sides:
+            here = np.asarray(rows.visual_index)[np.asarray(rows.visual_index) // stride == number]
+            found += [np.asarray(rows.visual_tokens).reshape(-1, 17)[here]] if here.size else []
+        for tokens, count in zip(found, counts, strict=True):
+            reduction = reductions.parse(f"cover:tokens={count},merge=mean")
+            expected = jax.jit(
+                functools.partial(encode_images, reduction=reduction, dtype=jnp.dtype("float32"))
+            )(module.vision, example.pixels[None])
+            np.testing.assert_allclose(tokens, expected.tokens[0], atol=1e-6)
+            assert np.exp(tokens[:, -1]).sum() == pytest.approx(36)  # every patch counts once
 
 
 def alone(batches: list[RowBatch]) -> RowBatch:
@@ -239,10 +271,12 @@ def test_other_counts_compile_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_losses_and_weights_on_a_mesh_are_those_of_one_device() -> None:
+@pytest.mark.parametrize("reduction", ["cover:tokens=20", MERGING])
+def test_losses_and_weights_on_a_mesh_are_those_of_one_device(reduction: str) -> None:
     require_eight_devices()
+    settings = dataclasses.replace(config(), reduction=reduction)
     trained: list[tuple[TrainState, list[float]]] = [
-        BudgetBench(config(), sizes=sizes, model=WIDE_MODEL).train(0, 3)
+        BudgetBench(settings, sizes=sizes, model=WIDE_MODEL).train(0, 3)
         for sizes in ((1, 1, 1), (2, 2, 2))
     ]
     (expected, losses), (state, same) = trained

@@ -1,10 +1,14 @@
 """Samples with several crops and videos in micro-batches: which token stands where."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from prumerge_jax import reductions
+from prumerge_jax.data.anyres import Window
 from prumerge_jax.data.layout import Layout
 from prumerge_jax.data.pictures import Picture
 from prumerge_jax.data.pipeline import Example
@@ -34,7 +38,12 @@ def encoder(offset: int):
 
 def packer(per_sample: int, shards: int = 1) -> CropPacker:
     capacity = CropCapacity(
-        per_sample, side=2, num_patches=4, cls=False, selects=True, interpolates=False
+        per_sample,
+        side=2,
+        num_patches=4,
+        cls=False,
+        reduction=reductions.parse("select-only"),
+        interpolates=False,
     )
     return CropPacker(
         [encoder(0), encoder(1000)],
@@ -107,3 +116,30 @@ def test_an_image_that_does_not_fit_is_dropped_with_what_follows() -> None:
     (rows,) = batch.batches
     assert batch.counts["truncated_samples"] == 1
     assert (np.asarray(rows.visual_index) >= 0).sum() == 18
+
+
+def test_crops_that_share_their_images_tokens_are_cut_to_their_shares() -> None:
+    """Of two tiles the second has all content; tokens come in the order of their patches."""
+
+    def encode(crops: jax.Array, on_image: jax.Array) -> VisualTokens:
+        visual = encoder(0)(crops, on_image)
+        content = jnp.tile(jnp.array([0, 1, 0, 1], jnp.float32), (len(crops), 1))
+        return visual._replace(patch_indices=visual.patch_indices[:, [1, 0, 2, 3]], content=content)
+
+    capacity = CropCapacity(
+        per_sample=3,
+        side=2,
+        num_patches=4,
+        cls=False,
+        reduction=reductions.parse("hired:tokens=1").for_crops(3),
+        interpolates=False,
+    )
+    feed = CropPacker([encode], capacity=capacity, shape=RowShape(2, 24), mesh=make_mesh())
+    tiled = picture(10, 3, video=False)
+    tiled = tiled._replace(layout=dataclasses.replace(tiled.layout, window=Window(0, 2, 0, 4)))
+    with use_mesh(make_mesh()):
+        (batch,) = feed([[sample(0, tiled)]], 0)
+    (rows,) = batch.batches
+    index = np.asarray(rows.visual_index)
+    shown = np.asarray(rows.visual_tokens).reshape(-1)[index[index >= 0]]
+    assert shown.tolist() == [10, 12.5, 12]

@@ -8,16 +8,18 @@ predict the targets, where the published trainer takes the ones behind.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from prumerge_jax import reductions
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.models.llava import LlavaModel, gather_evidence
 from prumerge_jax.models.vision_tower import VisionTower
+from prumerge_jax.sharding.mesh import logical_spec
 from prumerge_jax.training.config import ConfigError, TrainConfig, objective_options
 from prumerge_jax.training.inputs import TrainingSource, open_conversations
 from prumerge_jax.training.objectives.next_token import (
@@ -156,10 +158,12 @@ def make(config: TrainConfig) -> Objective:
 
     def packer(tokenizer: Tokenizer, frozen: Weights, mesh: Mesh, total_steps: int) -> Packer:
         ranked = most
-        if shape is not None and shape.factor is not None:
+        # A teacher that sees all patches as they are needs no order.
+        if shape is not None and (shape.factor is not None or rule.merge != "none"):
             ranked = shape.most(most, num_patches)
         return PairPacker(
             ranking_encoder(config, frozen, mesh, ranked),
+            merge=None if rule.merge == "none" else merger(rule, mesh),
             budgets=Budgets(
                 options.lower, most, options.falling, total_steps * config.batch_size, config.seed
             ),
@@ -183,6 +187,19 @@ def ranking_encoder(config: TrainConfig, weights: Weights, mesh: Mesh, steps: in
         return RankedTokens(ranking.evidence.hidden, ranking.order.patches, ranking.available)
 
     return ImageEncoder(config, weights, mesh, encode)
+
+
+def merger(
+    rule: reductions.SetRule, mesh: Mesh
+) -> Callable[[RankedTokens, tuple[jax.Array, ...]], jax.Array]:
+    """What makes the tokens of a rule that merges; see `PairPacker`."""
+
+    def merge(ranked: RankedTokens, counts: tuple[jax.Array, ...]) -> jax.Array:
+        everywhere = jnp.ones(ranked.tokens.shape[:2], bool)
+        versions = [rule.first(ranked.tokens, ranked.order, each, everywhere) for each in counts]
+        return jnp.concatenate([version.tokens for version in versions], axis=1)
+
+    return jax.jit(merge, out_shardings=NamedSharding(mesh, logical_spec("batch")))
 
 
 def _set_rule(config: TrainConfig) -> reductions.SetRule:

@@ -160,7 +160,8 @@ def crop_packer(config: TrainConfig, weights: Weights, mesh: Mesh) -> CropPacker
       weights: all weights of the run; those of its towers are used.
       mesh: the devices.
     """
-    model, reduction = config.sizes, run_reduction(config)
+    model = config.sizes
+    reduction = run_reduction(config).for_crops(model.most_crops)
     vision, form = model.vision, frame_form(model, reduction)
     reduces = reduction.reduces(vision.num_patches)
     encode = functools.partial(
@@ -187,7 +188,7 @@ def crop_packer(config: TrainConfig, weights: Weights, mesh: Mesh) -> CropPacker
         side=vision.image_size,
         num_patches=vision.num_patches,
         cls=form is not None and form.cls,
-        selects=reduction.selects_patches,
+        reduction=reduction,
         interpolates=interpolates(model, reduction),
     )
     return CropPacker(encoders, capacity=capacity, shape=row_shape(config, mesh), mesh=mesh)
@@ -231,7 +232,7 @@ def run_reduction(config: TrainConfig) -> Reduction:
 
     Raises:
       ConfigError: it resizes images, or looks at more than the frozen tower shows, which only
-        inference does.
+        inference does; or images have several crops, which it does not take.
     """
     reduction, vision = reductions.parse(config.reduction), config.sizes.vision
     try:
@@ -243,6 +244,9 @@ def run_reduction(config: TrainConfig) -> Reduction:
             f"reduction {config.reduction!r} resizes images, which training does not; "
             "train with another, or on a model of that image size"
         )
+    refusal = reductions.refusal_of_crops(reduction) if config.sizes.image_grid_pinpoints else None
+    if refusal is not None:
+        raise ConfigError(refusal)
     if projected := reduction.needs & {"projected", "question"}:
         raise ConfigError(
             f"reduction {config.reduction!r} looks at {' and '.join(sorted(projected))} patches, "
@@ -252,8 +256,9 @@ def run_reduction(config: TrainConfig) -> Reduction:
 
 
 def visual_capacity(config: TrainConfig) -> int:
-    """R: visual token slots per image."""
-    return run_reduction(config).capacity_for(config.sizes.vision.num_patches)
+    """R: visual token slots per crop."""
+    reduction = run_reduction(config).for_crops(config.sizes.most_crops)
+    return reduction.capacity_for(config.sizes.vision.num_patches)
 
 
 def fewest_visual_tokens(config: TrainConfig) -> int:
