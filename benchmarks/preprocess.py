@@ -4,10 +4,11 @@
     python benchmarks/preprocess.py --width 1024 --height 768 --mode crop
 
 First the steps on one core, in this process and in processor time, so that other jobs do not count:
-decoding; padding or cropping with the resize; both. Then the stream that evaluation reads, with 1,
-2, ... worker processes, in wall-clock time from the moment all of them are at work. Then what
-training reads (`training, N workers`): grain's workers read a file, make its pixels, tokenise and
-label a conversation of about `--training_text_tokens`; `packing` places such samples in rows.
+decoding; padding or cropping with the resize; both; what training does with a sample: its file is
+read, its pixels are made, a conversation of about `--training_text_tokens` is tokenised and
+labelled. Then the stream that evaluation reads, with 1, 2, ... worker processes, in wall-clock time
+from the moment all of them are at work, and the one that training reads (`training, N workers`), by
+grain's workers; `packing` places such samples in rows.
 
 `ms` is per image and of this process alone: for a stream it is what taking over the workers'
 results costs, which bounds the rate however many workers there are. `over_one_worker` is the rate
@@ -24,9 +25,10 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import grain
 import numpy as np
 from absl import flags
 from measuring import add_arguments, begin, progress, report
@@ -63,12 +65,12 @@ def jpeg(width: int, height: int, rng: np.random.Generator) -> bytes:
     return file.getvalue()
 
 
-def processor_ms(work: Callable[[pathlib.Path], object], paths: Sequence[pathlib.Path]) -> float:
-    """Milliseconds per image of this process's processor time, median over the images."""
+def processor_ms(work: Callable[[Any], object], items: Iterable[Any]) -> float:
+    """Milliseconds per item of this process's processor time, median over the items."""
     times = []
-    for path in paths:
+    for item in items:
         start = time.process_time()
-        work(path)
+        work(item)
         times.append(time.process_time() - start)
     return 1e3 * float(np.median(times))
 
@@ -119,16 +121,22 @@ class Reader:
         return {"id": path, "image": pathlib.Path(path).read_bytes(), "conversations": self.turns}
 
 
-def training_stream(
-    paths: Sequence[pathlib.Path], samples: int, text_tokens: int, workers: int
-) -> tuple[float, float]:
-    """Samples per second of grain's stream, and milliseconds of this process per sample."""
+def training_rows(
+    paths: Sequence[pathlib.Path], text_tokens: int
+) -> grain.MapDataset[pipeline.Example]:
+    """An epoch of conversations about the images, made when they are asked for."""
     tokenizer = load_tokenizer(tokenizer_file(model_directory("miniature")))
     text = WORD * (text_tokens // len(tokenizer.encode(WORD)))
     preprocess = Preprocessor(
         tokenizer, chat_template("vicuna_v1"), ImageProcessor(SIZE, CLIP_MEAN), "prumerge"
     )
-    rows = pipeline.examples([str(path) for path in paths], preprocess, to_sample=Reader(text))
+    return pipeline.examples([str(path) for path in paths], preprocess, to_sample=Reader(text))
+
+
+def training_stream(
+    rows: grain.MapDataset[pipeline.Example], samples: int, workers: int
+) -> tuple[float, float]:
+    """Samples per second of grain's stream, and milliseconds of this process per sample."""
     batches = pipeline.grouped(pipeline.stream(rows, seed=0), BATCH)
     stream = pipeline.read(batches, num_workers=workers)
     for _ in range(4 * workers):  # until all of them are at work
@@ -185,6 +193,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "one core": lambda path: preprocess(load_image(path), SIZE, mode),
         }
         ms = {name: processor_ms(work, paths * arguments.repeats) for name, work in steps.items()}
+        text, trained = arguments.training_text_tokens, {}
+        rows = training_rows(paths, text)
+        indices = [*range(IMAGES)] * arguments.repeats
+        ms["training, one core"] = processor_ms(rows.__getitem__, indices)
         counts = range(1, arguments.most_workers + 1)
         streams: dict[int, list[tuple[float, float]]] = {workers: [] for workers in counts}
         for _ in range(arguments.repeats):
@@ -193,9 +205,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 progress(f"{workers} workers: {streams[workers][-1][0]:.0f} images/s")
         if not flags.FLAGS.is_parsed():
             flags.FLAGS(sys.argv[:1])  # grain's workers ask for it
-        text, trained = arguments.training_text_tokens, {}
         for workers in counts:
-            trained[workers] = training_stream(paths, arguments.images, text, workers)
+            trained[workers] = training_stream(rows, arguments.images, workers)
             progress(f"training, {workers} workers: {trained[workers][0]:.0f} samples/s")
 
     rates = {name: (1e3 / step_ms, step_ms) for name, step_ms in ms.items()}
@@ -218,9 +229,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     in_one_process = max(parent_ms for _, parent_ms in trained.values()) + pack
     notes = [feeding(1e3 / ms["one core"], arguments)]
-    notes += [
-        training(host, trained[1][0], 1e3 / in_one_process, arguments) for host in TRAINING_HOSTS
-    ]
+    per_core = 1e3 / ms["training, one core"]
+    notes += [training(host, per_core, 1e3 / in_one_process, arguments) for host in TRAINING_HOSTS]
     report("preprocess", arguments, results, notes=notes)
 
 
@@ -229,7 +239,7 @@ def training(host: str, per_core: float, most: float, arguments: argparse.Namesp
 
     Args:
       host: of `TRAINING_HOSTS`.
-      per_core: samples per second of a worker.
+      per_core: samples per second of a core that does nothing else.
       most: samples per second that the main process takes over and packs.
       arguments: the flags.
     """

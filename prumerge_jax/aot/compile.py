@@ -271,4 +271,9 @@ def program_lines(programs: Sequence[tuple[Program, int]], chip: Chip) -> list[s
         ]
         note = f" (of {program.steps} steps)" if program.cost.open_loops else ""
         lines.append(f"  {program.name}: {', '.join(parts) or 'none'}{note}")
+        if (apart := program.cost.between_slices).executions:
+            lines.append(
+                f"    between slices: {apart.executions}, of which a chip sends "
+                f"{apart.bytes / 1e6:.1f} MB"
+            )
     return lines

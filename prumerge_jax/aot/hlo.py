@@ -33,6 +33,7 @@ _COLLECTIVES = (
 )
 
 
+_BETWEEN_SLICES = '"xla_megascale_runtime"'
 _CODES = ("s8", "u8", "s4", "u4")
 _CONTROL = ("while", "conditional", "call")
 _FUSIONS = ("fusion", "async-start")
@@ -61,12 +62,16 @@ class ProgramCost:
       parts: `cycles` by what they are spent on: a scope of the models (`adapter`, `norm`, ...) or
         else `products`, `copies`, `collectives` and `elementwise`, by descending cycles. A fusion
         belongs where its last product does, else where its result does.
+      between_slices: what leaves a slice, which the TPU's runtime sends over the network of the
+        data centre; bytes that a chip sends. XLA makes of a collective between slices one within
+        each, which is among `collectives`, and this.
     """
 
     collectives: Mapping[str, Traffic]
     cycles: int
     open_loops: int
     parts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    between_slices: Traffic = Traffic(0, 0)
 
 
 def program_cost(text: str, open_trips: int = 1) -> ProgramCost:
@@ -82,6 +87,7 @@ def program_cost(text: str, open_trips: int = 1) -> ProgramCost:
     """
     module = _parse(text)
     found: dict[tuple[str, str, int], tuple[str, int, int]] = {}
+    sends = sent = 0
     parts: Counter[str] = Counter()
     open_loops = 0
     for computation, runs in _executions(module, open_trips):
@@ -89,6 +95,10 @@ def program_cost(text: str, open_trips: int = 1) -> ProgramCost:
             if instruction.cycles:
                 parts[_part(module, instruction)] += runs * instruction.cycles
             open_loops += instruction.opcode == "while" and not _trips(module, instruction)
+            if instruction.opcode == "send" and instruction.leaves_slice:
+                sends += runs
+                # A buffer, a context and a token; the first alone travels.
+                sent += runs * _bytes(instruction.shape.partition("{")[0])
             kind = instruction.opcode.removesuffix("-start")
             if kind not in _COLLECTIVES:
                 continue
@@ -104,7 +114,8 @@ def program_cost(text: str, open_trips: int = 1) -> ProgramCost:
         )
         for kind in sorted({kind for kind, _, _ in found.values()})
     }
-    return ProgramCost(totals, parts.total(), open_loops, dict(parts.most_common()))
+    shares = dict(parts.most_common())
+    return ProgramCost(totals, parts.total(), open_loops, shares, Traffic(sends, sent))
 
 
 def expanded_codes(text: str) -> set[Array]:
@@ -213,6 +224,7 @@ class _Instruction(NamedTuple):
     cycles: int
     trips: int | None
     scope: str
+    leaves_slice: bool
 
 
 class _Module(NamedTuple):
@@ -262,6 +274,7 @@ def _instruction(name: str, text: str, opcode: re.Match[str], *, is_root: bool) 
         cycles=int(cycles[1]) if cycles else 0,
         trips=int(trips[1]) if trips else None,
         scope=scope[1] if scope else "",
+        leaves_slice=_BETWEEN_SLICES in attributes,
     )
 
 

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from prumerge_jax.models.attention import attend
 from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.config import TextConfig
-from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm
+from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, outputs_of
 from prumerge_jax.models.quantisation import FORMATS, Format
 from prumerge_jax.models.remat import ATTENTION
 from prumerge_jax.models.rotary import Rotation, rotate
@@ -72,8 +72,10 @@ class DecoderLayer(nnx.Module):
     def attend(self, projected: QKV, rows: PackedRows) -> tuple[jax.Array, QKV]:
         """Projections of packed rows -> the attention output of every position [B, T, H, Dh], and
         the heads it came from, wider where keys have a bias."""
+        projected = projected._replace(v=checkpoint_name(projected.v, ATTENTION))
         split = self.split_and_rotate(projected, rows.rotation)
-        heads = QKV(*(checkpoint_name(head, ATTENTION) for head in split))
+        q, k = (checkpoint_name(head, ATTENTION) for head in split[:2])
+        heads = QKV(q, k, split.v)
         if rows.key_bias is not None:  # the cache keeps it with the keys
             heads = QKV(*with_columns(*heads, rows.key_bias))
         attended = attend(
@@ -137,8 +139,7 @@ class AttentionProjections(nnx.Module):
 
     def qkv(self, x: jax.Array, dropout_key: jax.Array | None) -> QKV:
         """[B, T, D] -> [B, T, H * Dh] and twice [B, T, K * Dh]."""
-        keys = split_key(dropout_key, 3)
-        return QKV(self.q_proj(x, keys[0]), self.k_proj(x, keys[1]), self.v_proj(x, keys[2]))
+        return QKV(*outputs_of([self.q_proj, self.k_proj, self.v_proj], x, dropout_key))
 
 
 class SwiGLU(nnx.Module):
@@ -163,9 +164,9 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        keys = split_key(dropout_key, 3)
-        gated = jax.nn.silu(self.gate_proj(x, keys[0])) * self.up_proj(x, keys[1])
-        return self.down_proj(gated, keys[2])
+        keys = split_key(dropout_key, 2)
+        gate, up = outputs_of([self.gate_proj, self.up_proj], x, keys[0])
+        return self.down_proj(jax.nn.silu(gate) * up, keys[1])
 
 
 def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:

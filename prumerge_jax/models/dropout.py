@@ -31,7 +31,8 @@ def bernoulli_mask(key: jax.Array, probability: float, shape: tuple[int, ...]) -
     row = jax.lax.iota(jnp.uint32, math.prod(leading)).reshape(leading)
     rows = _hashed(row ^ first) ^ second
     columns = _hashed(jax.lax.iota(jnp.uint32, width) ^ second) ^ first
-    bits = _hashed(_hashed(rows)[..., None] ^ _hashed(columns))
+    # One multiplication of the two hashes together: its upper bits, which decide, depend on all.
+    bits = (_hashed(rows)[..., None] ^ _hashed(columns)) * jnp.uint32(0x9E3779B1)
     return bits < jnp.uint32(min(round(probability * 2**32), 2**32 - 1))
 
 

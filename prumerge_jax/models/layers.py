@@ -5,7 +5,7 @@ computes in the dtype of its input.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from prumerge_jax.models import tuning
 from prumerge_jax.models.dropout import bernoulli_mask
-from prumerge_jax.models.products import contract
+from prumerge_jax.models.products import computed_apart, contract
 from prumerge_jax.models.quantisation import (
     Format,
     Quantised,
@@ -67,8 +68,8 @@ class Linear(nnx.Module):
       kernel_q, kernel_scale: in place of `kernel`, its codes and scales (`quantisation.Quantised`)
         in the format `quantize`.
       out_first: whether the kernel is kept the other way round, see `put_out_first`.
-      kept_as: name of its output for `remat.rematerialise`; None for queries, keys and values, of
-        which the heads are kept.
+      kept_as: name of its output for `remat.rematerialise`; None for queries, keys and values,
+        which attention names.
       bias: [d_out] or None.
       lora_a, lora_b: [d_in, rank] and [rank, d_out]; absent without an adapter.
     """
@@ -110,27 +111,16 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """[..., d_in] -> [..., d_out] in the dtype of `x`."""
-        y = self._with_adapter(x, dropout_key)
-        return y if self.kept_as is None else checkpoint_name(y, self.kept_as)
+        return outputs_of([self], x, dropout_key)[0]
 
-    def _with_adapter(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    def without_adapter(self, x: jax.Array) -> jax.Array:
+        """[..., d_in] -> [..., d_out], without what the adapter adds."""
         y = self._product(x)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
-        if self.adapter is None:
-            return y
-        with jax.named_scope("adapter"):
-            return y + self._adapted(x, dropout_key)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
-    def _adapted(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-        """What the adapter adds."""
-        assert self.adapter is not None
-        if dropout_key is not None and self.adapter.dropout:
-            keep = 1 - self.adapter.dropout
-            x = jnp.where(bernoulli_mask(dropout_key, keep, x.shape), x / keep, 0)
-        a = unshard_embed(self.lora_a[...].astype(x.dtype), self.axes[0], None)
-        b = unshard_embed(self.lora_b[...].astype(x.dtype), None, self.axes[1])
-        return self.adapter.scale * (checkpoint_name(x @ a, ADAPTER) @ b)
+    def kept(self, y: jax.Array) -> jax.Array:
+        """The output under the name by which it is kept."""
+        return y if self.kept_as is None else checkpoint_name(y, self.kept_as)
 
     @property
     def is_wide(self) -> bool:
@@ -178,6 +168,50 @@ class Linear(nnx.Module):
             gathered(self.kernel_scale[...], axes["kernel_scale"]),
         )
         return product(x, quantised, self.quantize, out_first=self.out_first)
+
+
+def outputs_of(
+    linears: Sequence[Linear], x: jax.Array, dropout_key: jax.Array | None = None
+) -> list[jax.Array]:
+    """Outputs [..., d_out] of linear layers that have one input [..., d_in].
+
+    The first factors of their adapters are one product, and dropout draws one mask for all of them.
+
+    Args:
+      linears: with adapters of one configuration, or without any.
+      x: their input.
+      dropout_key: where given, the adapters drop their input (training).
+    """
+    # In this order: with the adapters in front XLA on TPUs transposes an MLP's gradients, and what
+    # they meet; for 7B forward and backward then take 5.5 million cycles of a v6e, and else 4.9.
+    outputs = [linear.without_adapter(x) for linear in linears]
+    if linears[0].adapter is not None:
+        with jax.named_scope("adapter"):
+            additions = _additions(linears, x, dropout_key)
+            outputs = [y + addition for y, addition in zip(outputs, additions, strict=True)]
+    return [linear.kept(y) for linear, y in zip(linears, outputs, strict=True)]
+
+
+def _additions(
+    linears: Sequence[Linear], x: jax.Array, dropout_key: jax.Array | None
+) -> list[jax.Array]:
+    """What the adapters of some layers of the same input add to their outputs."""
+    adapter, axes = linears[0].adapter, linears[0].axes
+    assert adapter is not None
+    apart = tuning.current().adapter_barrier
+    scale = adapter.scale
+    if dropout_key is not None and adapter.dropout:
+        keep = 1 - adapter.dropout
+        x = jnp.where(bernoulli_mask(dropout_key, keep, x.shape), x, 0)
+        scale = scale / keep
+    first = jnp.concatenate([linear.lora_a[...].astype(x.dtype) for linear in linears], axis=-1)
+    narrow = checkpoint_name(x @ unshard_embed(first, axes[0], None), ADAPTER)
+    additions = []
+    for linear, part in zip(linears, jnp.split(narrow, len(linears), axis=-1), strict=True):
+        second = unshard_embed(linear.lora_b[...].astype(x.dtype), None, linear.axes[1])
+        addition = scale * (part @ second)
+        additions.append(computed_apart(addition) if apart else addition)
+    return additions
 
 
 class RMSNorm(nnx.Module):

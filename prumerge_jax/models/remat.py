@@ -7,9 +7,9 @@ import jax
 
 PRODUCT, ADAPTER, ATTENTION, WIDE = "product", "adapter", "attention", "wide_product"
 """Names of what a policy may keep of a layer: outputs of linear layers that narrow, with their
-adapters', the rank-wide products inside adapters, attention's heads as they are rotated, its output
-with the logarithms of its sums (of the kernels that name them), and the outputs of an MLP's
-widening layers."""
+adapters', the rank-wide products inside adapters, queries and keys as they are rotated and values
+as they are projected, attention's output with the logarithms of its sums (of the kernels that name
+them), and the outputs of an MLP's widening layers."""
 
 _KEPT: dict[str, tuple[str, ...] | None] = {
     "none": None,

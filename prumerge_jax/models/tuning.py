@@ -43,6 +43,8 @@ class Tuning:
       projection_barrier: whether inference keeps the query, key and value products apart from the
         split into heads (`jax.lax.optimization_barrier`). Training does without: its weights are
         gathered into the layout that suits, and a barrier costs copies in the backward pass.
+      adapter_barrier: whether what adapters add to outputs is computed apart
+        (`products.computed_apart`), so that the sum becomes part of the kernel's larger product.
     """
 
     attention: Literal["xla", "blocks", "cudnn", "splash"] = "xla"
@@ -54,6 +56,7 @@ class Tuning:
     page_size: int = 16
     rotary: Literal["roll", "matmul"] = "roll"
     projection_barrier: bool = False
+    adapter_barrier: bool = False
 
     @classmethod
     def plain(cls) -> "Tuning":
@@ -111,6 +114,9 @@ BY_PLATFORM = {
         # Scoring's rows on four chips of v5e 49.1 ms, without this and `rotary` 59.3; v6e 15.6 and
         # 21.3. XLA copied the projections' weights of all layers into another layout in every run.
         projection_barrier=True,
+        # No figure of its own. On 64 chips of v6e XLA added in the adapter's product, which reads
+        # and writes an MLP's [2048, 11008] once more: 394 us; 325 as part of the kernel's product.
+        adapter_barrier=True,
     ),
 }
 

@@ -197,3 +197,18 @@ def test_a_copy_of_a_quantised_kernel_is_found() -> None:
     check_no_copies("read", QUANTISED.replace("COPY", plain), [(64, 32)])
     with pytest.raises(CopiesWeights, match=r"read holds bf16\[2, 32, 64\]: a copy of a quantised"):
         check_no_copies("read", QUANTISED.replace("COPY", COPY), [(64, 32)])
+
+
+def test_what_leaves_a_slice_is_what_the_runtime_sends() -> None:
+    """As XLA writes it for two slices of v5e, in the loop of 32."""
+    send = (
+        "  %send = (bf16[29,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) send(%weight, %begin), "
+        "channel_id=2, is_host_transfer=true, "
+        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}\n'
+    )
+    loop = "  ROOT %fusion.1 ="
+    assert program_cost(TPU).between_slices == Traffic(0, 0)
+    cost = program_cost(TPU.replace(loop, send + loop))
+    assert cost.between_slices == Traffic(32, 32 * 29 * 8 * 128 * 2)
+    to_the_host = send.replace("xla_megascale_runtime", "another")
+    assert program_cost(TPU.replace(loop, to_the_host + loop)).between_slices == Traffic(0, 0)

@@ -68,6 +68,15 @@ def test_a_mesh_may_split_the_axes_of_a_torus(name: str, sizes: tuple[int, int, 
 
 @pytest.mark.tpu
 @needs_libtpu
+def test_several_slices_are_laid_along_data() -> None:
+    found = topology("2xv5e:4x4")
+    assert (len(found.devices), found.chip) == (32, CHIPS["tpu-v5e"])
+    mesh = mesh_on(found.devices, data=4, fsdp=8)
+    assert [device.slice_index for device in mesh.devices.flat] == [0] * 16 + [1] * 16
+
+
+@pytest.mark.tpu
+@needs_libtpu
 @pytest.mark.parametrize("name", ["v5e:4x4", "v6e:4x4", "v5p:2x2x4"])
 def test_the_chips_of_every_host_make_a_mesh_of_their_own(name: str) -> None:
     """As each of several processes of `eval.py` lays out its model."""
