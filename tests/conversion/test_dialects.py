@@ -133,6 +133,7 @@ def published(tmp_path: pathlib.Path) -> Published:
     return Published(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("container", ["bin", "safetensors"])
 def test_adapters_are_kept(tmp_path: pathlib.Path, container: str) -> None:
     published = Published(tmp_path, container)
@@ -177,6 +178,7 @@ def test_an_exported_adapter_converts_again(tmp_path: pathlib.Path, published: P
     assert hashes == {k: v for k, v in two.files.items() if "/state/value/" in k}
 
 
+@pytest.mark.slow
 def test_merging_rounds_once(tmp_path: pathlib.Path, published: Published) -> None:
     opened = open_model(replace(published.sources, merge=True))
     assert opened.adapter is None

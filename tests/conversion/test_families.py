@@ -456,6 +456,7 @@ def original_video_llava(model: OpenedModel, folder: pathlib.Path, **own: object
     return Sources(folder, vision_tower=tower)
 
 
+@pytest.mark.slow
 def test_original_video_llava(golden: pathlib.Path, tmp_path: pathlib.Path) -> None:
     model = opened(golden / "models" / VIDEO)
     sources = original_video_llava(model, tmp_path / "original")

@@ -187,6 +187,7 @@ def test_hostile_files_are_refused_in_one_line(tmp_path: pathlib.Path, message: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_quantised_llava_is_converted(tmp_path: pathlib.Path) -> None:
     """int8 as bitsandbytes has it, tower and embeddings as they were."""
     plain = {k: a.astype(np.float32) for k, a in write_hf(tmp_path / "in").items()}

@@ -48,6 +48,7 @@ def converted(checkpoint: pathlib.Path, folder: pathlib.Path, name: str | None) 
     return folder / f"{name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["nf4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "int4"))]
 )

@@ -139,6 +139,7 @@ def test_errors_name_the_sample(preprocess) -> None:
         preprocess({**sample, "conversations": [{"from": "human", "value": "Is there a 3?"}]})
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.data())
 def test_a_stream_continues_from_any_start(data) -> None:

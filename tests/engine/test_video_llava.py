@@ -90,6 +90,7 @@ def logits_of(engine: Engine, requests: list[Request]) -> dict[int, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 def test_logits_and_greedy_tokens_are_transformers(golden: pathlib.Path):
     model = load(golden)
     engine, asked = engine_of(model, "full"), requests(model)

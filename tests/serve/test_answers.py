@@ -326,6 +326,7 @@ def test_flags(capsys: pytest.CaptureFixture) -> None:
     assert "most tokens of an answer" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_model_is_served_in_fewer_bits() -> None:
     for flags, held in (([], False), (["--quantize", "int8"], True)):
         model = load(parse_flags(flags))

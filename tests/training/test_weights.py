@@ -192,6 +192,7 @@ def test_sizes_that_a_recipe_fixes_must_agree_but_the_vocabulary_may_differ(
     assert load(config).model == MODEL
 
 
+@pytest.mark.slow
 def test_the_same_weights_written_twice_count_as_the_same(
     config: ml_collections.ConfigDict, weights: dict[str, np.ndarray], tmp_path: pathlib.Path
 ) -> None:
