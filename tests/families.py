@@ -1,16 +1,19 @@
 """The golden models of further families: their sizes, weights, images and requests."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from prumerge_jax import reductions
+from prumerge_jax import reductions, sharding
 from prumerge_jax.conversion import keys
 from prumerge_jax.data.pictures import PictureProcessor, default_mode
 from prumerge_jax.data.tokens import IMAGE_TOKEN
@@ -19,7 +22,7 @@ from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import ImageInput, Request, SamplingParams
 from prumerge_jax.engine.shapes import EngineShapes
 from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
-from prumerge_jax.models.llava import LlavaModel
+from prumerge_jax.models.llava import LlavaModel, abstract_model
 from tests.checkpoint_weights import filled
 
 TILE = 56
@@ -119,6 +122,12 @@ class GoldenModel:
         return Request(key, self.token_ids(case), images, sampling=params)
 
 
+@functools.cache
+def golden_model(golden: pathlib.Path, name: str) -> GoldenModel:
+    """A golden folder, read once."""
+    return GoldenModel(golden, name)
+
+
 def load_model(config: LlavaConfig, file: pathlib.Path) -> LlavaModel:
     """A model with the weights of a checkpoint of Hugging Face."""
     tensors = {
@@ -153,3 +162,12 @@ def engine_of(
     return Engine(
         placed, reductions.parse(reduction), dataclasses.replace(base, **shapes), **fields
     )
+
+
+def engine_on(mesh: Mesh, engine: Engine, **shapes: int) -> Engine:
+    """The engine with its weights on a mesh, and other shapes."""
+    model = engine.model
+    shardings = sharding.weight_shardings(abstract_model(model.config)[1], mesh)
+    state = jax.device_put(model.state, shardings)
+    placed = PlacedModel(model.graphdef, state, model.config, model.dtype, mesh=mesh)
+    return Engine(placed, engine.reduction, dataclasses.replace(engine.shapes, **shapes))

@@ -378,20 +378,6 @@ def test_shared_images_are_encoded_once(model: LlavaModel) -> None:
         assert answer.log_likelihood == pytest.approx(expected[key].log_likelihood, abs=1e-4)
 
 
-@pytest.fixture
-def compiled() -> Iterator[list[str]]:
-    """Names of the functions compiled since the list was last cleared."""
-    names: list[str] = []
-
-    def heard(event: str, duration: float, **fields: str | int) -> None:
-        if event.endswith("backend_compile_duration"):
-            names.append(str(fields.get("fun_name")))
-
-    jax.monitoring.register_event_duration_secs_listener(heard)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(heard)
-
-
 @pytest.mark.usefixtures("no_compilation_cache")
 def test_each_stage_compiles_once(model: LlavaModel, compiled: list[str]) -> None:
     """Fifty windows of other lengths, contents and sampling after a warm-up compile nothing."""

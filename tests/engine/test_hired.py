@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -13,16 +13,12 @@ from flax import nnx
 from prumerge_jax import sharding
 from prumerge_jax.data.images import normalize
 from prumerge_jax.data.layout import Layout
-from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.explanations import explain_crops
 from prumerge_jax.engine.request import ImageInput, Request
 from prumerge_jax.engine.shapes import EngineShapes
-from prumerge_jax.models import tuning
-from prumerge_jax.models.llava import abstract_model
-from prumerge_jax.models.tuning import Tuning
 from tests.conftest import require_eight_devices
-from tests.families import GoldenModel, engine_of
+from tests.families import GoldenModel, engine_of, engine_on, golden_model
 
 SHAPES = EngineShapes(
     batch_size=4,
@@ -38,19 +34,9 @@ SHAPES = EngineShapes(
 CASES = ["square_56", "wide_333x77", "wide_97x61", "odd_151x149", "tall_41x200"]
 ALONE = len(CASES)
 """Key of the request whose image is one crop."""
+pytestmark = pytest.mark.usefixtures("reference_forms")
+load = functools.partial(golden_model, name="next_vicuna")
 make_engine = functools.partial(engine_of, base=SHAPES)
-
-
-@pytest.fixture(autouse=True)
-def plain() -> Iterator[None]:
-    """The reference forms, whatever the platform."""
-    with tuning.use(Tuning.plain()):
-        yield
-
-
-@functools.cache
-def load(golden: pathlib.Path) -> GoldenModel:
-    return GoldenModel(golden, "next_vicuna")
 
 
 def requests_of(model: GoldenModel) -> list[Request]:
@@ -198,13 +184,8 @@ def test_a_mesh_equals_one_device(golden: pathlib.Path):
     require_eight_devices()
     model, requests = load(golden), requests_of(load(golden))
     plain = make_engine(model, "hired:tokens=5", window_size=32)
-    graphdef, state = nnx.split(model.model)
     mesh = sharding.make_mesh(2, 2, 2)
-    shardings = sharding.weight_shardings(abstract_model(model.config)[1], mesh)
-    placed = PlacedModel(
-        graphdef, jax.device_put(state, shardings), model.config, plain.model.dtype, mesh=mesh
-    )
-    engine = Engine(placed, plain.reduction, dataclasses.replace(plain.shapes, prefill_rows=4))
+    engine = engine_on(mesh, plain, prefill_rows=4)
     expected = runs_of(plain, requests)
     with sharding.use_mesh(mesh):
         found = runs_of(engine, requests)
@@ -215,20 +196,11 @@ def test_a_mesh_equals_one_device(golden: pathlib.Path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_compilation_cache")
-def test_nothing_compiles_after_warm_up(golden: pathlib.Path):
+def test_nothing_compiles_after_warm_up(golden: pathlib.Path, compiled: list[str]):
     model, requests = load(golden), requests_of(load(golden))
     engine = make_engine(model, "hired:tokens=5")
     engine.warm_up()
-    compiled = []
-
-    def heard(event: str, duration: float, **fields: str | int) -> None:
-        if event.endswith("backend_compile_duration"):
-            compiled.append(fields["fun_name"])
-
-    jax.monitoring.register_event_duration_secs_listener(heard)
-    try:
-        answers = list(engine.generate(requests))
-    finally:
-        jax.monitoring.unregister_event_duration_listener(heard)
+    compiled.clear()
+    answers = list(engine.generate(requests))
     assert [answer.error for answer in answers] == [None] * len(requests)
     assert compiled == []

@@ -4,17 +4,15 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from prumerge_jax import prumerge, reductions, sharding
 from prumerge_jax.data.images import normalize
-from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding, PlacedModel
+from prumerge_jax.engine.encoding import EncodedImages, Encoder, Encoding
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import (
     Answer,
@@ -24,11 +22,9 @@ from prumerge_jax.engine.request import (
     SequenceLogits,
 )
 from prumerge_jax.engine.shapes import EngineShapes
-from prumerge_jax.models import tuning
-from prumerge_jax.models.llava import abstract_model, encode_images, gather_evidence
-from prumerge_jax.models.tuning import Tuning
+from prumerge_jax.models.llava import encode_images, gather_evidence
 from tests.conftest import require_eight_devices
-from tests.families import GoldenModel, engine_of
+from tests.families import GoldenModel, engine_of, engine_on, golden_model
 
 SHAPES = EngineShapes(
     batch_size=4,
@@ -43,18 +39,7 @@ SHAPES = EngineShapes(
 NEXT = ("next_vicuna", pytest.param("next_mistral", marks=pytest.mark.slow))
 
 
-@pytest.fixture(autouse=True)
-def plain() -> Iterator[None]:
-    """The reference forms, whatever the platform."""
-    with tuning.use(Tuning.plain()):
-        yield
-
-
-@functools.cache
-def load(golden: pathlib.Path, name: str) -> GoldenModel:
-    return GoldenModel(golden, name)
-
-
+pytestmark = pytest.mark.usefixtures("reference_forms")
 make_engine = functools.partial(engine_of, base=SHAPES)
 
 
@@ -68,7 +53,7 @@ def logits_of(engine: Engine, requests: list) -> dict[int, np.ndarray]:
 
 @pytest.mark.parametrize("name", NEXT)
 def test_tiles_are_the_references(golden: pathlib.Path, name: str):
-    model = load(golden, name)
+    model = golden_model(golden, name)
     for case, facts in model.cases.items():
         picture = model.processor(model.image(case))
         layout = picture.layout
@@ -86,7 +71,7 @@ def test_tiles_are_the_references(golden: pathlib.Path, name: str):
 @pytest.mark.parametrize("name", NEXT)
 def test_logits_and_greedy_tokens_are_transformers(golden: pathlib.Path, name: str):
     """All images through one engine, several to a row and a window."""
-    model = load(golden, name)
+    model = golden_model(golden, name)
     requests = [model.request(key, case) for key, case in enumerate(model.cases)]
     engine = make_engine(model, "full")
     logits = logits_of(engine, requests)
@@ -104,7 +89,7 @@ def test_logits_and_greedy_tokens_are_transformers(golden: pathlib.Path, name: s
 
 def test_visual_features_are_transformers(golden: pathlib.Path):
     """What the decoder receives in place of an image: projected tokens and newlines."""
-    model = load(golden, "next_vicuna")
+    model = golden_model(golden, "next_vicuna")
     requests = [model.request(key, case) for key, case in enumerate(model.cases)]
     engine = make_engine(model, "full")
     seen = set()
@@ -127,7 +112,7 @@ def test_visual_features_are_transformers(golden: pathlib.Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["next_vicuna", "next_mistral"])
 def test_attention_and_outliers_of_every_crop_are_the_references(golden: pathlib.Path, name: str):
-    model = load(golden, name)
+    model = golden_model(golden, name)
     reduction = reductions.parse("prumerge")
 
     @jax.jit
@@ -173,7 +158,7 @@ def expected_tokens(model: GoldenModel, case: str, reduction: str) -> tuple[np.n
 @pytest.mark.slow
 def test_pruned_crops_follow_each_other(golden: pathlib.Path):
     """In packed rows among other images, as crop by crop alone."""
-    model = load(golden, "next_vicuna")
+    model = golden_model(golden, "next_vicuna")
     cases = ["wide_97x61", "line_260x3", "wide_333x77", "small_tall_20x47", "tall_41x200"]
     requests = [model.request(key, case) for key, case in enumerate(cases)]
     engine = make_engine(model, "prumerge")
@@ -191,7 +176,7 @@ def test_pruned_crops_follow_each_other(golden: pathlib.Path):
 
 @pytest.mark.slow
 def test_pruned_alone_equals_pruned_in_company(golden: pathlib.Path):
-    model = load(golden, "next_vicuna")
+    model = golden_model(golden, "next_vicuna")
     cases = list(model.cases)
     requests = [model.request(key, case) for key, case in enumerate(cases)]
     together = logits_of(make_engine(model, "prumerge+"), requests)
@@ -206,7 +191,7 @@ def test_pruned_alone_equals_pruned_in_company(golden: pathlib.Path):
 
 
 def test_more_crops_than_a_window_are_refused_with_the_number(golden: pathlib.Path):
-    model = load(golden, "next_vicuna")
+    model = golden_model(golden, "next_vicuna")
     requests = [model.request(key, case) for key, case in enumerate(["square_56", "wide_97x61"])]
     engine = make_engine(model, "prumerge", batch_size=4, window_size=4)
     answers = {answer.key: answer for answer in engine.generate(requests)}
@@ -219,7 +204,7 @@ def test_more_crops_than_a_window_are_refused_with_the_number(golden: pathlib.Pa
 
 
 def test_newlines_between_and_budgets_of_pruned_tokens(golden: pathlib.Path):
-    model = load(golden, "next_vicuna")
+    model = golden_model(golden, "next_vicuna")
     request = model.request(0, "wide_97x61")
     found = {}
     for newlines in ("none", "row", "end"):
@@ -244,17 +229,11 @@ def test_newlines_between_and_budgets_of_pruned_tokens(golden: pathlib.Path):
 @pytest.mark.slow
 def test_a_mesh_equals_one_device(golden: pathlib.Path):
     require_eight_devices()
-    model = load(golden, "next_vicuna")
+    model = golden_model(golden, "next_vicuna")
     requests = [model.request(key, case) for key, case in enumerate(model.cases)]
     plain = make_engine(model, "prumerge", batch_size=4, window_size=32)
-    graphdef, state = nnx.split(model.model)
     mesh = sharding.make_mesh(2, 2, 2)
-    shardings = sharding.weight_shardings(abstract_model(model.config)[1], mesh)
-    placed = PlacedModel(
-        graphdef, jax.device_put(state, shardings), model.config, plain.model.dtype, mesh=mesh
-    )
-    shapes = dataclasses.replace(plain.shapes, prefill_rows=4)
-    engine = Engine(placed, plain.reduction, shapes)
+    engine = engine_on(mesh, plain, prefill_rows=4)
     expected = logits_of(plain, requests)
     with sharding.use_mesh(mesh):
         got = logits_of(engine, requests)
@@ -266,9 +245,9 @@ def test_a_mesh_equals_one_device(golden: pathlib.Path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_compilation_cache")
-def test_nothing_compiles_after_warm_up(golden: pathlib.Path):
+def test_nothing_compiles_after_warm_up(golden: pathlib.Path, compiled: list[str]):
     """Over 200 images of mixed sizes, and questions without one."""
-    model = load(golden, "next_vicuna")
+    model = golden_model(golden, "next_vicuna")
     engine = make_engine(model, "prumerge")
     engine.warm_up()
     rng = np.random.default_rng(0)
@@ -279,17 +258,8 @@ def test_nothing_compiles_after_warm_up(golden: pathlib.Path):
         ids = model.token_ids("square_56") if key % 10 else np.array([1, 5, 7], np.int32)
         images = (ImageInput(*picture),) if key % 10 else ()
         requests.append(Request(key, ids, images, sampling=SamplingParams(max_new_tokens=2)))
-    compiled = []
-
-    def heard(event: str, duration: float, **fields: str | int) -> None:
-        if event.endswith("backend_compile_duration"):
-            compiled.append(fields["fun_name"])
-
-    jax.monitoring.register_event_duration_secs_listener(heard)
-    try:
-        answers = list(engine.generate(requests))
-    finally:
-        jax.monitoring.unregister_event_duration_listener(heard)
+    compiled.clear()
+    answers = list(engine.generate(requests))
     assert [answer.error for answer in answers] == [None] * 200
     assert compiled == []
     assert engine.counters.images == 180
@@ -297,7 +267,7 @@ def test_nothing_compiles_after_warm_up(golden: pathlib.Path):
 
 
 def test_several_images_are_warned_of_and_too_many_tokens_refused(golden: pathlib.Path):
-    model = load(golden, "next_vicuna")
+    model = golden_model(golden, "next_vicuna")
     with pytest.warns(UserWarning, match="prompt 0 has 2 images; LLaVA-NeXT has been trained on o"):
         model.processor.check_number(2, "prompt 0")
     request = model.request(0, "wide_97x61")
@@ -324,7 +294,7 @@ class BrokenCrop(Encoder):
 
 
 def test_an_image_fails_as_a_whole_and_the_crop_is_named(golden: pathlib.Path):
-    model = load(golden, "next_vicuna")
+    model = golden_model(golden, "next_vicuna")
     requests = [model.request(key, case) for key, case in enumerate(["square_56", "wide_97x61"])]
     engine = make_engine(model, "prumerge")
     engine.encoder = BrokenCrop(engine.model, engine.shapes)

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import pathlib
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -13,21 +12,10 @@ from PIL import Image
 from prumerge_jax.data.images import ImageError, OneOfSeveral, Video, normalize
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.engine.request import ImageInput, Request, SamplingParams, SequenceLogits
-from prumerge_jax.models import tuning
-from prumerge_jax.models.tuning import Tuning
-from tests.families import GoldenModel, engine_of
+from tests.families import GoldenModel, engine_of, golden_model
 
-
-@pytest.fixture(autouse=True)
-def plain() -> Iterator[None]:
-    """The reference forms, whatever the platform."""
-    with tuning.use(Tuning.plain()):
-        yield
-
-
-@functools.cache
-def load(golden: pathlib.Path) -> GoldenModel:
-    return GoldenModel(golden, "onevision_tied")
+pytestmark = pytest.mark.usefixtures("reference_forms")
+load = functools.partial(golden_model, name="onevision_tied")
 
 
 def images(model: GoldenModel) -> list[str]:

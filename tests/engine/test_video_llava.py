@@ -1,45 +1,31 @@
 """Video-LLaVA's images and videos through the engine against transformers, whole and reduced."""
 
-import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 from prumerge_jax import reductions, sharding
 from prumerge_jax.data.images import Video
 from prumerge_jax.data.tokens import IMAGE_TOKEN
-from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import ImageInput, Request, SamplingParams, SequenceLogits
-from prumerge_jax.models import tuning
 from prumerge_jax.models.frames import FrameForm
-from prumerge_jax.models.llava import abstract_model, encode_images, gather_evidence
-from prumerge_jax.models.tuning import Tuning
+from prumerge_jax.models.llava import encode_images, gather_evidence
 from prumerge_jax.reductions.temporal import Merged, merge_frames, similarity
 from tests.conftest import require_eight_devices
-from tests.families import WIDE, GoldenModel, engine_of
+from tests.families import GoldenModel, engine_of, engine_on, golden_model
 
 STEPS = (0, 0, 1, 2, 2, 2, 5, 7)
 
 
-@pytest.fixture(autouse=True)
-def plain() -> Iterator[None]:
-    """The reference forms, whatever the platform."""
-    with tuning.use(Tuning.plain()):
-        yield
-
-
-@functools.cache
-def load(golden: pathlib.Path) -> GoldenModel:
-    return GoldenModel(golden, "video_llava")
+pytestmark = pytest.mark.usefixtures("reference_forms")
+load = functools.partial(golden_model, name="video_llava")
 
 
 def golden_video(model: GoldenModel, name: str, count: int) -> Video:
@@ -218,15 +204,10 @@ def test_a_mesh_equals_one_device(golden: pathlib.Path):
     require_eight_devices()
     model, reduction = load(golden), "prumerge:temporal=0.8"
     asked = requests(model)
-    expected = logits_of(engine_of(model, reduction, batch_size=16, window_size=32), asked)
-    graphdef, state = nnx.split(model.model)
+    plain = engine_of(model, reduction, batch_size=16, window_size=32)
+    expected = logits_of(plain, asked)
     mesh = sharding.make_mesh(2, 2, 2)
-    shardings = sharding.weight_shardings(abstract_model(model.config)[1], mesh)
-    placed = PlacedModel(
-        graphdef, jax.device_put(state, shardings), model.config, jnp.dtype(jnp.float32), mesh=mesh
-    )
-    shapes = dataclasses.replace(WIDE, batch_size=32, window_size=64, prefill_rows=4)
-    engine = Engine(placed, reductions.parse(reduction), shapes)
+    engine = engine_on(mesh, plain, batch_size=32, window_size=64, prefill_rows=4)
     with sharding.use_mesh(mesh):
         got = logits_of(engine, asked)
     for key, values in expected.items():
