@@ -38,7 +38,7 @@ from prumerge_jax import reductions
 from prumerge_jax.cost import Bits, counts
 from prumerge_jax.cost.bits import SCALE_BITS
 from prumerge_jax.cost.roofline import FRONT_TOKENS
-from prumerge_jax.engine import programs
+from prumerge_jax.digits.compare import kept_patches
 from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import Request
@@ -64,11 +64,11 @@ class Read(NamedTuple):
 
     Attributes:
       logits: by text [positions, V] float32.
-      kept: [images, R] the patches of every image, -1 beyond them.
+      kept: the patches of every image.
     """
 
     logits: list[jax.Array]
-    kept: np.ndarray
+    kept: list[np.ndarray]
 
 
 class Divergence(NamedTuple):
@@ -171,31 +171,12 @@ def read(
         max_positions=model.config.text.max_positions,
     )
     logits: dict[int, jax.Array] = {}
-    for result in Engine(model, reduction, shapes).logits(requests):
+    engine = Engine(model, reduction, shapes)
+    for result in engine.logits(requests):
         logits[result.key] = jnp.asarray(result.values[-positions:])
-    kept = list(patches(model, reduction, requests))
-    return Read([logits[request.key] for request in requests], np.concatenate(kept))
-
-
-def patches(
-    model: PlacedModel, reduction: reductions.Reduction, requests: Sequence[Request]
-) -> Iterator[np.ndarray]:
-    """[BATCH, R] the kept patches of a batch of images after the other."""
-    images = {request.images[0].key: request.images[0].crops for request in requests}
-    pixels = np.concatenate(list(images.values()))
-    for start in range(0, len(pixels), BATCH):
-        batch = np.resize(pixels[start : start + BATCH], (BATCH, *pixels.shape[1:]))
-        visual = programs.encode(
-            model.graphdef,
-            model.state,
-            jnp.asarray(batch),
-            None,
-            None,
-            None,
-            reduction=reduction,
-            dtype=model.dtype,
-        )
-        yield np.asarray(visual.patch_indices)[: len(pixels) - start]
+    one_of_image = {request.images[0].key: request for request in requests}
+    kept = [patches for _, patches in kept_patches(engine, list(one_of_image.values()))]
+    return Read([logits[request.key] for request in requests], kept)
 
 
 @jax.jit
@@ -268,12 +249,12 @@ def rows(
     first: Divergence | None = None
     for name, reduction in parsed.items():
         own = read(model, reduction, requests, len(plain[name].logits[0]))
-        if not np.array_equal(own.kept, plain[name].kept):
+        if not all(map(np.array_equal, own.kept, plain[name].kept)):
             raise ValueError(f"{form.name} with {name} keeps other patches of an image")
         found = compared(plain[name].logits, own.logits, scale)
         first = first or found
         columns = {key: float(value) for key, value in row(found, first).items()}
-        visual = float((own.kept >= 0).sum(1).mean())
+        visual = float(np.mean([len(patches) for patches in own.kept]))
         yield {
             "format": form.name,
             "reduction": name,

@@ -160,6 +160,19 @@ def encode_images(
     return with_slots(visual, slots, evidence.cls if form is not None and form.cls else None)
 
 
+_OF_CLS = frozenset(
+    [
+        "cls",
+        "head_attention",
+        "feature_attention",
+        "last_head_attention",
+        "first_attention",
+        "groups",
+    ]
+)
+"""Fields of the evidence that a tower without CLS token does not have."""
+
+
 def gather_evidence(
     vision: VisionTower,
     pixels: jax.Array,
@@ -176,11 +189,7 @@ def gather_evidence(
     frames, needs it. Arguments as in `encode_images`."""
     form, config = form or FrameForm(), vision.config
     needs = reduction.needs | ({"cls"} if form.cls else frozenset())
-    of_cls = {
-        *("cls", "head_attention", "feature_attention", "last_head_attention"),
-        *("first_attention", "groups"),
-    }
-    if without_cls := sorted(needs & of_cls if not config.cls_token else ()):
+    if without_cls := sorted(needs & _OF_CLS if not config.cls_token else ()):
         raise ValueError(
             f"the reduction reads {without_cls[0]!r}, which a tower without CLS token does not "
             f"have; its patches are weighed by {config.attention!r}"

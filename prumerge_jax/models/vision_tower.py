@@ -133,6 +133,7 @@ class VisionTower(nnx.Module):
         return features._replace(first_query=queries[:, 0], first_keys=keys)
 
     def _of_last_layers(self, outputs: LayerOutputs) -> VisionFeatures:
+        """The features, with the last block's query and keys."""
         hidden, watched = outputs.hidden, outputs.watched
         if outputs.before_last is None:
             assert self.last is not None  # else the last layer's input is remembered

@@ -45,6 +45,10 @@ class RankedTokens(NamedTuple):
     available: Leaf
 
 
+Merge = Callable[[RankedTokens, tuple[jax.Array, ...]], jax.Array]
+"""What makes merged tokens of ranked ones, see `PairPacker`."""
+
+
 class PairBatch(NamedTuple):
     """A micro-batch on the device.
 
@@ -137,7 +141,7 @@ class PairPacker(BatchPacker):
         *,
         budgets: Budgets,
         teacher: TeacherShape | None,
-        merge: Callable[[RankedTokens, tuple[jax.Array, ...]], jax.Array] | None = None,
+        merge: Merge | None = None,
         **others: Any,
     ) -> None:
         super().__init__(encode, **others)

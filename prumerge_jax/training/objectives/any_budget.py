@@ -8,7 +8,6 @@ predict the targets, where the published trainer takes the ones behind.
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -34,7 +33,14 @@ from prumerge_jax.training.objectives.next_token import (
     sum_over_targets,
 )
 from prumerge_jax.training.objectives.registry import Objective, Packer
-from prumerge_jax.training.pairs import Budgets, PairBatch, PairPacker, RankedTokens, TeacherShape
+from prumerge_jax.training.pairs import (
+    Budgets,
+    Merge,
+    PairBatch,
+    PairPacker,
+    RankedTokens,
+    TeacherShape,
+)
 from prumerge_jax.training.weights import Weights, llava_module, trained_paths
 
 
@@ -189,9 +195,7 @@ def ranking_encoder(config: TrainConfig, weights: Weights, mesh: Mesh, steps: in
     return ImageEncoder(config, weights, mesh, encode)
 
 
-def merger(
-    rule: reductions.SetRule, mesh: Mesh
-) -> Callable[[RankedTokens, tuple[jax.Array, ...]], jax.Array]:
+def merger(rule: reductions.SetRule, mesh: Mesh) -> Merge:
     """What makes the tokens of a rule that merges; see `PairPacker`."""
 
     def merge(ranked: RankedTokens, counts: tuple[jax.Array, ...]) -> jax.Array:
