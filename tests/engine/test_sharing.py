@@ -18,7 +18,6 @@ from tests.conftest import require_eight_devices
 from tests.engine.test_engine import (
     SMALL,
     by_key,
-    compiled,
     make_engine,
     make_requests,
     model,
@@ -27,7 +26,7 @@ from tests.engine.test_engine import (
     tokens_of,
 )
 
-__all__ = ["compiled", "model", "plain"]  # fixtures
+__all__ = ["model", "plain"]  # fixtures
 
 SHARING = dataclasses.replace(SMALL, window_size=16)
 APART = dataclasses.replace(SHARING, share_prefixes=False)
