@@ -31,6 +31,7 @@ from prumerge_jax.aot.training import (
     plan_training,
 )
 from prumerge_jax.cli import recipes
+from prumerge_jax.models.config import VisionConfig
 from prumerge_jax.training.config import parse
 
 RECIPES = {"7b": "prumerge_7b_lora", "13b": "prumerge_13b_lora"}
@@ -46,23 +47,28 @@ HEADER = (
 )
 
 
-def plan(model: str, name: str, samples_per_chip: int, text_tokens: int) -> TrainingPlan:
-    """The plan of a recipe with PruMerge+ on a slice."""
+def plan(model: str, name: str, samples_per_chip: int, text_tokens: Sequence[int]) -> TrainingPlan:
+    """The plan of a recipe with PruMerge+ on a slice, for the first of these numbers of text tokens
+    per sample; it may be asked about the others, and about all visual tokens."""
     where = topology(name)
     config = recipes.load(RECIPES[model])
     config.reduction = REDUCTION
     config.batch_size = samples_per_chip * len(where.devices)
-    visual, source = mean_visual_tokens(REDUCTION, parse(config).sizes.vision)
-    samples = Samples(config.batch_size, visual, text_tokens, source)
-    return plan_training(config, where, samples)
+    sizes = parse(config).sizes.vision
+    visual, source = mean_visual_tokens(REDUCTION, sizes)
+    reduced = [Samples(config.batch_size, visual, text, source) for text in text_tokens]
+    full = [all_tokens(samples, sizes) for samples in reduced]
+    return plan_training(config, where, reduced[0], [*reduced[1:], *full])
+
+
+def all_tokens(samples: Samples, vision: VisionConfig) -> Samples:
+    """The same samples without a reduction."""
+    return dataclasses.replace(samples, visual_tokens=vision.num_patches)
 
 
 def result(model: str, reduced: TrainingPlan) -> dict[str, Any]:
     """A row of the report: PruMerge+ against all tokens."""
-    visual = reduced.model.vision.num_patches
-    full = dataclasses.replace(
-        reduced, samples=dataclasses.replace(reduced.samples, visual_tokens=visual)
-    )
+    full = dataclasses.replace(reduced, samples=all_tokens(reduced.samples, reduced.model.vision))
     values: dict[str, Any] = {
         "model": model,
         "slice": reduced.topology.name,
@@ -77,7 +83,7 @@ def result(model: str, reduced: TrainingPlan) -> dict[str, Any]:
     for name, arm in (("full", full), ("reduced", reduced)):
         values |= {
             f"pflop_{name}": sum(arm.model_flops.values()) / 1e15,
-            f"micro_batches_{name}": arm.micro_batches,
+            f"micro_batches_{name}": sum(arm.row_lengths) / arm.row_length,
             f"ms_{name}": 1e3 * arm.seconds,
             f"utilisation_{name}": arm.utilisation,
         }
@@ -92,7 +98,7 @@ def row(values: dict[str, Any]) -> str:
         f"{values['remat']}, {values['rows']}",
         f"{values['gib_per_chip']:.1f} of {values['gib_available']:.1f}",
         *(f"{values[f'pflop_{arm}']:.1f}" for arm in arms),
-        " / ".join(str(values[f"micro_batches_{arm}"]) for arm in arms),
+        " / ".join(f"{values[f'micro_batches_{arm}']:g}" for arm in arms),
         *(f"{values[f'ms_{arm}']:.0f}" for arm in arms),
         *(f"{100 * values[f'utilisation_{arm}']:.0f} %" for arm in arms),
         f"{values['gain']:.2f}",
@@ -108,7 +114,7 @@ def plan_record(model: str, reduced: TrainingPlan) -> dict[str, Any]:
         "slice": reduced.topology.name,
         "mesh": dict(reduced.mesh),
         "samples": dataclasses.asdict(reduced.samples),
-        "row_positions": reduced.row_positions,
+        "row_lengths": reduced.row_lengths,
         "remat": reduced.remat,
         "rows_per_shard": reduced.rows_per_shard,
         "resident": reduced.resident,
@@ -136,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(_heading(text), flush=True)
     for model, name in itertools.product(arguments.models, slices):
         try:
-            plans.append((model, plan(model, name, arguments.samples_per_chip, text)))
+            found = plan(model, name, arguments.samples_per_chip, arguments.text_tokens)
+            plans.append((model, found))
         except DoesNotFit as error:
             notes.append(f"{model} on {name} does not fit: {error}")
             print(f"| {model} | {name} | does not fit: {error} |", flush=True)

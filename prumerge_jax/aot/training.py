@@ -4,6 +4,7 @@ No weights, data or TPU are needed. How many micro-batches a step has depends on
 samples, which only the data can tell; a plan assumes their mean.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -37,6 +38,7 @@ from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.quantisation import format_named
 from prumerge_jax.models.quantised_weights import check_blocks
 from prumerge_jax.sharding.mesh import logical_spec, mesh_on, placed, use_mesh
+from prumerge_jax.training.batches import RowShape
 from prumerge_jax.training.config import TrainConfig, parse, with_sizes
 from prumerge_jax.training.fit import (
     RESERVE,
@@ -49,6 +51,7 @@ from prumerge_jax.training.fit import (
 from prumerge_jax.training.objectives.next_token import (
     ImageEncoder,
     abstract_rows,
+    row_shape,
 )
 from prumerge_jax.training.objectives.registry import make_objective
 from prumerge_jax.training.run import fitted_sizes
@@ -96,7 +99,7 @@ class TrainingPlan:
       lora_rank: rank of the adapters, 0 without.
       remat: policy of rematerialisation, likewise.
       encode: the tower and the reduction, once per step.
-      accumulate: one micro-batch, forward and backward.
+      accumulate: one micro-batch, forward and backward, by the length of its rows.
       update: the optimizer, once per step.
       resident: bytes per chip of weights, optimizer, gradient sums and visual tokens.
       rejected: why meshes that were tried before this one do not fit.
@@ -111,31 +114,32 @@ class TrainingPlan:
     lora_rank: int
     remat: str
     encode: Program
-    accumulate: Program
+    accumulate: Mapping[int, Program]
     update: Program
     resident: int
     rejected: tuple[str, ...] = ()
 
     @property
-    def row_positions(self) -> int:
-        """Positions of a micro-batch, over all chips."""
-        shards = self.mesh["data"] * self.mesh["fsdp"]
-        return shards * self.rows_per_shard * self.row_length
+    def rows(self) -> int:
+        """Rows of a micro-batch, over all chips."""
+        return self.mesh["data"] * self.mesh["fsdp"] * self.rows_per_shard
 
     @property
-    def micro_batches(self) -> int:
-        """Number of micro-batches per step."""
-        return math.ceil(PACKING_OVERHEAD * self.samples.tokens / self.row_positions)
+    def row_lengths(self) -> list[int]:
+        """The length of the rows of each micro-batch of a step."""
+        return row_lengths(self.samples, RowShape(self.rows, self.row_length))
 
     @property
     def filled(self) -> float:
         """Share of a step's positions that hold a token; what is empty is computed too."""
-        return self.samples.tokens / (self.micro_batches * self.row_positions)
+        return self.samples.tokens / (self.rows * sum(self.row_lengths))
 
     @property
     def programs(self) -> list[tuple[Program, int]]:
         """The programs of a step and how often each runs."""
-        return [(self.encode, 1), (self.accumulate, self.micro_batches), (self.update, 1)]
+        micro_batches = collections.Counter(self.row_lengths)
+        counted = [(self.accumulate[length], runs) for length, runs in micro_batches.items()]
+        return [(self.encode, 1), *counted, (self.update, 1)]
 
     @property
     def memory(self) -> int:
@@ -172,8 +176,8 @@ class TrainingPlan:
             *(f"  rejected: {reason}" for reason in self.rejected),
             f"global batch {samples.count}, assumed {samples.visual_tokens:.4g} visual and "
             f"{samples.text_tokens:g} text tokens per sample{source}, packed at "
-            f"{PACKING_OVERHEAD}: "
-            f"{self.micro_batches} micro-batches of {self.row_positions} positions, "
+            f"{PACKING_OVERHEAD}: micro-batches of {self.rows} rows of "
+            f"{' + '.join(map(str, self.row_lengths))} positions, "
             f"{100 * self.filled:.0f} % of them real",
             f"remat {self.remat}, {self.rows_per_shard} rows of {self.row_length} tokens per data "
             "shard",
@@ -187,8 +191,19 @@ class TrainingPlan:
         ]
 
 
+def row_lengths(samples: Samples, shape: RowShape) -> list[int]:
+    """The length of the rows of each micro-batch that these samples take, evenly over all rows."""
+    tokens = math.ceil(PACKING_OVERHEAD * samples.tokens / shape.rows)
+    full, rest = divmod(tokens, shape.length)
+    last = [next(length for length in shape.lengths if length >= rest)] if rest else []
+    return [shape.length] * full + last
+
+
 def plan_training(
-    config: ml_collections.ConfigDict, topology: Topology, samples: Samples | None = None
+    config: ml_collections.ConfigDict,
+    topology: Topology,
+    samples: Samples | None = None,
+    others: Sequence[Samples] = (),
 ) -> TrainingPlan:
     """Compiles a step for a slice, on the mesh of the configuration or the next that fits.
 
@@ -197,6 +212,7 @@ def plan_training(
       topology: the slice.
       samples: by default the configuration's batch, its reduction at `mean_visual_tokens`, and
         `ASSUMED_TEXT_TOKENS`.
+      others: further assumptions that `samples` of the plan may be replaced by.
 
     Raises:
       ValueError: the configuration cannot be planned, or its mesh does not fit the
@@ -214,7 +230,7 @@ def plan_training(
         samples = Samples(parsed.batch_size, visual.mean, ASSUMED_TEXT_TOKENS, source)
     plan, rejected = first_that_fits(
         candidates(fitted_sizes(parsed.run.mesh, model, len(topology.devices))),
-        functools.partial(_plan, parsed, topology, samples),
+        functools.partial(_plan, parsed, topology, [samples, *others]),
         topology,
         "takes this configuration; lower run.rows_per_shard or max_length, change batch_size or "
         "take another slice",
@@ -222,7 +238,9 @@ def plan_training(
     return dataclasses.replace(plan, rejected=rejected)
 
 
-def _plan(config: TrainConfig, topology: Topology, samples: Samples, sizes: Sizes) -> TrainingPlan:
+def _plan(
+    config: TrainConfig, topology: Topology, samples: Sequence[Samples], sizes: Sizes
+) -> TrainingPlan:
     model, chip = config.sizes, topology.chip
     _check_divides(config, sizes)
     mesh = mesh_on(topology.devices, **sizes)
@@ -232,6 +250,11 @@ def _plan(config: TrainConfig, topology: Topology, samples: Samples, sizes: Size
     chosen, accumulate, update = _first_that_leaves_the_reserve(
         [fixed(config, *choice) for choice in open_to_it], mesh, resident, tpu(chip).memory
     )
+    shape = row_shape(chosen, mesh)
+    lengths = sorted({length for each in samples for length in row_lengths(each, shape)})
+    shorter = {
+        length: _micro_batch(chosen, mesh, length) for length in lengths if length < shape.length
+    }
     with use_mesh(mesh):
         objective = make_objective(chosen)
         side = model.vision.image_size
@@ -243,13 +266,13 @@ def _plan(config: TrainConfig, topology: Topology, samples: Samples, sizes: Size
         topology=topology,
         model=model,
         mesh=sizes,
-        samples=samples,
+        samples=samples[0],
         rows_per_shard=chosen.run.rows_per_shard,
         row_length=config.row_length,
         lora_rank=0 if config.adapter is None else config.adapter.rank,
         remat=chosen.remat,
         encode=encode,
-        accumulate=accumulate,
+        accumulate={**shorter, shape.length: accumulate},
         update=update,
         resident=resident,
     )
@@ -265,28 +288,41 @@ def _first_that_leaves_the_reserve(
       DoesNotFit: not even the last can be compiled.
     """
     for config in configs:
-        lowered, kernel = _lowered(config, mesh)
         try:
-            with use_mesh(mesh):
-                accumulate = compile_program("accumulate", lowered["accumulate"], kernel)
+            accumulate = _micro_batch(config, mesh, config.row_length)
         except DoesNotFit:
             if config is configs[-1]:
                 raise
             continue
         if peak_bytes(resident, [accumulate]) <= (1 - RESERVE) * available:
             break
+    lowered, _ = _lowered(config, mesh, config.row_length)
     with use_mesh(mesh):
         return config, accumulate, compile_program("update", lowered["update"])
 
 
-def _lowered(config: TrainConfig, mesh: Mesh) -> tuple[Mapping[str, jax.stages.Lowered], float]:
+def _micro_batch(config: TrainConfig, mesh: Mesh, length: int) -> Program:
+    """The program of a micro-batch with rows of this length.
+
+    Raises:
+      DoesNotFit: as `compile_program`.
+    """
+    lowered, kernel = _lowered(config, mesh, length)
+    name = "accumulate" if length == config.row_length else f"accumulate {length}"
+    with use_mesh(mesh):
+        return compile_program(name, lowered["accumulate"], kernel)
+
+
+def _lowered(
+    config: TrainConfig, mesh: Mesh, length: int
+) -> tuple[Mapping[str, jax.stages.Lowered], float]:
     """The programs of a step, and the FLOPs of a micro-batch's kernels on a chip."""
-    rows = abstract_rows(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = abstract_rows(config, mesh.shape["data"] * mesh.shape["fsdp"], length)
     with use_mesh(mesh):
         objective = make_objective(config)
     # Outside of the mesh: an optimizer makes arrays, which these devices cannot hold.
     step, _, frozen = abstract_step(config, objective, mesh)
-    pairs = splash_pairs(config.row_length, causal=True)
+    pairs = splash_pairs(length, causal=True)
     # 2 matrix products forward, 3 for dq, 4 for dk and dv. The forward ones are repeated where
     # attention's output is not kept.
     times = 4.5 if config.remat in ("none", "dots") else 5.5

@@ -42,11 +42,13 @@ class Records(NamedTuple):
     Attributes:
       source: random access to the stored records, images still encoded.
       has_image: bool [n], whether a record has an image.
+      entries: int [n], where each stands among `Dataset.conversations`.
       to_sample: a record as a training sample.
     """
 
     source: Sequence[Mapping[str, Any]]
     has_image: np.ndarray
+    entries: np.ndarray
     to_sample: Callable[[Mapping[str, Any]], Sample]
 
 
@@ -134,7 +136,8 @@ class _LlavaJson:
         skipped = llava_json.skipped_entries(builder)
         llava_json.warn_of_skipped(self._config, skipped)
         source = samples.record_source(builder, "train")
-        return Records(source, np.delete(has_image, skipped), samples.from_record)
+        entries = np.delete(np.arange(len(has_image)), skipped)
+        return Records(source, has_image[entries], entries, samples.from_record)
 
     def conversations(self) -> Iterator[Sample]:
         for entry in self._config.entries:

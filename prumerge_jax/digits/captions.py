@@ -178,7 +178,7 @@ def open_windows(
         source = dataset.records().source
         groups = pipeline.grouped(grain.MapDataset.source(source), group)
 
-        def batches(start: int, rows: Collection[int]) -> Iterator[list[Window]]:
+        def batches(start: int, rows: Collection[int], shards: int) -> Iterator[list[Window]]:
             done, passed = start // batch_size, 0.0
             for cells, share, count in curriculum.stages:
                 passed += share

@@ -76,7 +76,8 @@ class _DigitsDataset:
         with exclusive(self._directory):
             builder = samples.prepare(DigitsVqa, self._config, self._directory)
         source = samples.record_source(builder, "train")
-        return Records(source, np.ones(len(source), bool), self._to_sample)
+        everyone = np.ones(len(source), bool)
+        return Records(source, everyone, np.arange(len(source)), self._to_sample)
 
     def conversations(self) -> Iterator[Sample]:
         return (self._to_sample(record) for record in self.records().source)

@@ -1,9 +1,9 @@
 """From lists of examples to micro-batches of packed rows on the devices.
 
 A global batch is a fixed number of samples. How many visual tokens they have is known only once
-their images are encoded; then they are packed into as many micro-batches of one shape as they need.
-The images of the next batch are encoded while the current step runs; a batch of text alone skips
-the tower.
+their images are encoded; then they are packed into as many micro-batches of one shape as they need,
+of which the last may have shorter rows. The images of the next batch are encoded while the current
+step runs; a batch of text alone skips the tower.
 
 Each process reads, encodes and packs the samples of its data shards. All run the same number of
 micro-batches: those that need fewer add empty rows.
@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from prumerge_jax.data import packing
 from prumerge_jax.data.pipeline import Example
+from prumerge_jax.data.row_lengths import cut, lengthened
 from prumerge_jax.data.runs import NO_SLOT, Run, Taps
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.data.visual_layout import CropTokens, runs
@@ -35,6 +36,10 @@ from prumerge_jax.sharding.processes import (
 )
 from prumerge_jax.training.inputs import kept_tokens
 from prumerge_jax.training.weights import Leaf
+
+SHORTEST_ROW = 512
+"""The last micro-batch of a step has rows of a multiple of this: every length is one more program
+to compile, and shorter rows would wait for the weights of a mesh rather than compute."""
 
 
 class RowBatch(NamedTuple):
@@ -58,7 +63,8 @@ class GlobalBatch(NamedTuple):
     """One global batch, ready for a step.
 
     Attributes:
-      batches: its micro-batches.
+      batches: its micro-batches; of the first batch of a run also an empty one of every length that
+        they do not have.
       samples: samples used so far over all processes, this batch included: where a resumed run
         continues.
       counts: totals over all processes, for the record. `samples`, `images`; `visual_tokens` of all
@@ -74,7 +80,7 @@ class GlobalBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """The one shape of every micro-batch.
+    """The shape of a micro-batch.
 
     Attributes:
       rows: number of rows on all devices together; a multiple of the mesh's data shards.
@@ -85,6 +91,11 @@ class RowShape:
     rows: int
     length: int
     position_ids: packing.PositionIds = "compact"
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """T of the last micro-batch of a step: the first of these that is enough; ascending."""
+        return (*range(SHORTEST_ROW, self.length, SHORTEST_ROW), self.length)
 
 
 class Planned(NamedTuple):
@@ -135,14 +146,17 @@ class BatchPacker:
           samples: used before the first of them, over all processes.
         """
         waiting: tuple[list[Example], Any] | None = None
+        start = samples
         for examples in batches:
             ahead = examples, self._encoded(examples)
             if waiting is not None:
+                is_first = samples == start
                 samples += self._global(len(waiting[0]))
-                yield self._prepare(*waiting, samples)
+                yield self._prepare(*waiting, samples, is_first)
             waiting = ahead
         if waiting is not None:
-            yield self._prepare(*waiting, samples + self._global(len(waiting[0])))
+            is_first = samples == start
+            yield self._prepare(*waiting, samples + self._global(len(waiting[0])), is_first)
 
     def _encoded(self, examples: Sequence[Example]) -> Any:
         # The tower is one computation of all processes: it runs where any of them has an image.
@@ -165,7 +179,9 @@ class BatchPacker:
     def _global(self, rows: int) -> int:
         return rows * self._shards.total // len(self._shards.local)
 
-    def _prepare(self, examples: Sequence[Example], encoded: Any, samples: int) -> GlobalBatch:
+    def _prepare(
+        self, examples: Sequence[Example], encoded: Any, samples: int, is_first: bool
+    ) -> GlobalBatch:
         image_rows = np.array(self._shards.rows(self._global(len(examples))))
         first = samples - self._global(len(examples))
         windows, visual_tokens, kept, tokens = self._plan(examples, encoded, first + image_rows)
@@ -177,14 +193,15 @@ class BatchPacker:
             "truncated_samples": int((kept < sizes).sum()),
             "mismatched_samples": sum(bool(example.mismatch) for example in examples),
         }
-        everyone = allgather_ints([len(windows), *counts.values()])
-        most, sums = (
-            int(everyone[:, 0].max()),
-            everyone[list(self._shards.representatives), 1:].sum(0),
-        )
+        everyone = allgather_ints([len(windows), self._length(windows[-1]), *counts.values()])
+        most = int(everyone[:, 0].max())
+        last = int(everyone[everyone[:, 0] == most, 1].max())
+        sums = everyone[list(self._shards.representatives), 2:].sum(0)
         counts = dict(zip(counts, sums.tolist(), strict=True))
-        counts["positions"] = most * self._shape.rows * self._shape.length
-        windows += [self._empty(windows[0])] * (most - len(windows))
+        counts["positions"] = ((most - 1) * self._shape.length + last) * self._shape.rows
+        windows = self._like_others(windows, most, last)
+        if is_first:
+            windows += self._unused(windows)
         batches = [self._place(window, visual_tokens, image_rows) for window in windows]
         return GlobalBatch(batches, samples, counts)
 
@@ -216,15 +233,15 @@ class BatchPacker:
           visual_tokens: see `Planned`.
           shown: visual tokens of all images.
         """
-        windows = packing.pack_window(
-            requests,
-            num_slots,
-            self._shape.length,
-            self._local_rows(),
+        pack = functools.partial(
+            packing.pack_window,
+            num_slots=num_slots,
+            num_rows=self._local_rows(),
             shards=len(self._shards.local),
             position_ids=self._shape.position_ids,
             with_taps=with_taps,
         )
+        windows = fewest_positions(requests, pack, self._shape.lengths)
         counts = {
             "visual_tokens": shown,
             "tokens": sum(rows.real_tokens for rows in windows),
@@ -264,8 +281,24 @@ class BatchPacker:
                 f"prumerge:capacity={needed}, or none for the most any image can need"
             )
 
-    def _empty(self, window: packing.Rows) -> packing.Rows:
-        return empty_rows(window)
+    def _length(self, window: Any) -> int:
+        """T of a micro-batch."""
+        return int(window.ids.shape[1])
+
+    def _like_others(self, windows: Sequence[Any], most: int, last: int) -> list[Any]:
+        """As many micro-batches as the process with the most, the last with rows as long."""
+        if len(windows) == most:
+            return [*windows[:-1], lengthened(windows[-1], last)]
+        full = [lengthened(window, self._shape.length) for window in windows]
+        empty = empty_rows(full[0])
+        return [*full, *[empty] * (most - len(windows) - 1), cut(empty, [last])]
+
+    def _unused(self, windows: Sequence[Any]) -> list[Any]:
+        """Empty micro-batches of the lengths that are not among these, with which the first step
+        compiles what later ones may run."""
+        used = {self._length(window) for window in windows}
+        empty = empty_rows(lengthened(windows[0], self._shape.length))
+        return [cut(empty, [length]) for length in self._shape.lengths if length not in used]
 
     def _place(
         self, window: packing.Rows, visual_tokens: jax.Array, image_rows: np.ndarray
@@ -289,6 +322,28 @@ class BatchPacker:
             visual_tokens=visual_tokens,
             visual_weight=None if weight is None else to_global_array(weight, self._mesh),
         )
+
+
+def fewest_positions(
+    requests: Sequence[packing.Request],
+    pack: Callable[..., list[packing.Rows]],
+    lengths: Sequence[int],
+) -> list[packing.Rows]:
+    """Micro-batches of samples, the last with rows as short as its samples allow.
+
+    Args:
+      requests: the samples.
+      pack: (samples, row_length=T) -> their micro-batches.
+      lengths: T of the last one, ascending; the last of these is that of all others.
+    """
+    windows = pack(requests, row_length=lengths[-1])
+    of_last = [requests[index] for index in windows[-1].requests]
+    longest = windows[-1].length_of.max(initial=0)
+    for length in lengths[:-1]:
+        shorter = pack(of_last, row_length=length) if longest <= length else []
+        if len(shorter) == 1:
+            return [*windows[:-1], *shorter]
+    return windows
 
 
 def check_finite(example: Example, required: int) -> None:

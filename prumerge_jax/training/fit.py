@@ -140,7 +140,8 @@ def resident_bytes(config: TrainConfig, mesh: Mesh) -> int:
     with use_mesh(mesh):
         objective = make_objective(config)
     _, state, frozen = abstract_step(config, objective, mesh)
-    rows = abstract_rows(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = abstract_rows(config, shards, config.row_length)
     visual = placed(rows.visual_tokens, NamedSharding(mesh, logical_spec("batch")))
     # The gradient sums are as large as the trained weights.
     return bytes_per_device((state, state.trained, frozen, visual, visual))

@@ -1,7 +1,9 @@
 """The samples of a run: which data set, in which order, starting where.
 
-A place in the data is one number, the samples used so far over all processes. The order depends on
-the seed alone, so a resumed run continues exactly where the saved one stopped.
+A place in the data is one number, the samples used so far over all processes. Which samples share a
+batch depends on the seed alone, so a resumed run continues exactly where the saved one stopped.
+Within a batch they are dealt out so that the data shards of a mesh have about as much text each:
+the fullest one decides how many micro-batches all of them run.
 """
 
 import dataclasses
@@ -38,11 +40,12 @@ class TrainingData(NamedTuple):
     """The training samples of a run.
 
     Attributes:
-      batches: (samples used, rows) -> those rows of every global batch from there on; each a list.
+      batches: (samples used, rows, shards) -> those rows of every global batch from there on; each
+        a list. A batch is dealt out to so many equal blocks.
       samples: number of samples of an epoch.
     """
 
-    batches: Callable[[int, Collection[int]], Iterator[list[Any]]]
+    batches: Callable[[int, Collection[int], int], Iterator[list[Any]]]
     samples: int
 
 
@@ -94,26 +97,42 @@ def open_conversations(
     )
 
     def prepare() -> TrainingData:
-        check_targets(config, dataset, preprocess, fewest_visual_tokens)
-        return _conversations(config, dataset, preprocess)
+        sizes = check_targets(config, dataset, preprocess, fewest_visual_tokens)
+        return _conversations(config, dataset, preprocess, sizes)
 
     return TrainingSource(dataset.samples, prepare)
 
 
-def _conversations(config: TrainConfig, dataset: Dataset, preprocess: Preprocessor) -> TrainingData:
+def in_order(source: TrainingSource) -> TrainingSource:
+    """The same samples, each at the same row of its batch on any mesh."""
+
+    def prepare() -> TrainingData:
+        data = source.prepare()
+        return TrainingData(lambda start, rows, shards: data.batches(start, rows, 1), data.samples)
+
+    return TrainingSource(source.samples, prepare)
+
+
+def _conversations(
+    config: TrainConfig, dataset: Dataset, preprocess: Preprocessor, sizes: np.ndarray
+) -> TrainingData:
     records = dataset.records()
     examples = pipeline.examples(records.source, preprocess, to_sample=records.to_sample)
     order = None
     if config.group_by_modality_length:
         order = ModalityOrder(records.has_image, config.batch_size, config.seed)
 
-    def batches(start: int, rows: Collection[int]) -> Iterator[list[Example]]:
+    def batches(start: int, rows: Collection[int], shards: int) -> Iterator[list[Example]]:
         if order is None:
-            ordered = pipeline.stream(examples, seed=config.seed, start=start)
+            everyone = grain.MapDataset.range(len(examples))
+            ordered = pipeline.stream(everyone, seed=config.seed, start=start)
         else:
             ordered = grain.MapDataset.range(_FOREVER)[start:].map(order)
-            ordered = ordered.map(examples.__getitem__)
-        return read(rows_of_batches(ordered, config.batch_size, rows), config.run)
+        number = grain.MapDataset.range(len(ordered) // config.batch_size)
+        dealt_rows = _DealtRows(
+            examples, ordered, sizes[records.entries], config.batch_size, tuple(rows), shards
+        )
+        return read(number.map(dealt_rows), config.run)
 
     return TrainingData(batches, len(records.source) if order is None else order.epoch_size)
 
@@ -130,8 +149,8 @@ def record_source(data: DataConfig) -> Sequence[Mapping[str, Any]]:
 
 def check_targets(
     config: TrainConfig, dataset: Dataset, preprocess: Preprocessor, fewest_visual_tokens: int
-) -> None:
-    """Warns of samples that nothing can be learned from.
+) -> np.ndarray:
+    """Tokens of text of every sample, int [samples]; warns of those that teach nothing.
 
     These are samples without a labelled answer, and samples whose labels are all cut off. The
     outcome is stored with the records, since it takes about a millisecond per sample.
@@ -168,6 +187,7 @@ def check_targets(
             "%d of %d samples have nothing to learn (the first are %s): %s",
             found["without"], found["samples"], ", ".join(found["first"]), _CAUSES,
         )  # fmt: skip
+    return np.array(found["sizes"], int)
 
 
 _CAUSES = (
@@ -179,7 +199,7 @@ _CAUSES = (
 def _stored_targets(file: pathlib.Path) -> dict[str, Any] | None:
     try:
         found = json.loads(file.read_text())
-        return {"samples": found["samples"], "without": found["without"], "first": found["first"]}
+        return {name: found[name] for name in ("samples", "without", "first", "sizes")}
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not there yet, or damaged: count again
 
@@ -187,19 +207,21 @@ def _stored_targets(file: pathlib.Path) -> dict[str, Any] | None:
 def _count_targets(
     dataset: Dataset, preprocess: Preprocessor, fewest_visual_tokens: int
 ) -> dict[str, Any]:
-    """How many samples there are, how many of them have no target, and the ids of the first."""
+    """How many samples there are, their tokens of text, how many of them have no target, and the
+    ids of the first of those."""
     _logger.info("counting what can be learned in %d samples, once", dataset.samples)
-    samples, without = 0, 0
+    without = 0
     first: list[str] = []
+    sizes: list[int] = []
     for sample in dataset.conversations():
         text = preprocess.label(sample)
         kept = kept_tokens(text.ids, fewest_visual_tokens, preprocess.max_length)
-        samples += 1
+        sizes.append(text.ids.size)
         if not (text.labels[1:kept] != IGNORE).any():
             without += 1
             if len(first) < _NAMED:
                 first.append(quoted(sample["id"], 40))
-    return {"samples": samples, "without": without, "first": first}
+    return {"samples": len(sizes), "without": without, "first": first, "sizes": sizes}
 
 
 def kept_tokens(token_ids: np.ndarray, visual_tokens: int | np.ndarray, length: int) -> int:
@@ -229,6 +251,56 @@ class _RowsOfBatch:
 
     def __call__(self, batch: int) -> list[Any]:
         return [self.dataset[batch * self.size + row] for row in self.rows]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _DealtRows:
+    """Selects `rows` out of every batch that was dealt out to `shards`.
+
+    Attributes:
+      examples: all samples.
+      ordered: their numbers in the order of the run.
+      sizes: int [samples], tokens of text.
+      size: samples of a batch.
+      rows: those that are made.
+      shards: equal blocks of a batch.
+    """
+
+    examples: grain.MapDataset[Example]
+    ordered: grain.MapDataset[int]
+    sizes: np.ndarray
+    size: int
+    rows: tuple[int, ...]
+    shards: int
+
+    def __call__(self, batch: int) -> list[Example]:
+        first = batch * self.size
+        if self.shards == 1:
+            return [self.examples[self.ordered[first + row]] for row in self.rows]
+        members = np.array([self.ordered[first + row] for row in range(self.size)])
+        members = members[dealt(self.sizes[members], self.shards)]
+        return [self.examples[int(members[row])] for row in self.rows]
+
+
+def dealt(sizes: np.ndarray, shards: int) -> np.ndarray:
+    """The order of samples in which shards, each an equal block of them, have about as many tokens.
+
+    The longest first, each to the shard that has least so far and is not full.
+
+    Args:
+      sizes: [n] int, tokens of the samples; a multiple of `shards` of them.
+      shards: their number.
+    """
+    block = len(sizes) // shards
+    members: list[list[int]] = [[] for _ in range(shards)]
+    load = np.zeros(shards)
+    for index in np.argsort(-sizes, kind="stable").tolist():
+        shard = int(np.argmin(load))
+        members[shard].append(index)
+        load[shard] += sizes[index]
+        if len(members[shard]) == block:
+            load[shard] = np.inf
+    return np.concatenate([np.sort(each) for each in members])
 
 
 def rows_of_batches(

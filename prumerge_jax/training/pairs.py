@@ -218,8 +218,15 @@ class PairPacker(BatchPacker):
                 check_finite(example, int(number))
         return addressable_rows(encoded.order), available
 
-    def _empty(self, window: Any) -> Any:
-        return tuple(empty_rows(rows) for rows in window)
+    def _length(self, window: Any) -> int:
+        return self._shape.length
+
+    def _like_others(self, windows: Sequence[Any], most: int, last: int) -> list[Any]:
+        empty = tuple(empty_rows(rows) for rows in windows[0])
+        return [*windows, *[empty] * (most - len(windows))]
+
+    def _unused(self, windows: Sequence[Any]) -> list[Any]:
+        return []
 
     def _place(self, window: Any, visual_tokens: Any, image_rows: np.ndarray) -> Any:
         student, *teacher = (self._place_rows(rows, visual_tokens, image_rows) for rows in window)

@@ -226,7 +226,9 @@ def _train(setup: Setup, workdir: pathlib.Path, stop: StopFlag) -> Weights | Non
     if jax.process_index() == 0:
         write_config(workdir, setup.fields)
         write_execution(workdir, setup.execution)
-    samples = data.batches(position["samples"], DataShards.of(mesh).rows(config.batch_size))
+    shards = DataShards.of(mesh)
+    rows = shards.rows(config.batch_size)
+    samples = data.batches(position["samples"], rows, shards.total)
     with contextlib.ExitStack() as stack:
         metrics = None
         if jax.process_index() == 0:

@@ -1,4 +1,4 @@
-"""One optimizer step over any number of micro-batches of one shape.
+"""One optimizer step over any number of micro-batches.
 
 Every loss returns a sum and the number of things summed. Gradients of sums add up, and one division
 at the end gives the gradient of the mean over the global batch, however its targets are spread over
@@ -45,7 +45,7 @@ class StepMetrics(NamedTuple):
 
 
 class TrainStep:
-    """The jitted functions of a step, each of one shape.
+    """The jitted functions of a step.
 
     Args:
       loss: loss of one micro-batch; differentiated in the trained weights alone.

@@ -125,6 +125,58 @@ def test_a_process_that_needs_fewer_micro_batches_adds_empty_rows(
     assert prepared.counts["positions"] == (needed + 2) * 4 * 24
 
 
+def test_the_last_micro_batch_has_rows_as_short_as_its_samples_allow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("prumerge_jax.training.batches.SHORTEST_ROW", 16)
+    examples = make_examples(13, image_size=8, vocabulary=90)
+    first, prepared = make_packer(encoder(), rows=2, length=64)([examples, examples], 0)
+    assert [batch.ids.shape for batch in prepared.batches] == [(2, 64), (2, 32)]
+    # The first step compiles all lengths.
+    assert [batch.ids.shape[1] for batch in first.batches] == [64, 32, 16, 48]
+    assert all((batch.segment_ids == 0).all() for batch in first.batches[2:])
+    assert first.counts == prepared.counts
+    assert prepared.counts["positions"] == 2 * (64 + 32)
+    tokens = [e.token_ids.size + row % CAPACITY for row, e in enumerate(examples)]
+    assert prepared.counts["tokens"] == sum(tokens)
+    targets = sum(int((batch.targets != IGNORE).sum()) for batch in prepared.batches)
+    assert targets == sum(int((e.labels[1:] != IGNORE).sum()) for e in examples)
+
+
+@pytest.mark.parametrize(
+    ("others", "lengths"),
+    [
+        ((1, 48), [48]),
+        ((1, 16), [32]),
+        ((2, 32), [64, 32]),
+        ((3, 64), [64, 64, 64]),
+    ],
+)
+def test_the_processes_agree_on_the_length_of_the_last_micro_batch(
+    monkeypatch: pytest.MonkeyPatch, others: tuple[int, int], lengths: list[int]
+) -> None:
+    monkeypatch.setattr("prumerge_jax.training.batches.SHORTEST_ROW", 16)
+    examples = make_examples(4, image_size=8, vocabulary=90)
+    own: list[int] = []
+
+    def allgather_ints(values: list[int]) -> np.ndarray:
+        if len(values) == 1:  # whether there are images
+            return np.array([values, values])
+        own.extend(values)
+        return np.array([values, [*others, *values[2:]]])
+
+    packer = make_packer(encoder(), rows=2, length=64)
+    packer._shards = dataclasses.replace(packer._shards, representatives=(0, 1))
+    monkeypatch.setattr("prumerge_jax.training.batches.allgather_ints", allgather_ints)
+    (prepared,) = packer([examples], 0)
+    assert own[:2] == [1, 32]
+    assert [batch.ids.shape[1] for batch in prepared.batches[: len(lengths)]] == lengths
+    assert {batch.ids.shape[1] for batch in prepared.batches} == {16, 32, 48, 64}
+    assert prepared.counts["positions"] == 2 * sum(lengths)
+    real = [int((batch.segment_ids > 0).sum()) for batch in prepared.batches]
+    assert real == [prepared.counts["tokens"] // 2] + [0] * (len(real) - 1)
+
+
 def test_the_next_batch_is_encoded_before_the_current_one_is_stepped() -> None:
     log: list[str] = []
     lists = [make_examples(2, image_size=8, vocabulary=90, seed=seed) for seed in range(3)]

@@ -151,7 +151,7 @@ def test_a_step_of_every_recipe_traces_at_full_size(recipe) -> None:
         return value, count, updates, state
 
     state = jax.eval_shape(optimizer.init, trained)
-    batch = abstract_rows(config, shards=2)
+    batch = abstract_rows(config, shards=2, length=config.row_length)
     if config.objective == "any_budget":
         batch = pairs_of(batch, config)
     value, count, updates, after = jax.eval_shape(step, trained, frozen, batch, state)

@@ -162,7 +162,7 @@ def test_policies_keep_what_the_cost_model_counts(remat: str) -> None:
     text = dataclasses.replace(MODEL.text, num_layers=3)
     bench = Bench(lora_config(remat=remat), model=dataclasses.replace(MODEL, text=text))
     with use_mesh(bench.mesh):
-        rows = abstract_rows(fit.fixed(bench.config, remat, 4), 1)
+        rows = abstract_rows(fit.fixed(bench.config, remat, 4), 1, bench.config.row_length)
 
         def backward(trained: Weights, frozen: Weights, batch: RowBatch) -> Any:
             def loss(trained: Weights) -> jax.Array:

@@ -19,7 +19,7 @@ from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.models.config import LlavaConfig, VisionConfig
 from prumerge_jax.training import inputs
 from prumerge_jax.training.config import parse, with_sizes
-from prumerge_jax.training.inputs import ModalityOrder, TrainingData, TrainingSource
+from prumerge_jax.training.inputs import ModalityOrder, TrainingData, TrainingSource, dealt
 
 IMAGES, TEXTS = 13, 9
 MODEL = LlavaConfig(vision=VisionConfig(image_size=8, patch_size=4, width=8, num_heads=1))
@@ -54,7 +54,7 @@ def open_source(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Trai
 
 
 def first_batches(data: TrainingData, used: int, count: int) -> list[list[str]]:
-    batches = data.batches(used, range(4))
+    batches = data.batches(used, range(4), 1)
     return [[e.id for e in batch] for batch, _ in zip(batches, range(count), strict=False)]
 
 
@@ -76,11 +76,40 @@ def test_a_run_continues_at_any_batch_and_shows_every_sample_once_an_epoch(
         assert all(pure)  # three batches of images and two of text; the sixth would be mixed
 
 
+def test_a_batch_is_dealt_out_to_the_shards_of_a_mesh(
+    config: ml_collections.ConfigDict, tokenizer: Tokenizer
+) -> None:
+    """The same samples on any mesh, as much text on every shard, whatever process reads them."""
+    data = open_source(config, tokenizer).prepare()
+    straight = first_batches(data, 0, 4)
+    whole = list(itertools.islice(data.batches(0, range(4), 2), 4))
+    assert [{e.id for e in batch} for batch in whole] == [set(batch) for batch in straight]
+    halves = zip(data.batches(0, range(2), 2), data.batches(0, range(2, 4), 2), strict=False)
+    for batch, (first, second) in zip(whole, halves, strict=False):
+        assert [e.id for e in batch] == [e.id for e in (*first, *second)]
+        sizes = [e.token_ids.size for e in batch]
+        assert abs(sum(sizes[:2]) - sum(sizes[2:])) <= max(sizes) - min(sizes)
+
+
+@settings(max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=8, max_size=32), shards=st.sampled_from([1, 2, 4])
+)
+def test_samples_are_dealt_out_evenly(sizes: list[int], shards: int) -> None:
+    sizes = sizes[: len(sizes) // shards * shards]
+    order = dealt(np.array(sizes), shards)
+    assert sorted(order.tolist()) == list(range(len(sizes)))
+    of_shards = np.array(sizes)[order].reshape(shards, -1).sum(1)
+    assert of_shards.max() - of_shards.min() <= max(sizes) - min(sizes)
+    if shards == 1:
+        assert order.tolist() == list(range(len(sizes)))
+
+
 def test_images_and_labels_are_those_of_the_file(
     config: ml_collections.ConfigDict, tokenizer: Tokenizer
 ) -> None:
     data = open_source(config, tokenizer).prepare()
-    for batch, _ in zip(data.batches(0, range(4)), range(5), strict=False):
+    for batch, _ in zip(data.batches(0, range(4), 1), range(5), strict=False):
         for example in batch:
             index = int(example.id[1:])
             assert example.has_image == (index < IMAGES)
@@ -209,7 +238,7 @@ def test_labels_are_checked_against_the_run_s_own_row_length(
     for length, mismatched in ((2048, False), (8192, True)):
         config.max_length = length
         data = open_source(config, tokenizer).prepare()
-        epoch = itertools.islice(data.batches(0, [0]), 2)
+        epoch = itertools.islice(data.batches(0, [0], 1), 2)
         found = {example.id: example.mismatch for (example,) in epoch}
         assert found == {"s0": mismatched, "s1": False}
 
@@ -246,7 +275,7 @@ def test_images_in_tiles_several_images_and_videos(
     parsed = with_sizes(parse(config), sizes)
     assert parsed.room_for_crops == 32
     data = inputs.open_conversations(parsed, tokenizer, 1).prepare()
-    found = {example.id: example for (example,) in itertools.islice(data.batches(0, [0]), 3)}
+    found = {example.id: example for (example,) in itertools.islice(data.batches(0, [0], 1), 3)}
     crops = {name: [len(p.crops) for p in e.pictures] for name, e in found.items()}
     assert crops == {"one": [3], "two": [1, 1], "film": [32]}
     for name, example in found.items():

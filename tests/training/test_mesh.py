@@ -97,6 +97,25 @@ def test_losses_and_weights_are_those_of_one_device(sizes: tuple[int, int, int])
         assert array.sharding.spec == PartitionSpec(None, ("fsdp", "tensor"), None)
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), mesh_case((2, 2, 2))])
+def test_shorter_rows_change_no_loss_and_no_weight(
+    sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, losses = trained_on((1, 1, 1))
+    monkeypatch.setattr("prumerge_jax.training.batches.SHORTEST_ROW", 16)
+    bench = Bench(lora_config(max_length=96), sizes=sizes, model=MODEL)
+    with use_mesh(bench.mesh):
+        lengths = [b.ids.shape[1] for b in bench.batches(4) if (b.segment_ids > 0).any()]
+    assert lengths[-1] < 96
+    state, same = bench.train(4, STEPS)
+    np.testing.assert_allclose(same, losses, rtol=1e-5)
+    for path, weight in expected.trained.items():
+        scale = np.abs(weight).max()
+        np.testing.assert_allclose(
+            state.trained[path], weight, rtol=0, atol=1e-5 * scale, err_msg=path
+        )
+
+
 @pytest.mark.slow
 def test_a_tied_head_and_biases_train_as_on_one_device() -> None:
     """The embedding is one weight, with the gradients of its rows and of the head together."""

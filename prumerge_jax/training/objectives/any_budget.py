@@ -20,7 +20,7 @@ from prumerge_jax.models.llava import LlavaModel, gather_evidence
 from prumerge_jax.models.vision_tower import VisionTower
 from prumerge_jax.sharding.mesh import logical_spec
 from prumerge_jax.training.config import ConfigError, TrainConfig, objective_options
-from prumerge_jax.training.inputs import TrainingSource, open_conversations
+from prumerge_jax.training.inputs import TrainingSource, in_order, open_conversations
 from prumerge_jax.training.objectives.next_token import (
     ImageEncoder,
     check_row_length,
@@ -160,7 +160,8 @@ def make(config: TrainConfig) -> Objective:
         )
 
     def open_source(tokenizer: Tokenizer) -> TrainingSource:
-        return open_conversations(config, tokenizer, options.lower[1])
+        # A sample's counts are drawn by its place, which no mesh may change.
+        return in_order(open_conversations(config, tokenizer, options.lower[1]))
 
     def packer(tokenizer: Tokenizer, frozen: Weights, mesh: Mesh, total_steps: int) -> Packer:
         ranked = most

@@ -212,14 +212,15 @@ def row_shape(config: TrainConfig, mesh: Mesh) -> RowShape:
     return RowShape(rows, config.row_length, config.position_ids)
 
 
-def abstract_rows(config: TrainConfig, shards: int) -> RowBatch:
+def abstract_rows(config: TrainConfig, shards: int, length: int) -> RowBatch:
     """A micro-batch without its values, for compiling ahead of time.
 
     Args:
       config: configuration of the run, model sizes included.
       shards: number of data shards of the mesh.
+      length: T of its rows.
     """
-    row = jax.ShapeDtypeStruct((config.run.rows_per_shard * shards, config.row_length), jnp.int32)
+    row = jax.ShapeDtypeStruct((config.run.rows_per_shard * shards, length), jnp.int32)
     width = config.sizes.vision.width + run_reduction(config).weighs_tokens
     crops = config.batch_size * config.room_for_crops
     tokens = (crops, visual_capacity(config), width)
