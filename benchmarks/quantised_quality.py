@@ -38,9 +38,9 @@ from prumerge_jax import reductions
 from prumerge_jax.cost import Bits, counts
 from prumerge_jax.cost.bits import SCALE_BITS
 from prumerge_jax.cost.roofline import FRONT_TOKENS
-from prumerge_jax.digits.compare import kept_patches
 from prumerge_jax.engine.encoding import PlacedModel
 from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.kept import kept_patches
 from prumerge_jax.engine.request import Request
 from prumerge_jax.engine.shapes import EngineConfig, fit
 from prumerge_jax.evaluation.report.bootstrap import paired_bootstrap

@@ -15,7 +15,8 @@ import numpy as np
 
 from prumerge_jax import reductions
 from prumerge_jax.digits.benchmark import Digits
-from prumerge_jax.digits.compare import Asked, draw, kept_patches, question_requests
+from prumerge_jax.digits.compare import Asked, draw, question_requests
+from prumerge_jax.engine.kept import kept_patches
 from prumerge_jax.engine.request import Answer
 from prumerge_jax.engine.shapes import EngineConfig
 from prumerge_jax.llava import Llava

@@ -12,7 +12,6 @@ its own.
 """
 
 import argparse
-import collections
 import dataclasses
 import itertools
 import json
@@ -29,6 +28,7 @@ from prumerge_jax.digits.questions import FAMILIES, Question, draw_with_question
 from prumerge_jax.digits.scenes import Scene
 from prumerge_jax.engine.build import Draft, RequestBuilder
 from prumerge_jax.engine.engine import Engine
+from prumerge_jax.engine.kept import kept_patches
 from prumerge_jax.engine.request import Answer, Request, SamplingParams
 from prumerge_jax.evaluation.report.bootstrap import Interval, paired_bootstrap
 from prumerge_jax.llava import Llava
@@ -222,22 +222,6 @@ def _in_order(answers: Iterable[Answer]) -> list[Answer]:
         if answer.error is not None:
             raise ValueError(f"question {answer.key}: {answer.error}")
     return [found[key] for key in sorted(found)]
-
-
-def kept_patches(engine: Engine, requests: Sequence[Request]) -> list[tuple[int, np.ndarray]]:
-    """Visual tokens of the one image of each request, and the patches among them."""
-    kept, waiting = [], collections.deque(requests)
-    while waiting:
-        places = engine.encoder.places(engine.reduction)
-        while waiting and places.add(waiting[0]):
-            waiting.popleft()
-        images = engine.encoder.measure(engine.encoder.encode(places, engine.reduction))
-        for ((number,),) in places.numbers:
-            batch, row = divmod(number, len(images.lengths))
-            length = int(images.lengths[row, batch])
-            patches = images.patch_indices[row, batch, :length]
-            kept.append((length, patches[patches >= 0]))
-    return kept
 
 
 def evidence_recall(ink: np.ndarray, patches: np.ndarray, patch_size: int) -> float:
