@@ -173,11 +173,13 @@ def test_captions_are_padded_to_the_longest_of_their_window_size(config, tokeniz
     packer = captions.CaptionPacker(tokenizer, max_length=20, mesh=make_mesh(1, 1, 1))
     data = open_windows(config, tokenizer).prepare()
     # BOS, place, digit, full stop, EOS; a further digit comes with its comma and its place.
-    shapes = [prepared.batches[0].ids.shape for prepared in packer(data.batches(0, range(16)), 0)]
+    shapes = [
+        prepared.batches[0].ids.shape for prepared in packer(data.batches(0, range(16), 1), 0)
+    ]
     assert shapes == [(16, 5)] * 3 + [(16, 14)] * 2 + [(16, 20)] * 5
     short = captions.CaptionPacker(tokenizer, max_length=19, mesh=packer._mesh)
     with pytest.raises(ValueError, match="max_positions, now 19, to at least"):
-        list(short(data.batches(0, range(16)), 0))
+        list(short(data.batches(0, range(16), 1), 0))
 
 
 def test_a_window_uses_the_position_embeddings_of_its_place_alone(weights) -> None:
@@ -199,11 +201,13 @@ def test_a_window_uses_the_position_embeddings_of_its_place_alone(weights) -> No
 
 def test_curriculum_resumes_anywhere_in_the_same_order(config, tokenizer) -> None:
     data = open_windows(config, tokenizer).prepare()
-    straight = list(data.batches(0, range(16)))
+    straight = list(data.batches(0, range(16), 1))
     sides = [batch[0].pixels.shape[0] for batch in straight]
     assert sides == [32] * 3 + [64] * 2 + [96] * 5
     for done in (2, 3, 7):
-        for got, expected in zip(data.batches(done * 16, range(16)), straight[done:], strict=True):
+        for got, expected in zip(
+            data.batches(done * 16, range(16), 1), straight[done:], strict=True
+        ):
             for a, b in zip(got, expected, strict=True):
                 np.testing.assert_array_equal(a.pixels, b.pixels)
                 np.testing.assert_array_equal(a.ids, b.ids)

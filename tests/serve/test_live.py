@@ -262,8 +262,10 @@ def test_five_hundred_requests_of_all_kinds(server: Process) -> None:
 
     compiled = server.metric("prumerge_compilations")
     results = asyncio.run(run(range(200)))  # what grows once has grown
-    before = server.resident_megabytes()
-    results += asyncio.run(run(range(200, 500)))
+    resident = [server.resident_megabytes()]
+    for start in (200, 300, 400):
+        results += asyncio.run(run(range(start, start + 100)))
+        resident.append(server.resident_megabytes())
     answers = {
         (number % 6, number % 3): expected(
             number % 6, QUESTIONS[number % 3], reduction=REDUCTIONS[number % 3]
@@ -286,7 +288,8 @@ def test_five_hundred_requests_of_all_kinds(server: Process) -> None:
     assert left == 0
     assert server.metric("prumerge_compilations") == compiled
     assert server.metric("prumerge_kv_pages_used") == 0
-    assert server.resident_megabytes() - before < 40
+    # What leaks grows with every hundred requests; the most that waits at once grows by chance.
+    assert np.diff(resident).min() < 13
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
