@@ -253,7 +253,7 @@ def _plan(
     shape = row_shape(chosen, mesh)
     lengths = sorted({length for each in samples for length in row_lengths(each, shape)})
     shorter = {
-        length: _micro_batch(chosen, mesh, length) for length in lengths if length < shape.length
+        length: _micro_batch(chosen, mesh, length)[0] for length in lengths if length < shape.length
     }
     with use_mesh(mesh):
         objective = make_objective(chosen)
@@ -289,20 +289,21 @@ def _first_that_leaves_the_reserve(
     """
     for config in configs:
         try:
-            accumulate = _micro_batch(config, mesh, config.row_length)
+            accumulate, update = _micro_batch(config, mesh, config.row_length)
         except DoesNotFit:
             if config is configs[-1]:
                 raise
             continue
         if peak_bytes(resident, [accumulate]) <= (1 - RESERVE) * available:
             break
-    lowered, _ = _lowered(config, mesh, config.row_length)
     with use_mesh(mesh):
-        return config, accumulate, compile_program("update", lowered["update"])
+        return config, accumulate, compile_program("update", update)
 
 
-def _micro_batch(config: TrainConfig, mesh: Mesh, length: int) -> Program:
-    """The program of a micro-batch with rows of this length.
+def _micro_batch(
+    config: TrainConfig, mesh: Mesh, length: int
+) -> tuple[Program, jax.stages.Lowered]:
+    """The program of a micro-batch with rows of this length, and the update, not yet compiled.
 
     Raises:
       DoesNotFit: as `compile_program`.
@@ -310,7 +311,7 @@ def _micro_batch(config: TrainConfig, mesh: Mesh, length: int) -> Program:
     lowered, kernel = _lowered(config, mesh, length)
     name = "accumulate" if length == config.row_length else f"accumulate {length}"
     with use_mesh(mesh):
-        return compile_program(name, lowered["accumulate"], kernel)
+        return compile_program(name, lowered["accumulate"], kernel), lowered["update"]
 
 
 def _lowered(

@@ -145,18 +145,20 @@ class BatchPacker:
           batches: this process's samples of each global batch.
           samples: used before the first of them, over all processes.
         """
+        for number, (examples, encoded) in enumerate(self._one_ahead(batches)):
+            samples += self._global(len(examples))
+            yield self._prepare(examples, encoded, samples, is_first=number == 0)
+
+    def _one_ahead(self, batches: Iterable[list[Example]]) -> Iterator[tuple[list[Example], Any]]:
+        """The samples and their encoded images, given when those of the next are being encoded."""
         waiting: tuple[list[Example], Any] | None = None
-        start = samples
         for examples in batches:
             ahead = examples, self._encoded(examples)
             if waiting is not None:
-                is_first = samples == start
-                samples += self._global(len(waiting[0]))
-                yield self._prepare(*waiting, samples, is_first)
+                yield waiting
             waiting = ahead
         if waiting is not None:
-            is_first = samples == start
-            yield self._prepare(*waiting, samples + self._global(len(waiting[0])), is_first)
+            yield waiting
 
     def _encoded(self, examples: Sequence[Example]) -> Any:
         # The tower is one computation of all processes: it runs where any of them has an image.
@@ -180,7 +182,7 @@ class BatchPacker:
         return rows * self._shards.total // len(self._shards.local)
 
     def _prepare(
-        self, examples: Sequence[Example], encoded: Any, samples: int, is_first: bool
+        self, examples: Sequence[Example], encoded: Any, samples: int, *, is_first: bool
     ) -> GlobalBatch:
         image_rows = np.array(self._shards.rows(self._global(len(examples))))
         first = samples - self._global(len(examples))

@@ -175,9 +175,9 @@ def check_targets(
     found = _stored_targets(file)
     if found is None:
         found = _count_targets(dataset, preprocess, fewest_visual_tokens)
-        if found["without"] == found["samples"]:
+        if found["without"] == len(found["sizes"]):
             raise ValueError(
-                f"none of the {found['samples']} samples has anything to learn (the first are "
+                f"none of the {len(found['sizes'])} samples has anything to learn (the first are "
                 f"{', '.join(found['first'])}): {_CAUSES}"
             )
         with exclusive(folder):
@@ -185,7 +185,7 @@ def check_targets(
     if found["without"]:
         _logger.warning(
             "%d of %d samples have nothing to learn (the first are %s): %s",
-            found["without"], found["samples"], ", ".join(found["first"]), _CAUSES,
+            found["without"], len(found["sizes"]), ", ".join(found["first"]), _CAUSES,
         )  # fmt: skip
     return np.array(found["sizes"], int)
 
@@ -199,7 +199,7 @@ _CAUSES = (
 def _stored_targets(file: pathlib.Path) -> dict[str, Any] | None:
     try:
         found = json.loads(file.read_text())
-        return {name: found[name] for name in ("samples", "without", "first", "sizes")}
+        return {name: found[name] for name in ("sizes", "without", "first")}
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not there yet, or damaged: count again
 
@@ -207,8 +207,7 @@ def _stored_targets(file: pathlib.Path) -> dict[str, Any] | None:
 def _count_targets(
     dataset: Dataset, preprocess: Preprocessor, fewest_visual_tokens: int
 ) -> dict[str, Any]:
-    """How many samples there are, their tokens of text, how many of them have no target, and the
-    ids of the first of those."""
+    """The samples' tokens of text, how many of them have no target, and the ids of the first."""
     _logger.info("counting what can be learned in %d samples, once", dataset.samples)
     without = 0
     first: list[str] = []
@@ -221,7 +220,7 @@ def _count_targets(
             without += 1
             if len(first) < _NAMED:
                 first.append(quoted(sample["id"], 40))
-    return {"samples": len(sizes), "without": without, "first": first, "sizes": sizes}
+    return {"sizes": sizes, "without": without, "first": first}
 
 
 def kept_tokens(token_ids: np.ndarray, visual_tokens: int | np.ndarray, length: int) -> int:
@@ -274,10 +273,8 @@ class _DealtRows:
     shards: int
 
     def __call__(self, batch: int) -> list[Example]:
-        first = batch * self.size
-        if self.shards == 1:
-            return [self.examples[self.ordered[first + row]] for row in self.rows]
-        members = np.array([self.ordered[first + row] for row in range(self.size)])
+        places = range(batch * self.size, (batch + 1) * self.size)
+        members = np.array([self.ordered[place] for place in places])
         members = members[dealt(self.sizes[members], self.shards)]
         return [self.examples[int(members[row])] for row in self.rows]
 

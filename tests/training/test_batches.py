@@ -1,6 +1,7 @@
 """From examples to micro-batches: what fits, what is counted, what is refused."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -97,22 +98,30 @@ def test_too_many_samples_make_more_batches_and_long_ones_are_counted() -> None:
     assert prepared.counts["truncated_samples"] == sum(length > 14 for length in lengths) > 0
 
 
+def add_a_process(
+    monkeypatch: pytest.MonkeyPatch, packer: BatchPacker, other: Callable[[list[int]], list[int]]
+) -> list[int]:
+    """Has the packer run as one of two processes, of which the other tells what `other` makes of
+    the packer's own figures; returns where those will be."""
+    own: list[int] = []
+
+    def allgather_ints(values: list[int]) -> np.ndarray:
+        if len(values) == 1:  # whether there are images
+            return np.array([values, values])
+        own.extend(values)
+        return np.array([values, other(values)])
+
+    packer._shards = dataclasses.replace(packer._shards, representatives=(0, 1))
+    monkeypatch.setattr("prumerge_jax.training.batches.allgather_ints", allgather_ints)
+    return own
+
+
 def test_a_process_that_needs_fewer_micro_batches_adds_empty_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     examples = make_examples(6, image_size=8, vocabulary=90)
-    own: list[int] = []
-
-    def allgather_ints(values: list[int]) -> np.ndarray:
-        """As with two processes, of which the other needs two micro-batches more."""
-        if len(values) == 1:  # whether there are images
-            return np.array([values, values])
-        own.extend(values)
-        return np.array([values, [values[0] + 2, *values[1:]]])
-
     packer = make_packer(encoder())
-    packer._shards = dataclasses.replace(packer._shards, representatives=(0, 1))
-    monkeypatch.setattr("prumerge_jax.training.batches.allgather_ints", allgather_ints)
+    own = add_a_process(monkeypatch, packer, lambda values: [values[0] + 2, *values[1:]])
     (prepared,) = packer([examples], 0)
     needed = own[0]
     assert len(prepared.batches) == needed + 2
@@ -157,17 +166,8 @@ def test_the_processes_agree_on_the_length_of_the_last_micro_batch(
 ) -> None:
     monkeypatch.setattr("prumerge_jax.training.batches.SHORTEST_ROW", 16)
     examples = make_examples(4, image_size=8, vocabulary=90)
-    own: list[int] = []
-
-    def allgather_ints(values: list[int]) -> np.ndarray:
-        if len(values) == 1:  # whether there are images
-            return np.array([values, values])
-        own.extend(values)
-        return np.array([values, [*others, *values[2:]]])
-
     packer = make_packer(encoder(), rows=2, length=64)
-    packer._shards = dataclasses.replace(packer._shards, representatives=(0, 1))
-    monkeypatch.setattr("prumerge_jax.training.batches.allgather_ints", allgather_ints)
+    own = add_a_process(monkeypatch, packer, lambda values: [*others, *values[2:]])
     (prepared,) = packer([examples], 0)
     assert own[:2] == [1, 32]
     assert [batch.ids.shape[1] for batch in prepared.batches[: len(lengths)]] == lengths

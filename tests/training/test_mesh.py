@@ -21,6 +21,7 @@ from prumerge_jax.training.checkpoint import Checkpoints
 from prumerge_jax.training.config import MeshConfig, parse
 from prumerge_jax.training.run import fitted_sizes
 from prumerge_jax.training.step import TrainState
+from prumerge_jax.training.weights import Weights
 from tests.conftest import require_eight_devices
 from tests.training.bench import MODEL as BENCH_MODEL
 from tests.training.bench import Bench, lora_config
@@ -52,6 +53,15 @@ def bench_on(sizes: tuple[int, int, int]) -> Bench:
 @functools.cache
 def trained_on(sizes: tuple[int, int, int]) -> tuple[TrainState, list[float]]:
     return bench_on(sizes).train(8, STEPS)
+
+
+def assert_same_weights(found: Weights, expected: Weights, tolerance: float) -> None:
+    """Within `tolerance` of the largest value of every weight."""
+    for path, weight in expected.items():
+        scale = np.abs(weight).max()
+        np.testing.assert_allclose(
+            found[path], weight, rtol=0, atol=tolerance * scale, err_msg=path
+        )
 
 
 def assert_placed(state: TrainState, declared: TrainState) -> None:
@@ -86,11 +96,7 @@ def test_losses_and_weights_are_those_of_one_device(sizes: tuple[int, int, int])
     expected, losses = trained_on((1, 1, 1))
     state, same = trained_on(sizes)
     np.testing.assert_allclose(same, losses, rtol=1e-5)
-    for path, weight in expected.trained.items():
-        scale = np.abs(weight).max()
-        np.testing.assert_allclose(
-            state.trained[path], weight, rtol=0, atol=1e-5 * scale, err_msg=path
-        )
+    assert_same_weights(state.trained, expected.trained, 1e-5)
     assert_placed(state, bench_on(sizes).shardings)
     path = "decoder.layers.self_attn.q_proj.lora_a"
     for array in (state.trained[path], state.optimizer[0].mu[path]):
@@ -109,11 +115,7 @@ def test_shorter_rows_change_no_loss_and_no_weight(
     assert lengths[-1] < 96
     state, same = bench.train(4, STEPS)
     np.testing.assert_allclose(same, losses, rtol=1e-5)
-    for path, weight in expected.trained.items():
-        scale = np.abs(weight).max()
-        np.testing.assert_allclose(
-            state.trained[path], weight, rtol=0, atol=1e-5 * scale, err_msg=path
-        )
+    assert_same_weights(state.trained, expected.trained, 1e-5)
 
 
 @pytest.mark.slow
@@ -135,9 +137,7 @@ def test_a_tied_head_and_biases_train_as_on_one_device() -> None:
     np.testing.assert_allclose(same, losses, rtol=1e-5)
     assert "decoder.lm_head.kernel" not in expected
     assert "decoder.layers.self_attn.k_proj.bias" in expected
-    for path, weight in expected.items():
-        scale = np.abs(weight).max()
-        np.testing.assert_allclose(trained[path], weight, rtol=0, atol=1e-4 * scale, err_msg=path)
+    assert_same_weights(trained, expected, 1e-4)
 
 
 @mesh_cases
