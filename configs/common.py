@@ -56,6 +56,7 @@ def training() -> ConfigDict:
         {
             "mesh": {"data": 0, "fsdp": 0, "tensor": 1},  # 0: the devices that remain
             "rows_per_shard": 0,  # of a micro-batch; 0: what suits the devices
+            "overlap": True,  # of gathers and products, by the options of XLA that a TPU needs
             "num_threads": 2,
             "num_workers": 4,
             "log_every": 10,

@@ -5,15 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from prumerge_jax.models.attention import attend
 from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.config import TextConfig
+from prumerge_jax.models.heads import join_heads, split_heads
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, outputs_of
 from prumerge_jax.models.quantisation import FORMATS, Format
-from prumerge_jax.models.remat import ATTENTION
-from prumerge_jax.models.rotary import Rotation, rotate
+from prumerge_jax.models.rotary import Rotation
 from prumerge_jax.sharding.mesh import Axes, constrain
 
 
@@ -65,17 +64,14 @@ class DecoderLayer(nnx.Module):
 
     def split_and_rotate(self, projected: QKV, by: Rotation) -> QKV:
         """Projections -> heads; queries and keys are rotated."""
-        split = (*projected.q.shape[:2], -1, self.self_attn.head_dim)
-        q, k, v = (x.reshape(split) for x in projected)
-        return QKV(rotate(q, by), rotate(k, by), v)
+        head_dim = self.self_attn.head_dim
+        q, k = (split_heads(x, head_dim, by) for x in projected[:2])
+        return QKV(q, k, split_heads(projected.v, head_dim))
 
     def attend(self, projected: QKV, rows: PackedRows) -> tuple[jax.Array, QKV]:
         """Projections of packed rows -> the attention output of every position [B, T, H, Dh], and
         the heads it came from, wider where keys have a bias."""
-        projected = projected._replace(v=checkpoint_name(projected.v, ATTENTION))
-        split = self.split_and_rotate(projected, rows.rotation)
-        q, k = (checkpoint_name(head, ATTENTION) for head in split[:2])
-        heads = QKV(q, k, split.v)
+        heads = self.split_and_rotate(projected, rows.rotation)
         if rows.key_bias is not None:  # the cache keeps it with the keys
             heads = QKV(*with_columns(*heads, rows.key_bias))
         attended = attend(
@@ -102,8 +98,7 @@ class DecoderLayer(nnx.Module):
         self, x: jax.Array, attended: jax.Array, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """Adds the projected attention output [B, T, H, Dh] to the residual [B, T, D]."""
-        flat = attended.reshape(*attended.shape[:2], -1)
-        return x + self.self_attn.o_proj(flat, dropout_key)
+        return x + self.self_attn.o_proj(join_heads(attended), dropout_key)
 
     def feed_forward(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""

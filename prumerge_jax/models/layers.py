@@ -153,19 +153,21 @@ class Linear(nnx.Module):
         groups = self.axes[0] if self.quantize.block else None
         return {"kernel_q": self.axes, "kernel_scale": (groups, self.axes[1])}
 
+    def gathered_kernel(self, dtype: jnp.dtype) -> jax.Array:
+        """The kernel in this dtype as a product reads it, without `quantize`."""
+        return self._gathered(self.kernel[...].astype(dtype), self.axes)
+
+    def _gathered(self, weight: jax.Array, axes: Axes) -> jax.Array:
+        return unshard_embed(weight, *(axes[::-1] if self.out_first else axes))
+
     def _product(self, x: jax.Array) -> jax.Array:
         """`x W`."""
-
-        def gathered(weight: jax.Array, axes: Axes) -> jax.Array:
-            return unshard_embed(weight, *(axes[::-1] if self.out_first else axes))
-
-        axes = self._kernel_axes()
         if self.quantize is None:
-            kernel = gathered(self.kernel[...].astype(x.dtype), axes["kernel"])
-            return contract(x, kernel, out_first=self.out_first)
+            return contract(x, self.gathered_kernel(x.dtype), out_first=self.out_first)
+        axes = self._kernel_axes()
         quantised = Quantised(
-            gathered(self.kernel_q[...], axes["kernel_q"]),
-            gathered(self.kernel_scale[...], axes["kernel_scale"]),
+            self._gathered(self.kernel_q[...], axes["kernel_q"]),
+            self._gathered(self.kernel_scale[...], axes["kernel_scale"]),
         )
         return product(x, quantised, self.quantize, out_first=self.out_first)
 

@@ -22,7 +22,7 @@ from prumerge_jax.models.attention.masks import causal_mask, segment_mask
 from prumerge_jax.models.config import TextConfig
 from prumerge_jax.models.decoder_layer import QKV, DecoderLayer, PackedRows, split_key
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, stack
-from prumerge_jax.models.products import out_first_product
+from prumerge_jax.models.products import contract
 from prumerge_jax.models.quantisation import Format
 from prumerge_jax.models.remat import rematerialise
 from prumerge_jax.models.rotary import rotation
@@ -88,12 +88,23 @@ class Llama(nnx.Module):
         return constrain(self.embed_tokens[...][ids].astype(dtype), "batch", None, None)
 
     @jax.named_scope("head")
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Final hidden states [..., D] -> next-token logits [..., V] float32."""
+    def logits(self, hidden: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+        """Final hidden states [..., D] -> next-token logits [..., V] float32.
+
+        Args:
+          hidden: the states.
+          weight: `head_weight`, where several calls share it.
+        """
+        weight = self.head_weight(hidden.dtype) if weight is None else weight
+        out_first = self.lm_head is None or self.lm_head.out_first
+        return contract(hidden, weight, out_first=out_first).astype(jnp.float32)
+
+    @jax.named_scope("head")
+    def head_weight(self, dtype: jnp.dtype) -> jax.Array:
+        """The head's kernel, gathered; [V, D] where it is the embedding or `out_first`."""
         if self.lm_head is not None:
-            return self.lm_head(hidden).astype(jnp.float32)
-        embedding = unshard_embed(self.embed_tokens[...].astype(hidden.dtype), "vocab", "embed")
-        return out_first_product(hidden, embedding).astype(jnp.float32)
+            return self.lm_head.gathered_kernel(dtype)
+        return unshard_embed(self.embed_tokens[...].astype(dtype), "vocab", "embed")
 
     def __call__(
         self,

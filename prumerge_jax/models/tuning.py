@@ -13,11 +13,12 @@ To compare on a chip:
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
 import jax
+from jax.sharding import Mesh
 
 from prumerge_jax.sharding.mesh import platform
 
@@ -39,7 +40,9 @@ class Tuning:
       row_growth: by how much every length of a server's rows is longer than the one before, from
         128 tokens on; rows are computed to the next length.
       page_size: tokens per page of keys and values, where the configuration leaves it open.
-      rotary: how the two halves of a head are swapped.
+      heads: how projections are split into heads, rotated, and put together again: by XLA's
+        reshapes, or by the kernel of `heads.py` where it takes them.
+      rotary: how the two halves of a head are swapped, where XLA does it.
       projection_barrier: whether inference keeps the query, key and value products apart from the
         split into heads (`jax.lax.optimization_barrier`). Training does without: its weights are
         gathered into the layout that suits, and a barrier costs copies in the backward pass.
@@ -54,6 +57,7 @@ class Tuning:
     images_at_once: int = 4
     row_growth: int = 4
     page_size: int = 16
+    heads: Literal["reshape", "kernel"] = "reshape"
     rotary: Literal["roll", "matmul"] = "roll"
     projection_barrier: bool = False
     adapter_barrier: bool = False
@@ -109,6 +113,9 @@ BY_PLATFORM = {
         # Decoding 64 slots on four chips of v5e 10.8 ms a step, with [d_in, d_out] 11.6: XLA copied
         # the MLP's first kernels of all layers into another layout in every call, 1.4 GiB.
         kernels="wide_out_first",
+        # A micro-batch through two layers of 7B and the head, on 64 chips of v5e 29.2 ms and 1.0 of
+        # the kernel, at the peak of the memory; with `reshape` 31.8. Of v6e 9.4 and 0.5; 10.2.
+        heads="kernel",
         # `accumulate` on 64 chips of v5e 667 ms, with `roll` 694; v5p 322 and 331, v6e 206 and 235.
         rotary="matmul",
         # Scoring's rows on four chips of v5e 49.1 ms, without this and `rotary` 59.3; v6e 15.6 and
@@ -120,6 +127,15 @@ BY_PLATFORM = {
     ),
 }
 
+OVERLAP: Mapping[str, Mapping[str, bool]] = {
+    "TPU v5 lite": {},  # XLA does it there without being asked
+    "TPU v5": {"xla_tpu_enable_sparse_core_collective_offload_all_gather": True},
+    "TPU v6 lite": {"xla_tpu_enable_sparse_core_collective_offload_all_gather": True},
+}
+"""Options of XLA, by kind of device, with which the weights of a layer travel while others are
+multiplied. By its schedule of two layers of 7B and the head on 64 chips, 18.4 ms a micro-batch of
+v5p become 15.7, of which 3.2 and 0.3 are waited; 14.7 of v6e become 10.9, of which 4.9 and 0.6."""
+
 _override = jax.make_user_context(None)  # part of every jitted function's cache key
 
 
@@ -128,6 +144,13 @@ def current() -> Tuning:
     if _override.value is not None:
         return _override.value
     return BY_PLATFORM.get(platform(), Tuning.plain())
+
+
+def overlap_options(mesh: Mesh) -> dict[str, bool] | None:
+    """The options of `OVERLAP` for the devices of a mesh; None where one of them has nobody to
+    gather from, and for other devices than TPUs."""
+    options = OVERLAP.get(mesh.devices.flat[0].device_kind) if mesh.size > 1 else None
+    return dict(options) if options else None
 
 
 @contextmanager

@@ -64,6 +64,7 @@ class ExecutionConfig:
       mesh: sizes of the mesh axes.
       rows_per_shard: rows of a micro-batch per data shard; 0 takes what suits the devices, see
         `fit.fitted`.
+      overlap: whether a TPU gets the options of XLA that `models.tuning.OVERLAP` has for it.
       num_threads: threads that read samples.
       num_workers: processes that do; 0 for none.
       log_every, save_every: steps between two records of the metrics, and two checkpoints.
@@ -73,6 +74,7 @@ class ExecutionConfig:
 
     mesh: MeshConfig = MeshConfig()
     rows_per_shard: int = 0
+    overlap: bool = True
     num_threads: int = 2
     num_workers: int = 4
     log_every: int = 10

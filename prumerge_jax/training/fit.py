@@ -155,7 +155,9 @@ def abstract_step(
     # The length of the run is in the schedule alone; no shape depends on it.
     optimizer = make_optimizer(config.optimizer, 1000, objective.learning_rates)
     of_state = state_shardings(optimizer, objective.trained(), shardings, mesh)
-    step = TrainStep(objective.loss, optimizer, seed=config.seed, shardings=of_state)
+    step = TrainStep(
+        objective.loss, optimizer, seed=config.seed, shardings=of_state, overlap=config.run.overlap
+    )
     return step, step.abstract_state(objective.trained()), abstract_frozen(objective, mesh)
 
 

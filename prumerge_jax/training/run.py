@@ -266,7 +266,9 @@ def _step_function(setup: Setup, total_steps: int) -> TrainStep:
     optimizer = make_optimizer(config.optimizer, total_steps, objective.learning_rates)
     shardings = objective.module.shardings(setup.mesh)
     placed = state_shardings(optimizer, objective.trained(), shardings, setup.mesh)
-    return TrainStep(objective.loss, optimizer, seed=config.seed, shardings=placed)
+    return TrainStep(
+        objective.loss, optimizer, seed=config.seed, shardings=placed, overlap=config.run.overlap
+    )
 
 
 def _checkpoints(setup: Setup, workdir: pathlib.Path) -> Checkpoints:

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from prumerge_jax.models.tuning import overlap_options
 from prumerge_jax.sharding.mesh import replicated
 from prumerge_jax.training.weights import Leaf, Shapes, Weights
 
@@ -53,6 +54,7 @@ class TrainStep:
       seed: seed of dropout; step and micro-batch are folded in, so that a resumed run draws the
         same.
       shardings: declared shardings of the state (`state_shardings`).
+      overlap: whether the micro-batches are compiled with `tuning.OVERLAP`.
     """
 
     def __init__(
@@ -62,17 +64,24 @@ class TrainStep:
         *,
         seed: int,
         shardings: TrainState,
+        overlap: bool = True,
     ) -> None:
         self._loss = loss
         self._optimizer = optimizer
         self._seed = seed
         self._shardings = shardings
-        everywhere = replicated(next(iter(shardings.trained.values())).mesh)
+        mesh = next(iter(shardings.trained.values())).mesh
+        everywhere = replicated(mesh)
         self._replicated = everywhere
         self._sums = sums = Sums(shardings.trained, everywhere, everywhere)
         self.init = jax.jit(self._init, out_shardings=shardings)
         self.zeros = jax.jit(self._zeros, out_shardings=sums)
-        self.accumulate = jax.jit(self._accumulate, donate_argnums=(0,), out_shardings=sums)
+        self.accumulate = jax.jit(
+            self._accumulate,
+            donate_argnums=(0,),
+            out_shardings=sums,
+            compiler_options=overlap_options(mesh) if overlap else None,
+        )
         self.update = jax.jit(
             self._update,
             donate_argnums=(0,),

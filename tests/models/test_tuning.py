@@ -1,6 +1,7 @@
 """The table of preferences: chosen in one place, equal in its results, and nothing without it."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,23 @@ def test_the_platform_chooses_and_a_context_overrides() -> None:
     with pytest.raises(KeyError), tuning.use(Tuning.plain()):
         raise KeyError
     assert tuning.current() == BY_PLATFORM["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices", "has_options"),
+    [
+        ("TPU v6 lite", 8, True),
+        ("TPU v6 lite", 1, False),
+        ("TPU v5 lite", 8, False),
+        ("cpu", 8, False),
+    ],
+)
+def test_only_tpus_that_wait_for_each_other_get_options_of_xla(
+    kind: str, devices: int, has_options: bool
+) -> None:
+    on = np.array([SimpleNamespace(device_kind=kind)] * devices)
+    mesh = SimpleNamespace(devices=on, size=devices)
+    assert bool(tuning.overlap_options(mesh)) == has_options  # type: ignore[arg-type]
 
 
 def test_what_was_compiled_with_one_tuning_does_not_run_with_another() -> None:

@@ -26,7 +26,7 @@ from prumerge_jax.training.objectives.next_token import (
     check_row_length,
     cross_entropy,
     hidden_states,
-    logits,
+    logits_of,
     next_token_loss,
     row_shape,
     run_reduction,
@@ -112,9 +112,11 @@ def any_budget_loss(
     taught = jax.lax.stop_gradient(taught)
     hidden = hidden_states(student, batch.student, dropout_key=dropout_key, remat=remat)
 
+    own_logits, its_logits = (logits_of(each.decoder, hidden.dtype) for each in (student, teacher))
+
     def loss(targets: jax.Array, hidden: jax.Array, taught: jax.Array) -> jax.Array:
-        own = logits(student.decoder, hidden)
-        expected = jax.lax.stop_gradient(logits(teacher.decoder, taught))
+        own = own_logits(hidden)
+        expected = jax.lax.stop_gradient(its_logits(taught))
         distilled = divergence(own, expected, temperature)
         return (1 - weight) * cross_entropy(own, targets) + weight * distilled
 

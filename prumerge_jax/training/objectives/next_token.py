@@ -18,7 +18,7 @@ from prumerge_jax.models.llava import LlavaModel, encode_images
 from prumerge_jax.models.vision_tower import VisionTower
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.reductions import Reduction
-from prumerge_jax.sharding.mesh import constrain, logical_spec
+from prumerge_jax.sharding.mesh import constrain, logical_spec, placed
 from prumerge_jax.training.batches import BatchPacker, RowBatch, RowShape
 from prumerge_jax.training.config import ConfigError, TrainConfig
 from prumerge_jax.training.crops import CropCapacity, CropPacker
@@ -53,8 +53,10 @@ def next_token_loss(
     """
     hidden = hidden_states(model, batch, dropout_key=dropout_key, remat=remat)
 
+    logits = logits_of(model.decoder, hidden.dtype)
+
     def loss(targets: jax.Array, hidden: jax.Array) -> jax.Array:
-        return cross_entropy(logits(model.decoder, hidden), targets)
+        return cross_entropy(logits(hidden), targets)
 
     return sum_over_targets(loss, batch.targets, hidden)
 
@@ -74,9 +76,13 @@ def hidden_states(
     )
 
 
-def logits(decoder: Llama, hidden: jax.Array) -> jax.Array:
-    """Next-token logits [rows, T, V] float32 of hidden states [rows, T, D]."""
-    return constrain(decoder.logits(hidden), "batch", None, "vocab")
+def logits_of(decoder: Llama, dtype: jnp.dtype) -> Callable[[jax.Array], jax.Array]:
+    """The function of hidden states [rows, T, D] to next-token logits [rows, T, V] float32.
+
+    On a mesh the head is gathered once for all its calls: XLA does not take a gather out of a loop.
+    """
+    weight = decoder.head_weight(dtype)
+    return lambda hidden: constrain(decoder.logits(hidden, weight), "batch", None, "vocab")
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -160,10 +166,27 @@ def crop_packer(config: TrainConfig, weights: Weights, mesh: Mesh) -> CropPacker
       weights: all weights of the run; those of its towers are used.
       mesh: the devices.
     """
-    model = config.sizes
-    reduction = run_reduction(config).for_crops(model.most_crops)
+    model, reduction = config.sizes, crop_reduction(config)
     vision, form = model.vision, frame_form(model, reduction)
-    reduces = reduction.reduces(vision.num_patches)
+    capacity = CropCapacity(
+        per_sample=config.room_for_crops,
+        side=vision.image_size,
+        num_patches=vision.num_patches,
+        cls=form is not None and form.cls,
+        reduction=reduction,
+        interpolates=interpolates(model, reduction),
+    )
+    encoders = crop_encoders(config, weights, mesh)
+    return CropPacker(encoders, capacity=capacity, shape=row_shape(config, mesh), mesh=mesh)
+
+
+def crop_encoders(
+    config: TrainConfig, weights: Weights | Shapes, mesh: Mesh
+) -> "list[ImageEncoder]":
+    """The encoder of crops of images, and that of frames where the model encodes them otherwise;
+    arguments as in `crop_packer`."""
+    model, reduction = config.sizes, crop_reduction(config)
+    form, reduces = frame_form(model, reduction), reduction.reduces(model.vision.num_patches)
     encode = functools.partial(
         encode_images,
         reduction=reduction,
@@ -183,15 +206,7 @@ def crop_packer(config: TrainConfig, weights: Weights, mesh: Mesh) -> CropPacker
     if form is not None:
         tower = "video_tower" if model.video_tower else "vision"
         encoders.append(ImageEncoder(config, weights, mesh, videos, tower=tower))
-    capacity = CropCapacity(
-        per_sample=config.room_for_crops,
-        side=vision.image_size,
-        num_patches=vision.num_patches,
-        cls=form is not None and form.cls,
-        reduction=reduction,
-        interpolates=interpolates(model, reduction),
-    )
-    return CropPacker(encoders, capacity=capacity, shape=row_shape(config, mesh), mesh=mesh)
+    return encoders
 
 
 def check_row_length(config: TrainConfig, visual_tokens: int) -> None:
@@ -228,6 +243,23 @@ def abstract_rows(config: TrainConfig, shards: int, length: int) -> RowBatch:
     return RowBatch(row, row, row, row, row, visual)
 
 
+def lower_encoder(config: TrainConfig, frozen: Shapes, mesh: Mesh) -> jax.stages.Lowered:
+    """The encoder of a batch's images, for compiling ahead of time.
+
+    Args:
+      config: configuration of the run, model sizes included.
+      frozen: shapes of the frozen weights.
+      mesh: the devices.
+    """
+    vision, batch = config.sizes.vision, NamedSharding(mesh, logical_spec("batch"))
+    crops, side = config.batch_size * config.room_for_crops, vision.image_size
+    pixels = placed(jax.ShapeDtypeStruct((crops, side, side, 3), jnp.uint8), batch)
+    if not config.shows_crops:
+        return ImageEncoder(config, frozen, mesh).lower(pixels)
+    on_image = placed(jax.ShapeDtypeStruct((crops, vision.num_patches), jnp.bool_), batch)
+    return crop_encoders(config, frozen, mesh)[0].lower(pixels, on_image)
+
+
 def run_reduction(config: TrainConfig) -> Reduction:
     """The token reduction of a run.
 
@@ -258,8 +290,12 @@ def run_reduction(config: TrainConfig) -> Reduction:
 
 def visual_capacity(config: TrainConfig) -> int:
     """R: visual token slots per crop."""
-    reduction = run_reduction(config).for_crops(config.sizes.most_crops)
-    return reduction.capacity_for(config.sizes.vision.num_patches)
+    return crop_reduction(config).capacity_for(config.sizes.vision.num_patches)
+
+
+def crop_reduction(config: TrainConfig) -> Reduction:
+    """`run_reduction` as it is applied to each crop of the model's images."""
+    return run_reduction(config).for_crops(config.sizes.most_crops)
 
 
 def fewest_visual_tokens(config: TrainConfig) -> int:
@@ -309,6 +345,6 @@ class ImageEncoder:
         dispatched and not waited for."""
         return self._encode(self._weights, *crops)
 
-    def lower(self, pixels: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
-        """The function for pixels of this shape, where the weights are shapes too."""
-        return self._encode.lower(self._weights, pixels)
+    def lower(self, *crops: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+        """The function for arguments of these shapes, where the weights are shapes too."""
+        return self._encode.lower(self._weights, *crops)
