@@ -4,10 +4,11 @@
     python benchmarks/tpu_plan.py --models 7b 13b --slices all
 
 One line per model and slice, by default 7B on the slice of its recipe: the recipe with PruMerge+ at
-144 visual tokens per image against all 576, at the same global batch of `--samples_per_chip` per
-chip. Both run the same programs: rows are packed, so fewer tokens are fewer micro-batches. Needs
-libtpu (`pip install 'prumerge_jax[tpu]'`), and no TPU; a slice takes a minute or more to compile
-for. The rows of `--json` are those of the tables, and `plans` beside them holds the programs.
+144 of 576 visual tokens per image, or crop, against all, at the same global batch of
+`--samples_per_chip` per chip. Both run the same programs: rows are packed, so fewer tokens are
+fewer micro-batches. Needs libtpu (`pip install 'prumerge_jax[tpu]'`), and no TPU; a slice takes
+some minutes to compile for. The rows of `--json` are those of the tables, and `plans` beside them
+holds the programs.
 """
 
 import argparse
@@ -21,20 +22,25 @@ from typing import Any
 import jax
 from measuring import add_arguments, begin, measured
 
-from prumerge_jax.aot.assumptions import mean_visual_tokens
 from prumerge_jax.aot.compile import DoesNotFit, tpu
 from prumerge_jax.aot.topology import topology
 from prumerge_jax.aot.training import (
     ASSUMED_TEXT_TOKENS,
     Samples,
     TrainingPlan,
+    assumed_samples,
     plan_training,
 )
 from prumerge_jax.cli import recipes
-from prumerge_jax.models.config import VisionConfig
+from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.training.config import parse
 
-RECIPES = {"7b": "prumerge_7b_lora", "13b": "prumerge_13b_lora"}
+RECIPES = {
+    "7b": "prumerge_7b_lora",
+    "13b": "prumerge_13b_lora",
+    "next-7b": "llava_next_7b_lora",
+    "onevision-0.5b": "llava_onevision_0_5b_lora",
+}
 SLICES = (
     "v5e:2x4", "v5p:2x2x2", "v6e:2x4",
     "v5e:8x8", "v5p:4x4x4", "v6e:8x8",
@@ -42,8 +48,8 @@ SLICES = (
 )  # fmt: skip
 REDUCTION = "prumerge+"
 HEADER = (
-    "| model | slice | mesh | batch | remat, rows | GiB per chip | PFLOP full | PFLOP 144 "
-    "| micro-batches | ms full | ms 144 | MFU full | MFU 144 | gain |"
+    "| model | slice | mesh | batch | remat, rows | GiB per chip | PFLOP full | PFLOP reduced "
+    "| micro-batches | ms full | ms reduced | MFU full | MFU reduced | gain |"
 )
 
 
@@ -54,21 +60,19 @@ def plan(model: str, name: str, samples_per_chip: int, text_tokens: Sequence[int
     config = recipes.load(RECIPES[model])
     config.reduction = REDUCTION
     config.batch_size = samples_per_chip * len(where.devices)
-    sizes = parse(config).sizes.vision
-    visual, source = mean_visual_tokens(REDUCTION, sizes)
-    reduced = [Samples(config.batch_size, visual, text, source) for text in text_tokens]
-    full = [all_tokens(samples, sizes) for samples in reduced]
+    reduced = [assumed_samples(parse(config), text) for text in text_tokens]
+    full = [all_tokens(samples, parse(config).sizes) for samples in reduced]
     return plan_training(config, where, reduced[0], [*reduced[1:], *full])
 
 
-def all_tokens(samples: Samples, vision: VisionConfig) -> Samples:
+def all_tokens(samples: Samples, model: LlavaConfig) -> Samples:
     """The same samples without a reduction."""
-    return dataclasses.replace(samples, visual_tokens=vision.num_patches)
+    return dataclasses.replace(samples, visual_tokens=samples.crops * model.vision.num_patches)
 
 
 def result(model: str, reduced: TrainingPlan) -> dict[str, Any]:
     """A row of the report: PruMerge+ against all tokens."""
-    full = dataclasses.replace(reduced, samples=all_tokens(reduced.samples, reduced.model.vision))
+    full = dataclasses.replace(reduced, samples=all_tokens(reduced.samples, reduced.model))
     values: dict[str, Any] = {
         "model": model,
         "slice": reduced.topology.name,

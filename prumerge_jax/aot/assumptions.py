@@ -62,13 +62,17 @@ def mean_visual_tokens(spelling: str, vision: VisionConfig) -> MeanTokens:
     return MeanTokens(mean, f"the paper's mean for {name}")
 
 
-def mean_of_image(spelling: str, model: LlavaConfig) -> MeanTokens:
-    """`mean_visual_tokens` of all crops of an image, of which a plan assumes `ASSUMED_CROPS` where
-    the model takes several."""
+def mean_of_image(spelling: str, model: LlavaConfig, crops: int) -> MeanTokens:
+    """`mean_visual_tokens` of all crops of an image."""
     mean, reason = mean_visual_tokens(spelling, model.vision)
-    if not model.image_grid_pinpoints:
+    if crops == 1:
         return MeanTokens(mean, reason)
-    return MeanTokens(ASSUMED_CROPS * mean, f"{reason}, in {ASSUMED_CROPS} crops")
+    return MeanTokens(crops * mean, f"{reason}, in {crops} crops")
+
+
+def crops_of_image(model: LlavaConfig) -> int:
+    """Crops that a plan assumes of an image."""
+    return ASSUMED_CROPS if model.image_grid_pinpoints else 1
 
 
 def decoded_tokens(visual: MeanTokens) -> float:

@@ -58,7 +58,8 @@ class Program:
     def compute_seconds(self, chip: Chip) -> float:
         """XLA's cycles, and kernels at the peak."""
         kernels = max(self.kernel_flops / chip.flops, self.kernel_bytes / chip.bandwidth)
-        return self.cost.cycles / self.steps / tpu(chip).clock + kernels
+        moves = self.cost.moved / self.steps / chip.bandwidth
+        return self.cost.cycles / self.steps / tpu(chip).clock + kernels + moves
 
     def interconnect_seconds(self, chip: Chip) -> float:
         """What the collectives move, at the peak of all links of a chip."""
@@ -68,6 +69,16 @@ class Program:
     def seconds(self, chip: Chip) -> float:
         """One run, where all collectives overlap with computing."""
         return max(self.compute_seconds(chip), self.interconnect_seconds(chip))
+
+    def waiting_seconds(self, chip: Chip) -> float:
+        """What XLA's schedule leaves of the collectives' time to nothing else."""
+        rate, clock = tpu(chip).interconnect, tpu(chip).clock
+        waits = (w.executions * max(w.bytes / rate - w.cycles / clock, 0) for w in self.cost.waits)
+        return sum(waits) / self.steps
+
+    def scheduled_seconds(self, chip: Chip) -> float:
+        """One run, where collectives overlap as far as XLA's schedule lets them."""
+        return self.compute_seconds(chip) + self.waiting_seconds(chip)
 
 
 class CopiesWeights(RuntimeError):
@@ -248,7 +259,7 @@ def program_lines(programs: Sequence[tuple[Program, int]], chip: Chip) -> list[s
     """A table of programs and how often each runs, and their collectives."""
     lines = [
         f"{'program':<12}{'runs':>5}{'arguments':>11}{'temporary':>11}{'outputs':>9}"
-        f"{'compute ms':>12}{'links ms':>10}   GiB per chip; time of one run, or step"
+        f"{'compute ms':>12}{'links ms':>10}{'waits ms':>10}   GiB per chip; one run, or step"
     ]
     for program, runs in programs:
         gib = (size / 2**30 for size in (program.arguments, program.temporaries, program.outputs))
@@ -257,6 +268,7 @@ def program_lines(programs: Sequence[tuple[Program, int]], chip: Chip) -> list[s
             f"{program.name:<12}{runs:>5}{arguments:>11.2f}{temporaries:>11.2f}{outputs:>9.2f}"
             f"{1e3 * program.compute_seconds(chip):>12.1f}"
             f"{1e3 * program.interconnect_seconds(chip):>10.1f}"
+            f"{1e3 * program.waiting_seconds(chip):>10.1f}"
         )
     for program, _ in programs:
         total = max(program.cost.cycles, 1)

@@ -20,6 +20,7 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SCOPE = re.compile(r'\bop_name="([^"]*)"')
 _NAMED = re.compile(r"\b(adapter|attention|embedding|head|norm|rotary)\b")
+_MOVES_HEADS = re.compile(r"\bheads/(shard_map/)?pallas_call$")
 _PRODUCTS = ("convolution", "dot")
 _MOVES = ("copy", "transpose", "bitcast", "slice", "dynamic-slice", "dynamic-update-slice", "pad")
 _COLLECTIVES = (
@@ -34,6 +35,9 @@ _COLLECTIVES = (
 
 
 _BETWEEN_SLICES = '"xla_megascale_runtime"'
+_EDGE = re.compile(
+    r"^(?:async-collective|call|all-[a-z]+|collective-[a-z]+|reduce-scatter)-(start|done)\b"
+)
 _CODES = ("s8", "u8", "s4", "u4")
 _CONTROL = ("while", "conditional", "call")
 _FUSIONS = ("fusion", "async-start")
@@ -47,6 +51,21 @@ class Traffic(NamedTuple):
 
     executions: int
     bytes: int
+
+
+class Wait(NamedTuple):
+    """A collective, and what the schedule does in the meantime.
+
+    Attributes:
+      executions: per run.
+      bytes: that a chip receives at most, each time.
+      cycles: XLA's estimate of what stands between its start and its end, each time; 0 where it is
+        not asynchronous. Kernels, and loops inside of it, count as nothing.
+    """
+
+    executions: int
+    bytes: int
+    cycles: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +84,9 @@ class ProgramCost:
       between_slices: what leaves a slice, which the TPU's runtime sends over the network of the
         data centre; bytes that a chip sends. XLA makes of a collective between slices one within
         each, which is among `collectives`, and this.
+      waits: the collectives one by one.
+      moved: bytes that the kernels of `models/heads.py` read and write, for which XLA estimates no
+        cycles.
     """
 
     collectives: Mapping[str, Traffic]
@@ -72,6 +94,8 @@ class ProgramCost:
     open_loops: int
     parts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     between_slices: Traffic = Traffic(0, 0)
+    waits: Sequence[Wait] = ()
+    moved: int = 0
 
 
 def program_cost(text: str, open_trips: int = 1) -> ProgramCost:
@@ -87,11 +111,17 @@ def program_cost(text: str, open_trips: int = 1) -> ProgramCost:
     """
     module = _parse(text)
     found: dict[tuple[str, str, int], tuple[str, int, int]] = {}
-    sends = sent = 0
+    stored = set(_unfused(module))
+    sends = sent = moved = 0
+    waits: list[Wait] = []
     parts: Counter[str] = Counter()
     open_loops = 0
     for computation, runs in _executions(module, open_trips):
+        if computation in stored:
+            waits += [Wait(runs, *each) for each in _waits(module, computation)]
         for instruction in module.computations[computation]:
+            if instruction.opcode == "custom-call" and _MOVES_HEADS.search(instruction.scope):
+                moved += runs * _read_and_written(instruction, module.computations[computation])
             if instruction.cycles:
                 parts[_part(module, instruction)] += runs * instruction.cycles
             open_loops += instruction.opcode == "while" and not _trips(module, instruction)
@@ -115,7 +145,8 @@ def program_cost(text: str, open_trips: int = 1) -> ProgramCost:
         for kind in sorted({kind for kind, _, _ in found.values()})
     }
     shares = dict(parts.most_common())
-    return ProgramCost(totals, parts.total(), open_loops, shares, Traffic(sends, sent))
+    between = Traffic(sends, sent)
+    return ProgramCost(totals, parts.total(), open_loops, shares, between, tuple(waits), moved)
 
 
 def expanded_codes(text: str) -> set[Array]:
@@ -241,7 +272,7 @@ def _parse(text: str) -> _Module:
             if match := _COMPUTATION.match(line):
                 current = computations.setdefault(match[2], [])
                 entry = match[2] if match[1] else entry
-        elif line == "}":
+        elif line == "}" or line.startswith("}, execution_thread="):
             current = None
         elif (match := _INSTRUCTION.match(line)) and (opcode := _OPCODE.search(match[3])):
             current.append(_instruction(match[2], match[3], opcode, is_root=bool(match[1])))
@@ -316,6 +347,49 @@ def _trips(module: _Module, loop: _Instruction) -> int | None:
     bounds = [i.value for i in instructions if i.value is not None]
     compares = any(i.is_root and i.opcode == "compare" for i in instructions)
     return bounds[0] if compares and len(bounds) == 1 else None
+
+
+def _waits(module: _Module, computation: str) -> Iterator[tuple[int, int]]:
+    """Bytes and cycles of all collectives that a computation executes; see `Wait`."""
+    begun: dict[str, tuple[int, int]] = {}
+    channels: dict[str, str] = {}
+    cycles = 0
+    for instruction in module.computations[computation]:
+        edge = _EDGE.search(instruction.name) or _EDGE.search(instruction.opcode)
+        collective, place = _collective_of(module, instruction, computation)
+        if edge and edge[1] == "done":
+            held = collective.channel if collective else None
+            channel = held or channels.get((instruction.operands or ("",))[0], "")
+            if channel in begun:
+                received, before = begun.pop(channel)
+                yield received, cycles - before
+        elif collective and edge:
+            channels[instruction.name] = channel = collective.channel or instruction.name
+            begun[channel] = _received(collective, module.computations[place]), cycles
+        elif collective is instruction:
+            yield _received(instruction, module.computations[computation]), 0
+        cycles += instruction.cycles
+
+
+def _collective_of(
+    module: _Module, instruction: _Instruction, computation: str
+) -> tuple[_Instruction | None, str]:
+    """The collective that an instruction is, or holds, and the computation where that stands."""
+    if instruction.opcode.removesuffix("-start") in _COLLECTIVES:
+        return instruction, computation
+    if instruction.opcode in (*_FUSIONS, "call-start"):
+        for name in instruction.called:
+            for each in module.computations[name]:
+                if each.opcode in _COLLECTIVES:
+                    return each, name
+    return None, computation
+
+
+def _read_and_written(instruction: _Instruction, computation: list[_Instruction]) -> int:
+    """Bytes of operands and result."""
+    shapes = {other.name: other.shape for other in computation}
+    read = sum(_bytes(shapes.get(name, "")) for name in instruction.operands)
+    return read + _bytes(instruction.shape)
 
 
 def _received(instruction: _Instruction, computation: list[_Instruction]) -> int:

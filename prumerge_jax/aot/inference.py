@@ -17,6 +17,7 @@ from prumerge_jax.aot.assumptions import (
     ASSUMED_NEW_TOKENS,
     ASSUMED_TEXT_TOKENS,
     MeanTokens,
+    crops_of_image,
     decoded_tokens,
     largest_layout,
     mean_of_image,
@@ -300,7 +301,7 @@ class _Asked(NamedTuple):
             reduction,
             mesh,
             held,
-            mean_of_image(self.reduction, self.model),
+            mean_of_image(self.reduction, self.model, crops_of_image(self.model)),
             self.shares_prefixes,
         )
 

@@ -11,13 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
-from prumerge_jax.aot.assumptions import mean_visual_tokens
+from prumerge_jax.aot.assumptions import crops_of_image, mean_of_image
 from prumerge_jax.aot.compile import (
-    CAVEAT,
     DoesNotFit,
     Program,
     Sizes,
@@ -49,8 +47,8 @@ from prumerge_jax.training.fit import (
     resident_bytes,
 )
 from prumerge_jax.training.objectives.next_token import (
-    ImageEncoder,
     abstract_rows,
+    lower_encoder,
     row_shape,
 )
 from prumerge_jax.training.objectives.registry import make_objective
@@ -59,6 +57,11 @@ from prumerge_jax.training.weights import load_pretrained
 
 ASSUMED_TEXT_TOKENS = 200
 """Mean number of text tokens per sample; lengths vary widely with the data."""
+SCHEDULED = (
+    "(compiled, not run: XLA's cycle estimates, kernels and links at their peaks, "
+    "collectives overlapped as its schedule has them)"
+)
+"""The last line of a plan."""
 PACKING_OVERHEAD = 1.02
 """Computed positions per real token where rows are packed."""
 
@@ -71,12 +74,14 @@ class Samples:
       count: the global batch.
       visual_tokens, text_tokens: means per sample.
       source: where the mean of the visual tokens is from, for the printed plan.
+      crops: mean per sample.
     """
 
     count: int
     visual_tokens: float
     text_tokens: float
     source: str = ""
+    crops: int = 1
 
     @property
     def tokens(self) -> float:
@@ -150,14 +155,18 @@ class TrainingPlan:
     def model_flops(self) -> Mapping[str, float]:
         """Model FLOPs of a step over all chips, by component, without recomputation."""
         flops = counts.training_flops(
-            self.model, self.samples.visual_tokens, self.samples.text_tokens, self.lora_rank
+            self.model,
+            self.samples.visual_tokens,
+            self.samples.text_tokens,
+            self.lora_rank,
+            self.samples.crops,
         )
         return {component: self.samples.count * value for component, value in flops.items()}
 
     @property
     def seconds(self) -> float:
         """Estimated time of a step; its programs run one after the other."""
-        return sum(runs * p.seconds(self.topology.chip) for p, runs in self.programs)
+        return sum(runs * p.scheduled_seconds(self.topology.chip) for p, runs in self.programs)
 
     @property
     def utilisation(self) -> float:
@@ -187,7 +196,7 @@ class TrainingPlan:
             + ", ".join(f"{name} {value:.0f}" for name, value in flops.items()),
             f"estimated step {1e3 * self.seconds:.0f} ms, {samples.count / self.seconds:.1f} "
             f"samples/s, model FLOPs utilisation {100 * self.utilisation:.0f} %",
-            CAVEAT,
+            SCHEDULED,
         ]
 
 
@@ -210,8 +219,7 @@ def plan_training(
     Args:
       config: one of `configs/`, with the next-token objective.
       topology: the slice.
-      samples: by default the configuration's batch, its reduction at `mean_visual_tokens`, and
-        `ASSUMED_TEXT_TOKENS`.
+      samples: by default `assumed_samples`.
       others: further assumptions that `samples` of the plan may be replaced by.
 
     Raises:
@@ -225,9 +233,7 @@ def plan_training(
     model = load_pretrained(parsed).model if parsed.model is None else parsed.model
     parsed = with_sizes(parsed, model)
     if samples is None:
-        visual = mean_visual_tokens(parsed.reduction, model.vision)
-        source = f"{parsed.reduction}: {visual.reason}"
-        samples = Samples(parsed.batch_size, visual.mean, ASSUMED_TEXT_TOKENS, source)
+        samples = assumed_samples(parsed)
     plan, rejected = first_that_fits(
         candidates(fitted_sizes(parsed.run.mesh, model, len(topology.devices))),
         functools.partial(_plan, parsed, topology, [samples, *others]),
@@ -238,13 +244,21 @@ def plan_training(
     return dataclasses.replace(plan, rejected=rejected)
 
 
+def assumed_samples(config: TrainConfig, text_tokens: float = ASSUMED_TEXT_TOKENS) -> Samples:
+    """A batch of images with the mean number of visual tokens that the reduction of a configuration
+    is assumed to leave; of as many crops as plans assume, or as there is room for."""
+    crops = min(crops_of_image(config.sizes), config.room_for_crops)
+    visual = mean_of_image(config.reduction, config.sizes, crops)
+    source = f"{config.reduction}: {visual.reason}"
+    return Samples(config.batch_size, visual.mean, text_tokens, source, crops)
+
+
 def _plan(
     config: TrainConfig, topology: Topology, samples: Sequence[Samples], sizes: Sizes
 ) -> TrainingPlan:
     model, chip = config.sizes, topology.chip
     _check_divides(config, sizes)
     mesh = mesh_on(topology.devices, **sizes)
-    batch = NamedSharding(mesh, logical_spec("batch"))
     resident = resident_bytes(config, mesh)
     open_to_it = choices(config, resident, sizes, chip, tpu(chip).memory)
     chosen, accumulate, update = _first_that_leaves_the_reserve(
@@ -257,11 +271,10 @@ def _plan(
     }
     with use_mesh(mesh):
         objective = make_objective(chosen)
-        side = model.vision.image_size
-        pixels = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), jnp.uint8)
-        encoder = ImageEncoder(chosen, abstract_frozen(objective, mesh), mesh)
-        kernel = tower_kernel_flops(model.vision, config.batch_size, objective.dtype) / mesh.size
-        encode = compile_program("encode", encoder.lower(placed(pixels, batch)), kernel)
+        crops = config.batch_size * config.room_for_crops
+        kernel = tower_kernel_flops(model.vision, crops, objective.dtype) / mesh.size
+        lowered = lower_encoder(chosen, abstract_frozen(objective, mesh), mesh)
+        encode = compile_program("encode", lowered, kernel)
     return TrainingPlan(
         topology=topology,
         model=model,

@@ -196,19 +196,24 @@ def int8_share(text: TextConfig, bits: Bits) -> float:
 
 
 def training_flops(
-    config: LlavaConfig, visual_tokens: float, text_tokens: float, lora_rank: int
+    config: LlavaConfig,
+    visual_tokens: float,
+    text_tokens: float,
+    lora_rank: int,
+    crops: float = 1,
 ) -> dict[str, float]:
     """Model FLOPs of one sample: frozen tower and decoder, trained adapters and projector.
 
     `base` follows the 4N convention, N = blocks + head (a tied one included): the frozen weights
     need a forward and an activation gradient but no weight gradient. Recomputed activations do not
-    count. MFU is the sum of the components that a report names, over time and peak.
+    count. MFU is the sum of the components that a report names, over time and peak. The tower sees
+    `crops` crops of a sample's image.
     """
     counts = parameters(config)
     sequence = visual_tokens + text_tokens
     return {
         "base": 4 * (counts.blocks + config.text.width * config.text.vocab_size) * sequence,
-        "vision": tower_flops(config.vision),
+        "vision": crops * tower_flops(config.vision),
         "attention": 3 * attention_flops(config.text, sequence * sequence / 2),
         "adapters": 6 * lora_parameters(config.text, lora_rank) * sequence,
         "projector": 3 * projector_flops(config) * visual_tokens,

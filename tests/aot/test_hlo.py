@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from prumerge_jax.aot.compile import CopiesWeights, check_no_copies
-from prumerge_jax.aot.hlo import Traffic, expanded_codes, program_cost
+from prumerge_jax.aot.compile import CopiesWeights, Program, check_no_copies
+from prumerge_jax.aot.hlo import Traffic, Wait, expanded_codes, program_cost
+from prumerge_jax.cost import CHIPS
 from prumerge_jax.sharding.mesh import make_mesh
 
 # As XLA writes it for TPUs, shortened: a scan of 32 around an asynchronous all-gather that is named
@@ -136,6 +137,63 @@ def test_collectives_of_a_scan_as_compiled_here() -> None:
         "all-reduce": Traffic(5, 5 * 2 * 1 * 3 * 4),
     }
     assert cost.cycles == cost.open_loops == 0
+
+
+# Gathers of one [64, 512] shard to [512, 512], in the three forms that XLA has for TPUs: stepped
+# through by the products of the meantime, by the sparse cores, and by none.
+GATHERS = """HloModule jit_step, is_scheduled=true
+
+%start.1 (p: bf16[64,512]) -> (bf16[64,512], bf16[512,512]) {
+  %p = bf16[64,512]{1,0} parameter(0)
+  ROOT %gather.1 = bf16[512,512]{1,0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%overlap.1 (p: bf16[64,512]) -> bf16[512,512] {
+  %p = bf16[64,512]{1,0} parameter(0)
+  ROOT %gather.2 = bf16[512,512]{1,0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%done.1 (p: bf16[64,512]) -> bf16[512,512] {
+  %p = bf16[64,512]{1,0} parameter(0)
+  ROOT %gather.3 = bf16[512,512]{1,0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%offloaded.1 (p: bf16[64,512]) -> bf16[512,512] {
+  %p = bf16[64,512]{1,0} parameter(0)
+  ROOT %gather.4 = bf16[512,512]{1,0} all-gather(%p), channel_id=8, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[64,512]) -> bf16[512,512] {
+  %x = bf16[64,512]{1,0} parameter(0)
+  %async-collective-start.1 = (bf16[64,512]{1,0}, bf16[512,512]{1,0}) fusion(%x), calls=%start.1
+  %offload = ((bf16[64,512]{1,0}), bf16[512,512]{1,0}) call-start(%x), to_apply=%offloaded.1
+  %product = bf16[512,512]{1,0} fusion(%x), calls=%overlap.1, \
+backend_config={"estimated_cycles":"1000"}
+  %async-collective-done.1 = bf16[512,512]{1,0} fusion(%product), calls=%done.1
+  %other = bf16[512,512]{1,0} copy(%product), backend_config={"estimated_cycles":"30"}
+  %offload.done = bf16[512,512]{1,0} call-done(%offload)
+  %waits = bf16[512,512]{1,0} all-gather(%x), channel_id=9, dimensions={0}
+  ROOT %moved = bf16[512,512]{1,0} custom-call(%waits), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(step)/heads/shard_map/pallas_call"}
+}
+"""
+
+
+def test_what_happens_while_a_collective_is_under_way() -> None:
+    cost = program_cost(GATHERS)
+    size = 512 * 512 * 2
+    assert sorted(cost.waits) == [Wait(1, size, 0), Wait(1, size, 1000), Wait(1, size, 1030)]
+    assert cost.collectives == {"all-gather": Traffic(3, 3 * size)}
+    assert cost.moved == 2 * size
+    v5e = CHIPS["tpu-v5e"]
+    program = Program("step", 0, 0, 0, cost, kernel_flops=0.0, compile_seconds=0.0)
+    travel, cycle = size / 200e9, 1 / 1.5e9
+    assert travel > 1030 * cycle
+    expected = 3 * travel - 2030 * cycle
+    assert program.waiting_seconds(v5e) == pytest.approx(expected)
+    computing = 1030 * cycle + 2 * size / v5e.bandwidth
+    assert program.compute_seconds(v5e) == pytest.approx(computing)
+    assert program.scheduled_seconds(v5e) == pytest.approx(computing + expected)
 
 
 QUANTISED = """HloModule jit_read

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from configs import common
 from prumerge_jax.aot.compile import DoesNotFit, Program
-from prumerge_jax.aot.hlo import ProgramCost, Traffic
+from prumerge_jax.aot.hlo import ProgramCost, Traffic, Wait
 from prumerge_jax.aot.topology import Topology, topology
 from prumerge_jax.aot.training import PACKING_OVERHEAD, Samples, TrainingPlan, plan_training
 from prumerge_jax.cost import CHIPS, counts
@@ -28,7 +28,8 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def program(name: str, cycles: int, received: int, temporaries: int = 0) -> Program:
-    cost = ProgramCost({"all-gather": Traffic(3, received)}, cycles, open_loops=0)
+    waits = (Wait(1, received, cycles), Wait(2, 0, 0))
+    cost = ProgramCost({"all-gather": Traffic(3, received)}, cycles, open_loops=0, waits=waits)
     return Program(name, GIB, GIB // 4, temporaries, cost, kernel_flops=0.0, compile_seconds=1.0)
 
 
@@ -151,6 +152,45 @@ def test_a_step_compiled_for_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(DoesNotFit, match="batch_size 7 is not a multiple of its 4 data shards"):
         plan_training(_unsplittable(), slice_of_4)
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_weights_travel_while_others_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    idle = []
+    for overlap in (True, False):
+        config = tiny_config()
+        config.run.overlap = overlap
+        config.run.mesh.data = 1
+        found = plan_training(config, topology("v6e:2x2"))
+        assert found.mesh == {"data": 1, "fsdp": 4, "tensor": 1}
+        (accumulate,) = found.accumulate.values()
+        moved = sum(traffic.bytes for traffic in accumulate.cost.collectives.values())
+        waits = accumulate.cost.waits
+        assert sum(wait.executions * wait.bytes for wait in waits) == moved
+        idle.append(sum(wait.executions * wait.bytes for wait in waits if not wait.cycles) / moved)
+    assert idle[1] == 1
+    assert idle[0] < 0.5
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_images_of_several_crops_are_encoded_crop_by_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    config = tiny_config(crops_per_sample=3)
+    side = config.model.vision.image_size
+    config.model.image_grid_pinpoints = ((side, 2 * side), (2 * side, 2 * side))
+    found = plan_training(config, topology("v5e:1x1"))
+    # Plans assume five crops of an image; this run has room for three.
+    assert found.samples.crops == 3
+    assert found.samples.visual_tokens == pytest.approx(3 * 40 * 16 / 576)
+    assert "in 3 crops" in found.samples.source
+    one = plan_training(tiny_config(), topology("v5e:1x1"))
+    pixels = 8 * 3 * side**2
+    assert found.encode.arguments - one.encode.arguments >= 2 * pixels
+    towers = [plan.model_flops["vision"] for plan in (found, one)]
+    assert towers[0] == 3 * towers[1]
 
 
 def test_other_stages_are_refused() -> None:
