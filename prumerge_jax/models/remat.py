@@ -7,9 +7,9 @@ import jax
 
 PRODUCT, ADAPTER, ATTENTION, WIDE = "product", "adapter", "attention", "wide_product"
 """Names of what a policy may keep of a layer: outputs of linear layers that narrow, with their
-adapters', the rank-wide products inside adapters, queries and keys as they are rotated and values
-as they are projected, attention's output with the logarithms of its sums (of the kernels that name
-them), and the outputs of an MLP's widening layers."""
+adapters', the rank-wide products inside adapters, queries, keys and values in the form that
+`heads.split_heads` keeps, attention's output with the logarithms of its sums (of the kernels that
+name them), and the outputs of an MLP's widening layers."""
 
 _KEPT: dict[str, tuple[str, ...] | None] = {
     "none": None,
@@ -29,7 +29,7 @@ def rematerialise(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
       policy: what is kept: `none` (rematerialise nothing, keep all), `full` (rematerialise all,
         keep the carry alone), `wide` (keep the outputs of an MLP's widening layers, about half of
         what `dots` keeps) or `dots` (keep those of all linear layers, each once with its
-        adapter's, queries and keys as they are rotated, and attention's).
+        adapter's, and attention's).
 
     Raises:
       ValueError: an unknown policy.

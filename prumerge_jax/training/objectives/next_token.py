@@ -15,7 +15,6 @@ from prumerge_jax.data.tokens import IGNORE
 from prumerge_jax.engine.encoding import frame_form, interpolates, token_slots
 from prumerge_jax.models.llama import Llama
 from prumerge_jax.models.llava import LlavaModel, encode_images
-from prumerge_jax.models.tuning import overlap_options
 from prumerge_jax.models.vision_tower import VisionTower
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.reductions import Reduction
@@ -339,11 +338,7 @@ class ImageEncoder:
         def of_weights(weights: Weights, *crops: jax.Array) -> Any:
             return of_tower(module.merge(weights), *crops)
 
-        self._encode = jax.jit(
-            of_weights,
-            out_shardings=NamedSharding(mesh, logical_spec("batch")),
-            compiler_options=overlap_options(mesh) if config.run.overlap else None,
-        )
+        self._encode = jax.jit(of_weights, out_shardings=NamedSharding(mesh, logical_spec("batch")))
 
     def __call__(self, *crops: jax.Array) -> Any:
         """[B, S, S, 3] uint8, and what else `encode` takes [B, ...] -> what it makes of them,
