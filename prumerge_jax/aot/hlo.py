@@ -351,7 +351,7 @@ def _trips(module: _Module, loop: _Instruction) -> int | None:
 
 def _waits(module: _Module, computation: str) -> Iterator[tuple[int, int]]:
     """Bytes and cycles of all collectives that a computation executes; see `Wait`."""
-    begun: dict[str, tuple[int, int]] = {}
+    begun: dict[str | None, tuple[int, int]] = {}
     channels: dict[str, str] = {}
     cycles = 0
     for instruction in module.computations[computation]:
@@ -366,8 +366,8 @@ def _waits(module: _Module, computation: str) -> Iterator[tuple[int, int]]:
         elif collective and edge:
             channels[instruction.name] = channel = collective.channel or instruction.name
             begun[channel] = _received(collective, module.computations[place]), cycles
-        elif collective is instruction:
-            yield _received(instruction, module.computations[computation]), 0
+        elif collective and collective.channel not in begun:  # and not overlapped with either
+            yield _received(collective, module.computations[place]), 0
         cycles += instruction.cycles
 
 
