@@ -60,8 +60,9 @@ def plan(model: str, name: str, samples_per_chip: int, text_tokens: Sequence[int
     config = recipes.load(RECIPES[model])
     config.reduction = REDUCTION
     config.batch_size = samples_per_chip * len(where.devices)
-    reduced = [assumed_samples(parse(config), text) for text in text_tokens]
-    full = [all_tokens(samples, parse(config).sizes) for samples in reduced]
+    parsed = parse(config)
+    reduced = [assumed_samples(parsed, text) for text in text_tokens]
+    full = [all_tokens(samples, parsed.sizes) for samples in reduced]
     return plan_training(config, where, reduced[0], [*reduced[1:], *full])
 
 

@@ -387,16 +387,17 @@ def _collective_of(
 
 def _read_and_written(instruction: _Instruction, computation: list[_Instruction]) -> int:
     """Bytes of operands and result."""
+    return _operand_bytes(instruction, computation) + _bytes(instruction.shape)
+
+
+def _operand_bytes(instruction: _Instruction, computation: list[_Instruction]) -> int:
     shapes = {other.name: other.shape for other in computation}
-    read = sum(_bytes(shapes.get(name, "")) for name in instruction.operands)
-    return read + _bytes(instruction.shape)
+    return sum(_bytes(shapes.get(name, "")) for name in instruction.operands)
 
 
 def _received(instruction: _Instruction, computation: list[_Instruction]) -> int:
     """The larger of operands and result; an all-reduce is a reduce-scatter and an all-gather."""
-    shapes = {other.name: other.shape for other in computation}
-    operands = sum(_bytes(shapes.get(name, "")) for name in instruction.operands)
-    result = _bytes(instruction.shape)
+    operands, result = _operand_bytes(instruction, computation), _bytes(instruction.shape)
     if instruction.opcode.endswith("-start"):
         result -= operands  # its result holds the operands too
     size = max(operands, result)

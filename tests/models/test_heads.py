@@ -106,12 +106,18 @@ def gradients(remat: str, data: int, fsdp: int, tensor: int) -> dict[str, jax.Ar
         return dict(nnx.to_flat_state(jax.jit(jax.grad(loss))(weights)))
 
 
+@pytest.fixture(scope="module")
+def expected_gradients() -> dict[str, jax.Array]:
+    return gradients("none", 1, 1, 1)
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_a_decoder_has_the_gradients_that_it_has_with_reshapes(remat: str) -> None:
-    expected = gradients("none", 1, 1, 1)
+def test_a_decoder_has_the_gradients_that_it_has_with_reshapes(
+    remat: str, expected_gradients: dict[str, jax.Array]
+) -> None:
     with tuning.use(dataclasses.replace(tuning.Tuning.plain(), heads="kernel")):
         found = gradients(remat, 2, 2, 2)
-    for path, gradient in expected.items():
+    for path, gradient in expected_gradients.items():
         scale = np.abs(gradient[...]).max()
         np.testing.assert_allclose(
             found[path][...], gradient[...], rtol=1e-5, atol=1e-5 * scale, err_msg=str(path)
