@@ -9,11 +9,18 @@ from flax import nnx
 from prumerge_jax.models.attention import attend
 from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.config import TextConfig
-from prumerge_jax.models.heads import join_heads, split_heads
+from prumerge_jax.models.heads import join_heads, moves_heads, split_heads
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, outputs_of
 from prumerge_jax.models.quantisation import FORMATS, Format
 from prumerge_jax.models.rotary import Rotation
 from prumerge_jax.sharding.mesh import Axes, constrain
+
+
+class KV(NamedTuple):
+    """Keys and values of attention, [B, T, K, Dh] each."""
+
+    k: jax.Array
+    v: jax.Array
 
 
 class QKV(NamedTuple):
@@ -62,26 +69,37 @@ class DecoderLayer(nnx.Module):
         """[B, T, D] -> queries, keys and values, not yet split into heads."""
         return self.self_attn.qkv(self.input_layernorm(x), dropout_key)
 
-    def split_and_rotate(self, projected: QKV, by: Rotation) -> QKV:
-        """Projections -> heads; queries and keys are rotated."""
+    def split_and_rotate(self, projected: QKV, by: Rotation, scale: float | None = None) -> QKV:
+        """Projections -> heads; queries and keys are rotated, queries multiplied by `scale`."""
         head_dim = self.self_attn.head_dim
-        q, k = (split_heads(x, head_dim, by) for x in projected[:2])
-        return QKV(q, k, split_heads(projected.v, head_dim))
+        q = split_heads(projected.q, head_dim, by if scale is None else by.times(scale))
+        return QKV(q, split_heads(projected.k, head_dim, by), split_heads(projected.v, head_dim))
 
-    def attend(self, projected: QKV, rows: PackedRows) -> tuple[jax.Array, QKV]:
-        """Projections of packed rows -> the attention output of every position [B, T, H, Dh], and
-        the heads it came from, wider where keys have a bias."""
+    def heads_of(self, projected: QKV, rows: PackedRows) -> QKV:
+        """Projections of packed rows -> heads, wider where keys have a bias."""
         heads = self.split_and_rotate(projected, rows.rotation)
-        if rows.key_bias is not None:  # the cache keeps it with the keys
-            heads = QKV(*with_columns(*heads, rows.key_bias))
+        if rows.key_bias is None:
+            return heads
+        return QKV(*with_columns(*heads, rows.key_bias))  # the cache keeps it with the keys
+
+    def attend(self, projected: QKV, rows: PackedRows) -> tuple[jax.Array, KV]:
+        """Projections of packed rows -> the attention output of every position [B, T, H, Dh], and
+        the keys and values it came from, wider where keys have a bias."""
+        head_dim, scale = self.self_attn.head_dim, None
+        if rows.key_bias is None and moves_heads(projected.q.shape[-2], head_dim):
+            # What rotates in float32 scales on the way; a pass of its own would round once more.
+            heads, scale = self.split_and_rotate(projected, rows.rotation, head_dim**-0.5), 1.0
+        else:
+            heads = self.heads_of(projected, rows)
         attended = attend(
             *heads,
             segment_ids=rows.segment_ids,
             branch_ids=rows.branch_ids,
             causal=True,
             max_segment_length=rows.max_segment_length,
+            scale=scale,
         )
-        return attended[..., : self.self_attn.head_dim], heads
+        return attended[..., :head_dim], KV(heads.k, heads.v)
 
     def after_attention(
         self,

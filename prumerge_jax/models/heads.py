@@ -37,7 +37,7 @@ def split_heads(projected: jax.Array, head_dim: int, by: Rotation | None = None)
     """
     *rows, width = projected.shape
     shape = (*rows, width // head_dim, head_dim)
-    if _kernel_takes(shape):
+    if moves_heads(shape[-3], head_dim):
         run = functools.partial(_heads_first, head_dim)
         if not jax.sharding.get_abstract_mesh().empty:
             flat, first, rotation = _specs(shape)
@@ -53,7 +53,7 @@ def split_heads(projected: jax.Array, head_dim: int, by: Rotation | None = None)
 @jax.named_scope("heads")
 def join_heads(heads: jax.Array) -> jax.Array:
     """[B, T, H, Dh] -> [B, T, H * Dh]."""
-    if not _kernel_takes(heads.shape):
+    if not moves_heads(heads.shape[1], heads.shape[3]):
         return heads.reshape(*heads.shape[:2], -1)
     run = _heads_last
     if not jax.sharding.get_abstract_mesh().empty:
@@ -62,9 +62,9 @@ def join_heads(heads: jax.Array) -> jax.Array:
     return run(heads.swapaxes(1, 2))
 
 
-def _kernel_takes(shape: tuple[int, ...]) -> bool:
-    """Whether the platform prefers the kernel, and it takes heads [B, T, H, Dh]."""
-    whole = shape[1] % _LANES == 0 and shape[3] % _LANES == 0
+def moves_heads(length: int, head_dim: int) -> bool:
+    """Whether the platform prefers the kernel, and it takes rows of this length and these heads."""
+    whole = length % _LANES == 0 and head_dim % _LANES == 0
     return whole and tuning.current().heads == "kernel"
 
 

@@ -20,7 +20,7 @@ from prumerge_jax.models.attention import KVPages, attend_to_pages, write_to_pag
 from prumerge_jax.models.attention.key_bias import with_columns
 from prumerge_jax.models.attention.masks import causal_mask, segment_mask
 from prumerge_jax.models.config import TextConfig
-from prumerge_jax.models.decoder_layer import QKV, DecoderLayer, PackedRows, split_key
+from prumerge_jax.models.decoder_layer import KV, QKV, DecoderLayer, PackedRows, split_key
 from prumerge_jax.models.layers import AdapterConfig, Linear, RMSNorm, stack
 from prumerge_jax.models.products import contract
 from prumerge_jax.models.quantisation import Format
@@ -166,8 +166,8 @@ class Llama(nnx.Module):
             carry: tuple[jax.Array, KVPages, _Kept], layer: DecoderLayer, index: Index, _: None
         ) -> tuple[tuple[jax.Array, KVPages, _Kept], None]:
             x, pages, kept = carry
-            x, attended, heads, kept = _attend(layer, index, x, rows, dropping, kept)
-            pages = write_to_pages(pages, heads.k, heads.v, index, self.config.num_layers, places)
+            x, attended, kv, kept = _attend(layer, index, x, rows, dropping, kept)
+            pages = write_to_pages(pages, kv.k, kv.v, index, self.config.num_layers, places)
             return (layer.after_attention(x, attended), pages, kept), None
 
         (x, pages, _), _ = self._through_layers(body, (x, pages, kept), self.config.num_layers)
@@ -227,8 +227,10 @@ class Llama(nnx.Module):
         def body(
             x: jax.Array, layer: DecoderLayer, index: Index, _: None
         ) -> tuple[jax.Array, jax.Array]:
-            attended, heads = layer.attend(layer.qkv_projections(x), rows)
+            projected = layer.qkv_projections(x)
+            heads = layer.heads_of(projected, rows)
             got = attention_of(heads.q, heads.k, raters, seen)
+            attended, _ = layer.attend(projected, rows)
             return layer.after_attention(x, attended), got
 
         x = without_padding(x, segment_ids)
@@ -392,8 +394,9 @@ def _attend(
     rows: PackedRows,
     dropping: DroppingRows | None,
     kept: _Kept,
-) -> tuple[jax.Array, jax.Array, QKV, _Kept]:
-    """A layer's attention in inference: its input, output and heads, and the tokens left behind it.
+) -> tuple[jax.Array, jax.Array, KV, _Kept]:
+    """A layer's attention in inference: its input, output, keys and values, and the tokens left
+    behind it.
 
     Args:
       layer, index: the layer and its number.
@@ -404,8 +407,8 @@ def _attend(
     """
     if dropping is not None and kept is not None:
         return dropping.attend(layer, index, x, kept)
-    attended, heads = layer.attend(_projection_barrier(layer.qkv_projections(x)), rows)
-    return x, attended, heads, None
+    attended, kv = layer.attend(_projection_barrier(layer.qkv_projections(x)), rows)
+    return x, attended, kv, None
 
 
 def _projection_barrier(projected: QKV) -> QKV:

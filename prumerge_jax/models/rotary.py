@@ -21,6 +21,10 @@ class Rotation(NamedTuple):
     cos: jax.Array
     sin: jax.Array
 
+    def times(self, factor: float) -> "Rotation":
+        """What it rotates, multiplied by a factor."""
+        return Rotation(self.cos * factor, self.sin * factor)
+
 
 def rotation(positions: jax.Array, config: TextConfig) -> Rotation:
     """The rotation of positions [B, T]."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from prumerge_jax import selection
 from prumerge_jax.models.attention.masks import causal_mask, segment_mask
 from prumerge_jax.models.config import TextConfig
-from prumerge_jax.models.decoder_layer import QKV, DecoderLayer, PackedRows
+from prumerge_jax.models.decoder_layer import KV, DecoderLayer, PackedRows
 from prumerge_jax.models.rotary import rotation
 from prumerge_jax.reductions.drops import RECYCLED, ROUNDING, Drops
 
@@ -105,7 +105,7 @@ class DroppingRows:
 
     def attend(
         self, layer: DecoderLayer, index: jax.Array | int, x: jax.Array, kept: jax.Array
-    ) -> tuple[jax.Array, jax.Array, QKV, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, KV, jax.Array]:
         """One layer's attention, and what leaves in front of it or behind it.
 
         Args:
@@ -115,16 +115,16 @@ class DroppingRows:
           kept: [B, T] bool, tokens that are left.
 
         Returns:
-          Its input, other where tokens are recycled; what its attention gives; its heads, as in
-          `DecoderLayer.attend`; and the tokens that are left.
+          Its input, other where tokens are recycled; what its attention gives; its keys and values,
+          as in `DecoderLayer.attend`; and the tokens that are left.
         """
         coming = self.plan.drops.ranked_by == "coming"
         if coming:
             x, kept = self._drop(layer, index, x, kept)
-        attended, heads = layer.attend(layer.qkv_projections(x), self.rows_of(kept))
+        attended, kv = layer.attend(layer.qkv_projections(x), self.rows_of(kept))
         if not coming:
             x, kept = self._drop(layer, index + 1, x, kept)
-        return x, attended, heads, kept
+        return x, attended, kv, kept
 
     def _drop(
         self, layer: DecoderLayer, index: jax.Array | int, x: jax.Array, kept: jax.Array
@@ -220,10 +220,12 @@ def same_segment(segment_ids: jax.Array) -> jax.Array:
 
 
 def distances(x: jax.Array) -> jax.Array:
-    """Euclidean distances of the rows of x [B, T, D] float32, [B, T, T]."""
+    """Euclidean distances of the rows of x [B, T, D] float32, [B, T, T]; 0 from a row to itself."""
     squares = (x * x).sum(-1)
     products = selection.einsum("btd,bsd->bts", x, x)
-    return jnp.sqrt(jnp.maximum(squares[:, :, None] + squares[:, None] - 2 * products, 0))
+    between = jnp.sqrt(jnp.maximum(squares[:, :, None] + squares[:, None] - 2 * products, 0))
+    # Rounding would leave something there, which decides where one neighbour is a row's density.
+    return jnp.where(jnp.eye(x.shape[1], dtype=bool), 0, between)
 
 
 def attention_of(q: jax.Array, k: jax.Array, raters: jax.Array, seen: jax.Array) -> jax.Array:

@@ -301,6 +301,19 @@ def test_wrong_requests_are_refused() -> None:
         attend(q, k, v, branch_ids=jnp.zeros((2, 100), jnp.int32), causal=True)
     with pytest.raises(ValueError, match="unknown attention 'flash'"):
         attend(q, k, v, implementation="flash")
+    with pytest.raises(ValueError, match="scale and key_bias cannot be given together"):
+        attend(q, k, v, key_bias=jnp.zeros((2, 100)), scale=1.0)
+
+
+@pytest.mark.parametrize("branched", [False, True])
+@pytest.mark.parametrize("implementation", ["xla", "blocks", "splash"])
+def test_queries_may_be_scaled_before(implementation: str, branched: bool) -> None:
+    q, k, v = random_qkv(length=150)
+    segment_ids, branch_ids = branched_rows(150, 60)
+    mask = {"segment_ids": segment_ids, "branch_ids": branch_ids if branched else None}
+    got = attend(3 * q, k, v, causal=True, scale=1 / 12, implementation=implementation, **mask)
+    expected = attend(q, k, v, causal=True, implementation="xla", **mask)
+    np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -62,10 +62,11 @@ def attend(
     branch_ids: jax.Array | None = None,
     causal: bool = False,
     max_segment_length: int | None = None,
+    scale: float | None = None,
     axes: Axes = HEADS,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Softmax attention of a sequence with itself, scale 1/sqrt(head width).
+    """Softmax attention of a sequence with itself.
 
     Args:
       q: [B, T, H, D].
@@ -81,6 +82,8 @@ def attend(
         piece; with branches, that each is in one piece and the prefix with any of them has no more.
         `blocks` and `splash` then leave out keys that are too far away to be seen; the
         others ignore it.
+      scale: factor of the logits; by default one over the root of the width of heads. Not together
+        with `key_bias`.
       axes: logical names of the axes of `q`, `k` and `v`, which say how a mesh splits them.
       implementation: a backend; by default `backend_for` these heads.
 
@@ -88,12 +91,15 @@ def attend(
       [B, T, H, D] in the dtype of `q`.
 
     Raises:
-      ValueError: an unknown implementation, or branches without segments or causality.
+      ValueError: an unknown implementation, branches without segments or causality, or a scale with
+        biases.
     """
     if branch_ids is not None and (segment_ids is None or not causal):
         raise ValueError("branch_ids need segment_ids and causal=True")
     head_dim = q.shape[-1]
     if key_bias is not None:
+        if scale is not None:
+            raise ValueError("scale and key_bias cannot be given together")
         q, k, v = with_columns(q, k, v, key_bias)
     name = implementation or backend_for(q.dtype, q.shape[-1])
     if name not in _BACKENDS:
@@ -106,6 +112,7 @@ def attend(
         branch_ids,
         causal=causal,
         max_segment_length=max_segment_length,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
         axes=axes,
     )
     return attended[..., :head_dim]

@@ -30,12 +30,15 @@ def attend(
     *,
     causal: bool,
     max_segment_length: int | None,
+    scale: float,
     axes: Axes,
 ) -> jax.Array:
     """`attention.attend`; on a mesh every device takes its own rows and heads."""
     if segment_ids is not None and branch_ids is not None:
-        return tiles.attend(q, k, v, segment_ids, branch_ids, axes=axes)
-    run = functools.partial(_on_device, causal=causal, max_segment_length=max_segment_length)
+        return tiles.attend(q, k, v, segment_ids, branch_ids, scale=scale, axes=axes)
+    run = functools.partial(
+        _on_device, causal=causal, max_segment_length=max_segment_length, scale=scale
+    )
     return on_shards(run, (q, k, v, segment_ids), (axes, axes, axes, axes[:2]))
 
 
@@ -47,6 +50,7 @@ def _on_device(
     *,
     causal: bool,
     max_segment_length: int | None,
+    scale: float,
 ) -> jax.Array:
     """Row after row, head after head, block after block of queries."""
     length, heads, head_dim = q.shape[1:]
@@ -65,7 +69,7 @@ def _on_device(
         def head(arrays: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             q, k, v = arrays  # [G, T, D], twice [T, D]
             mixed = [
-                _seen_block(q[:, queries], k[keys], v[keys], mask, far_keys)
+                _seen_block(q[:, queries], k[keys], v[keys], mask, far_keys, scale)
                 for (queries, keys), mask, far_keys in zip(blocks, masks, far, strict=True)
             ]
             return jnp.concatenate(mixed, axis=1)
@@ -127,24 +131,31 @@ def _mask(
 
 
 def _seen_block(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, far: _Far | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    far: _Far | None,
+    scale: float,
 ) -> jax.Array:
     """`_one_block` over all its keys, or without the far ones where none is seen."""
     if far is None:
-        return _one_block(q, k, v, mask)
+        return _one_block(q, k, v, mask, scale)
     assert mask is not None  # far keys are known by segments, which are in the mask
     near = slice(far.number, None)
     return jax.lax.cond(
         far.seen,
-        lambda: _one_block(q, k, v, mask),
-        lambda: _one_block(q, k[near], v[near], mask[:, near]),
+        lambda: _one_block(q, k, v, mask, scale),
+        lambda: _one_block(q, k[near], v[near], mask[:, near], scale),
     )
 
 
-def _one_block(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _one_block(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, scale: float
+) -> jax.Array:
     """q [G, T, D], k and v [S, D], mask [T, S] -> [G, T, D]; every query sees a key."""
     scores = jnp.einsum("gtd,sd->gts", q, k, preferred_element_type=jnp.float32)
-    scores = scores * q.shape[-1] ** -0.5
+    scores = scores * scale
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     highest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))

@@ -21,11 +21,12 @@ def attend(
     *,
     causal: bool,
     max_segment_length: int | None,
+    scale: float,
     axes: Axes,
 ) -> jax.Array:
     """`attention.attend`; asked for by name, because `None` means XLA to JAX."""
     del max_segment_length, axes
     mask = segment_mask(segment_ids, branch_ids)
     return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=causal, implementation="cudnn"
+        q, k, v, mask=mask, is_causal=causal, scale=scale, implementation="cudnn"
     )

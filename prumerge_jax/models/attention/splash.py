@@ -34,10 +34,13 @@ def attend(
     *,
     causal: bool,
     max_segment_length: int | None,
+    scale: float,
     axes: Axes,
 ) -> jax.Array:
     """`attention.attend`; on a mesh every device runs the kernel on its own rows and heads."""
-    run = functools.partial(_on_device, causal=causal, max_segment_length=max_segment_length)
+    run = functools.partial(
+        _on_device, causal=causal, max_segment_length=max_segment_length, scale=scale
+    )
     arrays = (q, k, v, segment_ids, branch_ids)
     # The kernel does not declare its varying axes.
     return on_shards(run, arrays, (axes, axes, axes, axes[:2], axes[:2]), check_vma=False)
@@ -75,6 +78,7 @@ def _on_device(
     *,
     causal: bool,
     max_segment_length: int | None,
+    scale: float,
 ) -> jax.Array:
     """The kernel on one device's share; rows that do not fill their blocks are padded."""
     batch, length, heads, head_dim = q.shape
@@ -88,7 +92,7 @@ def _on_device(
         k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
     # The kernel takes heads first.
     q, k, v = (jnp.pad(x, (*at_the_end, (0, 0), (0, 0))).swapaxes(1, 2) for x in (q, k, v))
-    heads_first = (q * head_dim**-0.5, k, v)
+    heads_first = (q if scale == 1 else q * scale, k, v)
     near = _mask(padded, causal, max_segment_length)
     if branch_ids is None:
         ids = splash.SegmentIds(segments, segments)

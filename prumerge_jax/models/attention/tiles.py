@@ -6,6 +6,7 @@ flash attention (arXiv 2205.14135). How many tiles there are is known at run tim
 does not differentiate.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -27,16 +28,24 @@ def attend(
     segment_ids: jax.Array,
     branch_ids: jax.Array,
     *,
+    scale: float,
     axes: Axes,
 ) -> jax.Array:
     """`attention.attend` of causal rows; on a mesh every device takes its own rows and heads."""
     arrays = (q, k, v, segment_ids, branch_ids)
     # A softmax starts the same on every device, which a loop may not carry on as a device's own.
-    return on_shards(_on_device, arrays, (axes, axes, axes, axes[:2], axes[:2]), check_vma=False)
+    run = functools.partial(_on_device, scale=scale)
+    return on_shards(run, arrays, (axes, axes, axes, axes[:2], axes[:2]), check_vma=False)
 
 
 def _on_device(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, branch_ids: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    branch_ids: jax.Array,
+    *,
+    scale: float,
 ) -> jax.Array:
     """Row after row, head after head."""
     length, heads, head_dim = q.shape[1:]
@@ -52,7 +61,7 @@ def _on_device(
         tiles = _seen_tiles(seen & causal_mask(padded))
         grouped = q.reshape(padded, kv_heads, heads // kv_heads, head_dim).transpose(1, 2, 0, 3)
         mixed = jax.lax.map(
-            lambda head: _one_head(head[0], head[1], head[2], tiles),
+            lambda head: _one_head(head[0], head[1], head[2], tiles, scale),
             (grouped, k.swapaxes(0, 1), v.swapaxes(0, 1)),
         )
         return mixed.reshape(heads, padded, head_dim).swapaxes(0, 1)
@@ -97,7 +106,7 @@ class _Softmax(NamedTuple):
     mixed: jax.Array
 
 
-def _one_head(q: jax.Array, k: jax.Array, v: jax.Array, tiles: _Tiles) -> jax.Array:
+def _one_head(q: jax.Array, k: jax.Array, v: jax.Array, tiles: _Tiles, scale: float) -> jax.Array:
     """q [G, T, D], k and v [T, D] -> [G, T, D]; every query sees itself at least."""
     group, length, head_dim = q.shape
     key_tiles, value_tiles = (x.reshape(-1, TILE, head_dim) for x in (k, v))
@@ -108,7 +117,7 @@ def _one_head(q: jax.Array, k: jax.Array, v: jax.Array, tiles: _Tiles) -> jax.Ar
         def step(place: jax.Array, softmax: _Softmax) -> _Softmax:
             at = tiles.order[index, place]
             mask = tiles.seen[index, :, at]
-            return _joined(softmax, queries, key_tiles[at], value_tiles[at], mask)
+            return _joined(softmax, queries, key_tiles[at], value_tiles[at], mask, scale)
 
         column = jnp.zeros((group, TILE, 1), jnp.float32)
         nothing = _Softmax(column - jnp.inf, column, jnp.zeros(queries.shape, jnp.float32))
@@ -120,11 +129,16 @@ def _one_head(q: jax.Array, k: jax.Array, v: jax.Array, tiles: _Tiles) -> jax.Ar
 
 
 def _joined(
-    softmax: _Softmax, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+    softmax: _Softmax,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    scale: float,
 ) -> _Softmax:
     """A softmax with one tile of keys more: q [G, TILE, D], k and v [TILE, D]."""
     scores = jnp.einsum("gtd,sd->gts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, -jnp.inf)
+    scores = jnp.where(mask, scores * scale, -jnp.inf)
     highest = jnp.maximum(softmax.highest, scores.max(-1, keepdims=True))
     finite = jnp.where(highest == -jnp.inf, 0, highest)  # a query that has seen no key yet
     weights, before = jnp.exp(scores - finite), jnp.exp(softmax.highest - finite)

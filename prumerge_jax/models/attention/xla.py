@@ -16,15 +16,23 @@ def attend(
     *,
     causal: bool,
     max_segment_length: int | None,
+    scale: float,
     axes: Axes,
 ) -> jax.Array:
     """`attention.attend`; a mesh splits it as its arguments are split."""
     del max_segment_length, axes
-    return dot_product(q, k, v, segment_mask(segment_ids, branch_ids), causal=causal)
+    mask = segment_mask(segment_ids, branch_ids)
+    return dot_product(q, k, v, mask, causal=causal, scale=scale)
 
 
 def dot_product(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, *, causal: bool
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    *,
+    causal: bool,
+    scale: float,
 ) -> jax.Array:
     """Queries [B, T, H, D], keys and values [B, S, K, D], mask [B, 1, T, S] -> [B, T, H, D]."""
     dtype = q.dtype
@@ -32,6 +40,6 @@ def dot_product(
         # XLA has no product of float16 numbers there whose sum is float32.
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     attended = jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=causal, implementation="xla"
+        q, k, v, mask=mask, is_causal=causal, scale=scale, implementation="xla"
     )
     return attended.astype(dtype)
