@@ -230,7 +230,7 @@ class Llama(nnx.Module):
             projected = layer.qkv_projections(x)
             heads = layer.heads_of(projected, rows)
             got = attention_of(heads.q, heads.k, raters, seen)
-            attended, _ = layer.attend(projected, rows)
+            attended = layer.attend(projected, rows)[0]
             return layer.after_attention(x, attended), got
 
         x = without_padding(x, segment_ids)

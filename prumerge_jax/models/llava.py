@@ -318,9 +318,12 @@ def _gather_on_shard(
 def normalize_pixels(pixels: jax.Array, config: VisionConfig) -> jax.Array:
     """uint8 [..., 3] -> float32, scaled to [0, 1], then mean and standard deviation per channel.
 
-    The same bits as the reference's numpy code, which divides in float64 before it rounds.
+    Scaled levels have the bits of the reference's numpy code, which divides in float64 before it
+    rounds: a level times the first bits of 1 / 255 is exact in float32, and the sum with the rest
+    rounds once. The division by the deviation rounds as the platform does.
     """
-    unit = jnp.asarray((np.arange(256) * (1 / 255)).astype(np.float32))[pixels]
+    level = pixels.astype(jnp.float32)
+    unit = level * np.float32(257 / 2**16) + level * np.float32(1 / (255 * 2**16))
     return (unit - jnp.asarray(config.pixel_mean)) / jnp.asarray(config.pixel_std)
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prumerge_jax.models.attention import attend
+from prumerge_jax.models.attention import attend, padded_length
 from prumerge_jax.models.config import VisionConfig
 from prumerge_jax.models.layers import LayerNorm, Linear, stack
 from prumerge_jax.models.patch_attention import mean_query_attention
@@ -228,10 +228,21 @@ class VisionAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, key_bias: jax.Array | None = None) -> jax.Array:
         """[B, N+1, D], for `attend` [B, N+1] -> [B, N+1, D]."""
-        split = (*x.shape[:2], self.num_heads, -1)
+        batch, length, width = x.shape
+        padded = padded_length(length, x.dtype, width // self.num_heads)
+        segment_ids = None
+        if padded > length and key_bias is None:
+            # Before the projections: after them it would copy queries, keys, values and the result.
+            x = jnp.pad(x, ((0, 0), (0, padded - length), (0, 0)))
+            segment_ids = jnp.broadcast_to(
+                (jnp.arange(padded) < length).astype(jnp.int32), x.shape[:2]
+            )
+        split = (batch, x.shape[1], self.num_heads, -1)
         q, k, v = (proj(x).reshape(split) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        attended = attend(q, k, v, key_bias=key_bias, axes=("images", None, None, None))
-        return self.out_proj(attended.reshape(x.shape))
+        attended = attend(
+            q, k, v, segment_ids=segment_ids, key_bias=key_bias, axes=("images", None, None, None)
+        )
+        return self.out_proj(attended.reshape(x.shape))[:, :length]
 
     def queries_and_keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Queries [B, 1, D] (of CLS) or [B, N, D], and keys [B, P+N, D], of x [B, P+N, D] float32,

@@ -1,13 +1,19 @@
 """Running scores over the layers of the tower."""
 
+import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from prumerge_jax import reductions
+from prumerge_jax.data import images
+from prumerge_jax.models import attention, tuning
+from prumerge_jax.models.attention import splash
 from prumerge_jax.models.layers import stack
 from prumerge_jax.models.llava import gather_evidence, normalize_pixels
 from prumerge_jax.models.tower_layers import run_layers
@@ -52,6 +58,44 @@ def test_a_tower_that_is_watched_shows_the_same_features() -> None:
     np.testing.assert_array_equal(watched.watched, baseline.watched)
     assert watched.watched.shape == (2, CONFIG.vision.num_patches)
     assert plain.watched is None
+
+
+def test_all_levels_become_the_bits_of_the_reference() -> None:
+    levels = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(16, 16, 3)
+    plain = dataclasses.replace(CONFIG.vision, pixel_mean=(0.0,) * 3, pixel_std=(1.0,) * 3)
+    scaled = jax.jit(lambda pixels: normalize_pixels(pixels, plain))(levels)
+    np.testing.assert_array_equal(scaled, (levels * (1 / 255)).astype(np.float32))
+    vision = CONFIG.vision
+    np.testing.assert_allclose(
+        jax.jit(lambda pixels: normalize_pixels(pixels, vision))(levels),
+        images.normalize(levels, vision.pixel_mean, vision.pixel_std),
+        rtol=3e-7,
+        atol=3e-7,
+    )
+
+
+def test_blocks_of_the_kernel_are_filled_before_the_projections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """17 tokens become 128, of which the others see nothing."""
+    config = dataclasses.replace(
+        CONFIG, vision=dataclasses.replace(CONFIG.vision, width=128, num_heads=2)
+    )
+    vision, side = random_llava(config).vision, config.vision.image_size
+    pixels = jax.random.normal(jax.random.key(0), (2, side, side, 3))
+    expected = vision(pixels).hidden
+    assert expected.shape[1] % 128
+    lengths = []
+
+    def spy(q: jax.Array, *arguments: Any, **options: Any) -> jax.Array:
+        lengths.append(q.shape[1])
+        return splash.attend(q, *arguments, **options)
+
+    monkeypatch.setitem(attention._BACKENDS, "splash", spy)
+    with tuning.use(tuning.Tuning(attention="splash")):
+        found = vision(pixels).hidden
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert set(lengths) == {128}
 
 
 def test_the_attention_of_either_layer_and_of_either_kind_of_heads() -> None:

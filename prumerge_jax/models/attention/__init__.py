@@ -37,6 +37,7 @@ __all__ = [
     "backend_for",
     "empty_pages",
     "over_shards",
+    "padded_length",
     "pages_spec",
     "tokens_read",
     "write_to_pages",
@@ -116,6 +117,12 @@ def attend(
         axes=axes,
     )
     return attended[..., :head_dim]
+
+
+def padded_length(length: int, dtype: jnp.dtype, head_dim: int) -> int:
+    """Number of tokens to which the backend for these heads pads a sequence of this length."""
+    is_splash = backend_for(dtype, head_dim) == "splash"
+    return splash.block_sizes(length)[1] if is_splash else length
 
 
 def backend_for(dtype: jnp.dtype, head_dim: int) -> str:
