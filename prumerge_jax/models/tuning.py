@@ -131,14 +131,22 @@ _SPARSE_CORES = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
 }
+_FUSIONS = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+}
 OVERLAP: Mapping[str, Mapping[str, bool]] = {
     "TPU v5 lite": {},  # XLA does it there without being asked
-    "TPU v5": _SPARSE_CORES,
+    "TPU v5": _FUSIONS,  # on slices of 64 chips as good as the sparse cores, which take none on 8
     "TPU v6 lite": _SPARSE_CORES,
 }
 """Options of XLA, by kind of device, with which the weights of a layer travel while others are
-multiplied. By its schedule of two layers of 7B and the head on 64 chips, 18.4 ms a micro-batch of
-v5p become 15.5, of which 3.2 and 0.1 are waited."""
+multiplied: by its sparse cores, or by fusions that multiply while a weight arrives. By XLA's
+schedule of two layers of 7B and the head, 19.1 ms a micro-batch of v5p:2x2x2 become 16.6, of which
+3.0 and 0.4 are waited; docs/pods.md."""
 
 _override = jax.make_user_context(None)  # part of every jitted function's cache key
 
