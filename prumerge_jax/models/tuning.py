@@ -140,13 +140,18 @@ _FUSIONS = {
 }
 OVERLAP: Mapping[str, Mapping[str, bool]] = {
     "TPU v5 lite": {},  # XLA does it there without being asked
-    "TPU v5": _FUSIONS,  # on slices of 64 chips as good as the sparse cores, which take none on 8
+    "TPU v5": _SPARSE_CORES,
     "TPU v6 lite": _SPARSE_CORES,
 }
 """Options of XLA, by kind of device, with which the weights of a layer travel while others are
 multiplied: by its sparse cores, or by fusions that multiply while a weight arrives. By XLA's
-schedule of two layers of 7B and the head, 19.1 ms a micro-batch of v5p:2x2x2 become 16.6, of which
-3.0 and 0.4 are waited; docs/pods.md."""
+schedule of two layers of 7B and the head, 19.1 ms a micro-batch of v5p:4x4x4 become 16.2, of which
+3.2 and 0.1 are waited; docs/pods.md."""
+SMALL_SLICE = 8
+"""Chips of a slice to which `SMALL_SLICES` applies, at most."""
+SMALL_SLICES: Mapping[str, Mapping[str, bool]] = {"TPU v5": _FUSIONS}
+"""In place of `OVERLAP`, where XLA gives the sparse cores nothing: on v5p:2x2x2 19.1 ms become 16.6
+(with 64 chips as many as with sparse cores for 7B, for 13B 3 % more)."""
 
 _override = jax.make_user_context(None)  # part of every jitted function's cache key
 
@@ -159,9 +164,12 @@ def current() -> Tuning:
 
 
 def overlap_options(mesh: Mesh) -> dict[str, bool] | None:
-    """The options of `OVERLAP` for the devices of a mesh; None where one of them has nobody to
+    """The options of these tables for the devices of a mesh; None where one of them has nobody to
     gather from, and for other devices than TPUs."""
-    options = OVERLAP.get(mesh.devices.flat[0].device_kind) if mesh.size > 1 else None
+    if mesh.size == 1:
+        return None
+    table = {**OVERLAP, **SMALL_SLICES} if mesh.size <= SMALL_SLICE else OVERLAP
+    options = table.get(mesh.devices.flat[0].device_kind)
     return dict(options) if options else None
 
 

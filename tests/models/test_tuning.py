@@ -99,20 +99,24 @@ def test_the_platform_chooses_and_a_context_overrides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "devices", "has_options"),
+    ("kind", "devices", "means"),
     [
-        ("TPU v6 lite", 8, True),
-        ("TPU v6 lite", 1, False),
-        ("TPU v5 lite", 8, False),
-        ("cpu", 8, False),
+        ("TPU v6 lite", 8, "sparse_core"),
+        ("TPU v6 lite", 1, None),
+        ("TPU v5", 64, "sparse_core"),
+        ("TPU v5", 8, "fusion"),
+        ("TPU v5", 1, None),
+        ("TPU v5 lite", 8, None),
+        ("cpu", 8, None),
     ],
 )
 def test_only_tpus_that_wait_for_each_other_get_options_of_xla(
-    kind: str, devices: int, has_options: bool
+    kind: str, devices: int, means: str | None
 ) -> None:
     on = np.array([SimpleNamespace(device_kind=kind)] * devices)
     mesh = SimpleNamespace(devices=on, size=devices)
-    assert bool(tuning.overlap_options(mesh)) == has_options  # type: ignore[arg-type]
+    options = tuning.overlap_options(mesh)  # type: ignore[arg-type]
+    assert {name for name in ("sparse_core", "fusion") if name in str(options)} == {means} - {None}
 
 
 def test_what_was_compiled_with_one_tuning_does_not_run_with_another() -> None:
