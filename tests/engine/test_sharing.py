@@ -170,7 +170,8 @@ def test_a_mesh_shares_as_one_device_does(model: LlavaModel) -> None:
         assert tokens_of(got) == tokens_of(expected)
         if scored:
             for key, answer in got.items():
-                value = pytest.approx(expected[key].log_likelihood, rel=1e-5, abs=1e-4)
+                # CPUs round differently: 1.6e-5 was seen.
+                value = pytest.approx(expected[key].log_likelihood, rel=5e-5, abs=1e-4)
                 assert answer.log_likelihood == value
     assert sharded.counters.real_tokens < sharded.counters.request_tokens
 
