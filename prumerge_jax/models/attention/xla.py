@@ -21,21 +21,7 @@ def attend(
 ) -> jax.Array:
     """`attention.attend`; a mesh splits it as its arguments are split."""
     del max_segment_length, axes
-    mask = segment_mask(segment_ids, branch_ids)
-    return dot_product(q, k, v, mask, causal=causal, scale=scale)
-
-
-def dot_product(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array | None,
-    *,
-    causal: bool,
-    scale: float,
-) -> jax.Array:
-    """Queries [B, T, H, D], keys and values [B, S, K, D], mask [B, 1, T, S] -> [B, T, H, D]."""
-    dtype = q.dtype
+    mask, dtype = segment_mask(segment_ids, branch_ids), q.dtype
     if dtype == jnp.float16 and platform() == "cpu":
         # XLA has no product of float16 numbers there whose sum is float32.
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
