@@ -48,8 +48,8 @@ SLICES = (
 )  # fmt: skip
 REDUCTION = "prumerge+"
 HEADER = (
-    "| model | slice | mesh | batch | remat, rows | GiB per chip | PFLOP full | PFLOP reduced "
-    "| micro-batches | ms full | ms reduced | MFU full | MFU reduced | gain |"
+    "| model | slice | mesh | batch | remat, rows, frozen | GiB per chip | PFLOP full "
+    "| PFLOP reduced | micro-batches | ms full | ms reduced | MFU full | MFU reduced | gain |"
 )
 
 
@@ -81,6 +81,7 @@ def result(model: str, reduced: TrainingPlan) -> dict[str, Any]:
         "batch": reduced.samples.count,
         "remat": reduced.remat,
         "rows": reduced.rows_per_shard,
+        "frozen": reduced.frozen,
         "text_tokens": reduced.samples.text_tokens,
         "gib_per_chip": reduced.memory / 2**30,
         "gib_available": tpu(reduced.topology.chip).memory / 2**30,
@@ -100,7 +101,7 @@ def row(values: dict[str, Any]) -> str:
     arms = ("full", "reduced")
     cells = [
         *(str(values[name]) for name in ("model", "slice", "mesh", "batch")),
-        f"{values['remat']}, {values['rows']}",
+        f"{values['remat']}, {values['rows']}, {values['frozen']}",
         f"{values['gib_per_chip']:.1f} of {values['gib_available']:.1f}",
         *(f"{values[f'pflop_{arm}']:.1f}" for arm in arms),
         " / ".join(f"{values[f'micro_batches_{arm}']:g}" for arm in arms),
@@ -122,6 +123,7 @@ def plan_record(model: str, reduced: TrainingPlan) -> dict[str, Any]:
         "row_lengths": reduced.row_lengths,
         "remat": reduced.remat,
         "rows_per_shard": reduced.rows_per_shard,
+        "frozen": reduced.frozen,
         "resident": reduced.resident,
         "programs": programs,
         "rejected": reduced.rejected,

@@ -56,7 +56,8 @@ def training() -> ConfigDict:
         {
             "mesh": {"data": 0, "fsdp": 0, "tensor": 1},  # 0: the devices that remain
             "rows_per_shard": 0,  # of a micro-batch; 0: what suits the devices
-            "overlap": True,  # of gathers and products, by the options of XLA that a TPU needs
+            "frozen": "auto",  # weights that do not train: sharded or replicated, as suits
+            "xla_options": True,  # those that a TPU needs, above all to overlap gathers
             "num_threads": 2,
             "num_workers": 4,
             "log_every": 10,

@@ -40,6 +40,8 @@ from prumerge_jax.training.batches import RowShape
 from prumerge_jax.training.config import TrainConfig, parse, with_sizes
 from prumerge_jax.training.fit import (
     RESERVE,
+    Execution,
+    Frozen,
     abstract_frozen,
     abstract_step,
     choices,
@@ -103,6 +105,7 @@ class TrainingPlan:
       row_length: positions of a row.
       lora_rank: rank of the adapters, 0 without.
       remat: policy of rematerialisation, likewise.
+      frozen: where the frozen weights are, likewise.
       encode: the tower and the reduction, once per step.
       accumulate: one micro-batch, forward and backward, by the length of its rows.
       update: the optimizer, once per step.
@@ -118,6 +121,7 @@ class TrainingPlan:
     row_length: int
     lora_rank: int
     remat: str
+    frozen: Frozen
     encode: Program
     accumulate: Mapping[int, Program]
     update: Program
@@ -189,7 +193,7 @@ class TrainingPlan:
             f"{' + '.join(map(str, self.row_lengths))} positions, "
             f"{100 * self.filled:.0f} % of them real",
             f"remat {self.remat}, {self.rows_per_shard} rows of {self.row_length} tokens per data "
-            "shard",
+            f"shard, frozen weights {self.frozen}",
             memory_line(self.memory, self.resident, chip),
             *program_lines(self.programs, chip),
             f"model FLOPs of a step {sum(flops.values()):.0f} T: "
@@ -261,9 +265,10 @@ def _plan(
     mesh = mesh_on(topology.devices, **sizes)
     resident = resident_bytes(config, mesh)
     open_to_it = choices(config, resident, sizes, chip, tpu(chip).memory)
-    chosen, accumulate, update = _first_that_leaves_the_reserve(
-        [fixed(config, *choice) for choice in open_to_it], mesh, resident, tpu(chip).memory
+    choice, accumulate, update = _first_that_leaves_the_reserve(
+        config, open_to_it, mesh, resident, tpu(chip).memory
     )
+    chosen = fixed(config, choice)
     shape = row_shape(chosen, mesh)
     lengths = sorted({length for each in samples for length in row_lengths(each, shape)})
     shorter = {
@@ -273,44 +278,49 @@ def _plan(
         objective = make_objective(chosen)
         crops = config.batch_size * config.room_for_crops
         kernel = tower_kernel_flops(model.vision, crops, objective.dtype) / mesh.size
-        lowered = lower_encoder(chosen, abstract_frozen(objective, mesh), mesh)
+        lowered = lower_encoder(chosen, abstract_frozen(chosen, objective, mesh), mesh)
         encode = compile_program("encode", lowered, kernel)
     return TrainingPlan(
         topology=topology,
         model=model,
         mesh=sizes,
         samples=samples[0],
-        rows_per_shard=chosen.run.rows_per_shard,
+        rows_per_shard=choice.rows_per_shard,
         row_length=config.row_length,
         lora_rank=0 if config.adapter is None else config.adapter.rank,
-        remat=chosen.remat,
+        remat=choice.remat,
+        frozen=choice.frozen,
         encode=encode,
         accumulate={**shorter, shape.length: accumulate},
         update=update,
-        resident=resident,
+        resident=resident[choice.frozen],
     )
 
 
 def _first_that_leaves_the_reserve(
-    configs: Sequence[TrainConfig], mesh: Mesh, resident: int, available: float
-) -> tuple[TrainConfig, Program, Program]:
+    config: TrainConfig,
+    executions: Sequence[Execution],
+    mesh: Mesh,
+    resident: Mapping[Frozen, int],
+    available: float,
+) -> tuple[Execution, Program, Program]:
     """The first of these whose micro-batch does, or else the last, with its programs for a
     micro-batch and the update.
 
     Raises:
       DoesNotFit: not even the last can be compiled.
     """
-    for config in configs:
+    for execution in executions:
         try:
-            accumulate, update = _micro_batch(config, mesh, config.row_length)
+            accumulate, update = _micro_batch(fixed(config, execution), mesh, config.row_length)
         except DoesNotFit:
-            if config is configs[-1]:
+            if execution is executions[-1]:
                 raise
             continue
-        if peak_bytes(resident, [accumulate]) <= (1 - RESERVE) * available:
+        if peak_bytes(resident[execution.frozen], [accumulate]) <= (1 - RESERVE) * available:
             break
     with use_mesh(mesh):
-        return config, accumulate, compile_program("update", update)
+        return execution, accumulate, compile_program("update", update)
 
 
 def _micro_batch(

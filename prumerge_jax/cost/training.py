@@ -28,6 +28,7 @@ class MicroBatch:
       length: tokens of a row.
       logit_positions: those whose logits exist at a time.
       fsdp, tensor: sizes of these axes of the mesh.
+      replicated: whether the frozen weights are not sharded over `fsdp`.
     """
 
     text: TextConfig
@@ -37,6 +38,7 @@ class MicroBatch:
     logit_positions: int
     fsdp: int = 1
     tensor: int = 1
+    replicated: bool = False
 
     @property
     def positions(self) -> int:
@@ -56,7 +58,7 @@ def working_bytes(batch: MicroBatch, remat: str) -> float:
     text = batch.text
     layer = counts.block_parameters(text) / text.num_layers
     # A layer's weights are gathered while the one before is computed.
-    gathered = 2 * layer if batch.fsdp > 1 else 0.0
+    gathered = 2 * layer if _gathers(batch) else 0.0
     head = 2 * text.vocab_size * text.width  # gathered, or its transpose, with the embedding
     weights = ACTIVATION_BYTES * (gathered + head) / batch.tensor
     trained = counts.lora_parameters(text, batch.rank) if batch.rank else 0
@@ -76,6 +78,10 @@ def rows_that_hide_gathers(batch: MicroBatch, remat: str, chip: Chip) -> int:
     """The fewest rows whose products take as long as the gathers of the weights."""
     one = dataclasses.replace(batch, rows=1)
     return math.ceil(_gather_seconds(one, chip) / _compute_seconds(one, remat, chip)) or 1
+
+
+def _gathers(batch: MicroBatch) -> bool:
+    return batch.fsdp > 1 and not batch.replicated
 
 
 def _kept_numbers(text: TextConfig, remat: str, rank: int) -> float:
@@ -112,7 +118,7 @@ def _compute_seconds(batch: MicroBatch, remat: str, chip: Chip) -> float:
 
 def _gather_seconds(batch: MicroBatch, chip: Chip) -> float:
     """All weights of the layers, forward and backward; 0 where the links are not known."""
-    if chip.tpu is None:
+    if chip.tpu is None or not _gathers(batch):
         return 0.0
     received = counts.block_parameters(batch.text) * (1 - 1 / batch.fsdp) / batch.tensor
     return 2 * ACTIVATION_BYTES * received / chip.tpu.interconnect

@@ -15,7 +15,7 @@ To compare on a chip:
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -138,20 +138,46 @@ _FUSIONS = {
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     "xla_tpu_overlap_compute_collective_tc": True,
 }
-OVERLAP: Mapping[str, Mapping[str, bool]] = {
-    "TPU v5 lite": {},  # XLA does it there without being asked
-    "TPU v5": _SPARSE_CORES,
-    "TPU v6 lite": _SPARSE_CORES,
-}
-"""Options of XLA, by kind of device, with which the weights of a layer travel while others are
-multiplied: by its sparse cores, or by fusions that multiply while a weight arrives. By XLA's
-schedule of two layers of 7B and the head, 19.1 ms a micro-batch of v5p:4x4x4 become 16.2, of which
-3.2 and 0.1 are waited; docs/pods.md."""
 SMALL_SLICE = 8
-"""Chips of a slice to which `SMALL_SLICES` applies, at most."""
-SMALL_SLICES: Mapping[str, Mapping[str, bool]] = {"TPU v5": _FUSIONS}
-"""In place of `OVERLAP`, where XLA gives the sparse cores nothing: on v5p:2x2x2 19.1 ms become 16.6
-(with 64 chips as many as with sparse cores for 7B, for 13B 5 % more)."""
+"""Chips, see `TrainingTuning`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingTuning:
+    """What training prefers on one kind of device. The defaults prefer nothing.
+
+    Attributes:
+      overlap: options of XLA with which the weights of a layer, and sums of gradients, travel while
+        others are multiplied; of micro-batches on several devices.
+      overlap_on_small_slices: in its place on slices of up to `SMALL_SLICE` chips; None for the
+        same.
+      scoped_vmem: KiB of on-chip memory that a product of a micro-batch may use for its tiles; 0
+        leaves XLA's. The tower does without: more made it 4 % slower on v5e, 1 on v5p, and 8 on
+        v6e, where 64 MiB made it 5 % faster.
+      replicates_frozen: whether every data shard holds the frozen weights whole where they fit,
+        instead of gathering them.
+    """
+
+    overlap: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+    overlap_on_small_slices: Mapping[str, bool] | None = None
+    scoped_vmem: int = 0
+    replicates_frozen: bool = False
+
+
+TRAINING: Mapping[str, TrainingTuning] = {
+    # XLA overlaps without being asked. VMEM: 33.0 ms become 32.2; with 64 MiB 32.0, but rows of
+    # 1536 positions then wait: 25.0, 24.8 and 26.2.
+    "TPU v5 lite": TrainingTuning(scoped_vmem=32 * 1024),
+    # Sparse cores: 19.1 ms, of which 3.2 are waited, become 16.2 and 0.1. On 8 chips XLA gives them
+    # nothing, and fusions make 16.6 of 19.1 (on 64 chips they cost 13B 5 %). VMEM: 16.2 become 13.8
+    # (48 MiB: 14.0), on 8 chips 16.6 become 14.5. With frozen weights whole, before that: 16.8.
+    "TPU v5": TrainingTuning(_SPARSE_CORES, _FUSIONS, scoped_vmem=32 * 1024),
+    # Sparse cores: 15.1 ms, of which 4.8 are waited, become 10.9 and 0.4; VMEM: 10.4; frozen
+    # weights whole: 10.0 (64 MiB: 10.2). On 8 chips 11.4, 11.1 and 10.2.
+    "TPU v6 lite": TrainingTuning(_SPARSE_CORES, scoped_vmem=56 * 1024, replicates_frozen=True),
+}
+"""By kind of device. The figures are XLA's estimates for a micro-batch of 2048 positions a chip
+through two layers of 7B and the head, on 64 chips where nothing else is said; docs/pods.md."""
 
 _override = jax.make_user_context(None)  # part of every jitted function's cache key
 
@@ -163,14 +189,21 @@ def current() -> Tuning:
     return BY_PLATFORM.get(platform(), Tuning.plain())
 
 
-def overlap_options(mesh: Mesh) -> dict[str, bool] | None:
-    """The options of these tables for the devices of a mesh; None where one of them has nobody to
-    gather from, and for other devices than TPUs."""
-    if mesh.size == 1:
-        return None
-    table = {**OVERLAP, **SMALL_SLICES} if mesh.size <= SMALL_SLICE else OVERLAP
-    options = table.get(mesh.devices.flat[0].device_kind)
-    return dict(options) if options else None
+def training(mesh: Mesh) -> TrainingTuning:
+    """What training prefers on the devices of a mesh."""
+    return TRAINING.get(mesh.devices.flat[0].device_kind, TrainingTuning())
+
+
+def micro_batch_options(mesh: Mesh) -> dict[str, Any] | None:
+    """The options of XLA that training compiles its micro-batches with; None for none."""
+    preferred = training(mesh)
+    overlap = preferred.overlap
+    if preferred.overlap_on_small_slices is not None and mesh.size <= SMALL_SLICE:
+        overlap = preferred.overlap_on_small_slices
+    if mesh.size == 1:  # nobody to gather from
+        overlap = {}
+    vmem = preferred.scoped_vmem
+    return {**overlap, **({"xla_tpu_scoped_vmem_limit_kib": vmem} if vmem else {})} or None
 
 
 @contextmanager

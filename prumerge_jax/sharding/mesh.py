@@ -170,6 +170,16 @@ def weight_shardings(abstract: nnx.State, mesh: Mesh) -> nnx.State:
         return nnx.get_named_sharding(abstract, mesh)
 
 
+def without_axis(sharding: NamedSharding, axis: str) -> NamedSharding:
+    """The sharding that is replicated along one axis of its mesh, and elsewhere the same."""
+
+    def rest(entry: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        return tuple(each for each in axes if each != axis) or None
+
+    return NamedSharding(sharding.mesh, PartitionSpec(*map(rest, sharding.spec)))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())

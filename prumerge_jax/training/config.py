@@ -64,7 +64,9 @@ class ExecutionConfig:
       mesh: sizes of the mesh axes.
       rows_per_shard: rows of a micro-batch per data shard; 0 takes what suits the devices, see
         `fit.fitted`.
-      overlap: whether a TPU gets the options of XLA that `models.tuning.OVERLAP` has for it.
+      frozen: whether the frozen weights are sharded over `fsdp`, and gathered layer by layer, or
+        replicated on every data shard; `auto` takes what suits the devices, likewise.
+      xla_options: whether a TPU gets the options of XLA that `models.tuning.TRAINING` has for it.
       num_threads: threads that read samples.
       num_workers: processes that do; 0 for none.
       log_every, save_every: steps between two records of the metrics, and two checkpoints.
@@ -74,7 +76,8 @@ class ExecutionConfig:
 
     mesh: MeshConfig = MeshConfig()
     rows_per_shard: int = 0
-    overlap: bool = True
+    frozen: Literal["auto", "sharded", "replicated"] = "auto"
+    xla_options: bool = True
     num_threads: int = 2
     num_workers: int = 4
     log_every: int = 10

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -20,8 +20,15 @@ from prumerge_jax.cost.training import (
     rows_that_hide_gathers,
     working_bytes,
 )
+from prumerge_jax.models import tuning
 from prumerge_jax.models.remat import REMAT
-from prumerge_jax.sharding.mesh import bytes_per_device, logical_spec, placed, use_mesh
+from prumerge_jax.sharding.mesh import (
+    bytes_per_device,
+    logical_spec,
+    placed,
+    use_mesh,
+    without_axis,
+)
 from prumerge_jax.sharding.processes import allgather_ints
 from prumerge_jax.training.config import TrainConfig
 from prumerge_jax.training.objectives.next_token import LOGIT_POSITIONS, abstract_rows
@@ -37,14 +44,34 @@ RESERVE = 0.1
 CHOICES = ("dots", "wide", "full")
 """Policies that are chosen from. `none` is not: by XLA's estimates it is no faster than `dots` and
 takes several times the memory (docs/pods.md)."""
-CAUTIOUS = ("full", 1)
-"""Policy and rows per shard where the memory is not known."""
+Frozen = Literal["sharded", "replicated"]
+"""Where the frozen weights are, see `config.ExecutionConfig`."""
+_FROZEN: tuple[Frozen, ...] = ("sharded", "replicated")
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """What a configuration may leave open.
+
+    Attributes:
+      remat: policy of rematerialisation.
+      rows_per_shard: rows of a micro-batch per data shard.
+      frozen: where the frozen weights are.
+    """
+
+    remat: str
+    rows_per_shard: int
+    frozen: Frozen = "sharded"
+
+
+CAUTIOUS = Execution("full", 1)
+"""The execution where the memory is not known."""
 
 
 def fitted(
     config: TrainConfig, mesh: Mesh, stored: Mapping[str, Any] | None = None
 ) -> tuple[TrainConfig, dict[str, Any]]:
-    """The configuration with `remat` and `rows_per_shard` for the devices of this job.
+    """The configuration with an `Execution` for the devices of this job.
 
     Args:
       config: model sizes included.
@@ -58,85 +85,120 @@ def fitted(
     """
     device = mesh.devices.flat[0]
     place = {"mesh": dict(mesh.shape), "device": device.device_kind}
-    is_open = config.remat == "auto" or not config.run.rows_per_shard
+    is_open = config.remat == "auto" or not config.run.rows_per_shard or config.run.frozen == "auto"
     if not is_open:
-        remat, rows, reason = *CAUTIOUS, ""
+        own, reason = CAUTIOUS, ""
     elif stored is not None and {name: stored.get(name) for name in place} == place:
-        remat, rows, reason = stored["remat"], stored["rows_per_shard"], "as this run began"
+        fields = [field.name for field in dataclasses.fields(Execution)]
+        own = Execution(**{name: stored[name] for name in fields if name in stored})
+        reason = "as this run began"
     else:
-        remat, rows, reason = _chosen(config, mesh, device)
-    own = fixed(config, remat, rows)
+        own, reason = _chosen(config, mesh, device)
+    own = execution(fixed(config, own))
     # Devices may differ in the memory that they leave to a program.
-    choice = allgather_ints([REMAT.index(own.remat), own.run.rows_per_shard])[0].tolist()
-    remat, rows = REMAT[choice[0]], choice[1]
+    numbers = [REMAT.index(own.remat), own.rows_per_shard, _FROZEN.index(own.frozen)]
+    remat, rows, frozen = allgather_ints(numbers)[0].tolist()
+    chosen = Execution(REMAT[remat], rows, _FROZEN[frozen])
     if is_open:
-        _logger.info("remat %s, %d rows per data shard: %s", remat, rows, reason)
-    return fixed(config, remat, rows), {"remat": remat, "rows_per_shard": rows, **place}
+        _logger.info(
+            "remat %s, %d rows per data shard, frozen weights %s: %s",
+            chosen.remat, chosen.rows_per_shard, chosen.frozen, reason,
+        )  # fmt: skip
+    return fixed(config, chosen), {**dataclasses.asdict(chosen), **place}
 
 
-def fixed(config: TrainConfig, remat: str, rows: int) -> TrainConfig:
+def fixed(config: TrainConfig, chosen: Execution) -> TrainConfig:
     """The configuration with these where it leaves them open."""
-    policy = cast(Any, remat) if config.remat == "auto" else config.remat
-    run = dataclasses.replace(config.run, rows_per_shard=config.run.rows_per_shard or rows)
-    return dataclasses.replace(config, remat=policy, run=run)
+    given = config.run
+    run = dataclasses.replace(
+        given,
+        rows_per_shard=given.rows_per_shard or chosen.rows_per_shard,
+        frozen=chosen.frozen if given.frozen == "auto" else given.frozen,
+    )
+    remat = cast(Any, chosen.remat) if config.remat == "auto" else config.remat
+    return dataclasses.replace(config, remat=remat, run=run)
+
+
+def execution(config: TrainConfig) -> Execution:
+    """The execution of a configuration that leaves nothing open."""
+    return Execution(config.remat, config.run.rows_per_shard, cast(Frozen, config.run.frozen))
 
 
 def choices(
     config: TrainConfig,
-    resident: int,
+    resident: Mapping[Frozen, int],
     sizes: Mapping[str, int],
     chip: Chip | None,
     available: float,
-) -> list[tuple[str, int]]:
-    """Policies and rows per shard that fit by the cost model, the fastest first.
+) -> list[Execution]:
+    """Executions that fit by the cost model, the fastest first.
 
-    Among equally fast ones the one that needs less memory comes first. The last is what needs
-    least, also where it does not fit.
+    Among equally fast ones replicated weights come first where `tuning.TRAINING` prefers them, and
+    then what needs less memory. The last is what needs least, also where it does not fit.
 
     Args:
       config: model sizes included; what it does not leave open is the same in all.
-      resident: see `resident_bytes`.
+      resident: see `resident_bytes`, of every entry of `layouts`.
       sizes: of the mesh.
       chip: peaks of its devices; None where they are not known.
       available: bytes of a device that a program may use.
     """
     policies = CHOICES if config.remat == "auto" else (config.remat,)
     peaks = chip or Chip(1.0, 1.0)  # only ratios of products matter
-    one = micro_batch(config, sizes, 1)
+    one = micro_batch(config, sizes, CAUTIOUS)
     wanted = max(rows_that_hide_gathers(one, policy, peaks) for policy in policies)
     # A row holds a sample or more; further rows would stay empty.
     wanted = min(wanted, max(config.batch_size // (sizes["data"] * sizes["fsdp"]), 1))
     given = config.run.rows_per_shard
-    ordered = []
-    for remat, rows in itertools.product(policies, [given] if given else range(1, wanted + 1)):
-        batch = dataclasses.replace(one, rows=rows)
-        planned = resident + working_bytes(batch, remat)
+    ordered: list[tuple[tuple[float, int, float], Execution]] = []
+    for choice in itertools.starmap(
+        Execution,
+        itertools.product(policies, [given] if given else range(1, wanted + 1), resident),
+    ):
+        batch = micro_batch(config, sizes, choice)
+        planned = resident[choice.frozen] + working_bytes(batch, choice.remat)
         if planned <= (1 - RESERVE) * available:
-            seconds = micro_batch_seconds(batch, remat, peaks) / rows
-            ordered.append((seconds, planned, (remat, rows)))
-    least = (policies[-1], given or 1)
-    return list(dict.fromkeys([*(choice for _, _, choice in sorted(ordered)), least]))
+            seconds = micro_batch_seconds(batch, choice.remat, peaks) / choice.rows_per_shard
+            preferred = list(resident).index(choice.frozen)
+            ordered.append(((seconds, preferred, planned), choice))
+    ordered.sort(key=lambda each: each[0])
+    least = Execution(policies[-1], given or 1, min(resident, key=resident.__getitem__))
+    return list(dict.fromkeys([*(choice for _, choice in ordered), least]))
 
 
-def micro_batch(config: TrainConfig, sizes: Mapping[str, int], rows: int) -> MicroBatch:
+def layouts(config: TrainConfig, mesh: Mesh) -> list[Frozen]:
+    """Where the frozen weights may be, what the devices prefer first."""
+    if config.run.frozen != "auto":
+        return [config.run.frozen]
+    if tuning.training(mesh).replicates_frozen and mesh.shape["fsdp"] > 1:
+        return ["replicated", "sharded"]
+    return ["sharded"]
+
+
+def micro_batch(config: TrainConfig, sizes: Mapping[str, int], chosen: Execution) -> MicroBatch:
     """A micro-batch of a run as the cost model sees it."""
     return MicroBatch(
         config.sizes.text,
         rank=0 if config.adapter is None else config.adapter.rank,
-        rows=rows,
+        rows=chosen.rows_per_shard,
         length=config.row_length,
         logit_positions=min(LOGIT_POSITIONS, config.row_length),
         fsdp=sizes["fsdp"],
         tensor=sizes["tensor"],
+        replicated=chosen.frozen == "replicated",
     )
 
 
-def resident_bytes(config: TrainConfig, mesh: Mesh) -> int:
-    """Bytes per device of weights, optimizer, gradient sums and the visual tokens of two batches.
+def resident_bytes(config: TrainConfig, mesh: Mesh) -> dict[Frozen, int]:
+    """Bytes per device of weights, optimizer, gradient sums and the visual tokens of two batches,
+    by where the frozen weights are, in the order of `layouts`."""
+    return {
+        frozen: _resident_bytes(fixed(config, dataclasses.replace(CAUTIOUS, frozen=frozen)), mesh)
+        for frozen in layouts(config, mesh)
+    }
 
-    They do not depend on what the configuration leaves open.
-    """
-    config = fixed(config, *CAUTIOUS)
+
+def _resident_bytes(config: TrainConfig, mesh: Mesh) -> int:
     with use_mesh(mesh):
         objective = make_objective(config)
     _, state, frozen = abstract_step(config, objective, mesh)
@@ -156,31 +218,43 @@ def abstract_step(
     optimizer = make_optimizer(config.optimizer, 1000, objective.learning_rates)
     of_state = state_shardings(optimizer, objective.trained(), shardings, mesh)
     step = TrainStep(
-        objective.loss, optimizer, seed=config.seed, shardings=of_state, overlap=config.run.overlap
+        objective.loss,
+        optimizer,
+        seed=config.seed,
+        shardings=of_state,
+        xla_options=config.run.xla_options,
     )
-    return step, step.abstract_state(objective.trained()), abstract_frozen(objective, mesh)
+    return step, step.abstract_state(objective.trained()), abstract_frozen(config, objective, mesh)
 
 
-def abstract_frozen(objective: Objective, mesh: Mesh) -> Shapes:
-    """The frozen weights as shapes with shardings."""
-    shardings = objective.module.shardings(mesh)
+def abstract_frozen(config: TrainConfig, objective: Objective, mesh: Mesh) -> Shapes:
+    """The frozen weights as shapes with shardings; the configuration leaves nothing open."""
+    shardings = shardings_of(config, objective, mesh)
     return {
         path: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[path])
         for path, shape in objective.frozen().items()
     }
 
 
-def _chosen(config: TrainConfig, mesh: Mesh, device: jax.Device) -> tuple[str, int, str]:
-    """Policy, rows and the reason for them on devices of this kind."""
+def shardings_of(config: TrainConfig, objective: Objective, mesh: Mesh) -> dict[str, NamedSharding]:
+    """The sharding of every weight of a run; the configuration leaves nothing open."""
+    shardings = objective.module.shardings(mesh)
+    if config.run.frozen == "replicated":
+        shardings |= {path: without_axis(shardings[path], "fsdp") for path in objective.frozen()}
+    return shardings
+
+
+def _chosen(config: TrainConfig, mesh: Mesh, device: jax.Device) -> tuple[Execution, str]:
+    """The execution on devices of this kind, and the reason for it."""
     available = _memory(device)
     if available is None:
-        return *CAUTIOUS, f"the memory of a {device.device_kind} is not known"
+        return CAUTIOUS, f"the memory of a {device.device_kind} is not known"
     sizes, resident = dict(mesh.shape), resident_bytes(config, mesh)
-    remat, per_shard = choices(config, resident, sizes, _chip(device), available)[0]
-    planned = resident + working_bytes(micro_batch(config, sizes, per_shard), remat)
-    gib, of = planned / 2**30, available / 2**30
+    chosen = choices(config, resident, sizes, _chip(device), available)[0]
+    working = working_bytes(micro_batch(config, sizes, chosen), chosen.remat)
+    gib, of = (resident[chosen.frozen] + working) / 2**30, available / 2**30
     reason = f"{gib:.1f} of {of:.1f} GiB per device planned, {100 * RESERVE:.0f} % are kept free"
-    return remat, per_shard, reason
+    return chosen, reason
 
 
 def _chip(device: jax.Device) -> Chip | None:

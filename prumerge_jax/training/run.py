@@ -25,7 +25,7 @@ from prumerge_jax.sharding.mesh import MESH_AXES, make_mesh, use_mesh
 from prumerge_jax.sharding.processes import DataShards
 from prumerge_jax.training.checkpoint import Checkpoints
 from prumerge_jax.training.config import ConfigError, MeshConfig, TrainConfig, parse, with_sizes
-from prumerge_jax.training.fit import fitted
+from prumerge_jax.training.fit import fitted, shardings_of
 from prumerge_jax.training.inputs import TrainingSource
 from prumerge_jax.training.loop import LoopConfig, Outputs, TrainingError, train
 from prumerge_jax.training.metrics import MetricWriter
@@ -214,7 +214,10 @@ def _train(setup: Setup, workdir: pathlib.Path, stop: StopFlag) -> Weights | Non
     checkpoints = _checkpoints(setup, workdir)
     restored = checkpoints.restore(step_function.abstract_state(objective.trained()))
     load = functools.partial(
-        setup.pretrained.load, objective.module, trained=objective.learning_rates, mesh=mesh
+        setup.pretrained.load,
+        objective.module,
+        trained=objective.learning_rates,
+        shardings=shardings_of(config, objective, mesh),
     )
     frozen = load(objective.frozen())
     if restored is None:
@@ -267,7 +270,11 @@ def _step_function(setup: Setup, total_steps: int) -> TrainStep:
     shardings = objective.module.shardings(setup.mesh)
     placed = state_shardings(optimizer, objective.trained(), shardings, setup.mesh)
     return TrainStep(
-        objective.loss, optimizer, seed=config.seed, shardings=placed, overlap=config.run.overlap
+        objective.loss,
+        optimizer,
+        seed=config.seed,
+        shardings=placed,
+        xla_options=config.run.xla_options,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from prumerge_jax.models.tuning import overlap_options
+from prumerge_jax.models.tuning import micro_batch_options
 from prumerge_jax.sharding.mesh import replicated
 from prumerge_jax.training.weights import Leaf, Shapes, Weights
 
@@ -54,7 +54,7 @@ class TrainStep:
       seed: seed of dropout; step and micro-batch are folded in, so that a resumed run draws the
         same.
       shardings: declared shardings of the state (`state_shardings`).
-      overlap: whether the micro-batches are compiled with `tuning.OVERLAP`.
+      xla_options: whether the micro-batches are compiled with those of `tuning.TRAINING`.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TrainStep:
         *,
         seed: int,
         shardings: TrainState,
-        overlap: bool = True,
+        xla_options: bool = True,
     ) -> None:
         self._loss = loss
         self._optimizer = optimizer
@@ -80,7 +80,7 @@ class TrainStep:
             self._accumulate,
             donate_argnums=(0,),
             out_shardings=sums,
-            compiler_options=overlap_options(mesh) if overlap else None,
+            compiler_options=micro_batch_options(mesh) if xla_options else None,
         )
         self.update = jax.jit(
             self._update,

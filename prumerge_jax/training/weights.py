@@ -230,7 +230,11 @@ class Pretrained:
         return tokenizer
 
     def load(
-        self, module: AbstractModule[Any], wanted: Shapes, trained: Collection[str], mesh: Mesh
+        self,
+        module: AbstractModule[Any],
+        wanted: Shapes,
+        trained: Collection[str],
+        shardings: Mapping[str, NamedSharding],
     ) -> Weights:
         """Weights of a module, each read or created in its shards.
 
@@ -241,12 +245,11 @@ class Pretrained:
           module: has the weights, and maybe more.
           wanted: shapes and dtypes of those to load.
           trained: paths of those that train.
-          mesh: the devices.
+          shardings: of those to load, at least.
 
         Raises:
           DirectoryError: the directory lacks a frozen weight, or holds one of another shape.
         """
-        shardings = module.shardings(mesh)
         kernels = quantised_weights.to_quantise(wanted, self.stored)
         made = {part for parts in kernels.values() for part in parts}
         new = sorted(set(wanted) - set(self.stored) - made)

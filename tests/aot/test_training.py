@@ -43,6 +43,7 @@ def plan(samples: Samples) -> TrainingPlan:
         row_length=2048,
         lora_rank=128,
         remat="wide",
+        frozen="sharded",
         encode=program("encode", cycles=15_000_000, received=0),
         accumulate={
             length: program(
@@ -159,9 +160,9 @@ def test_a_step_compiled_for_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_travel_while_others_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     idle = []
-    for overlap in (True, False):
+    for options in (True, False):
         config = tiny_config()
-        config.run.overlap = overlap
+        config.run.xla_options, config.run.frozen = options, "sharded"
         config.run.mesh.data = 1
         found = plan_training(config, topology("v6e:2x2"))
         assert found.mesh == {"data": 1, "fsdp": 4, "tensor": 1}
@@ -172,6 +173,27 @@ def test_weights_travel_while_others_are_multiplied(monkeypatch: pytest.MonkeyPa
         idle.append(sum(wait.executions * wait.bytes for wait in waits if not wait.cycles) / moved)
     assert idle[1] == 1
     assert idle[0] < 0.5
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_frozen_weights_that_fit_are_not_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    received, resident = [], []
+    for frozen in ("auto", "sharded"):
+        config = tiny_config()
+        config.run.frozen, config.run.mesh.data = frozen, 1
+        found = plan_training(config, topology("v6e:2x2"))
+        assert found.mesh == {"data": 1, "fsdp": 4, "tensor": 1}
+        assert f"frozen weights {found.frozen}" in "\n".join(found.lines())
+        (accumulate,) = found.accumulate.values()
+        received.append(sum(t.bytes for t in accumulate.cost.collectives.values()))
+        resident.append(found.resident)
+        assert bool(found.encode.cost.collectives) == (found.frozen == "sharded")
+    layers = 2 * counts.block_parameters(found.model.text)  # in bfloat16, forward and backward
+    assert received[1] >= 2 * layers * 3 / 4
+    assert received[0] < 2 * layers * 3 / 4 / 4  # adapters and sums of their gradients
+    assert resident[0] - resident[1] >= layers * 3 / 4
 
 
 @pytest.mark.tpu

@@ -110,13 +110,14 @@ def test_the_platform_chooses_and_a_context_overrides() -> None:
         ("cpu", 8, None),
     ],
 )
-def test_only_tpus_that_wait_for_each_other_get_options_of_xla(
+def test_only_tpus_that_wait_for_each_other_are_told_to_overlap(
     kind: str, devices: int, means: str | None
 ) -> None:
     on = np.array([SimpleNamespace(device_kind=kind)] * devices)
     mesh = SimpleNamespace(devices=on, size=devices)
-    options = tuning.overlap_options(mesh)  # type: ignore[arg-type]
+    options = tuning.micro_batch_options(mesh)  # type: ignore[arg-type]
     assert {name for name in ("sparse_core", "fusion") if name in str(options)} == {means} - {None}
+    assert ("scoped_vmem" in str(options)) == (kind != "cpu")
 
 
 def test_what_was_compiled_with_one_tuning_does_not_run_with_another() -> None:

@@ -13,6 +13,7 @@ from prumerge_jax.models.config import LlavaConfig, TextConfig, VisionConfig
 from prumerge_jax.sharding.mesh import make_mesh, use_mesh
 from prumerge_jax.training.batches import BatchPacker, RowBatch, RowShape
 from prumerge_jax.training.config import TrainConfig, parse, with_sizes
+from prumerge_jax.training.fit import shardings_of
 from prumerge_jax.training.objectives.next_token import ImageEncoder
 from prumerge_jax.training.objectives.registry import make_objective
 from prumerge_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -58,7 +59,7 @@ class Bench:
         self.mesh = make_mesh(*self.sizes)
         self.config = with_sizes(self.config, self.model)
         self.objective = make_objective(self.config)
-        shardings = self.objective.module.shardings(self.mesh)
+        shardings = shardings_of(self.config, self.objective, self.mesh)
         rng = np.random.default_rng(0)
         weights = {}
         for path, shape in sorted(self.objective.shapes().items()):

@@ -132,7 +132,7 @@ def test_recipes_of_families_equal_their_table(recipe) -> None:
 @pytest.mark.parametrize("recipe", ON_CONVERSATIONS, ids=lambda recipe: recipe.__name__)
 def test_a_step_of_every_recipe_traces_at_full_size(recipe) -> None:
     """Shapes and dtypes of loss, gradient and update, without allocating a weight."""
-    config = fixed(parse(recipe.get_config()), *CAUTIOUS)
+    config = fixed(parse(recipe.get_config()), CAUTIOUS)
     objective = make_objective(config)
     trained, frozen = objective.trained(), objective.frozen()
     assert trained | frozen == objective.shapes()

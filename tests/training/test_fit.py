@@ -20,7 +20,13 @@ from prumerge_jax.sharding.mesh import make_mesh, use_mesh
 from prumerge_jax.training import fit
 from prumerge_jax.training.batches import RowBatch
 from prumerge_jax.training.config import TrainConfig, parse
-from prumerge_jax.training.fit import choices, fitted, micro_batch
+from prumerge_jax.training.fit import (
+    CAUTIOUS,
+    Execution,
+    choices,
+    fitted,
+    micro_batch,
+)
 from prumerge_jax.training.objectives.next_token import abstract_rows
 from prumerge_jax.training.step import TrainState
 from prumerge_jax.training.weights import Weights
@@ -29,6 +35,7 @@ from tests.training.bench import Bench, lora_config
 from tests.training.test_mesh import MODEL
 
 GIB = 2**30
+SHARDED: dict[fit.Frozen, int] = {"sharded": GIB}
 POD = {"data": 2, "fsdp": 32, "tensor": 1}
 V5E = CHIPS["tpu-v5e"]
 
@@ -42,14 +49,15 @@ def open_config(**changes: object) -> TrainConfig:
 def test_less_memory_keeps_less_and_the_last_resort_is_always_there() -> None:
     config, found = open_config(), []
     for gib in (100, 15.75, 7.5, 3, 0.5):
-        found.append(choices(config, GIB, POD, V5E, gib * GIB))
-        for remat, rows in found[-1][:-1]:
-            planned = GIB + working_bytes(micro_batch(config, POD, rows), remat)
+        found.append(choices(config, SHARDED, POD, V5E, gib * GIB))
+        for choice in found[-1][:-1]:
+            planned = GIB + working_bytes(micro_batch(config, POD, choice), choice.remat)
             assert planned <= 0.9 * gib * GIB
-        assert found[-1][-1] == ("full", 1)
-    assert [these[0][0] for these in found] == ["dots", "dots", "wide", "full", "full"]
-    assert found[0] == [("dots", 1), ("wide", 1), ("full", 1)]
-    kept = [kept_bytes(micro_batch(config, POD, 1), remat) for remat in ("full", "wide", "dots")]
+        assert found[-1][-1] == CAUTIOUS
+    assert [these[0].remat for these in found] == ["dots", "dots", "wide", "full", "full"]
+    assert found[0] == [Execution(remat, 1) for remat in ("dots", "wide", "full")]
+    one = micro_batch(config, POD, CAUTIOUS)
+    kept = [kept_bytes(one, remat) for remat in ("full", "wide", "dots")]
     assert kept == sorted(kept)
     # Carries of 32 layers in bfloat16.
     assert kept[0] == 32 * 2048 * 4096 * 2
@@ -69,7 +77,7 @@ def test_the_cost_model_plans_the_memory_that_xla_plans(
     recipe: types.ModuleType, shards: int, gib: float
 ) -> None:
     config = parse(recipe.get_config())
-    batch = micro_batch(config, {"data": 1, "fsdp": shards, "tensor": 1}, 1)
+    batch = micro_batch(config, {"data": 1, "fsdp": shards, "tensor": 1}, CAUTIOUS)
     # Weights in bfloat16; adapters, their sums and moments in float32.
     weights = 2 * counts.parameters(config.sizes).total
     weights += 16 * counts.lora_parameters(config.sizes.text, 128)
@@ -80,16 +88,32 @@ def test_the_cost_model_plans_the_memory_that_xla_plans(
 def test_short_rows_share_the_gathers_of_the_weights() -> None:
     """A row of 2048 computes for longer than its weights travel; rows of 256 take several."""
     short = open_config(max_length=256)
-    (_, rows), *_ = choices(short, GIB, POD, V5E, 100 * GIB)
-    assert 1 < rows <= 8
+    first, *_ = choices(short, SHARDED, POD, V5E, 100 * GIB)
+    assert 1 < first.rows_per_shard <= 8
     alone = dict.fromkeys(POD, 1)
-    assert choices(short, GIB, alone, V5E, 100 * GIB)[0] == ("dots", 1)
-    assert choices(short, GIB, POD, None, 100 * GIB)[0] == ("dots", 1)
+    assert choices(short, SHARDED, alone, V5E, 100 * GIB)[0] == Execution("dots", 1)
+    assert choices(short, SHARDED, POD, None, 100 * GIB)[0] == Execution("dots", 1)
+    whole = choices(short, {"replicated": GIB}, POD, V5E, 100 * GIB)[0]
+    assert whole == Execution("dots", 1, "replicated")
+
+
+def test_frozen_weights_are_whole_where_that_is_preferred_and_fits() -> None:
+    """Keeping more of a layer comes first: recomputing costs more than gathering."""
+    config, found = open_config(), []
+    resident: dict[fit.Frozen, int] = {"replicated": 14 * GIB, "sharded": GIB}
+    for gib in (100, 26, 20, 0.5):
+        found.append(choices(config, resident, POD, CHIPS["tpu-v6e"], gib * GIB)[0])
+    assert found == [
+        Execution("dots", 1, "replicated"),
+        Execution("dots", 1, "replicated"),
+        Execution("dots", 1, "sharded"),
+        Execution("full", 1, "sharded"),
+    ]
 
 
 def test_what_is_given_is_kept() -> None:
     given = open_config(remat="none", run=ml_collections.ConfigDict({"rows_per_shard": 3}))
-    assert choices(given, GIB, POD, V5E, GIB) == [("none", 3)]
+    assert choices(given, SHARDED, POD, V5E, GIB) == [Execution("none", 3)]
 
 
 def tiny(**changes: object) -> TrainConfig:
@@ -104,7 +128,8 @@ def test_without_a_known_memory_it_is_cautious_and_a_resumed_run_keeps_its_choic
     found, record = fitted(config, mesh)
     assert (found.remat, found.run.rows_per_shard) == ("full", 1)
     assert caplog.messages == [
-        "remat full, 1 rows per data shard: the memory of a cpu is not known"
+        "remat full, 1 rows per data shard, frozen weights sharded: the memory of a cpu is not "
+        "known"
     ]
     monkeypatch.setattr(fit, "_memory", lambda device: float(GIB))
     found, other = fitted(config, mesh)
@@ -121,10 +146,18 @@ def test_without_a_known_memory_it_is_cautious_and_a_resumed_run_keeps_its_choic
 
 @functools.cache
 def trained(
-    remat: str, sizes: tuple[int, int, int], rows: int, dropout: float
+    remat: str,
+    sizes: tuple[int, int, int],
+    rows: int,
+    dropout: float,
+    frozen: fit.Frozen = "sharded",
 ) -> tuple[TrainState, list[float]]:
     adapter = ml_collections.ConfigDict({"rank": 4, "alpha": 8.0, "dropout": dropout})
-    bench = Bench(lora_config(remat=remat, adapter=adapter), sizes=sizes, model=MODEL)
+    run = ml_collections.ConfigDict({"frozen": frozen})
+    bench = Bench(lora_config(remat=remat, adapter=adapter, run=run), sizes=sizes, model=MODEL)
+    kernel = bench.frozen["decoder.layers.mlp.up_proj.kernel"]
+    shards = sizes[2] * (sizes[1] if frozen == "sharded" else 1)
+    assert math.prod(kernel.sharding.shard_shape(kernel.shape)) == kernel.size // shards
     return bench.train(rows, 5)
 
 
@@ -157,12 +190,26 @@ def test_every_number_of_rows_trains_the_same(sizes: tuple[int, int, int], rows:
     assert_same(trained("dots", sizes, rows, 0.0), trained("dots", (1, 1, 1), 8, 0.0))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+def test_frozen_weights_train_the_same_whole(sizes: tuple[int, int, int]) -> None:
+    """With dropout; the trained weights and their moments stay in their shards."""
+    require_eight_devices()
+    ours = trained("dots", sizes, 8, 0.1, "replicated")
+    assert_same(ours, trained("dots", sizes, 8, 0.1))
+    weight = ours[0].trained["decoder.layers.mlp.up_proj.lora_b"]
+    shards = sizes[1] * sizes[2]
+    assert math.prod(weight.sharding.shard_shape(weight.shape)) == weight.size // shards
+
+
 @pytest.mark.parametrize("remat", ["full", "wide", "dots"])
 def test_policies_keep_what_the_cost_model_counts(remat: str) -> None:
     text = dataclasses.replace(MODEL.text, num_layers=3)
     bench = Bench(lora_config(remat=remat), model=dataclasses.replace(MODEL, text=text))
     with use_mesh(bench.mesh):
-        rows = abstract_rows(fit.fixed(bench.config, remat, 4), 1, bench.config.row_length)
+        rows = abstract_rows(
+            fit.fixed(bench.config, Execution(remat, 4)), 1, bench.config.row_length
+        )
 
         def backward(trained: Weights, frozen: Weights, batch: RowBatch) -> Any:
             def loss(trained: Weights) -> jax.Array:

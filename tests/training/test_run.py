@@ -174,6 +174,21 @@ def test_a_terminated_and_then_killed_run_ends_bit_identical(
     assert not leftovers
 
 
+def test_frozen_weights_on_every_data_shard_train_the_same(
+    config: ml_collections.ConfigDict, straight: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    config = config.copy_and_resolve_references()
+    config.run.frozen = "replicated"
+    run(config, tmp_path / "run", StopFlag())
+    records = []
+    for workdir, frozen in ((tmp_path / "run", "replicated"), (straight, "sharded")):
+        assert json.loads((workdir / "execution.json").read_text())["frozen"] == frozen
+        directories.verify(workdir / "model")
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        records.append([json.loads(line)["loss"] for line in lines])
+    np.testing.assert_allclose(*records, rtol=1e-5)
+
+
 def test_a_finished_run_leaves_its_base_as_it_was_and_adapters_that_stand_alone(
     config: ml_collections.ConfigDict, straight: pathlib.Path, base: pathlib.Path
 ) -> None:

@@ -131,8 +131,10 @@ def test_frozen_weights_are_rounded_for_the_run_and_exported_as_they_were(
     config: ml_collections.ConfigDict, weights: dict[str, np.ndarray], tmp_path: pathlib.Path
 ) -> None:
     pretrained, mesh, objective = load(config), make_mesh(2, 2, 2), objective_of(config)
-    loaded = pretrained.load(objective.module, objective.shapes(), objective.learning_rates, mesh)
     shardings = objective.module.shardings(mesh)
+    loaded = pretrained.load(
+        objective.module, objective.shapes(), objective.learning_rates, shardings
+    )
     for path, weight in loaded.items():
         assert weight.sharding == shardings[path], path
         if path in weights:
