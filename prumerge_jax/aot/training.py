@@ -35,13 +35,13 @@ from prumerge_jax.models.attention.splash import splash_pairs
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.quantisation import format_named
 from prumerge_jax.models.quantised_weights import check_blocks
+from prumerge_jax.models.tuning import Frozen
 from prumerge_jax.sharding.mesh import logical_spec, mesh_on, placed, use_mesh
 from prumerge_jax.training.batches import RowShape
 from prumerge_jax.training.config import TrainConfig, parse, with_sizes
 from prumerge_jax.training.fit import (
     RESERVE,
     Execution,
-    Frozen,
     abstract_frozen,
     abstract_step,
     choices,

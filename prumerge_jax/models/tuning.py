@@ -138,6 +138,8 @@ _FUSIONS = {
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     "xla_tpu_overlap_compute_collective_tc": True,
 }
+Frozen = Literal["sharded", "replicated"]
+"""Where the frozen weights of a run are: split over `fsdp`, or whole on every data shard."""
 SMALL_SLICE = 8
 """Chips, see `TrainingTuning`."""
 
@@ -151,30 +153,36 @@ class TrainingTuning:
         others are multiplied; of micro-batches on several devices.
       overlap_on_small_slices: in its place on slices of up to `SMALL_SLICE` chips; None for the
         same.
-      scoped_vmem: KiB of on-chip memory that a product of a micro-batch may use for its tiles; 0
-        leaves XLA's. The tower does without: more made it 4 % slower on v5e, 1 on v5p, and 8 on
-        v6e, where 64 MiB made it 5 % faster.
+      scoped_vmem: KiB of on-chip memory that a product of a micro-batch may use for its tiles, by
+        whether the frozen weights are sharded or replicated; XLA's own limit where there is none.
+        The tower does without: more made it 4 % slower on v5e, 1 on v5p, and 8 on v6e, where
+        64 MiB made it 5 % faster.
       replicates_frozen: whether every data shard holds the frozen weights whole where they fit,
         instead of gathering them.
     """
 
     overlap: Mapping[str, bool] = dataclasses.field(default_factory=dict)
     overlap_on_small_slices: Mapping[str, bool] | None = None
-    scoped_vmem: int = 0
+    scoped_vmem: Mapping[Frozen, int] = dataclasses.field(default_factory=dict)
     replicates_frozen: bool = False
 
 
 TRAINING: Mapping[str, TrainingTuning] = {
     # XLA overlaps without being asked. VMEM: 33.0 ms become 32.2; with 64 MiB 32.0, but rows of
     # 1536 positions then wait: 25.0, 24.8 and 26.2.
-    "TPU v5 lite": TrainingTuning(scoped_vmem=32 * 1024),
+    "TPU v5 lite": TrainingTuning(scoped_vmem={"sharded": 32 * 1024}),
     # Sparse cores: 19.1 ms, of which 3.2 are waited, become 16.2 and 0.1. On 8 chips XLA gives them
     # nothing, and fusions make 16.6 of 19.1 (on 64 chips they cost 13B 5 %). VMEM: 16.2 become 13.8
-    # (48 MiB: 14.0), on 8 chips 16.6 become 14.5. With frozen weights whole, before that: 16.8.
-    "TPU v5": TrainingTuning(_SPARSE_CORES, _FUSIONS, scoped_vmem=32 * 1024),
-    # Sparse cores: 15.1 ms, of which 4.8 are waited, become 10.9 and 0.4; VMEM: 10.4; frozen
-    # weights whole: 10.0 (64 MiB: 10.2). On 8 chips 11.4, 11.1 and 10.2.
-    "TPU v6 lite": TrainingTuning(_SPARSE_CORES, scoped_vmem=56 * 1024, replicates_frozen=True),
+    # (48 MiB: 14.0), on 8 chips 16.6 become 14.5. Replicated, 16.8 become 14.3.
+    "TPU v5": TrainingTuning(
+        _SPARSE_CORES, _FUSIONS, scoped_vmem={"sharded": 32 * 1024, "replicated": 32 * 1024}
+    ),
+    # Sparse cores: 15.1 ms, of which 4.8 are waited, become 10.9 and 0.4. Replicated, with more
+    # VMEM: 10.0 (64 MiB: 10.2), on 8 chips 10.2 for 11.4. Sharded with more VMEM: 10.4, but layers
+    # of 13B lose by it (a step 786 ms for 768).
+    "TPU v6 lite": TrainingTuning(
+        _SPARSE_CORES, scoped_vmem={"replicated": 56 * 1024}, replicates_frozen=True
+    ),
 }
 """By kind of device. The figures are XLA's estimates for a micro-batch of 2048 positions a chip
 through two layers of 7B and the head, on 64 chips where nothing else is said; docs/pods.md."""
@@ -194,15 +202,20 @@ def training(mesh: Mesh) -> TrainingTuning:
     return TRAINING.get(mesh.devices.flat[0].device_kind, TrainingTuning())
 
 
-def micro_batch_options(mesh: Mesh) -> dict[str, Any] | None:
-    """The options of XLA that training compiles its micro-batches with; None for none."""
+def micro_batch_options(mesh: Mesh, frozen: Frozen) -> dict[str, Any] | None:
+    """The options of XLA that training compiles its micro-batches with; None for none.
+
+    Args:
+      mesh: of the run.
+      frozen: where its frozen weights are.
+    """
     preferred = training(mesh)
     overlap = preferred.overlap
     if preferred.overlap_on_small_slices is not None and mesh.size <= SMALL_SLICE:
         overlap = preferred.overlap_on_small_slices
     if mesh.size == 1:  # nobody to gather from
         overlap = {}
-    vmem = preferred.scoped_vmem
+    vmem = preferred.scoped_vmem.get(frozen)
     return {**overlap, **({"xla_tpu_scoped_vmem_limit_kib": vmem} if vmem else {})} or None
 
 

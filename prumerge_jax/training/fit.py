@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -22,6 +22,7 @@ from prumerge_jax.cost.training import (
 )
 from prumerge_jax.models import tuning
 from prumerge_jax.models.remat import REMAT
+from prumerge_jax.models.tuning import Frozen
 from prumerge_jax.sharding.mesh import (
     bytes_per_device,
     logical_spec,
@@ -44,8 +45,6 @@ RESERVE = 0.1
 CHOICES = ("dots", "wide", "full")
 """Policies that are chosen from. `none` is not: by XLA's estimates it is no faster than `dots` and
 takes several times the memory (docs/pods.md)."""
-Frozen = Literal["sharded", "replicated"]
-"""Where the frozen weights are, see `config.ExecutionConfig`."""
 _FROZEN: tuple[Frozen, ...] = ("sharded", "replicated")
 
 
@@ -222,7 +221,7 @@ def abstract_step(
         optimizer,
         seed=config.seed,
         shardings=of_state,
-        xla_options=config.run.xla_options,
+        compiler_options=compiler_options(config, mesh),
     )
     return step, step.abstract_state(objective.trained()), abstract_frozen(config, objective, mesh)
 
@@ -242,6 +241,13 @@ def shardings_of(config: TrainConfig, objective: Objective, mesh: Mesh) -> dict[
     if config.run.frozen == "replicated":
         shardings |= {path: without_axis(shardings[path], "fsdp") for path in objective.frozen()}
     return shardings
+
+
+def compiler_options(config: TrainConfig, mesh: Mesh) -> dict[str, Any] | None:
+    """The options of XLA for the micro-batches of a run; the configuration leaves nothing open."""
+    if not config.run.xla_options:
+        return None
+    return tuning.micro_batch_options(mesh, execution(config).frozen)
 
 
 def _chosen(config: TrainConfig, mesh: Mesh, device: jax.Device) -> tuple[Execution, str]:

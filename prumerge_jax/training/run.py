@@ -25,7 +25,7 @@ from prumerge_jax.sharding.mesh import MESH_AXES, make_mesh, use_mesh
 from prumerge_jax.sharding.processes import DataShards
 from prumerge_jax.training.checkpoint import Checkpoints
 from prumerge_jax.training.config import ConfigError, MeshConfig, TrainConfig, parse, with_sizes
-from prumerge_jax.training.fit import fitted, shardings_of
+from prumerge_jax.training.fit import compiler_options, fitted, shardings_of
 from prumerge_jax.training.inputs import TrainingSource
 from prumerge_jax.training.loop import LoopConfig, Outputs, TrainingError, train
 from prumerge_jax.training.metrics import MetricWriter
@@ -274,7 +274,7 @@ def _step_function(setup: Setup, total_steps: int) -> TrainStep:
         optimizer,
         seed=config.seed,
         shardings=placed,
-        xla_options=config.run.xla_options,
+        compiler_options=compiler_options(config, setup.mesh),
     )
 
 

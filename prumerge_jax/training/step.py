@@ -14,7 +14,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from prumerge_jax.models.tuning import micro_batch_options
 from prumerge_jax.sharding.mesh import replicated
 from prumerge_jax.training.weights import Leaf, Shapes, Weights
 
@@ -54,7 +53,7 @@ class TrainStep:
       seed: seed of dropout; step and micro-batch are folded in, so that a resumed run draws the
         same.
       shardings: declared shardings of the state (`state_shardings`).
-      xla_options: whether the micro-batches are compiled with those of `tuning.TRAINING`.
+      compiler_options: options of XLA for micro-batches.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class TrainStep:
         *,
         seed: int,
         shardings: TrainState,
-        xla_options: bool = True,
+        compiler_options: dict[str, Any] | None = None,
     ) -> None:
         self._loss = loss
         self._optimizer = optimizer
@@ -80,7 +79,7 @@ class TrainStep:
             self._accumulate,
             donate_argnums=(0,),
             out_shardings=sums,
-            compiler_options=micro_batch_options(mesh) if xla_options else None,
+            compiler_options=compiler_options,
         )
         self.update = jax.jit(
             self._update,

@@ -115,9 +115,10 @@ def test_only_tpus_that_wait_for_each_other_are_told_to_overlap(
 ) -> None:
     on = np.array([SimpleNamespace(device_kind=kind)] * devices)
     mesh = SimpleNamespace(devices=on, size=devices)
-    options = tuning.micro_batch_options(mesh)  # type: ignore[arg-type]
+    options = tuning.micro_batch_options(mesh, "sharded")  # type: ignore[arg-type]
     assert {name for name in ("sparse_core", "fusion") if name in str(options)} == {means} - {None}
-    assert ("scoped_vmem" in str(options)) == (kind != "cpu")
+    replicated = tuning.micro_batch_options(mesh, "replicated") or {}  # type: ignore[arg-type]
+    assert ("xla_tpu_scoped_vmem_limit_kib" in replicated) == (kind in ("TPU v5", "TPU v6 lite"))
 
 
 def test_what_was_compiled_with_one_tuning_does_not_run_with_another() -> None:

@@ -16,6 +16,7 @@ from configs import prumerge_7b_lora, prumerge_13b_lora
 from prumerge_jax.cost import CHIPS, counts
 from prumerge_jax.cost.training import MicroBatch, kept_bytes, working_bytes
 from prumerge_jax.models.remat import REMAT
+from prumerge_jax.models.tuning import Frozen
 from prumerge_jax.sharding.mesh import make_mesh, use_mesh
 from prumerge_jax.training import fit
 from prumerge_jax.training.batches import RowBatch
@@ -35,7 +36,7 @@ from tests.training.bench import Bench, lora_config
 from tests.training.test_mesh import MODEL
 
 GIB = 2**30
-SHARDED: dict[fit.Frozen, int] = {"sharded": GIB}
+SHARDED: dict[Frozen, int] = {"sharded": GIB}
 POD = {"data": 2, "fsdp": 32, "tensor": 1}
 V5E = CHIPS["tpu-v5e"]
 
@@ -100,7 +101,7 @@ def test_short_rows_share_the_gathers_of_the_weights() -> None:
 def test_frozen_weights_are_whole_where_that_is_preferred_and_fits() -> None:
     """Keeping more of a layer comes first: recomputing costs more than gathering."""
     config, found = open_config(), []
-    resident: dict[fit.Frozen, int] = {"replicated": 14 * GIB, "sharded": GIB}
+    resident: dict[Frozen, int] = {"replicated": 14 * GIB, "sharded": GIB}
     for gib in (100, 26, 20, 0.5):
         found.append(choices(config, resident, POD, CHIPS["tpu-v6e"], gib * GIB)[0])
     assert found == [
@@ -150,7 +151,7 @@ def trained(
     sizes: tuple[int, int, int],
     rows: int,
     dropout: float,
-    frozen: fit.Frozen = "sharded",
+    frozen: Frozen = "sharded",
 ) -> tuple[TrainState, list[float]]:
     adapter = ml_collections.ConfigDict({"rank": 4, "alpha": 8.0, "dropout": dropout})
     run = ml_collections.ConfigDict({"frozen": frozen})
