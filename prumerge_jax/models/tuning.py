@@ -140,8 +140,6 @@ _FUSIONS = {
 }
 Frozen = Literal["sharded", "replicated"]
 """Where the frozen weights of a run are: split over `fsdp`, or whole on every data shard."""
-SMALL_SLICE = 8
-"""Chips, see `TrainingTuning`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +149,7 @@ class TrainingTuning:
     Attributes:
       overlap: options of XLA with which the weights of a layer, and sums of gradients, travel while
         others are multiplied; of micro-batches on several devices.
-      overlap_on_small_slices: in its place on slices of up to `SMALL_SLICE` chips; None for the
-        same.
+      overlap_by_chips: in its place on slices of exactly so many chips.
       scoped_vmem: KiB of on-chip memory that a product of a micro-batch may use for its tiles, by
         whether the frozen weights are sharded or replicated; XLA's own limit where there is none.
         The tower does without: more made it 4 % slower on v5e, 1 on v5p, and 8 on v6e, where
@@ -162,7 +159,7 @@ class TrainingTuning:
     """
 
     overlap: Mapping[str, bool] = dataclasses.field(default_factory=dict)
-    overlap_on_small_slices: Mapping[str, bool] | None = None
+    overlap_by_chips: Mapping[int, Mapping[str, bool]] = dataclasses.field(default_factory=dict)
     scoped_vmem: Mapping[Frozen, int] = dataclasses.field(default_factory=dict)
     replicates_frozen: bool = False
 
@@ -171,11 +168,13 @@ TRAINING: Mapping[str, TrainingTuning] = {
     # XLA overlaps without being asked. VMEM: 33.0 ms become 32.2; with 64 MiB 32.0, but rows of
     # 1536 positions then wait: 25.0, 24.8 and 26.2.
     "TPU v5 lite": TrainingTuning(scoped_vmem={"sharded": 32 * 1024}),
-    # Sparse cores: 19.1 ms, of which 3.2 are waited, become 16.2 and 0.1. On 8 chips XLA gives them
-    # nothing, and fusions make 16.6 of 19.1 (on 64 chips they cost 13B 5 %). VMEM: 16.2 become 13.8
-    # (48 MiB: 14.0), on 8 chips 16.6 become 14.5. Replicated, 16.8 become 14.3.
+    # Sparse cores: 19.1 ms, of which 3.2 are waited, become 16.2 and 0.1. On 8 and 256 chips XLA
+    # gives them nothing, and fusions make 16.6 of 19.1 on 8 (on 64 they cost 13B 5 %). VMEM: 16.2
+    # become 13.8 (48 MiB: 14.0), on 8 chips 16.6 become 14.5. Replicated, 16.8 become 14.3.
     "TPU v5": TrainingTuning(
-        _SPARSE_CORES, _FUSIONS, scoped_vmem={"sharded": 32 * 1024, "replicated": 32 * 1024}
+        _FUSIONS,
+        overlap_by_chips={64: _SPARSE_CORES},
+        scoped_vmem={"sharded": 32 * 1024, "replicated": 32 * 1024},
     ),
     # Sparse cores: 15.1 ms, of which 4.8 are waited, become 10.9 and 0.4. Replicated, with more
     # VMEM: 10.0 (64 MiB: 10.2), on 8 chips 10.2 for 11.4. Sharded with more VMEM: 10.4, but layers
@@ -210,9 +209,7 @@ def micro_batch_options(mesh: Mesh, frozen: Frozen) -> dict[str, Any] | None:
       frozen: where its frozen weights are.
     """
     preferred = training(mesh)
-    overlap = preferred.overlap
-    if preferred.overlap_on_small_slices is not None and mesh.size <= SMALL_SLICE:
-        overlap = preferred.overlap_on_small_slices
+    overlap = preferred.overlap_by_chips.get(mesh.size, preferred.overlap)
     if mesh.size == 1:  # nobody to gather from
         overlap = {}
     vmem = preferred.scoped_vmem.get(frozen)

@@ -105,6 +105,7 @@ def test_the_platform_chooses_and_a_context_overrides() -> None:
         ("TPU v6 lite", 1, None),
         ("TPU v5", 64, "sparse_core"),
         ("TPU v5", 8, "fusion"),
+        ("TPU v5", 256, "fusion"),
         ("TPU v5", 1, None),
         ("TPU v5 lite", 8, None),
         ("cpu", 8, None),
