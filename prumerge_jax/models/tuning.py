@@ -1,7 +1,7 @@
 """Preferences of each platform: which of several equivalent forms of a computation it runs fastest.
 
-Every form computes the same; they differ in time, in memory and in the last bits. The table below
-is the only place that knows what a platform prefers. What a platform *cannot* do is not a
+Every form computes the same; they differ in time, in memory and in the last bits. The tables below
+are the only place that knows what a platform prefers. What a platform *cannot* do is not a
 preference: the code that works around it asks for the platform itself.
 
 To compare on a chip:

@@ -208,21 +208,28 @@ def _resident_bytes(config: TrainConfig, mesh: Mesh) -> int:
     return bytes_per_device((state, state.trained, frozen, visual, visual))
 
 
+def make_step(config: TrainConfig, objective: Objective, mesh: Mesh, total_steps: int) -> TrainStep:
+    """The step of a run of this length; the configuration leaves nothing open."""
+    optimizer = make_optimizer(config.optimizer, total_steps, objective.learning_rates)
+    shardings = objective.module.shardings(mesh)
+    options = None
+    if config.run.xla_options:
+        options = tuning.micro_batch_options(mesh, execution(config).frozen)
+    return TrainStep(
+        objective.loss,
+        optimizer,
+        seed=config.seed,
+        shardings=state_shardings(optimizer, objective.trained(), shardings, mesh),
+        compiler_options=options,
+    )
+
+
 def abstract_step(
     config: TrainConfig, objective: Objective, mesh: Mesh
 ) -> tuple[TrainStep, Any, Shapes]:
     """The step, its state and the frozen weights, all as shapes with shardings."""
-    shardings = objective.module.shardings(mesh)
     # The length of the run is in the schedule alone; no shape depends on it.
-    optimizer = make_optimizer(config.optimizer, 1000, objective.learning_rates)
-    of_state = state_shardings(optimizer, objective.trained(), shardings, mesh)
-    step = TrainStep(
-        objective.loss,
-        optimizer,
-        seed=config.seed,
-        shardings=of_state,
-        compiler_options=compiler_options(config, mesh),
-    )
+    step = make_step(config, objective, mesh, total_steps=1000)
     return step, step.abstract_state(objective.trained()), abstract_frozen(config, objective, mesh)
 
 
@@ -241,13 +248,6 @@ def shardings_of(config: TrainConfig, objective: Objective, mesh: Mesh) -> dict[
     if config.run.frozen == "replicated":
         shardings |= {path: without_axis(shardings[path], "fsdp") for path in objective.frozen()}
     return shardings
-
-
-def compiler_options(config: TrainConfig, mesh: Mesh) -> dict[str, Any] | None:
-    """The options of XLA for the micro-batches of a run; the configuration leaves nothing open."""
-    if not config.run.xla_options:
-        return None
-    return tuning.micro_batch_options(mesh, execution(config).frozen)
 
 
 def _chosen(config: TrainConfig, mesh: Mesh, device: jax.Device) -> tuple[Execution, str]:

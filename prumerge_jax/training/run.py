@@ -25,13 +25,12 @@ from prumerge_jax.sharding.mesh import MESH_AXES, make_mesh, use_mesh
 from prumerge_jax.sharding.processes import DataShards
 from prumerge_jax.training.checkpoint import Checkpoints
 from prumerge_jax.training.config import ConfigError, MeshConfig, TrainConfig, parse, with_sizes
-from prumerge_jax.training.fit import compiler_options, fitted, shardings_of
+from prumerge_jax.training.fit import fitted, make_step, shardings_of
 from prumerge_jax.training.inputs import TrainingSource
 from prumerge_jax.training.loop import LoopConfig, Outputs, TrainingError, train
 from prumerge_jax.training.metrics import MetricWriter
 from prumerge_jax.training.objectives.registry import Objective, make_objective
-from prumerge_jax.training.optimizer import make_optimizer, schedule
-from prumerge_jax.training.step import TrainStep, state_shardings
+from prumerge_jax.training.optimizer import schedule
 from prumerge_jax.training.weights import Pretrained, Weights, load_pretrained
 from prumerge_jax.training.workdir import (
     CHECKPOINTS,
@@ -210,7 +209,7 @@ def _train(setup: Setup, workdir: pathlib.Path, stop: StopFlag) -> Weights | Non
     config, objective, mesh = setup.config, setup.objective, setup.mesh
     data = setup.source.prepare()
     total_steps = _steps(config, data.samples)
-    step_function = _step_function(setup, total_steps)
+    step_function = make_step(config, objective, mesh, total_steps)
     checkpoints = _checkpoints(setup, workdir)
     restored = checkpoints.restore(step_function.abstract_state(objective.trained()))
     load = functools.partial(
@@ -262,20 +261,6 @@ def _export(setup: Setup, trained: Weights, directory: pathlib.Path) -> None:
             "checkpoint of the last step is intact: mend that and run the same command"
         ) from error
     _logger.info("wrote the model to %s", directory)
-
-
-def _step_function(setup: Setup, total_steps: int) -> TrainStep:
-    objective, config = setup.objective, setup.config
-    optimizer = make_optimizer(config.optimizer, total_steps, objective.learning_rates)
-    shardings = objective.module.shardings(setup.mesh)
-    placed = state_shardings(optimizer, objective.trained(), shardings, setup.mesh)
-    return TrainStep(
-        objective.loss,
-        optimizer,
-        seed=config.seed,
-        shardings=placed,
-        compiler_options=compiler_options(config, setup.mesh),
-    )
 
 
 def _checkpoints(setup: Setup, workdir: pathlib.Path) -> Checkpoints:
