@@ -50,6 +50,7 @@ from prumerge_jax.training.fit import (
 )
 from prumerge_jax.training.objectives.next_token import (
     abstract_rows,
+    crops_per_part,
     lower_encoder,
     row_shape,
 )
@@ -106,7 +107,8 @@ class TrainingPlan:
       lora_rank: rank of the adapters, 0 without.
       remat: policy of rematerialisation, likewise.
       frozen: where the frozen weights are, likewise.
-      encode: the tower and the reduction, once per step.
+      encode: the tower and the reduction, of `crops_per_part` crops on all chips.
+      crops_per_part: see there.
       accumulate: one micro-batch, forward and backward, by the length of its rows.
       update: the optimizer, once per step.
       resident: bytes per chip of weights, optimizer, gradient sums and visual tokens.
@@ -123,6 +125,7 @@ class TrainingPlan:
     remat: str
     frozen: Frozen
     encode: Program
+    crops_per_part: int
     accumulate: Mapping[int, Program]
     update: Program
     resident: int
@@ -148,7 +151,8 @@ class TrainingPlan:
         """The programs of a step and how often each runs."""
         micro_batches = collections.Counter(self.row_lengths)
         counted = [(self.accumulate[length], runs) for length, runs in micro_batches.items()]
-        return [(self.encode, 1), *counted, (self.update, 1)]
+        parts = math.ceil(self.samples.count * self.samples.crops / self.crops_per_part)
+        return [(self.encode, parts), *counted, (self.update, 1)]
 
     @property
     def memory(self) -> int:
@@ -276,9 +280,9 @@ def _plan(
     }
     with use_mesh(mesh):
         objective = make_objective(chosen)
-        crops = config.batch_size * config.room_for_crops
+        crops = crops_per_part(chosen, sizes["data"] * sizes["fsdp"])
         kernel = tower_kernel_flops(model.vision, crops, objective.dtype) / mesh.size
-        lowered = lower_encoder(chosen, abstract_frozen(chosen, objective, mesh), mesh)
+        lowered = lower_encoder(chosen, abstract_frozen(chosen, objective, mesh), mesh, crops)
         encode = compile_program("encode", lowered, kernel)
     return TrainingPlan(
         topology=topology,
@@ -291,6 +295,7 @@ def _plan(
         remat=choice.remat,
         frozen=choice.frozen,
         encode=encode,
+        crops_per_part=crops,
         accumulate={**shorter, shape.length: accumulate},
         update=update,
         resident=resident[choice.frozen],

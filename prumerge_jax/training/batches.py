@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from prumerge_jax.data import packing
 from prumerge_jax.data.pipeline import Example
@@ -27,7 +26,6 @@ from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.data.visual_layout import CropTokens, runs
 from prumerge_jax.messages import quoted
 from prumerge_jax.prumerge import VisualTokens
-from prumerge_jax.sharding.mesh import logical_spec
 from prumerge_jax.sharding.processes import (
     DataShards,
     addressable_rows,
@@ -35,6 +33,7 @@ from prumerge_jax.sharding.processes import (
     to_global_array,
 )
 from prumerge_jax.training.inputs import kept_tokens
+from prumerge_jax.training.parts import EncoderInParts
 from prumerge_jax.training.weights import Leaf
 
 SHORTEST_ROW = 512
@@ -118,7 +117,8 @@ class BatchPacker:
     """Encodes, packs and places the batches of a run.
 
     Args:
-      encode: images [B, S, S, 3] uint8 on the devices -> their visual tokens.
+      encode: images [b, S, S, 3] uint8 on the devices -> their visual tokens; called for parts of a
+        batch, see `parts.py`.
       num_patches: N, the patches of an unreduced image.
       shape: shape of the rows.
       mesh: the devices.
@@ -132,7 +132,7 @@ class BatchPacker:
         shape: RowShape,
         mesh: Mesh,
     ) -> None:
-        self._encode = encode
+        self._encode = EncoderInParts(encode, mesh)
         self._num_patches = num_patches
         self._shape = shape
         self._mesh = mesh
@@ -162,21 +162,10 @@ class BatchPacker:
 
     def _encoded(self, examples: Sequence[Example]) -> Any:
         # The tower is one computation of all processes: it runs where any of them has an image.
-        if allgather_ints([any(example.has_image for example in examples)]).any():
-            pixels = np.stack([example.pixels for example in examples])
-            return self._encode(to_global_array(pixels, self._mesh))
-        return self._nothing_encoded(len(examples), examples[0].pixels.shape)
-
-    @functools.cache  # noqa: B019, a packer lives as long as its run
-    def _nothing_encoded(self, local: int, image: tuple[int, ...]) -> Any:
-        """Zeros of the shape that the tower gives for as many images."""
-        pixels = jax.ShapeDtypeStruct((self._global(local), *image), np.uint8)
-        shapes = jax.eval_shape(self._encode, pixels)
-        zeros = jax.jit(
-            lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
-            out_shardings=NamedSharding(self._mesh, logical_spec("batch")),
-        )
-        return zeros()
+        needed = allgather_ints([any(example.has_image for example in examples)]).any()
+        pixels = np.stack([example.pixels for example in examples])
+        rows = len(examples) // len(self._shards.local)
+        return self._encode(pixels, used=rows if needed else 0)
 
     def _global(self, rows: int) -> int:
         return rows * self._shards.total // len(self._shards.local)

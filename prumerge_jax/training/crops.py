@@ -6,7 +6,6 @@ All crops of a sample are on its data shard, so that its tokens are gathered wit
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,9 +24,10 @@ from prumerge_jax.messages import quoted
 from prumerge_jax.prumerge import VisualTokens
 from prumerge_jax.reductions import Reduction
 from prumerge_jax.sharding.mesh import constrain, logical_spec
-from prumerge_jax.sharding.processes import addressable_rows, allgather_ints, to_global_array
+from prumerge_jax.sharding.processes import addressable_rows, allgather_ints
 from prumerge_jax.training.batches import BatchPacker, Planned, RowBatch, RowShape
 from prumerge_jax.training.inputs import kept_tokens
+from prumerge_jax.training.parts import EncoderInParts
 
 Encode = Callable[[jax.Array, jax.Array], VisualTokens]
 """Crops [B, S, S, 3] uint8 and, of images, [B, N] bool which patches lie on the image, of videos,
@@ -81,7 +81,9 @@ class CropPacker(BatchPacker):
         self, encoders: Sequence[Encode], *, capacity: CropCapacity, shape: RowShape, mesh: Mesh
     ) -> None:
         super().__init__(encoders[0], num_patches=capacity.num_patches, shape=shape, mesh=mesh)
-        self._encoders, self._capacity = tuple(encoders), capacity
+        others = (EncoderInParts(encode, mesh) for encode in encoders[1:])
+        self._encoders = [self._encode, *others]
+        self._capacity = capacity
         self._join = jax.jit(_interleaved, out_shardings=NamedSharding(mesh, logical_spec("batch")))
 
     def _encoded(self, examples: Sequence[Example]) -> _Encoded:
@@ -108,34 +110,13 @@ class CropPacker(BatchPacker):
                 if not layout.frames:
                     on_image[kind, here] = layout.on_image()
                 rows[-1].append([row * kinds + kind for row in range(here.start, here.stop)])
-        # A tower is one computation of all processes: it runs where any of them needs it.
-        needed = np.any(allgather_ints(used.sum(axis=1).tolist()), axis=0).tolist()
+        # A tower is one computation of all processes: it runs as often as any of them needs it.
+        most = np.max(allgather_ints(used.max(axis=1).tolist()), axis=0)
         of_kinds = [
-            encode(
-                to_global_array(pixels[kind], self._mesh),
-                to_global_array((on_image, first)[kind][kind], self._mesh),
-            )
-            if needed[kind]
-            else self._nothing(kind, size)
+            encode(pixels[kind], (on_image, first)[kind][kind], used=int(most[kind]))
             for kind, encode in enumerate(self._encoders)
         ]
         return _Encoded(self._join(of_kinds), rows)
-
-    @functools.cache  # noqa: B019, a packer lives as long as its run
-    def _nothing(self, kind: int, local: int) -> VisualTokens:
-        """Zeros of the shape that an encoder gives."""
-        size, side = self._global(local), self._capacity.side
-        second = (size, self._capacity.num_patches) if kind == 0 else (size,)
-        shapes = jax.eval_shape(
-            self._encoders[kind],
-            jax.ShapeDtypeStruct((size, side, side, 3), np.uint8),
-            jax.ShapeDtypeStruct(second, np.bool_),
-        )
-        zeros = jax.jit(
-            lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
-            out_shardings=NamedSharding(self._mesh, logical_spec("batch")),
-        )
-        return zeros()
 
     def _too_many(self, examples: Sequence[Example], local: int) -> str:
         per_shard, most = len(examples) // local, 0

@@ -24,6 +24,7 @@ from prumerge_jax.training.config import ConfigError, TrainConfig
 from prumerge_jax.training.crops import CropCapacity, CropPacker
 from prumerge_jax.training.inputs import TrainingSource, open_conversations
 from prumerge_jax.training.objectives.registry import Objective, Packer
+from prumerge_jax.training.parts import crops_at_a_time
 from prumerge_jax.training.weights import (
     AbstractModule,
     Shapes,
@@ -180,6 +181,12 @@ def crop_packer(config: TrainConfig, weights: Weights, mesh: Mesh) -> CropPacker
     return CropPacker(encoders, capacity=capacity, shape=row_shape(config, mesh), mesh=mesh)
 
 
+def _kinds_of_crops(config: TrainConfig) -> int:
+    """How many encoders `crop_encoders` gives, each with its own room for crops."""
+    has_own = config.shows_crops and frame_form(config.sizes, crop_reduction(config)) is not None
+    return 2 if has_own else 1
+
+
 def crop_encoders(
     config: TrainConfig, weights: Weights | Shapes, mesh: Mesh
 ) -> "list[ImageEncoder]":
@@ -237,22 +244,30 @@ def abstract_rows(config: TrainConfig, shards: int, length: int) -> RowBatch:
     """
     row = jax.ShapeDtypeStruct((config.run.rows_per_shard * shards, length), jnp.int32)
     width = config.sizes.vision.width + run_reduction(config).weighs_tokens
-    crops = config.batch_size * config.room_for_crops
+    crops = config.batch_size * config.room_for_crops * _kinds_of_crops(config)
     tokens = (crops, visual_capacity(config), width)
     visual = jax.ShapeDtypeStruct(tokens, jnp.dtype(config.dtype))
     return RowBatch(row, row, row, row, row, visual)
 
 
-def lower_encoder(config: TrainConfig, frozen: Shapes, mesh: Mesh) -> jax.stages.Lowered:
-    """The encoder of a batch's images, for compiling ahead of time.
+def crops_per_part(config: TrainConfig, shards: int) -> int:
+    """Crops of all data shards that are encoded at a time."""
+    return shards * crops_at_a_time(config.batch_size * config.room_for_crops // shards)
+
+
+def lower_encoder(
+    config: TrainConfig, frozen: Shapes, mesh: Mesh, crops: int
+) -> jax.stages.Lowered:
+    """The encoder of images, for compiling ahead of time.
 
     Args:
       config: configuration of the run, model sizes included.
       frozen: shapes of the frozen weights.
       mesh: the devices.
+      crops: number of crops on all of them.
     """
     vision, batch = config.sizes.vision, NamedSharding(mesh, logical_spec("batch"))
-    crops, side = config.batch_size * config.room_for_crops, vision.image_size
+    side = vision.image_size
     pixels = placed(jax.ShapeDtypeStruct((crops, side, side, 3), jnp.uint8), batch)
     if not config.shows_crops:
         return ImageEncoder(config, frozen, mesh).lower(pixels)
