@@ -11,6 +11,8 @@ largest `figure` that passes; the exit status is 1 where one does not. What the 
   `--cases`: an .npz with `<i>/hidden`, `<i>/keys` [N+1, D] and `<i>/query_cls` [D], whose attention
   is computed too.
 - `merged`: the largest difference of their tokens.
+- `attention`: of two images, by heads of 64, 72 and 128 numbers, each with its own backend; the
+  largest of their figures, which are as of `logits`.
 - `logits`: of packed rows, root mean square of the difference over that of the logits.
 - `packed`: the largest difference of a log-likelihood between a request that is alone and one that
   shares its rows with others, in nats.
@@ -48,7 +50,7 @@ from prumerge_jax.engine.engine import Engine
 from prumerge_jax.engine.request import Request
 from prumerge_jax.engine.shapes import EngineConfig, fit
 from prumerge_jax.models import tuning
-from prumerge_jax.models.attention import backend_for
+from prumerge_jax.models.attention import attend, backend_for
 from prumerge_jax.models.config import LlavaConfig
 from prumerge_jax.models.tuning import Tuning
 from prumerge_jax.sharding.mesh import mesh_on, replicated, use_mesh
@@ -57,6 +59,7 @@ Model = tuple[nnx.GraphDef, nnx.State]
 REDUCTIONS = ("prumerge", "prumerge+")
 LOGITS = {"float32": 0.005, "bfloat16": 0.05}  # float32 products take fewer bits on accelerators
 NATS = {"float32": 0.005, "bfloat16": 0.1}
+HEADS = 64, 72, 128
 SUMMATION = 1e-4
 
 
@@ -107,6 +110,24 @@ def selection(
         line("selection", other, 0, f"of {compared} reductions"),
         line("merged", furthest, SUMMATION, "largest difference of a token"),
     ]
+
+
+def heads(dtype: jnp.dtype, cpu: Mesh) -> dict[str, Any]:
+    """The line `attention`: this dtype and tuning, and float32 without any tuning."""
+    errors, backends = [], []
+    for width in HEADS:
+        shape = (3, 2, 729, 4, width)  # SigLIP's patches
+        given = np.random.default_rng(width).standard_normal(shape, np.float32)
+        given = np.asarray(given.astype(dtype), np.float32)
+        got = jax.jit(attend)(*jnp.asarray(given, dtype))
+        with use_mesh(cpu), tuning.use(Tuning.plain()), jax.default_matmul_precision("highest"):
+            expected = np.asarray(jax.jit(attend)(*jax.device_put(given, replicated(cpu))))
+        error = np.mean((np.asarray(got, np.float32) - expected) ** 2) / np.mean(expected**2)
+        errors.append(float(np.sqrt(error)))
+        backends.append(backend_for(dtype, width))
+    return line(
+        "attention", max(errors), LOGITS[dtype.name], f"{dtype.name}, {', '.join(backends)}"
+    )
 
 
 def logits(model: Model, rows: programs.Rows, tokens: jax.Array, form: Tuning) -> np.ndarray:
@@ -242,6 +263,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     progress("selection of patches, on both sides")
     results = selection(config, arguments.kept, arguments.cases, cpu)
+    progress("attention of heads, on both sides")
+    results.append(heads(dtype, mesh_on([cpu])))
     progress("logits of packed rows, on both sides")
     results.append(compare_logits(config, model, dtype, mesh_on([cpu])))
     progress("requests alone and in company")

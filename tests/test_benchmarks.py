@@ -162,7 +162,8 @@ def test_other_numbers_than_the_cpus_are_an_error(
         numerics.main(["--geometry=tiny", "--kept=3"])
     assert stopped.value.code == 1
     passed = re.findall(r"^ *(\w+) .* (yes|NO) ", capsys.readouterr().out, re.M)
-    assert dict(passed) == {"selection": "yes", "merged": "yes", "logits": "NO"}
+    right_ones = {"selection": "yes", "merged": "yes", "attention": "yes"}
+    assert dict(passed) == {**right_ones, "logits": "NO"}
 
 
 def test_drawn_counts_reach_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:

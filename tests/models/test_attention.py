@@ -160,6 +160,7 @@ def test_half_precision_rounds_and_no_more(implementation: str, dtype) -> None:
     ("implementation", "length", "width", "longest", "causal"),
     [
         ("splash", 300, 16, None, True),  # padded at the end, to three blocks
+        ("splash", 128, 72, None, False),
         ("splash", 384, 128, 150, False),
         ("blocks", 3 * QUERY_BLOCK + 40, 16, 150, True),
         *(
@@ -321,7 +322,9 @@ def test_queries_may_be_scaled_before(implementation: str, branched: bool) -> No
     [
         ("splash", "bfloat16", 128, "splash"),
         ("splash", "float32", 64, "splash"),
-        ("splash", "bfloat16", 72, "xla"),  # SigLIP's heads
+        ("splash", "bfloat16", 72, "splash"),  # SigLIP's heads
+        ("splash", "bfloat16", 60, "xla"),
+        ("splash", "bfloat16", 16, "xla"),
         ("cudnn", "bfloat16", 128, "cudnn"),
         ("cudnn", "float16", 72, "cudnn"),
         ("cudnn", "float32", 128, "xla"),

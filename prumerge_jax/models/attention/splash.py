@@ -15,14 +15,18 @@ from prumerge_jax.sharding.mesh import Axes, platform
 
 MAX_BLOCK = 640
 """Queries, and keys, per block at most."""
+NARROWEST = 64
+"""Width of heads from which on the kernel is used: half of what a product takes in at a time."""
 _LANES = 128
 """TPU lane count; block sizes must be multiples."""
+_SUBLANES = 8
+"""Rows of a vector register, as which the kernel holds narrow heads."""
 
 
 def takes(dtype: jnp.dtype, head_dim: int) -> bool:
     """Whether the kernel takes heads of this width and dtype."""
     del dtype
-    return head_dim % 64 == 0
+    return head_dim >= NARROWEST and head_dim % _SUBLANES == 0
 
 
 def attend(
