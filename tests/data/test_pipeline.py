@@ -1,6 +1,7 @@
 """Reading samples: decoding and labelling, order, resuming."""
 
 import io
+import multiprocessing.process
 
 import grain
 import numpy as np
@@ -179,6 +180,37 @@ def test_scenes_of_one_layout_stay_together_when_grouped_first(source, preproces
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_workers_whose_batches_nobody_takes_are_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Elements that no pipe holds, so that a worker cannot end by itself."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    large = grain.MapDataset.source(range(64)).map(megabyte)
+    iterator = pipeline.read(large, num_threads=1, num_workers=2)
+    assert next(iterator).nbytes == 1 << 20
+    workers = multiprocessing.active_children()
+    waits = []
+    join = multiprocessing.process.BaseProcess.join
+
+    def spy(process: multiprocessing.process.BaseProcess, timeout: float | None = None) -> None:
+        waits.append(timeout)
+        join(process, timeout)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "join", spy)
+    iterator.close()
+    assert waits == [0.5, 0.5]
+    assert len(workers) == 2
+    for worker in workers:
+        join(worker, 10)
+        assert not worker.is_alive()
+
+
+def megabyte(index: int) -> np.ndarray:
+    return np.full(1 << 20, index, np.uint8)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_reading_resumes_where_the_state_was_taken(source, preprocess, num_workers) -> None:
     if not flags.FLAGS.is_parsed():
