@@ -101,12 +101,10 @@ class TrainingPlan:
       model: sizes.
       mesh: sizes of the mesh's axes.
       samples: assumptions about the data.
-      rows_per_shard: rows of a micro-batch per data shard, chosen where the configuration leaves
-        them open.
+      execution: rematerialisation, rows and place of the frozen weights, chosen where the
+        configuration leaves them open.
       row_length: positions of a row.
       lora_rank: rank of the adapters, 0 without.
-      remat: policy of rematerialisation, likewise.
-      frozen: where the frozen weights are, likewise.
       encode: the tower and the reduction, of `crops_per_part` crops on all chips.
       crops_per_part: see there.
       accumulate: one micro-batch, forward and backward, by the length of its rows.
@@ -119,11 +117,9 @@ class TrainingPlan:
     model: LlavaConfig
     mesh: Sizes
     samples: Samples
-    rows_per_shard: int
+    execution: Execution
     row_length: int
     lora_rank: int
-    remat: str
-    frozen: Frozen
     encode: Program
     crops_per_part: int
     accumulate: Mapping[int, Program]
@@ -134,7 +130,7 @@ class TrainingPlan:
     @property
     def rows(self) -> int:
         """Rows of a micro-batch, over all chips."""
-        return self.mesh["data"] * self.mesh["fsdp"] * self.rows_per_shard
+        return self.mesh["data"] * self.mesh["fsdp"] * self.execution.rows_per_shard
 
     @property
     def row_lengths(self) -> list[int]:
@@ -184,7 +180,7 @@ class TrainingPlan:
 
     def lines(self) -> list[str]:
         """The plan as lines of text."""
-        chip, samples = self.topology.chip, self.samples
+        chip, samples, chosen = self.topology.chip, self.samples, self.execution
         flops = {name: value / 1e12 for name, value in self.model_flops.items()}
         source = f" ({samples.source})" if samples.source else ""
         return [
@@ -196,8 +192,8 @@ class TrainingPlan:
             f"{PACKING_OVERHEAD}: micro-batches of {self.rows} rows of "
             f"{' + '.join(map(str, self.row_lengths))} positions, "
             f"{100 * self.filled:.0f} % of them real",
-            f"remat {self.remat}, {self.rows_per_shard} rows of {self.row_length} tokens per data "
-            f"shard, frozen weights {self.frozen}",
+            f"remat {chosen.remat}, {chosen.rows_per_shard} rows of {self.row_length} tokens per "
+            f"data shard, frozen weights {chosen.frozen}",
             memory_line(self.memory, self.resident, chip),
             *program_lines(self.programs, chip),
             f"model FLOPs of a step {sum(flops.values()):.0f} T: "
@@ -289,11 +285,9 @@ def _plan(
         model=model,
         mesh=sizes,
         samples=samples[0],
-        rows_per_shard=choice.rows_per_shard,
+        execution=choice,
         row_length=config.row_length,
         lora_rank=0 if config.adapter is None else config.adapter.rank,
-        remat=choice.remat,
-        frozen=choice.frozen,
         encode=encode,
         crops_per_part=crops,
         accumulate={**shorter, shape.length: accumulate},

@@ -17,6 +17,7 @@ from prumerge_jax.aot.topology import Topology, topology
 from prumerge_jax.aot.training import PACKING_OVERHEAD, Samples, TrainingPlan, plan_training
 from prumerge_jax.cost import CHIPS, counts
 from prumerge_jax.models.config import LlavaConfig, TextConfig, published
+from prumerge_jax.training.fit import Execution
 from tests.programs import run_program
 
 GIB = 2**30
@@ -39,11 +40,9 @@ def plan(samples: Samples) -> TrainingPlan:
         model=published("llava-1.5-7b"),
         mesh={"data": 1, "fsdp": 8, "tensor": 1},
         samples=samples,
-        rows_per_shard=1,
+        execution=Execution("wide", 1),
         row_length=2048,
         lora_rank=128,
-        remat="wide",
-        frozen="sharded",
         encode=program("encode", cycles=15_000_000, received=0),
         crops_per_part=128,
         accumulate={
@@ -139,7 +138,7 @@ def test_a_step_compiled_for_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "batch_size 6 is not a multiple of its 4 data shards" in found.rejected[0]
     assert found.encode.cost.cycles > 0
     assert found.samples.visual_tokens == pytest.approx(40 * 16 / 576)  # of 16 patches
-    assert (found.remat, found.rows_per_shard) == ("dots", 2)  # rows are short
+    assert (found.execution.remat, found.execution.rows_per_shard) == ("dots", 2)  # rows are short
     (accumulate,) = found.accumulate.values()
     assert accumulate.cost.parts["adapter"] > 0
     assert (found.rows, found.row_lengths) == (2 * 2, [128] * len(found.row_lengths))
@@ -187,11 +186,11 @@ def test_frozen_weights_that_fit_are_not_gathered(monkeypatch: pytest.MonkeyPatc
         config.run.frozen, config.run.mesh.data = frozen, 1
         found = plan_training(config, topology("v6e:2x2"))
         assert found.mesh == {"data": 1, "fsdp": 4, "tensor": 1}
-        assert f"frozen weights {found.frozen}" in "\n".join(found.lines())
+        assert f"frozen weights {found.execution.frozen}" in "\n".join(found.lines())
         (accumulate,) = found.accumulate.values()
         received.append(sum(t.bytes for t in accumulate.cost.collectives.values()))
         resident.append(found.resident)
-        assert bool(found.encode.cost.collectives) == (found.frozen == "sharded")
+        assert bool(found.encode.cost.collectives) == (found.execution.frozen == "sharded")
     layers = 2 * counts.block_parameters(found.model.text)  # in bfloat16, forward and backward
     assert received[1] >= 2 * layers * 3 / 4
     assert received[0] < 2 * layers * 3 / 4 / 4  # adapters and sums of their gradients
