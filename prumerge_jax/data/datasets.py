@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from prumerge_jax.data import conversation, llava_json, samples
+from prumerge_jax.data.images import OneOfSeveral, Shown
 from prumerge_jax.data.samples import Sample
 from prumerge_jax.messages import did_you_mean, quoted
 
@@ -69,6 +70,11 @@ class Dataset(Protocol):
 
     def conversations(self) -> Iterator[Sample]:
         """The samples with an empty image file each, for what depends on the text alone."""
+        ...
+
+    def shown(self) -> Iterator[tuple[Shown | OneOfSeveral, ...]]:
+        """What each of them shows, for what depends on the size of images; files need not be read
+        before."""
         ...
 
 
@@ -150,6 +156,16 @@ class _LlavaJson:
             if "video" in entry:
                 sample["video"] = ""
             yield sample
+
+    def shown(self) -> Iterator[tuple[Shown | OneOfSeveral, ...]]:
+        folder = pathlib.Path(self._config.image_folder)
+        for entry in self._config.entries:
+            located: dict[str, Any] = {
+                kind: folder / entry[kind] for kind in ("image", "video") if kind in entry
+            }
+            if "images" in entry:
+                located["images"] = [folder / name for name in entry["images"]]
+            yield samples.shown(located)
 
 
 register_dataset("llava_json", _LlavaJson)

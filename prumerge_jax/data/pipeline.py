@@ -26,7 +26,7 @@ from prumerge_jax.data.conversation import (
     has_image,
     label_mask,
 )
-from prumerge_jax.data.images import ImageProcessor, OneOfSeveral, VideoFile
+from prumerge_jax.data.images import ImageProcessor
 from prumerge_jax.data.pictures import Picture, PictureProcessor
 from prumerge_jax.data.samples import Sample
 from prumerge_jax.data.templates import Template
@@ -108,13 +108,12 @@ class Preprocessor:
 
     def _pictures(self, processor: PictureProcessor, sample: Sample) -> tuple[Picture, ...]:
         """Crops of a sample's images, or the frames of its video."""
-        name = f"of sample {quoted(sample['id'])}"
-        if "video" in sample:
-            return (processor(VideoFile(sample["video"]), f"video {name}"),)
-        if "images" in sample:
-            several = enumerate(sample["images"])
-            return tuple(processor(OneOfSeveral(s), f"image {n} {name}") for n, s in several)
-        return (processor(sample["image"], f"image {name}"),) if "image" in sample else ()
+        kind = "video" if "video" in sample else "image"
+        several = "images" in sample
+        return tuple(
+            processor(source, f"{kind}{f' {number}' * several} of sample {quoted(sample['id'])}")
+            for number, source in enumerate(samples.shown(sample))
+        )
 
     def label(self, sample: Sample) -> LabelledText:
         """Token ids and labels alone; the image file is not read."""

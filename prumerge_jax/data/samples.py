@@ -6,6 +6,8 @@ from typing import Any, NotRequired, TypedDict
 
 import tensorflow_datasets as tfds
 
+from prumerge_jax.data.images import OneOfSeveral, Shown, VideoFile
+
 Turn = TypedDict("Turn", {"from": str, "value": str})
 """One turn of a conversation; `from` is `human` or `gpt`."""
 
@@ -22,6 +24,15 @@ class Sample(TypedDict):
     images: NotRequired[list[bytes]]
     video: NotRequired[str]
     conversations: list[Turn]
+
+
+def shown(sample: Mapping[str, Any]) -> tuple[Shown | OneOfSeveral, ...]:
+    """The images of a `Sample`, or its video, in the order of their tokens; files may be paths."""
+    if "video" in sample:
+        return (VideoFile(sample["video"]),)
+    if "images" in sample:
+        return tuple(map(OneOfSeveral, sample["images"]))
+    return (sample["image"],) if "image" in sample else ()
 
 
 def conversation_feature() -> tfds.features.Sequence:

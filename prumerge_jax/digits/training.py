@@ -20,6 +20,7 @@ from prumerge_jax.data.datasets import (
     exclusive,
     register_dataset,
 )
+from prumerge_jax.data.images import OneOfSeveral, Shown
 from prumerge_jax.data.samples import Sample
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.digits import tokenizer as digits_tokenizer
@@ -81,6 +82,9 @@ class _DigitsDataset:
 
     def conversations(self) -> Iterator[Sample]:
         return (self._to_sample(record) for record in self.records().source)
+
+    def shown(self) -> Iterator[tuple[Shown | OneOfSeveral, ...]]:
+        return map(samples.shown, self.conversations())
 
 
 def _contrastive(config: TrainConfig) -> Objective:

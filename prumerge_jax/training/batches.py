@@ -32,8 +32,8 @@ from prumerge_jax.sharding.processes import (
     allgather_ints,
     to_global_array,
 )
-from prumerge_jax.training.inputs import kept_tokens
 from prumerge_jax.training.parts import EncoderInParts
+from prumerge_jax.training.sample_sizes import kept_tokens
 from prumerge_jax.training.weights import Leaf
 
 SHORTEST_ROW = 512

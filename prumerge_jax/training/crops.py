@@ -26,8 +26,8 @@ from prumerge_jax.reductions import Reduction
 from prumerge_jax.sharding.mesh import constrain, logical_spec
 from prumerge_jax.sharding.processes import addressable_rows, allgather_ints
 from prumerge_jax.training.batches import BatchPacker, Planned, RowBatch, RowShape
-from prumerge_jax.training.inputs import kept_tokens
 from prumerge_jax.training.parts import EncoderInParts
+from prumerge_jax.training.sample_sizes import kept_tokens
 
 Encode = Callable[[jax.Array, jax.Array], VisualTokens]
 """Crops [B, S, S, 3] uint8 and, of images, [B, N] bool which patches lie on the image, of videos,

@@ -2,16 +2,12 @@
 
 A place in the data is one number, the samples used so far over all processes. Which samples share a
 batch depends on the seed alone, so a resumed run continues exactly where the saved one stopped.
-Within a batch they are dealt out so that the data shards of a mesh have about as much text each:
-the fullest one decides how many micro-batches all of them run.
+Within a batch they are dealt out so that the data shards of a mesh have about as much text each,
+and as many tiles and frames: the fullest one decides how many micro-batches all of them run.
 """
 
 import dataclasses
 import functools
-import hashlib
-import json
-import logging
-import pathlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,21 +15,17 @@ import grain
 import numpy as np
 
 from prumerge_jax.data import pipeline
-from prumerge_jax.data.datasets import DataConfig, Dataset, exclusive, open_dataset
+from prumerge_jax.data.datasets import DataConfig, Dataset, open_dataset
 from prumerge_jax.data.images import ImageProcessor
 from prumerge_jax.data.pictures import PictureProcessor
 from prumerge_jax.data.pipeline import Example, Preprocessor
 from prumerge_jax.data.templates import chat_template
 from prumerge_jax.data.tokenizer import Tokenizer
-from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
 from prumerge_jax.messages import quoted
-from prumerge_jax.store.atomic import write_atomically
 from prumerge_jax.training.config import ExecutionConfig, TrainConfig
-
-_logger = logging.getLogger(__name__)
+from prumerge_jax.training.sample_sizes import check_targets, unreduced_tokens
 
 _FOREVER = 1 << 40  # samples; more than any run uses
-_NAMED = 5  # samples whose ids a warning gives
 
 
 class TrainingData(NamedTuple):
@@ -62,7 +54,10 @@ class TrainingSource(NamedTuple):
 
 
 def open_conversations(
-    config: TrainConfig, tokenizer: Tokenizer, fewest_visual_tokens: int
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    fewest_visual_tokens: int,
+    kept_share: float = 1.0,
 ) -> TrainingSource:
     """Labelled conversations as `Example`s, for the next-token loss.
 
@@ -70,6 +65,8 @@ def open_conversations(
       config: configuration of the run, model sizes included.
       tokenizer: the model's.
       fewest_visual_tokens: lower bound of the tokens of an image.
+      kept_share: how much of an image's tokens is taken to be left where samples of several crops
+        are dealt out.
 
     Raises:
       ValueError: samples show what the model does not take.
@@ -98,6 +95,9 @@ def open_conversations(
 
     def prepare() -> TrainingData:
         sizes = check_targets(config, dataset, preprocess, fewest_visual_tokens)
+        if isinstance(processor, PictureProcessor):
+            visual = unreduced_tokens(config, dataset, processor)
+            sizes = sizes + np.rint(kept_share * visual).astype(int)
         return _conversations(config, dataset, preprocess, sizes)
 
     return TrainingSource(dataset.samples, prepare)
@@ -147,99 +147,6 @@ def record_source(data: DataConfig) -> Sequence[Mapping[str, Any]]:
     return open_dataset(data).records().source
 
 
-def check_targets(
-    config: TrainConfig, dataset: Dataset, preprocess: Preprocessor, fewest_visual_tokens: int
-) -> np.ndarray:
-    """Tokens of text of every sample, int [samples]; warns of those that teach nothing.
-
-    These are samples without a labelled answer, and samples whose labels are all cut off. The
-    outcome is stored with the records, since it takes about a millisecond per sample.
-
-    Args:
-      config: configuration of the run.
-      dataset: the samples.
-      preprocess: says which tokens are labelled.
-      fewest_visual_tokens: lower bound of the tokens of an image; a sample that only a larger
-        number pushes over the row's end is not found here.
-
-    Raises:
-      ValueError: no sample has anything to learn.
-    """
-    key = [
-        dataset.identity, preprocess.tokenizer.sha256(), preprocess.tokenizer.style,
-        config.conversation, config.label_protocol, config.row_length, fewest_visual_tokens,
-    ]  # fmt: skip
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    folder = pathlib.Path(config.data.directory).expanduser() / "targets"
-    file = folder / f"{name}.json"
-    found = _stored_targets(file)
-    if found is None:
-        found = _count_targets(dataset, preprocess, fewest_visual_tokens)
-        if found["without"] == len(found["sizes"]):
-            raise ValueError(
-                f"none of the {len(found['sizes'])} samples has anything to learn (the first are "
-                f"{', '.join(found['first'])}): {_CAUSES}"
-            )
-        with exclusive(folder):
-            write_atomically(file, json.dumps(found).encode())
-    if found["without"]:
-        _logger.warning(
-            "%d of %d samples have nothing to learn (the first are %s): %s",
-            found["without"], len(found["sizes"]), ", ".join(found["first"]), _CAUSES,
-        )  # fmt: skip
-    return np.array(found["sizes"], int)
-
-
-_CAUSES = (
-    "their answers are empty or cut off by max_length, the conversation ends with the human, or "
-    "its rounds do not add up (a role's name inside an answer, another tokenizer_style)"
-)
-
-
-def _stored_targets(file: pathlib.Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(file.read_text())
-        return {name: found[name] for name in ("sizes", "without", "first")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # not there yet, or damaged: count again
-
-
-def _count_targets(
-    dataset: Dataset, preprocess: Preprocessor, fewest_visual_tokens: int
-) -> dict[str, Any]:
-    """The samples' tokens of text, how many of them have no target, and the ids of the first."""
-    _logger.info("counting what can be learned in %d samples, once", dataset.samples)
-    without = 0
-    first: list[str] = []
-    sizes: list[int] = []
-    for sample in dataset.conversations():
-        text = preprocess.label(sample)
-        kept = kept_tokens(text.ids, fewest_visual_tokens, preprocess.max_length)
-        sizes.append(text.ids.size)
-        if not (text.labels[1:kept] != IGNORE).any():
-            without += 1
-            if len(first) < _NAMED:
-                first.append(quoted(sample["id"], 40))
-    return {"sizes": sizes, "without": without, "first": first}
-
-
-def kept_tokens(token_ids: np.ndarray, visual_tokens: int | np.ndarray, length: int) -> int:
-    """Number of leading tokens of a sample that fit into `length` once its image is inserted.
-
-    LLaVA cuts at the same place; fewer visual tokens leave room for more text. An image that would
-    not fit completely is dropped, with all that follows it.
-
-    Args:
-      token_ids: int32 [T], with `IMAGE_TOKEN` (-200) where the image's tokens go.
-      visual_tokens: tokens of an image, or int [images] of each.
-      length: row length.
-    """
-    widths = np.ones(token_ids.shape, np.int64)
-    widths[token_ids == IMAGE_TOKEN] = visual_tokens
-    ends = np.cumsum(widths)
-    return int(np.searchsorted(ends, length, side="right"))
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _RowsOfBatch:
     """Selects `rows` out of every `size` elements of a data set."""
@@ -259,7 +166,7 @@ class _DealtRows:
     Attributes:
       examples: all samples.
       ordered: their numbers in the order of the run.
-      sizes: int [samples], tokens of text.
+      sizes: int [samples], tokens of text; where samples have several crops, visual ones too.
       size: samples of a batch.
       rows: those that are made.
       shards: equal blocks of a batch.

@@ -27,7 +27,7 @@ from prumerge_jax.training.batches import (
     cut_request,
     empty_rows,
 )
-from prumerge_jax.training.inputs import kept_tokens
+from prumerge_jax.training.sample_sizes import kept_tokens
 from prumerge_jax.training.weights import Leaf
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import common
+from prumerge_jax.data.pictures import PictureProcessor
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.data.tokens import IMAGE_TOKEN
 from prumerge_jax.models.config import LlavaConfig, VisionConfig
@@ -289,3 +290,65 @@ def test_images_in_tiles_several_images_and_videos(
         ValueError, match="<image> appears 1 times; expected once for each of the 2"
     ):
         inputs.open_conversations(parsed, tokenizer, 1)
+
+
+SIDE = MODEL.vision.image_size
+FAMILIES = {
+    "llava_next": {
+        "image_newline": True,
+        "image_grid_pinpoints": ((SIDE, 2 * SIDE), (2 * SIDE, 2 * SIDE), (3 * SIDE, SIDE)),
+    },
+    "llava_onevision": {
+        "image_newline": True,
+        "image_grid_pinpoints": ((SIDE, SIDE), (SIDE, 2 * SIDE), (4 * SIDE, 4 * SIDE)),
+        "anyres_max": 9,
+    },
+    "video_llava": {},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_of_several_crops_are_dealt_out_by_what_they_show(
+    tokenizer: Tokenizer, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """The tokens that are counted by headers are those of the pictures that are made later."""
+    shapes = [(8, 8), (30, 8), (8, 30), (17, 17), (60, 50), (16, 9)]
+    for number, size in enumerate(shapes):
+        Image.new("RGB", size, (90, 0, 9)).save(tmp_path / f"{number}.png")
+    frames = tmp_path / "film"
+    frames.mkdir()
+    for number in range(3):
+        Image.new("RGB", (20, 30), (9 * number, 0, 0)).save(frames / f"{number}.png")
+    shown = [{"image": f"{number}.png"} for number in range(len(shapes))]
+    texts = ["<image>"] * len(shown)
+    if family != "llava_next":
+        shown += [{"image": ["0.png", "4.png"]}, {"video": "film"}]
+        texts += ["<image> <image>", "<video>"]
+    shown, texts = [*shown, {}, {}], [*texts, "No image.", "No image."]
+    samples = [
+        {"id": str(number), **each, "conversations": [
+            {"from": "human", "value": text}, {"from": "gpt", "value": "no"}]}
+        for number, (each, text) in enumerate(zip(shown, texts, strict=True))
+    ]  # fmt: skip
+    config = write(tmp_path, [])
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    config.data.image_folder = str(tmp_path)
+    config.data.json_file = str(tmp_path / "samples.json")
+    config.batch_size = len(samples)
+    sizes = dataclasses.replace(MODEL, family=family, **FAMILIES[family])
+    parsed = with_sizes(parse(config), sizes)
+    orders = []
+    for _ in range(2):
+        data = inputs.open_conversations(parsed, tokenizer, 1, 0.5).prepare()
+        (batch,) = itertools.islice(data.batches(0, range(len(samples)), 2), 1)
+        spans = {e.id: sum(p.layout.span for p in e.pictures) for e in batch}
+        load = [e.token_ids.size + round(0.5 * spans[e.id]) for e in batch]
+        halves = np.array(load).reshape(2, -1).sum(1)
+        assert abs(halves[0] - halves[1]) <= max(load) - min(load)
+        (stored,) = (tmp_path / "prepared" / "visual").glob("*.json")
+        counted = json.loads(stored.read_text())["tokens"]
+        assert counted == [spans[each["id"]] for each in samples]
+        assert len(set(counted)) > 2
+        orders.append(list(spans))
+        monkeypatch.delattr(PictureProcessor, "layouts", raising=False)  # it is stored by now
+    assert orders[0] == orders[1]

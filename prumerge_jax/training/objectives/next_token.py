@@ -143,7 +143,8 @@ def make(config: TrainConfig) -> Objective:
         )
 
     def open_source(tokenizer: Tokenizer) -> TrainingSource:
-        return open_conversations(config, tokenizer, fewest_visual_tokens(config))
+        share = visual_capacity(config) / model.vision.num_patches
+        return open_conversations(config, tokenizer, fewest_visual_tokens(config), share)
 
     def packer(tokenizer: Tokenizer, frozen: Weights, mesh: Mesh, total_steps: int) -> Packer:
         if config.shows_crops:
