@@ -112,6 +112,11 @@ def selection(
     ]
 
 
+def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
+    """Root mean square of the difference over that of what is expected."""
+    return float(np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2)))
+
+
 def heads(dtype: jnp.dtype, cpu: Mesh) -> dict[str, Any]:
     """The line `attention`: this dtype and tuning, and float32 without any tuning."""
     errors, backends = [], []
@@ -122,8 +127,7 @@ def heads(dtype: jnp.dtype, cpu: Mesh) -> dict[str, Any]:
         got = jax.jit(attend)(*jnp.asarray(given, dtype))
         with use_mesh(cpu), tuning.use(Tuning.plain()), jax.default_matmul_precision("highest"):
             expected = np.asarray(jax.jit(attend)(*jax.device_put(given, replicated(cpu))))
-        error = np.mean((np.asarray(got, np.float32) - expected) ** 2) / np.mean(expected**2)
-        errors.append(float(np.sqrt(error)))
+        errors.append(relative_error(np.asarray(got, np.float32), expected))
         backends.append(backend_for(dtype, width))
     return line(
         "attention", max(errors), LOGITS[dtype.name], f"{dtype.name}, {', '.join(backends)}"
@@ -163,9 +167,9 @@ def compare_logits(
         exact, rows, tokens = jax.device_put((exact, rows, tokens), replicated(mesh))
         expected = logits((graphdef, exact), rows, tokens, Tuning.plain())
     valid = plan.segment_ids.reshape(-1)[::8] > 0
-    error = np.sqrt(np.mean((got - expected)[valid] ** 2) / np.mean(expected[valid] ** 2))
+    error = relative_error(got[valid], expected[valid])
     attention = backend_for(dtype, config.text.head_dim)
-    return line("logits", float(error), LOGITS[dtype.name], f"{dtype.name}, attention {attention}")
+    return line("logits", error, LOGITS[dtype.name], f"{dtype.name}, attention {attention}")
 
 
 def engine(

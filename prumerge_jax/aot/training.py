@@ -106,7 +106,7 @@ class TrainingPlan:
       row_length: positions of a row.
       lora_rank: rank of the adapters, 0 without.
       encode: the tower and the reduction, of `crops_per_part` crops on all chips.
-      crops_per_part: see there.
+      crops_per_part: crops of all data shards that are encoded at a time.
       accumulate: one micro-batch, forward and backward, by the length of its rows.
       update: the optimizer, once per step.
       resident: bytes per chip of weights, optimizer, gradient sums and visual tokens.

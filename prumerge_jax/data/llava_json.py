@@ -7,7 +7,6 @@ written, and every image is decoded once while the records are written. Image fi
 for byte, not resized; videos stay where they are, and are read when they are shown.
 """
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -15,7 +14,6 @@ import logging
 import os
 import pathlib
 import stat
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from prumerge_jax.data import conversation, images, samples
+from prumerge_jax.data.loading import in_threads
 from prumerge_jax.data.samples import Turn
 from prumerge_jax.data.tokens import IMAGE_PLACEHOLDER
 from prumerge_jax.messages import quoted
@@ -335,8 +334,4 @@ def _read_images(
                 return images.ImageError(f"{name}: {error}")
         return contents
 
-    # Decoding releases the interpreter's lock. `load_image` changes the filters of warnings, which
-    # threads share; they are restored here.
-    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor() as pool:
-        for start in range(0, len(entries), _DECODED_AT_ONCE):
-            yield from pool.map(read, entries[start : start + _DECODED_AT_ONCE])
+    return in_threads(read, entries, at_once=_DECODED_AT_ONCE)

@@ -8,6 +8,7 @@ import multiprocessing
 import queue
 import resource
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -22,9 +23,23 @@ Named = tuple[str, Shown | OneOfSeveral]
 """What to call an image in an error, and where it is."""
 
 _Pixels = TypeVar("_Pixels")
+_Item = TypeVar("_Item")
+_Found = TypeVar("_Found")
 
 Processor = Callable[[Any, str], _Pixels]
 """Makes pixels of an image; the name is for errors."""
+
+
+def in_threads(
+    function: Callable[[_Item], _Found], items: Iterable[_Item], *, at_once: int
+) -> Iterator[_Found]:
+    """`function` of each item in order, of which `at_once` are taken at a time; for functions that
+    open images. Disks and networks are waited for, and decoding releases the interpreter's lock."""
+    # Opening an image changes the filters of warnings, which threads share; they are restored here.
+    iterator = iter(items)
+    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor() as pool:
+        while some := list(itertools.islice(iterator, at_once)):
+            yield from pool.map(function, some)
 
 
 def stream_pixels(

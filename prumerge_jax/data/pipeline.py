@@ -33,6 +33,8 @@ from prumerge_jax.data.templates import Template
 from prumerge_jax.data.tokenizer import Tokenizer
 from prumerge_jax.messages import quoted
 
+_GRACE = 0.5  # seconds
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
@@ -204,6 +206,3 @@ def _end_workers_soon() -> None:
     module = sys.modules.get(f"{transformations}.process_prefetch")
     if hasattr(module, "_PROCESS_KILL_TIMEOUT_S"):
         setattr(module, "_PROCESS_KILL_TIMEOUT_S", _GRACE)  # noqa: B010, no public name
-
-
-_GRACE = 0.5

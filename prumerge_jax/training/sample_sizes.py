@@ -1,20 +1,18 @@
 """How large the samples of a data set are: counted once, and stored with its records."""
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import json
 import logging
 import pathlib
-import warnings
-from collections.abc import Callable, Collection, Iterator
-from itertools import islice
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
 from prumerge_jax.data.datasets import Dataset, exclusive
 from prumerge_jax.data.images import OneOfSeveral, Shown
+from prumerge_jax.data.loading import in_threads
 from prumerge_jax.data.pictures import PictureProcessor
 from prumerge_jax.data.pipeline import Preprocessor
 from prumerge_jax.data.tokens import IGNORE, IMAGE_TOKEN
@@ -106,20 +104,9 @@ def unreduced_tokens(
             one = config.sizes.vision.num_patches
             return sum(layout.span for layout in layouts) if layouts else one * len(shown)
 
-        found = {"tokens": list(_in_threads(tokens, dataset.shown()))}
+        found = {"tokens": list(in_threads(tokens, dataset.shown(), at_once=_OPENED_AT_ONCE))}
         _store(file, found)
     return np.array(found["tokens"], int)
-
-
-def _in_threads(
-    count: Callable[[tuple[Shown | OneOfSeveral, ...]], int],
-    samples: Iterator[tuple[Shown | OneOfSeveral, ...]],
-) -> Iterator[int]:
-    """`count` of each; opening files waits for disks and networks."""
-    # Reading an image changes the filters of warnings, which threads share; they are restored here.
-    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor() as pool:
-        while some := list(islice(samples, _OPENED_AT_ONCE)):
-            yield from pool.map(count, some)
 
 
 _CAUSES = (

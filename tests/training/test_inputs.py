@@ -244,6 +244,13 @@ def test_labels_are_checked_against_the_run_s_own_row_length(
         assert found == {"s0": mismatched, "s1": False}
 
 
+def write_frames(folder: pathlib.Path, number: int) -> None:
+    """A video as a folder of its frames."""
+    folder.mkdir()
+    for index in range(number):
+        Image.new("RGB", (20, 30), (9 * index, 0, 0)).save(folder / f"{index}.png")
+
+
 def test_images_in_tiles_several_images_and_videos(
     tokenizer: Tokenizer, tmp_path: pathlib.Path
 ) -> None:
@@ -251,10 +258,7 @@ def test_images_in_tiles_several_images_and_videos(
     side = MODEL.vision.image_size
     for name, size in (("a", (2 * side, side)), ("b", (side, side))):
         Image.new("RGB", size, (90, 0, 9)).save(tmp_path / f"{name}.png")
-    frames = tmp_path / "film"
-    frames.mkdir()
-    for number in range(5):
-        Image.new("RGB", (20, 30), (9 * number, 0, 0)).save(frames / f"{number}.png")
+    write_frames(tmp_path / "film", 5)
     entries = [
         ("one", {"image": "a.png"}, "<image>\nA 3?"),
         ("two", {"image": ["a.png", "b.png"]}, "<image> or <image>: where is a 3?"),
@@ -315,10 +319,7 @@ def test_samples_of_several_crops_are_dealt_out_by_what_they_show(
     shapes = [(8, 8), (30, 8), (8, 30), (17, 17), (60, 50), (16, 9)]
     for number, size in enumerate(shapes):
         Image.new("RGB", size, (90, 0, 9)).save(tmp_path / f"{number}.png")
-    frames = tmp_path / "film"
-    frames.mkdir()
-    for number in range(3):
-        Image.new("RGB", (20, 30), (9 * number, 0, 0)).save(frames / f"{number}.png")
+    write_frames(tmp_path / "film", 3)
     shown = [{"image": f"{number}.png"} for number in range(len(shapes))]
     texts = ["<image>"] * len(shown)
     if family != "llava_next":
